@@ -1,0 +1,96 @@
+"""`load_vqvae` and `load_var`: from a published file or name, or from a checkpoint of ours."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dmoe_var.checkpoints import hub, var_adapter
+from dmoe_var.checkpoints.safetensors_io import load_checkpoint, load_strictly
+from dmoe_var.errors import CheckpointError
+from dmoe_var.models.var import VAR, check_pair
+from dmoe_var.models.vqvae import VQVAE
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    """State dict of a .pth file: tensors only, never code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cut short, or no plain state dict of tensors ({reason})"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        found = ", ".join(map(str, content))[:80] if isinstance(content, dict) else type(content)
+        raise CheckpointError(f"{path}: not a state dict of tensors (found {found})")
+    return content
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) in hub.PUBLISHED:
+        return hub.fetch(str(source))
+    raise CheckpointError(
+        f"{source}: no such file or folder, and none of the published {', '.join(hub.PUBLISHED)}"
+    )
+
+
+def _assign(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
+    load_strictly(model, tensors, path)
+    return model.eval()
+
+
+def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> VQVAE:
+    """A VQ-VAE in eval mode on the CPU.
+
+    source: a published .pth file, a checkpoint folder of ours, or a published name
+    ("vae_ch160v4096z32"). patch_nums: a published file does not hold it; None means the 256 px
+    schedule there, and what the folder says otherwise. CheckpointError where anything does not fit.
+    """
+    path = _locate(source)
+    if path.is_dir():
+        model = load_checkpoint(path, "vqvae")
+        assert isinstance(model, VQVAE)
+        if patch_nums is not None and tuple(patch_nums) != model.config.patch_nums:
+            ours, theirs = tuple(patch_nums), model.config.patch_nums
+            raise CheckpointError(f"{path}: patch_nums={ours}, but the checkpoint has {theirs}")
+        return model
+    tensors = _read_pth(path)
+    try:
+        config = var_adapter.vqvae_config(tensors, patch_nums, str(path))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return _assign(VQVAE(config), tensors, path)
+
+
+def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
+    """A VAR (dense, or with experts from a folder of ours) in eval mode on the CPU.
+
+    source: as for `load_vqvae`, e.g. "var_d16". With `vqvae`, the two are checked to belong
+    together. CheckpointError where anything does not fit.
+    """
+    path = _locate(source)
+    if path.is_dir():
+        model = load_checkpoint(path, "var")
+        assert isinstance(model, VAR)
+    else:
+        tensors = _read_pth(path)
+        model = _assign(VAR(var_adapter.var_config(tensors, str(path))), tensors, path)
+    if vqvae is not None:
+        try:
+            check_pair(vqvae, model.config)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return model

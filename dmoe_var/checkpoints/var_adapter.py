@@ -1,0 +1,91 @@
+"""Shapes of published checkpoints, read from their state dicts.
+
+Our state-dict names are the published ones, so that nothing is renamed: what this file knows is
+how depth, width and all else follow from names and shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from dmoe_var.errors import CheckpointError
+from dmoe_var.models.var import HEAD_DIM, VARConfig
+from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
+
+
+def count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that the pattern's group matches in a name; 0 for none."""
+    matches = (re.match(pattern, name) for name in tensors)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, source: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(f"{source}: missing key {name}; not a published state dict")
+    return tuple(tensors[name].shape)
+
+
+def vqvae_config(
+    tensors: Mapping[str, Tensor], patch_nums: Sequence[int] | None, source: str
+) -> VQVAEConfig:
+    """Shape of a published VQ-VAE.
+
+    It does not hold patch_nums: None means the 256 px schedule, and CheckpointError where the
+    number of scales shows that this cannot be.
+    """
+    num_scales, vocab_size = _shape(tensors, "quantize.ema_vocab_hit_SV", source)
+    schedule = tuple(patch_nums) if patch_nums is not None else PATCH_NUMS_256
+    if len(schedule) != num_scales:
+        given = "none given, so the 256 px schedule" if patch_nums is None else "given"
+        raise CheckpointError(
+            f"{source}: patch_nums ({given}) has {len(schedule)} scales, the file has {num_scales}"
+        )
+    levels = count(tensors, r"encoder\.down\.(\d+)\.")
+    ch = _shape(tensors, "encoder.conv_in.weight", source)[0]
+    widths = [
+        _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", source)[0] for i in range(levels)
+    ]
+    phi = "quantize.quant_resi"
+    num_phi = count(tensors, rf"{re.escape(phi)}\.qresi_ls\.(\d+)\.")
+    if f"{phi}.qresi.weight" in tensors:
+        num_phi = 1
+    kernel = _shape(tensors, "quant_conv.weight", source)[-1]
+    return VQVAEConfig(
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        attention="encoder.mid.attn_1.qkv.weight" in tensors,
+        z_channels=_shape(tensors, "quantize.embedding.weight", source)[1],
+        vocab_size=vocab_size,
+        patch_nums=schedule,
+        num_phi=num_phi,
+        conv_kernel=kernel,
+    )
+
+
+def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
+    """Shape of a published VAR. head_dim is 64 where no per-head scale says otherwise."""
+    _, _, width = _shape(tensors, "pos_start", source)
+    vocab_size, _ = _shape(tensors, "head.weight", source)
+    hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source)
+    levels = tensors["lvl_1L"] if "lvl_1L" in tensors else None
+    if levels is None:
+        raise CheckpointError(f"{source}: missing key lvl_1L; not a published state dict")
+    sides = [round(int(n) ** 0.5) for n in levels.flatten().bincount()]
+    scale_mul = "blocks.0.attn.scale_mul_1H11"
+    l2_norm = scale_mul in tensors
+    return VARConfig(
+        depth=count(tensors, r"blocks\.(\d+)\."),
+        width=width,
+        num_heads=tensors[scale_mul].shape[1] if l2_norm else max(1, width // HEAD_DIM),
+        num_classes=_shape(tensors, "class_emb.weight", source)[0] - 1,
+        patch_nums=tuple(sides),
+        vocab_size=vocab_size,
+        z_channels=_shape(tensors, "word_embed.weight", source)[1],
+        mlp_ratio=hidden / width,
+        shared_adaln="shared_ada_lin.1.weight" in tensors,
+        attn_l2_norm=l2_norm,
+    )

@@ -1,0 +1,267 @@
+"""The root configuration: one frozen dataclass a section, each beside the code that reads it.
+
+Scripts compose it with Hydra and convert it once, here; the library knows no Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dmoe_var.data import DataConfig
+from dmoe_var.errors import ConfigError
+from dmoe_var.metrics.fidelity import FidelityConfig
+from dmoe_var.models.var import VARConfig
+from dmoe_var.models.vqvae import VQVAEConfig
+from dmoe_var.moe.layer import ExpertConfig
+from dmoe_var.moe.selection import (
+    All,
+    Cumulative,
+    Oracle,
+    Random,
+    SelectionRule,
+    Threshold,
+    TopK,
+)
+from dmoe_var.training.loop import OptimConfig
+from dmoe_var.training.objectives import SparsifyConfig
+from dmoe_var.training.router_objective import RouterConfig
+from dmoe_var.training.tracking import WandbMode
+from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Taus = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1),
+]
+Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Where the base models come from: a path, a published name, or the name of one that this
+    package carries ("digits"). None: they are trained (train_vqvae, train_var)."""
+
+    __pydantic_config__ = STRICT
+
+    vqvae: str | None = None
+    var: str | None = None
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """At which scales experts run, and which compute path runs them."""
+
+    __pydantic_config__ = STRICT
+
+    scales: Scales = (7, 8, 9)
+    impl: Literal["reference", "grouped"] = "grouped"
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """A selection rule: threshold and oracle read `tau` (one, one a sparse scale, or one a
+    scale), top_k and random read `k`, cumulative reads `share`."""
+
+    __pydantic_config__ = STRICT
+
+    rule: Literal["threshold", "oracle", "top_k", "random", "cumulative", "all"] = "threshold"
+    tau: Taus = (0.2,)
+    k: Annotated[int, Field(gt=0)] = 8
+    share: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+    def rules(self) -> SelectionRule | list[SelectionRule]:
+        """What `generate(selection=...)` takes."""
+        if self.rule in ("threshold", "oracle"):
+            rule = Threshold if self.rule == "threshold" else Oracle
+            rules: list[SelectionRule] = [rule(tau) for tau in self.tau]
+            return rules if len(rules) > 1 else rules[0]
+        others = {
+            "top_k": TopK(self.k),
+            "random": Random(self.k),
+            "cumulative": Cumulative(self.share),
+            "all": All(),
+        }
+        return others[self.rule]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are drawn."""
+
+    __pydantic_config__ = STRICT
+
+    cfg: Annotated[float, Field(ge=0)] = 1.5
+    top_k: Annotated[int, Field(ge=0)] = 900
+    top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
+    more_smooth: bool = False
+    batch_size: Annotated[int, Field(gt=0)] = 128
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """scripts/sample.py: `per_class` images of each class, dense beside dynamic."""
+
+    __pydantic_config__ = STRICT
+
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """None: all classes, at most ten."""
+    per_class: Annotated[int, Field(gt=0)] = 4
+    single_pngs: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One point of a quality-cost curve: which model, how many samples, from which seed."""
+
+    __pydantic_config__ = STRICT
+
+    model: Literal["dense", "dynamic"] = "dynamic"
+    num_samples: Annotated[int, Field(ge=2)] = 1000
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The points of a sweep: the dense model, tau grids and lists, each with every seed.
+
+    last: tau values on `moe.scales`. all: tau values on all scales. lists: tau lists by name, a
+    value for each of `moe.scales`. chosen: the name of the list that is the operating point.
+    """
+
+    __pydantic_config__ = STRICT
+
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    last: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    all: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    lists: Mapping[str, Taus] = field(default_factory=dict)
+    chosen: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.chosen is not None and self.chosen not in self.lists:
+            known = ", ".join(self.lists) or "none"
+            raise ValueError(f"chosen={self.chosen!r} is not among the lists ({known})")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a stage can read. `name` is the experiment's: results go to run_dir/name; `until`
+    is the pipeline's last stage."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    run_dir: str = "runs"
+    seed: Seed = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: Annotated[int, Field(gt=0)] | None = None
+    deterministic: bool = False
+    wandb: WandbMode = "disabled"
+    progress: bool = True
+    until: Literal["train_vqvae", "train_var", "sparsify", "split", "train_router", "sweep"] = (
+        "sweep"
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    var: VARConfig = field(default_factory=VARConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    train_vqvae: VQVAETrainingConfig = field(default_factory=lambda: VQVAETrainingConfig(steps=1))
+    train_var: OptimConfig = field(default_factory=lambda: OptimConfig(steps=1))
+    sparsify: SparsifyConfig = field(default_factory=lambda: SparsifyConfig(steps=1))
+    split: ExpertConfig = field(default_factory=ExpertConfig)
+    train_router: RouterConfig = field(default_factory=lambda: RouterConfig(steps=1))
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("patch_nums", "vocab_size", "z_channels"):
+            ours, theirs = getattr(self.var, name), getattr(self.vqvae, name)
+            if ours != theirs:
+                raise ValueError(f"var.{name}={ours} must equal vqvae.{name}={theirs}")
+        if self.vqvae.image_size != self.data.image_size:
+            raise ValueError(
+                f"data.image_size={self.data.image_size} must equal the finest scale's "
+                f"{self.vqvae.patch_nums[-1]} cells of {self.vqvae.downsampling} pixels"
+            )
+        if self.var.experts is not None:
+            raise ValueError("var.experts must be null: experts come from the split stage")
+        if self.var.hidden % self.split.expert_size:
+            size, hidden = self.split.expert_size, self.var.hidden
+            raise ValueError(f"split.expert_size={size} must divide the FFN's {hidden} neurons")
+        last = self.var.num_scales - 1
+        for key, scales in (
+            ("moe.scales", self.moe.scales),
+            ("train_router.scales", self.train_router.scales or ()),
+        ):
+            if max(scales, default=0) > last or len(set(scales)) != len(scales):
+                raise ValueError(f"{key}={list(scales)} must be distinct scales within 0..{last}")
+        lengths = {1, len(self.moe.scales), self.var.num_scales}
+        if len(self.selection.tau) not in lengths:
+            allowed = ", ".join(map(str, sorted(lengths)))
+            raise ValueError(f"selection.tau={list(self.selection.tau)} must have {allowed} values")
+        num_experts = self.var.hidden // self.split.expert_size
+        if self.selection.rule in ("top_k", "random") and self.selection.k > num_experts:
+            raise ValueError(f"selection.k={self.selection.k} must be at most {num_experts}")
+        for name, taus in self.sweep.lists.items():
+            if len(taus) not in (1, len(self.moe.scales)):
+                raise ValueError(
+                    f"sweep.lists.{name}={list(taus)} must have 1 or {len(self.moe.scales)} values"
+                )
+        for label in self.sample.classes or ():
+            if label >= self.var.num_classes:
+                top = self.var.num_classes - 1
+                raise ValueError(f"sample.classes: {label} must be within 0..{top}")
+
+
+
+def parse_config(content: Mapping[str, Any]) -> Config:
+    """The configuration of a nested mapping; ConfigError in one line for the first thing wrong."""
+    try:
+        return TypeAdapter(Config).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """One line: the key, its value, what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{key}: unknown key; {known_keys(first['loc'][:-1], str(first['loc'][-1]))}"
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={first['input']!r}: {message}"
+
+
+def known_keys(path: tuple[Any, ...], wrong: str) -> str:
+    """What a section allows, the likeliest meant key first."""
+    section: Any = Config
+    for part in path:
+        section = typing.get_type_hints(section).get(str(part), None)
+    if not dataclasses.is_dataclass(section):
+        return "it takes no keys"
+    names = [f.name for f in dataclasses.fields(section)]
+    close = difflib.get_close_matches(wrong, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}allowed: {', '.join(names)}"

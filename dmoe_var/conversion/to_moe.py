@@ -1,0 +1,66 @@
+"""Split: every FFN of a VAR is cut into experts of one size (DMoE-VAR, expert construction).
+
+Legend: H neurons of the hidden layer, C width, E experts, D neurons an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dmoe_var.conversion.balanced_kmeans import balanced_labels
+from dmoe_var.models.blocks import FFN
+from dmoe_var.models.var import VAR
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+
+
+@torch.no_grad()
+def fill_experts(experts: MoEFFN, ffn: FFN, labels_H: Tensor) -> None:
+    """Copy an FFN's neurons into experts: neuron h goes to expert labels_H[h].
+
+    With every expert on, the two layers agree whatever the labels; each label must occur exactly
+    `expert_size` times (ValueError).
+    """
+    sizes_E = torch.bincount(labels_H, minlength=experts.num_experts)
+    if not bool((sizes_E == experts.expert_size).all()):
+        raise ValueError(f"experts have {sizes_E.tolist()} neurons, not {experts.expert_size} each")
+    order_ED = torch.argsort(labels_H, stable=True).view(experts.num_experts, experts.expert_size)
+    experts.w1_EDC.copy_(ffn.fc1.weight[order_ED])
+    experts.b1_ED.copy_(ffn.fc1.bias[order_ED])
+    experts.w2_EDC.copy_(ffn.fc2.weight.T[order_ED])
+    experts.b2_C.copy_(ffn.fc2.bias)
+
+
+@torch.no_grad()
+def convert_to_moe(
+    var: VAR,
+    expert_size: int = 128,
+    seed: int = 0,
+    router_hidden: int | None = None,
+    labels: Sequence[Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> VAR:
+    """The MoE version of a VAR: same function with all experts on, routers untrained.
+
+    labels: one LongTensor (H,) a layer to use in place of balanced k-means. The activation is
+    kept (`relufy` comes before). `progress` is called with each finished layer.
+    """
+    experts = ExpertConfig(expert_size, router_hidden)
+    devices = [var.pos_start.device] if var.pos_start.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        moe = VAR(replace(var.config, experts=experts)).to(var.pos_start)
+    rest = {k: v for k, v in var.state_dict().items() if ".ffn." not in k}
+    moe.load_state_dict({**moe.state_dict(), **rest})
+    for i, (dense_block, moe_block) in enumerate(zip(var.blocks, moe.blocks, strict=True)):
+        ffn, target = dense_block.ffn, moe_block.ffn
+        if not isinstance(ffn, FFN) or not isinstance(target, MoEFFN):
+            raise ValueError("the model has experts already")
+        layer_labels = labels[i] if labels else balanced_labels(ffn.fc1.weight, expert_size, seed)
+        fill_experts(target, ffn, layer_labels.to(ffn.fc1.weight.device))
+        if progress:
+            progress(i)
+    return moe.train(var.training)

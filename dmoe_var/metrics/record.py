@@ -1,0 +1,112 @@
+"""result.json: one schema for everything that is measured. Figures and tables read these alone."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmoe_var.checkpoints.safetensors_io import write_text
+from dmoe_var.errors import DataError
+
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "fvcore", "torch-fidelity")
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a stage measured and all that it takes to measure it again.
+
+    metrics: flat name -> number, the unit in the name. fingerprint: a hash of the configuration
+    that the stage and those it builds on depend on.
+    """
+
+    stage: str
+    variant: str
+    fingerprint: str
+    metrics: Mapping[str, float]
+    config: Mapping[str, Any]
+    seed: int
+    num_samples: int
+    dtype: str
+    started: str
+    ended: str
+    device: str
+    threads: int
+    git_commit: str
+    libraries: Mapping[str, str]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What is not a number: file names, tau lists, sources of weights."""
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write folder/result.json, whole or not at all."""
+        write_text(folder / RESULT_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """A stored record; DataError where the file is missing, broken or of another schema."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise DataError(f"{path}: cut short or no JSON file ({error})") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@cache
+def git_commit() -> str:
+    """Commit of the source tree, with "+" where files differ from it; "unknown" outside git."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of what numbers depend on; "absent" for what is not installed."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """What ran it, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()} CPU"
+    return device.type

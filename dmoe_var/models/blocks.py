@@ -1,0 +1,174 @@
+"""Transformer block of VAR: self-attention and FFN under adaptive layer norm (AdaLN).
+
+Legend: B batch, L tokens, C width, H heads, D head dimension (C / H), 6 the AdaLN chunks in the
+order gamma1, gamma2, scale1, scale2, shift1, shift2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmoe_var.models.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from dmoe_var.moe.layer import Routing
+
+MAX_SCALE_MUL = math.log(100)
+
+
+def activation(name: str) -> nn.Module:
+    """`gelu` (the published tanh form) or `relu`."""
+    if name == "gelu":
+        return nn.GELU(approximate="tanh")
+    if name == "relu":
+        return nn.ReLU()
+    raise ValueError(f"activation: {name!r} is none of gelu, relu")
+
+
+class DropPath(nn.Module):
+    """Drops a whole residual branch of a sample while training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x_BLC
+        keep_B11 = x_BLC.new_empty(x_BLC.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return x_BLC * keep_B11 / (1 - self.rate)
+
+
+class FFN(nn.Module):
+    """fc2(act(fc1(x))), hidden width 4C."""
+
+    def __init__(self, width: int, hidden: int, act: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = activation(act)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x_BLC)))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; with `l2_norm`, of unit queries and keys and a learnt temperature."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, width: int, num_heads: int, l2_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.l2_norm = l2_norm
+        if l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x_BLC: Tensor, layer: int, mask_11LL: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        B, L, C = x_BLC.shape
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        qkv = F.linear(x_BLC, self.mat_qkv.weight, bias)
+        q, k, v = qkv.view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        scale = 0.25 / math.sqrt(self.head_dim)
+        if self.l2_norm:
+            scale = 1.0
+            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_SCALE_MUL).exp()
+            k = F.normalize(k, dim=-1)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        mask = None if mask_11LL is None else mask_11LL.to(q.dtype)
+        h_BHLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out: Tensor = self.proj(h_BHLD.transpose(1, 2).reshape(B, L, C))
+        return out
+
+
+class Block(nn.Module):
+    """x += gamma1 attn(LN(x)(1 + scale1) + shift1); x += gamma2 ffn(LN(x)(1 + scale2) + shift2).
+
+    Without `shared_adaln` the block projects the condition itself (`ada_lin`); with it, the block
+    adds a parameter (`ada_gss`) to one projection that all blocks share.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        ffn: nn.Module,
+        num_heads: int,
+        drop_path: float,
+        l2_norm: bool,
+        shared_adaln: bool,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.width = width
+        self.norm_eps = norm_eps
+        self.shared_adaln = shared_adaln
+        self.attn = SelfAttention(width, num_heads, l2_norm)
+        self.ffn = ffn
+        self.drop_path = DropPath(drop_path)
+        if shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
+        """AdaLN chunks (B, 1, 6, C); they depend on the class alone, not on the scale."""
+        if shared_B16C is not None:
+            return self.ada_gss + shared_B16C
+        out: Tensor = self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
+        return out
+
+    def _norm(self, x_BLC: Tensor) -> Tensor:
+        return F.layer_norm(x_BLC, (self.width,), eps=self.norm_eps)
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        mod_B16C: Tensor,
+        layer: int,
+        mask_11LL: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
+        h_BLC = self._norm(x_BLC) * (1 + scale1) + shift1
+        attended = self.attn(h_BLC, layer, mask_11LL, cache)
+        x_BLC = x_BLC + self.drop_path(attended * gamma1)
+        h_BLC = self._norm(x_BLC) * (1 + scale2) + shift2
+        fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
+        return x_BLC + self.drop_path(fed * gamma2)
+
+
+class HeadNorm(nn.Module):
+    """AdaLN before the head: LN(x)(1 + scale) + shift."""
+
+    def __init__(self, width: int, norm_eps: float):
+        super().__init__()
+        self.width = width
+        self.norm_eps = norm_eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def modulation(self, cond_BC: Tensor) -> Tensor:
+        """scale and shift, (B, 1, 2, C)."""
+        out: Tensor = self.ada_lin(cond_BC).view(-1, 1, 2, self.width)
+        return out
+
+    def forward(self, x_BLC: Tensor, mod_B12C: Tensor) -> Tensor:
+        scale, shift = mod_B12C.unbind(2)
+        normed = F.layer_norm(x_BLC.float(), (self.width,), eps=self.norm_eps)
+        return normed * (1 + scale) + shift

@@ -1,0 +1,47 @@
+"""Keys and values of all scales drawn so far, preallocated.
+
+Legend: B batch (both guidance branches), H heads, L tokens of all scales, l tokens of one scale,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """One buffer for all layers. Every layer of a scale writes, then `advance` moves on.
+
+    The dense and the MoE backbone of a DynamicVAR write into the same cache: that is how the
+    coarse scales' keys and values are handed over at the switch.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        num_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (2, num_layers, batch, num_heads, num_tokens, head_dim)
+        self._kv_2NBHLD = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer: int, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one scale's keys and values of a layer; return all so far, (B, H, length, D)."""
+        end = self.length + k_BHlD.shape[2]
+        capacity = self._kv_2NBHLD.shape[4]
+        if end > capacity:
+            raise ValueError(f"the K/V cache holds {capacity} tokens, {end} were written")
+        k_BHLD, v_BHLD = self._kv_2NBHLD[:, layer].unbind(0)
+        k_BHLD[:, :, self.length : end] = k_BHlD
+        v_BHLD[:, :, self.length : end] = v_BHlD
+        return k_BHLD[:, :, :end], v_BHLD[:, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """End a scale of `num_tokens` tokens."""
+        self.length += num_tokens

@@ -1,0 +1,191 @@
+"""Multi-scale residual quantiser of VAR's VQ-VAE (VAR, section 3.2; arXiv 2404.02905).
+
+Legend: B batch, C code channels (z_channels), H W latent height and width (= patch_nums[-1]),
+p = patch_nums[si], S number of scales, V vocabulary, N tokens of a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Phi(nn.Conv2d):
+    """phi(h) = (1 - r) h + r conv3x3(h): smooths an upsampled code map."""
+
+    def __init__(self, channels: int, ratio: float):
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, h_BCHW: Tensor) -> Tensor:
+        return h_BCHW * (1 - self.ratio) + super().forward(h_BCHW) * self.ratio
+
+
+def nearest_tick(num_phi: int, si: int, num_scales: int) -> int:
+    """Index of the phi that scale `si` uses: the nearest tick to si / (S - 1), first of equals.
+
+    float64 on purpose: in float32 the ties at si = 2 and 7 of ten scales fall the other way.
+    """
+    edge = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+    ticks = np.linspace(edge, 1 - edge, num_phi)
+    return int(np.argmin(np.abs(ticks - (si / max(num_scales - 1, 1)))))
+
+
+class SharedPhi(nn.Module):
+    """One phi for all scales (published name `quant_resi.qresi`)."""
+
+    def __init__(self, channels: int, ratio: float, num_scales: int):
+        super().__init__()
+        self.qresi = Phi(channels, ratio)
+
+    def at(self, si: int) -> Phi:
+        return self.qresi
+
+
+class PartiallySharedPhi(nn.Module):
+    """A few phi, each serving the scales nearest to it (published `quant_resi.qresi_ls.N`)."""
+
+    def __init__(self, channels: int, ratio: float, num_scales: int, num_phi: int):
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(Phi(channels, ratio) for _ in range(num_phi))
+        self.num_scales = num_scales
+
+    def at(self, si: int) -> Phi:
+        phi = self.qresi_ls[nearest_tick(len(self.qresi_ls), si, self.num_scales)]
+        assert isinstance(phi, Phi)
+        return phi
+
+
+class PhiPerScale(nn.ModuleList):
+    """One phi a scale (published `quant_resi.N`)."""
+
+    def __init__(self, channels: int, ratio: float, num_scales: int):
+        super().__init__(Phi(channels, ratio) for _ in range(num_scales))
+
+    def at(self, si: int) -> Phi:
+        phi = self[si]
+        assert isinstance(phi, Phi)
+        return phi
+
+
+def build_phi(channels: int, ratio: float, num_scales: int, num_phi: int) -> nn.Module:
+    """`num_phi`: 0 one a scale, 1 one for all, K > 1 that many shared over the scales."""
+    if num_phi == 0:
+        return PhiPerScale(channels, ratio, num_scales)
+    if num_phi == 1:
+        return SharedPhi(channels, ratio, num_scales)
+    return PartiallySharedPhi(channels, ratio, num_scales, num_phi)
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Turns a feature map into one token map a scale, coarse to fine, and back.
+
+    Each scale codes what the coarser ones left over: the residual is area-downsampled to p x p,
+    replaced by its nearest codes, upsampled (bicubic) and smoothed (phi).
+    """
+
+    ema_vocab_hit_SV: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        channels: int,
+        patch_nums: Sequence[int],
+        beta: float = 0.25,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+    ):
+        super().__init__()
+        self.patch_nums = tuple(patch_nums)
+        self.vocab_size = vocab_size
+        self.channels = channels
+        self.beta = beta
+        self.embedding = nn.Embedding(vocab_size, channels)
+        self.quant_resi = build_phi(channels, phi_ratio, len(self.patch_nums), num_phi)
+        hits = torch.zeros(len(self.patch_nums), vocab_size)
+        self.register_buffer("ema_vocab_hit_SV", hits)
+
+    @torch.no_grad()
+    def nearest_code(self, z_NC: Tensor) -> Tensor:
+        """Indices (N,) of the codes with the least L2 distance to each row of z_NC."""
+        codes_VC = self.embedding.weight
+        distance_NV = z_NC.square().sum(1, keepdim=True) + codes_VC.square().sum(1)
+        return torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2).argmin(1)
+
+    def spread(self, code_BCpp: Tensor, si: int) -> Tensor:
+        """What scale si adds to f_hat: phi(bicubic upsampling of its codes), (B, C, H, W)."""
+        size = self.patch_nums[-1]
+        if si != len(self.patch_nums) - 1:
+            code_BCpp = F.interpolate(code_BCpp, size=(size, size), mode="bicubic")
+        phi = self.quant_resi.at(si)  # type: ignore[operator]
+        out: Tensor = phi(code_BCpp)
+        return out
+
+    def lookup(self, tokens_Bl: Tensor, si: int) -> Tensor:
+        """Code vectors (B, C, p, p) of one scale's tokens (B, p*p)."""
+        p = self.patch_nums[si]
+        return self.embedding(tokens_Bl).transpose(1, 2).reshape(-1, self.channels, p, p)
+
+    def next_input(self, f_hat_BCHW: Tensor, si: int) -> Tensor:
+        """What the transformer reads at scale si: f_hat area-downsampled, (B, p*p, C)."""
+        p = self.patch_nums[si]
+        return F.interpolate(f_hat_BCHW, size=(p, p), mode="area").flatten(2).transpose(1, 2)
+
+    def encode(self, f_BCHW: Tensor) -> list[Tensor]:
+        """Tokens of each scale, LongTensor (B, p*p), of a feature map (B, C, H, W)."""
+        return [tokens_Bl for tokens_Bl, _ in self.encode_with_inputs(f_BCHW)]
+
+    def encode_with_inputs(self, f_BCHW: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each scale the tokens (B, p*p) and the vectors (N, C) that they stand for."""
+        residual_BCHW = f_BCHW.detach().clone()
+        scales = []
+        for si in range(len(self.patch_nums)):
+            z_NC = self._vectors_of(residual_BCHW, si)
+            tokens_Bl = self.nearest_code(z_NC).view(f_BCHW.shape[0], -1)
+            residual_BCHW -= self.spread(self.lookup(tokens_Bl, si), si).detach()
+            scales.append((tokens_Bl, z_NC))
+        return scales
+
+    def _vectors_of(self, residual_BCHW: Tensor, si: int) -> Tensor:
+        p, last = self.patch_nums[si], len(self.patch_nums) - 1
+        if si != last:
+            residual_BCHW = F.interpolate(residual_BCHW, size=(p, p), mode="area")
+        return residual_BCHW.permute(0, 2, 3, 1).reshape(-1, self.channels)
+
+    def partial_sums(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """f_hat (B, C, H, W) after each scale."""
+        f_hat = torch.zeros((), device=tokens[0].device)
+        sums = []
+        for si, tokens_Bl in enumerate(tokens):
+            f_hat = f_hat + self.spread(self.lookup(tokens_Bl, si), si)
+            sums.append(f_hat)
+        return sums
+
+    def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
+        """The transformer's inputs of scales 1..S-1 under teacher forcing, (B, L - 1, C)."""
+        sums = self.partial_sums(tokens[:-1])
+        return torch.cat([self.next_input(f_hat, si + 1) for si, f_hat in enumerate(sums)], dim=1)
+
+    def forward(self, f_BCHW: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Quantise for training.
+
+        Returns f_hat with the straight-through gradient (B, C, H, W), the quantisation loss
+        mean_si(beta |sg(f_hat) - f|^2 + |f_hat - sg(f)|^2), and the tokens of each scale.
+        """
+        target_BCHW = f_BCHW.detach()
+        f_hat_BCHW = torch.zeros_like(target_BCHW)
+        loss = f_BCHW.new_zeros(())
+        tokens = []
+        for si in range(len(self.patch_nums)):
+            z_NC = self._vectors_of(target_BCHW - f_hat_BCHW.detach(), si)
+            tokens_Bl = self.nearest_code(z_NC).view(f_BCHW.shape[0], -1)
+            f_hat_BCHW = f_hat_BCHW + self.spread(self.lookup(tokens_Bl, si), si)
+            commitment = F.mse_loss(f_hat_BCHW.detach(), f_BCHW)
+            loss = loss + self.beta * commitment + F.mse_loss(f_hat_BCHW, target_BCHW)
+            tokens.append(tokens_Bl)
+        straight_through = f_BCHW + (f_hat_BCHW - f_BCHW).detach()
+        return straight_through, loss / len(self.patch_nums), tokens

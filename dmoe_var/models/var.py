@@ -1,0 +1,291 @@
+"""VAR: a transformer that predicts the next scale's token map (VAR, section 3; 2404.02905).
+
+Legend: B batch, L tokens of all scales, l tokens of one scale, C width, V vocabulary, Cvae latent
+channels of the VQ-VAE, S scales, si scale index from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from dmoe_var.models.blocks import FFN, Block, HeadNorm
+from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
+
+HEAD_DIM = 64
+ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """Shape of a VAR. Depth derives all that is left None: width, heads, drop path, AdaLN gain."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    depth: Annotated[int, Field(gt=0)] = 16
+    width: Annotated[int, Field(gt=0)] | None = None
+    num_heads: Annotated[int, Field(gt=0)] | None = None
+    num_classes: Annotated[int, Field(gt=0)] = 1000
+    patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
+        PATCH_NUMS_256
+    )
+    vocab_size: Annotated[int, Field(gt=1)] = 4096
+    z_channels: Annotated[int, Field(gt=0)] = 32
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    activation: Literal["gelu", "relu"] = "gelu"
+    shared_adaln: bool = False
+    attn_l2_norm: bool = True
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    adaln_gamma_gain: Annotated[float, Field(gt=0)] | None = None
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    experts: ExpertConfig | None = None
+
+    def __post_init__(self) -> None:
+        derived = {"width": HEAD_DIM * self.depth, "drop_path": 0.1 * self.depth / 24}
+        derived["adaln_gamma_gain"] = ADALN_GAMMA_GAIN.get(self.depth, 1e-3)
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.num_heads is None:
+            object.__setattr__(self, "num_heads", max(1, self.C // HEAD_DIM))
+        if self.C % self.H:
+            raise ValueError(f"num_heads={self.H} does not divide width={self.C}")
+        if self.experts is not None and self.hidden % self.experts.expert_size:
+            size = self.experts.expert_size
+            raise ValueError(f"expert_size={size} does not divide the FFN's {self.hidden} neurons")
+
+    @property
+    def C(self) -> int:
+        assert self.width is not None
+        return self.width
+
+    @property
+    def H(self) -> int:
+        assert self.num_heads is not None
+        return self.num_heads
+
+    @property
+    def hidden(self) -> int:
+        """Width of the FFN's hidden layer."""
+        return round(self.C * self.mlp_ratio)
+
+    @property
+    def num_tokens(self) -> int:
+        """L: tokens of all scales."""
+        return sum(p * p for p in self.patch_nums)
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.patch_nums)
+
+    @property
+    def scale_slices(self) -> tuple[slice, ...]:
+        """Where each scale's tokens lie among all L."""
+        ends = [sum(p * p for p in self.patch_nums[: si + 1]) for si in range(self.num_scales)]
+        return tuple(slice(end - p * p, end) for end, p in zip(ends, self.patch_nums, strict=True))
+
+
+class Modulation(NamedTuple):
+    """AdaLN of every block, (B, 1, 6, C) each, and of the head norm, (B, 1, 2, C)."""
+
+    blocks: list[Tensor]
+    head: Tensor
+
+
+class VAR(nn.Module):
+    """The backbone, dense or, with `config.experts`, with expert FFNs.
+
+    State-dict names of a dense VAR are those of the published models.
+    """
+
+    pos_start: nn.Parameter
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
+
+    def __init__(self, config: VARConfig):
+        super().__init__()
+        self.config = config
+        C, L, first_l = config.C, config.num_tokens, config.patch_nums[0] ** 2
+        self.word_embed = nn.Linear(config.z_channels, C)
+        self.class_emb = nn.Embedding(config.num_classes + 1, C)
+        self.pos_start = nn.Parameter(torch.empty(1, first_l, C))
+        self.pos_1LC = nn.Parameter(torch.empty(1, L, C))
+        self.lvl_embed = nn.Embedding(config.num_scales, C)
+        self.shared_ada_lin = (
+            nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C)) if config.shared_adaln else nn.Identity()
+        )
+        assert config.drop_path is not None
+        drop_path = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                C,
+                self._build_ffn(),
+                config.H,
+                drop_path[i],
+                config.attn_l2_norm,
+                config.shared_adaln,
+                config.norm_eps,
+            )
+            for i in range(config.depth)
+        )
+        self.head_nm = HeadNorm(C, config.norm_eps)
+        self.head = nn.Linear(C, config.vocab_size)
+        level_L = torch.cat([torch.full((p * p,), si) for si, p in enumerate(config.patch_nums)])
+        self.register_buffer("lvl_1L", level_L[None])
+        sees_LL = level_L[:, None] >= level_L[None, :]
+        mask = torch.zeros(1, 1, L, L).masked_fill_(~sees_LL, -torch.inf)
+        self.register_buffer("attn_bias_for_masking", mask)
+        self._init_weights()
+
+    def _build_ffn(self) -> nn.Module:
+        config = self.config
+        if config.experts is None:
+            return FFN(config.C, config.hidden, config.activation)
+        return MoEFFN(config.C, config.hidden, config.activation, config.experts)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Initialise as published (the routers of expert FFNs initialise themselves)."""
+        config = self.config
+        std = (1 / config.C / 3) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for position in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(position, std=std)
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin[1].weight.mul_(0.5)
+        assert config.adaln_gamma_gain is not None
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attn.proj.weight.div_((2 * config.depth) ** 0.5)
+            if isinstance(block.ffn, FFN):
+                block.ffn.fc2.weight.div_((2 * config.depth) ** 0.5)
+            else:
+                assert isinstance(block.ffn, MoEFFN)
+                block.ffn.reset_parameters(std, (2 * config.depth) ** -0.5)
+            if config.shared_adaln:
+                block.ada_gss[:, :, 2:].mul_(0.5)
+                block.ada_gss[:, :, :2].mul_(config.adaln_gamma_gain)
+            else:
+                block.ada_lin[1].weight[2 * config.C :].mul_(0.5)
+                block.ada_lin[1].weight[: 2 * config.C].mul_(config.adaln_gamma_gain)
+
+    @property
+    def moe_scales(self) -> tuple[int, ...]:
+        """Scales at which experts are selected: all of them, or none without experts."""
+        return tuple(range(self.config.num_scales)) if self.config.experts else ()
+
+    def backbone_at(self, si: int) -> VAR:
+        """The backbone that runs scale si; a DynamicVAR has two."""
+        return self
+
+    def condition(self, labels_B: Tensor) -> Tensor:
+        """Class embeddings (B, C); label `num_classes` is the null class."""
+        out: Tensor = self.class_emb(labels_B)
+        return out
+
+    def _position(self, tokens: slice) -> Tensor:
+        return self.lvl_embed(self.lvl_1L[:, tokens]) + self.pos_1LC[:, tokens]
+
+    def embed_start(self, cond_BC: Tensor) -> Tensor:
+        """Input of scale 0, (B, l, C): the condition at every one of its tokens."""
+        tokens = self.config.scale_slices[0]
+        return cond_BC[:, None] + self.pos_start + self._position(tokens)
+
+    def embed_scale(self, f_hat_BlC: Tensor, si: int) -> Tensor:
+        """Input of scale si >= 1, (B, l, C), from the downsampled f_hat (B, l, Cvae)."""
+        words_BlC = self.word_embed(f_hat_BlC.to(self.word_embed.weight.dtype))
+        return words_BlC + self._position(self.config.scale_slices[si])
+
+    def modulation(self, cond_BC: Tensor) -> Modulation:
+        """All AdaLN projections of a condition. They are the same at every scale."""
+        shared = None
+        if self.config.shared_adaln:
+            shared = self.shared_ada_lin(cond_BC).view(-1, 1, 6, self.config.C)
+        blocks = [block.modulation(cond_BC, shared) for block in self.blocks]  # type: ignore
+        return Modulation(blocks, self.head_nm.modulation(cond_BC))
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty K/V cache for all scales of `batch` rows, in the compute dtype."""
+        config, weight = self.config, self.word_embed.weight
+        head_dim = config.C // config.H
+        return KVCache(
+            config.depth, batch, config.H, config.num_tokens, head_dim, weight.dtype, weight.device
+        )
+
+    def step(
+        self, x_BlC: Tensor, mod: Modulation, cache: KVCache, routing: Routing | None = None
+    ) -> Tensor:
+        """Run one scale over the cache of the scales before it; logits (B, l, V), float32."""
+        for i, block in enumerate(self.blocks):
+            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=routing)
+        cache.advance(x_BlC.shape[1])
+        return self.logits(x_BlC, mod)
+
+    def logits(self, x_BLC: Tensor, mod: Modulation) -> Tensor:
+        """Head norm and head, (B, L, V), float32."""
+        out: Tensor = self.head(self.head_nm(x_BLC, mod.head).to(self.head.weight.dtype))
+        return out.float()
+
+    def drop_labels(self, labels_B: Tensor) -> Tensor:
+        """Replace labels by the null class with probability `label_drop`, in train mode only."""
+        if not self.training or self.config.label_drop == 0:
+            return labels_B
+        drop_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_drop
+        return torch.where(drop_B, self.config.num_classes, labels_B)
+
+    def forward(self, labels_B: Tensor, teacher_BLC: Tensor) -> Tensor:
+        """Teacher-forced logits (B, L, V) of all scales, float32.
+
+        teacher_BLC: (B, L - 1, Cvae), from `VQVAE.teacher_input` (scale 0 has no input but the
+        class, so a first scale of several tokens takes that many off L).
+        """
+        config = self.config
+        rest = slice(config.scale_slices[0].stop, None)
+        expected = (labels_B.shape[0], config.num_tokens - rest.start, config.z_channels)
+        if tuple(teacher_BLC.shape) != expected:
+            raise ValueError(f"teacher_BLC must be {expected}, got {tuple(teacher_BLC.shape)}")
+        cond_BC = self.condition(self.drop_labels(labels_B))
+        words_BLC = self.word_embed(teacher_BLC.to(self.word_embed.weight.dtype))
+        x_BLC = torch.cat([self.embed_start(cond_BC), words_BLC + self._position(rest)], dim=1)
+        mod = self.modulation(cond_BC)
+        for i, block in enumerate(self.blocks):
+            x_BLC = block(x_BLC, mod.blocks[i], i, mask_11LL=self.attn_bias_for_masking)
+        return self.logits(x_BLC, mod)
+
+
+def build_models(
+    depth: int = 16, vqvae: VQVAEConfig | None = None, **overrides: object
+) -> tuple[VQVAE, VAR]:
+    """Fresh models, initialised as published; `overrides` are fields of VARConfig.
+
+    What VQ-VAE and VAR share (patch_nums, vocab_size, z_channels) is taken from `vqvae` unless
+    overridden, and an override of one of them shapes both.
+    """
+    shared = ("patch_nums", "vocab_size", "z_channels")
+    base = vqvae if vqvae is not None else VQVAEConfig()
+    values = {name: overrides.pop(name, getattr(base, name)) for name in shared}
+    values["patch_nums"] = tuple(values["patch_nums"])  # type: ignore[arg-type]
+    vqvae_config = replace(base, **values)  # type: ignore[arg-type]
+    var_config = VARConfig(depth=depth, **values, **overrides)  # type: ignore[arg-type]
+    return VQVAE(vqvae_config), VAR(var_config)
+
+
+def check_pair(vqvae: VQVAE, var_config: VARConfig) -> None:
+    """ValueError where a VAR does not belong to a VQ-VAE."""
+    for name in ("patch_nums", "vocab_size", "z_channels"):
+        theirs: Sequence[int] | int = getattr(vqvae.config, name)
+        ours = getattr(var_config, name)
+        if theirs != ours:
+            raise ValueError(f"{name}: the VQ-VAE has {theirs}, the VAR has {ours}")

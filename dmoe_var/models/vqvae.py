@@ -1,0 +1,269 @@
+"""The multi-scale VQ-VAE: convolutional encoder and decoder around MultiScaleQuantizer.
+
+Legend: B batch, R image side, C channels, H W height and width of a feature map, Cvae latent
+channels, p = patch_nums[si], L = sum of p*p over the scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from dmoe_var.models.quantizer import MultiScaleQuantizer
+
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+GROUPS = 32
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Shape of a VQ-VAE; the defaults are the published vae_ch160v4096z32.
+
+    Each entry of `ch_mult` is a level; between levels the side halves, so the downsampling
+    factor is 2 ** (len(ch_mult) - 1). `num_phi`: 0 one a scale, 1 one for all, K that many.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    ch: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 160
+    ch_mult: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (
+        1, 1, 2, 2, 4,
+    )  # fmt: skip
+    num_res_blocks: Annotated[int, Field(gt=0)] = 2
+    attention: bool = True
+    z_channels: Annotated[int, Field(gt=0)] = 32
+    vocab_size: Annotated[int, Field(gt=1)] = 4096
+    patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
+        PATCH_NUMS_256
+    )
+    num_phi: Annotated[int, Field(ge=0)] = 4
+    phi_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beta: Annotated[float, Field(ge=0)] = 0.25
+    conv_kernel: Annotated[int, Field(ge=1)] = 3
+
+    def __post_init__(self) -> None:
+        if list(self.patch_nums) != sorted(set(self.patch_nums)):
+            raise ValueError(f"patch_nums must rise from scale to scale, got {self.patch_nums}")
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per side of a latent cell."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that fill the finest scale, in pixels."""
+        return self.patch_nums[-1] * self.downsampling
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, plus a (1x1 where channels change) shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.has_shortcut = in_channels != out_channels
+        if self.has_shortcut:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        shortcut: Tensor = self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW
+        return shortcut + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        B, C, H, W = x_BCHW.shape
+        q, k, v = self.qkv(self.norm(x_BCHW)).view(B, 3, 1, C, H * W).transpose(3, 4).unbind(1)
+        h_B1LC = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x_BCHW + self.proj_out(h_B1LC.transpose(2, 3).reshape(B, C, H, W))
+        return out
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
+        return out
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, attention: bool):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x_BCHW)))
+        return out
+
+
+class Level(nn.Module):
+    """The residual blocks (and attention) of one resolution, with an optional resampling."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(
+            ResBlock(c_in, c_out) for c_in, c_out in zip(widths, widths[1:], strict=False)
+        )
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks * attention))
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x_BCHW = block(x_BCHW)
+            if len(self.attn):
+                x_BCHW = self.attn[i](x_BCHW)
+        out: Tensor = self.upsample(self.downsample(x_BCHW))
+        return out
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, R, R) to features (B, Cvae, H, W), H = R / downsampling."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        last = len(widths) - 1
+        for i, width in enumerate(widths):
+            in_width = widths[i - 1] if i else config.ch
+            attention = config.attention and i == last
+            level = Level(in_width, width, config.num_res_blocks, attention)
+            if i != last:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], config.attention)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x_B3RR: Tensor) -> Tensor:
+        h = self.conv_in(x_B3RR)
+        for level in self.down:
+            h = level(h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return out
+
+
+class Decoder(nn.Module):
+    """Features (B, Cvae, H, W) to an image (B, 3, R, R)."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.attention)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            in_width = widths[min(i + 1, last)]
+            attention = config.attention and i == last
+            level = Level(in_width, width, config.num_res_blocks + 1, attention)
+            if i:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z_BCHW))
+        for level in reversed(self.up):
+            h = level(h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
+
+
+class VQVAE(nn.Module):
+    """Images to token maps and back. State-dict names are those of the published model."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = MultiScaleQuantizer(
+            config.vocab_size,
+            config.z_channels,
+            config.patch_nums,
+            config.beta,
+            config.num_phi,
+            config.phi_ratio,
+        )
+        kernel, z = config.conv_kernel, config.z_channels
+        self.quant_conv = nn.Conv2d(z, z, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(z, z, kernel, padding=kernel // 2)
+
+    def features(self, images_B3RR: Tensor) -> Tensor:
+        """Encoder output after quant_conv, (B, Cvae, H, W)."""
+        size = self.config.image_size
+        if images_B3RR.shape[-3:] != (3, size, size):
+            shape = tuple(images_B3RR.shape)
+            raise ValueError(f"images must be (B, 3, {size}, {size}), got {shape}")
+        out: Tensor = self.quant_conv(self.encoder(images_B3RR))
+        return out
+
+    @torch.no_grad()
+    def encode(self, images_B3RR: Tensor) -> list[Tensor]:
+        """Tokens of each scale, LongTensor (B, p*p), of images in [-1, 1]."""
+        return self.quantize.encode(self.features(images_B3RR))
+
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1] of the tokens of all scales."""
+        return self.decode_f_hat(self.quantize.partial_sums(tokens)[-1])
+
+    def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Images in [-1, 1] of an accumulated code map; any scale's partial sum will do."""
+        out: Tensor = self.decoder(self.post_quant_conv(f_hat_BCHW))
+        return out.clamp(-1, 1)
+
+    @torch.no_grad()
+    def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
+        """VAR's inputs of scales 1..S-1 under teacher forcing, (B, L - 1, Cvae)."""
+        return self.quantize.teacher_input(tokens)
+
+    def forward(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Training pass: unclamped reconstruction, quantisation loss, tokens of each scale."""
+        f_hat_BCHW, loss, tokens = self.quantize(self.features(images_B3RR))
+        return self.decoder(self.post_quant_conv(f_hat_BCHW)), loss, tokens

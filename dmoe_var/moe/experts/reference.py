@@ -1,0 +1,22 @@
+"""The plainest path: run the whole FFN, zero what was not selected. Saves no time; defines truth.
+
+Legend: N tokens, C width, E experts, D neurons an expert.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dmoe_var.moe.experts import ExpertWeights
+
+
+def reference(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
+    """See `run_experts`."""
+    num_experts, size, _ = weights.w1_EDC.shape
+    h_NH = act(F.linear(x_NC, weights.w1_EDC.flatten(0, 1), weights.b1_ED.flatten()))
+    h_NED = h_NH.view(-1, num_experts, size) * mask_NE[..., None]
+    return h_NED.flatten(1) @ weights.w2_EDC.flatten(0, 1) + weights.b2_C

@@ -1,0 +1,133 @@
+"""The expert FFN: an FFN whose neurons are grouped into experts, a router beside it.
+
+Legend: B batch, L tokens, N = B L, C width, E experts, D neurons an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from dmoe_var.models.blocks import activation
+from dmoe_var.moe.experts import ExpertWeights, run_experts
+from dmoe_var.moe.router import Router, default_hidden
+from dmoe_var.moe.selection import All, SelectionRule
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """How an FFN is cut into experts. `router_hidden` None: `router.default_hidden(width)`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    expert_size: Annotated[int, Field(gt=0)] = 128
+    router_hidden: Annotated[int, Field(gt=0)] | None = None
+
+
+class ExpertCounts:
+    """How many experts ran on each token, by scale and layer: what FLOPs and maps are made of.
+
+    Rows are the sampler's: the conditional branch of all images, then the unconditional one.
+    """
+
+    def __init__(self) -> None:
+        self._by_scale: dict[int, list[Tensor]] = {}
+
+    def record(self, si: int, mask_BLE: Tensor) -> None:
+        """Add one layer's mask; layers arrive in order."""
+        self._by_scale.setdefault(si, []).append(mask_BLE.sum(-1, dtype=torch.int16))
+
+    @property
+    def scales(self) -> list[int]:
+        return sorted(self._by_scale)
+
+    def per_token(self, si: int) -> Tensor:
+        """Experts run, int16 (layers, B, L)."""
+        return torch.stack(self._by_scale[si])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One scale's selection, handed down by the sampler to every expert FFN of that scale."""
+
+    rule: SelectionRule
+    si: int = 0
+    impl: str = "grouped"
+    counts: ExpertCounts | None = None
+    noise: Callable[[int, int], Tensor] | None = None
+    """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
+
+
+class MoEFFN(nn.Module):
+    """sum over selected e of act(x W1_e + b1_e) W2_e, plus the shared output bias b2."""
+
+    def __init__(self, width: int, hidden: int, act: str, config: ExpertConfig):
+        super().__init__()
+        self.expert_size = config.expert_size
+        self.num_experts = hidden // config.expert_size
+        shape = (self.num_experts, self.expert_size, width)
+        self.w1_EDC = nn.Parameter(torch.zeros(shape))
+        self.b1_ED = nn.Parameter(torch.zeros(shape[:2]))
+        self.w2_EDC = nn.Parameter(torch.zeros(shape))
+        self.b2_C = nn.Parameter(torch.zeros(width))
+        self.act = activation(act)
+        router_hidden = config.router_hidden or default_hidden(width)
+        self.router = Router(width, router_hidden, self.num_experts)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, out_gain: float) -> None:
+        """The dense FFN's initialisation; `out_gain` scales the output weights."""
+        nn.init.trunc_normal_(self.w1_EDC, std=std)
+        nn.init.trunc_normal_(self.w2_EDC, std=std).mul_(out_gain)
+        self.router.reset_parameters()
+
+    @property
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.w1_EDC, self.b1_ED, self.w2_EDC, self.b2_C)
+
+    def true_norms(self, x_BLC: Tensor) -> Tensor:
+        """||act(x W1_e + b1_e) W2_e||_2 of every expert, (B, L, E): the router's target.
+
+        The shared output bias is left out.
+        """
+        norms = []
+        for w1_DC, b1_D, w2_DC in zip(self.w1_EDC, self.b1_ED, self.w2_EDC, strict=True):
+            h_BLD = self.act(nn.functional.linear(x_BLC, w1_DC, b1_D))
+            norms.append(torch.linalg.vector_norm(h_BLD @ w2_DC, dim=-1))
+        return torch.stack(norms, dim=-1)
+
+    def forward(self, x_BLC: Tensor, routing: Routing | None = None) -> Tensor:
+        """(B, L, C). Without routing every expert runs, and the router does not."""
+        if routing is None or isinstance(routing.rule, All):
+            mask_BLE = x_BLC.new_ones((*x_BLC.shape[:-1], self.num_experts), dtype=torch.bool)
+            out_BLC = self._all_experts(x_BLC)
+        else:
+            mask_BLE = self.select(x_BLC, routing)
+            x_NC, mask_NE = x_BLC.flatten(0, 1), mask_BLE.flatten(0, 1)
+            out_BLC = run_experts(x_NC, mask_NE, self.weights, self.act, routing.impl).view_as(
+                x_BLC
+            )
+        if routing is not None and routing.counts is not None:
+            routing.counts.record(routing.si, mask_BLE)
+        return out_BLC
+
+    def select(self, x_BLC: Tensor, routing: Routing) -> Tensor:
+        """The mask (B, L, E) of experts to run."""
+        rule = routing.rule
+        if rule.true_norms:
+            return rule(self.true_norms(x_BLC))
+        if rule.uses_scores:
+            return rule(self.router(x_BLC))
+        noise = routing.noise(x_BLC.shape[1], self.num_experts) if routing.noise else None
+        return rule(x_BLC.new_zeros((*x_BLC.shape[:-1], self.num_experts)), noise)
+
+    def _all_experts(self, x_BLC: Tensor) -> Tensor:
+        h_BLH = self.act(
+            nn.functional.linear(x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())
+        )
+        return h_BLH @ self.w2_EDC.flatten(0, 1) + self.b2_C

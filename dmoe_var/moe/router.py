@@ -1,0 +1,35 @@
+"""The router: predicts the L2 norm of every expert's output (DMoE-VAR, router regression).
+
+Legend: B batch, L tokens, C width, R router hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PUBLISHED_HIDDEN = 128
+
+
+def default_hidden(width: int) -> int:
+    """128 at the published widths (1024 and up); C / 8 below, where 128 would cost too much."""
+    return PUBLISHED_HIDDEN if width >= 8 * PUBLISHED_HIDDEN else max(1, width // 8)
+
+
+class Router(nn.Module):
+    """|Linear(GELU(Linear(x)))|, no biases; x is the FFN's input after AdaLN."""
+
+    def __init__(self, width: int, hidden: int, num_experts: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, num_experts, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.fc1.weight)
+        nn.init.kaiming_uniform_(self.fc2.weight)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        """Predicted norms (B, L, E), non-negative."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC)))
+        return out.abs()

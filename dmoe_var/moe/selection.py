@@ -1,0 +1,125 @@
+"""Selection rules: which experts run on a token, from one score an expert.
+
+Every rule is a pure function scores (..., E) -> bool mask (..., E). Scores are predicted output
+norms, or true ones for a rule with `true_norms`. Legend: E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """Base of all rules."""
+
+    true_norms: ClassVar[bool] = False
+    """The rule reads the experts' true norms; the pass that computes them is not counted."""
+    uses_scores: ClassVar[bool] = True
+    """The rule reads scores, so that a router has to run."""
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _within(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} is not within [{low}, {high}]")
+
+
+@dataclass(frozen=True)
+class Threshold(SelectionRule):
+    """Eq. 3: expert e runs iff score_e >= tau * max_j score_j. tau = 0 runs all experts."""
+
+    tau: float
+
+    def __post_init__(self) -> None:
+        self._within("tau", 0, 1)
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        return scores >= self.tau * scores.amax(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Oracle(Threshold):
+    """Eq. 3 on the true norms: an upper bound for any router."""
+
+    true_norms: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class TopK(SelectionRule):
+    """The k experts of the largest scores."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        self._within("k", 1, 2**31)
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        return top_k_mask(scores, self.k)
+
+
+@dataclass(frozen=True)
+class Cumulative(SelectionRule):
+    """The smallest set of experts whose scores sum to at least `share` of the total.
+
+    At least one expert runs, also where the share is 0 or all scores are.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        self._within("share", 0, 1)
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        ordered, order = scores.double().sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        needed = before < self.share * ordered.sum(-1, keepdim=True)
+        needed[..., 0] = True
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, needed)
+
+
+@dataclass(frozen=True)
+class Random(SelectionRule):
+    """k experts by chance, whatever the scores: the baseline that any router has to beat.
+
+    `noise` (..., E): uniform draws to rank by, where a sampler gives every image its own stream;
+    without it the draws come from `seed`.
+    """
+
+    k: int
+    seed: int = 0
+    uses_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._within("k", 1, 2**31)
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        if noise is None:
+            generator = torch.Generator(scores.device).manual_seed(self.seed)
+            noise = torch.rand(scores.shape, generator=generator, device=scores.device)
+        return top_k_mask(noise, self.k)
+
+
+@dataclass(frozen=True)
+class All(SelectionRule):
+    """Every expert on every token: the unsplit FFN."""
+
+    uses_scores: ClassVar[bool] = False
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        return torch.ones_like(scores, dtype=torch.bool)
+
+
+def top_k_mask(scores: Tensor, k: int) -> Tensor:
+    """Mask of exactly k experts a token; ties go to torch.topk's order."""
+    num_experts = scores.shape[-1]
+    if k > num_experts:
+        raise ValueError(f"k={k} is more than the {num_experts} experts")
+    chosen = scores.topk(k, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)

@@ -1,0 +1,57 @@
+"""tau a scale: Eq. 3's threshold ratio, or any selection rule, for each scale with experts.
+
+Polarity: a larger tau runs fewer experts; 0 runs all. Published lists of the authors' code use
+1 - tau and are converted here, once, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dmoe_var.moe.selection import SelectionRule, Threshold
+
+Tau = float | Sequence[float] | None
+
+PAPER_TAU = (0.18161, 0.18698, 0.21314)
+"""The paper's thresholds of the last three scales, in Eq. 3's polarity."""
+
+
+def from_published(published: Sequence[float]) -> tuple[float, ...]:
+    """Eq.-3 thresholds of a list in the polarity of the authors' code (1 - tau)."""
+    return tuple(1.0 - value for value in published)
+
+
+def resolve_rules(
+    tau: Tau,
+    selection: SelectionRule | Sequence[SelectionRule] | None,
+    num_scales: int,
+    moe_scales: Sequence[int],
+) -> dict[int, SelectionRule]:
+    """The rule of each scale in `moe_scales`; empty where neither tau nor selection is given.
+
+    `tau` and `selection` are one value for all those scales, a list of one value for each of them,
+    or a list of one value for every scale of the model, of which those at scales without experts
+    have nothing to act on. Raises ValueError for both at once, a model without experts, a list of
+    another length, or a tau outside [0, 1].
+    """
+    if tau is None and selection is None:
+        return {}
+    if tau is not None and selection is not None:
+        raise ValueError("tau and selection are both given; tau is short for Threshold(tau)")
+    name = "selection" if tau is None else "tau"
+    if not moe_scales:
+        raise ValueError(f"{name} is given, but the model has no experts")
+    given = selection if tau is None else tau
+    if not isinstance(given, Sequence):
+        per_scale = [given] * len(moe_scales)
+    elif len(given) == len(moe_scales):
+        per_scale = list(given)
+    elif len(given) == num_scales:
+        per_scale = [given[si] for si in moe_scales]
+    else:
+        raise ValueError(
+            f"{name} has {len(given)} values; it takes 1, {len(moe_scales)} (the scales with "
+            f"experts) or {num_scales} (all scales)"
+        )
+    rules = [v if isinstance(v, SelectionRule) else Threshold(float(v)) for v in per_scale]  # type: ignore[arg-type]
+    return dict(zip(moe_scales, rules, strict=True))

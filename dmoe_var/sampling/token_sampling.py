@@ -1,0 +1,115 @@
+"""Drawing tokens: guidance, top-k, top-p, and where the random numbers come from.
+
+Legend: B images, l tokens of a scale, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+TOKENS, ROUTING = 0, 1
+
+
+def stream_seed(seed: int, index: int, purpose: int) -> int:
+    """64-bit seed of an image's own stream.
+
+    The low 32 bits (all that torch's CPU generator reads) are a bijection of the image's index,
+    so that no two of the first 2**32 images of a seed share a stream.
+    """
+    key = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    mixed = index & 0xFFFFFFFF
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # odd multipliers and xor-shifts are bijective
+        mixed ^= mixed >> 16
+        mixed = mixed * multiplier & 0xFFFFFFFF
+    low = (mixed ^ (mixed >> 13)) ^ int.from_bytes(key[:4], "little")
+    tail = hashlib.blake2b(key + index.to_bytes(8, "little"), digest_size=4).digest()
+    return int.from_bytes(tail, "little") << 32 | low
+
+
+class ImageStreams:
+    """One random stream an image, from a hash of the seed and the image's global index.
+
+    With `generator`, all draws come from it in the published order instead.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        start_index: int,
+        batch: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ):
+        self.device = device
+        self.batch = batch
+        self.generator = generator
+
+        def streams(purpose: int) -> list[torch.Generator]:
+            return [
+                torch.Generator(device).manual_seed(stream_seed(seed, start_index + i, purpose))
+                for i in range(batch)
+            ]
+
+        self._token_streams = [] if generator else streams(TOKENS)
+        self._routing_streams = streams(ROUTING)
+
+    def exponential(self, num_tokens: int, vocab_size: int) -> Tensor:
+        """Exp(1) draws (B, l, V), float32."""
+        noise_BlV = torch.empty(self.batch, num_tokens, vocab_size, device=self.device)
+        if self.generator is not None:
+            return noise_BlV.exponential_(generator=self.generator)
+        for noise_lV, stream in zip(noise_BlV, self._token_streams, strict=True):
+            noise_lV.exponential_(generator=stream)
+        return noise_BlV
+
+    def routing_noise(self, num_tokens: int, num_experts: int, branches: int) -> Tensor:
+        """Uniform draws (branches B, l, E) for rules that select experts by chance."""
+        noise = torch.empty(self.batch, branches, num_tokens, num_experts, device=self.device)
+        for noise_blE, stream in zip(noise, self._routing_streams, strict=True):
+            noise_blE.uniform_(generator=stream)
+        return noise.transpose(0, 1).flatten(0, 1)
+
+
+def guide(logits: Tensor, t: float) -> Tensor:
+    """Classifier-free guidance of stacked logits [cond; null]: (1 + t) cond - t null."""
+    cond_BlV, null_BlV = logits.chunk(2)
+    return (1 + t) * cond_BlV - t * null_BlV
+
+
+def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf for what top-k, then top-p drop; top_k = 0 and top_p = 0 switch each off.
+
+    top-p sorts ascending, drops where the running probability is at most 1 - top_p, and always
+    keeps the likeliest token.
+    """
+    if top_k > 0:
+        kept = logits_BlV.topk(min(top_k, logits_BlV.shape[-1]), dim=-1, sorted=False).values
+        logits_BlV = logits_BlV.masked_fill(logits_BlV < kept.amin(-1, keepdim=True), -torch.inf)
+    if top_p > 0:
+        ordered, order = logits_BlV.sort(dim=-1, descending=False)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1:] = False
+        logits_BlV = logits_BlV.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return logits_BlV
+
+
+def draw_tokens(logits_BlV: Tensor, streams: ImageStreams) -> Tensor:
+    """One token a position, (B, l): argmax of p / Exp(1), which is what torch.multinomial draws."""
+    _, num_tokens, vocab_size = logits_BlV.shape
+    return logits_BlV.softmax(-1).div_(streams.exponential(num_tokens, vocab_size)).argmax(-1)
+
+
+def soft_mix(
+    logits_BlV: Tensor, codes_VC: Tensor, progress: float, streams: ImageStreams
+) -> Tensor:
+    """`more_smooth`: a Gumbel-softmax mix of code vectors, (B, l, C), for pictures, never for FID.
+
+    progress: si / (S - 1).
+    """
+    temperature = max(0.27 * (1 - progress * 0.95), 0.005)
+    gumbel = -streams.exponential(*logits_BlV.shape[1:]).log()
+    mix_BlV = ((logits_BlV * (1 + progress) + gumbel) / temperature).softmax(-1)
+    return mix_BlV @ codes_VC

@@ -1,0 +1,172 @@
+"""The graph that joins the stages: what is done is skipped, what was interrupted goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from dmoe_var.checkpoints.safetensors_io import write_text
+from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.metrics.record import (
+    RESULT_FILE,
+    Record,
+    device_name,
+    git_commit,
+    library_versions,
+    now,
+)
+from dmoe_var.stages.work import NEEDS, Work
+from dmoe_var.training.state import STATE_FILE
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands over for its record."""
+
+    metrics: Mapping[str, float]
+    num_samples: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+StageFunction = Callable[[Work], StageResult]
+
+
+def record_if_done(work: Work, stage: str) -> Record | None:
+    """The stage's record where it is done with this configuration, else None.
+
+    CheckpointError where it is done, but its checkpoint is cut short or gone.
+    """
+    folder = work.folder(stage)
+    if not (folder / RESULT_FILE).exists():
+        return None
+    record = Record.read(folder / RESULT_FILE)
+    if record.fingerprint != work.fingerprint(stage):
+        return None
+    if record.about.get("checkpoint"):
+        path = folder / "checkpoint" / "model.safetensors"
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{path}: missing, cut short or no safetensors file ({reason}); remove "
+                f"{folder} to make it again"
+            ) from error
+    return record
+
+
+def require(work: Work, stage: str) -> Record:
+    """The record of a stage that another builds on; InputError where it is not done."""
+    record = record_if_done(work, stage)
+    if record is not None:
+        return record
+    path = work.folder(stage) / RESULT_FILE
+    if not path.exists():
+        raise InputError(
+            f"{stage} is not done in {path.parent}; run scripts/{stage}.py or scripts/pipeline.py "
+            "with the same options first"
+        )
+    ours, theirs = work.relevant(stage), Record.read(path).config
+    differs = [
+        f"{key} is {ours.get(key)}, there {theirs.get(key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    raise InputError(
+        f"{path.parent}: made with another configuration ({'; '.join(differs)}); run "
+        f"scripts/{stage}.py or scripts/pipeline.py again"
+    )
+
+
+def prepare(work: Work) -> None:
+    """Settings of the whole process: threads, determinism, TF32."""
+    config = work.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif work.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def run_stage(work: Work, stage: str) -> Record:
+    """Run a stage unless it is done; its record either way.
+
+    What it builds on must be done (InputError); `run_through` does that first.
+    """
+    done = record_if_done(work, stage)
+    if done is not None:
+        return done
+    for upstream in work.needs(stage):
+        require(work, upstream)
+    folder = work.folder(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
+    write_text(folder / "config.yaml", settings)
+    started = now()
+    result = _function(stage)(work)
+    record = Record(
+        stage=stage,
+        variant=work.variant(stage),
+        fingerprint=work.fingerprint(stage),
+        metrics=result.metrics,
+        config=work.relevant(stage),
+        seed=work.config.seed,
+        num_samples=result.num_samples,
+        dtype=work.config.dtype,
+        started=started,
+        ended=now(),
+        device=device_name(work.device),
+        threads=torch.get_num_threads(),
+        git_commit=git_commit(),
+        libraries=library_versions(),
+        about=result.about,
+    )
+    record.write(folder)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    return record
+
+
+def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) -> Record:
+    """Run a stage and all that it builds on, in order.
+
+    `on_stage(name, done)` is called before each, done saying whether it will be skipped.
+    """
+    for stage in order(work, last):
+        on_stage(stage, record_if_done(work, stage) is not None)
+        record = run_stage(work, stage)
+    return record
+
+
+def order(work: Work, last: str) -> list[str]:
+    """A stage's upstream stages, then itself."""
+    stages: list[str] = []
+    for upstream in work.needs(last):
+        stages += [name for name in order(work, upstream) if name not in stages]
+    return [*stages, last]
+
+
+def _function(stage: str) -> StageFunction:
+    """The `run` of a stage's module."""
+    from importlib import import_module
+
+    if stage not in NEEDS:
+        raise ValueError(f"stage={stage!r} is none of {', '.join(NEEDS)}")
+    function: StageFunction = import_module(f"dmoe_var.stages.{stage}").run
+    return function
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,24 @@
+"""Stage 3: GELU becomes ReLU, and fine-tuning with the Hoyer loss makes activations sparse."""
+
+from __future__ import annotations
+
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.conversion.relufication import relufy
+from dmoe_var.stages import models
+from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages.tokens import token_sets
+from dmoe_var.stages.work import Work
+from dmoe_var.training.loop import train
+from dmoe_var.training.objectives import SparsifyObjective
+
+
+def run(work: Work) -> StageResult:
+    config = work.config.sparsify
+    vqvae = models.vqvae(work)
+    var = models.dense(work)
+    if config.activation == "relu":
+        var = relufy(var)
+    objective = SparsifyObjective(var, vqvae, *token_sets(work, vqvae), config)
+    metrics = train(objective, config, work.training_run("sparsify"))
+    save_checkpoint(models.checkpoint(work, "sparsify"), var)
+    return StageResult(metrics, about={"checkpoint": "checkpoint"})

@@ -1,0 +1,21 @@
+"""Stage 5: routers learn to predict each expert's output norm."""
+
+from __future__ import annotations
+
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.stages import models
+from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages.tokens import token_sets
+from dmoe_var.stages.work import Work
+from dmoe_var.training.loop import train
+from dmoe_var.training.router_objective import RouterObjective
+
+
+def run(work: Work) -> StageResult:
+    config = work.config.train_router
+    vqvae = models.vqvae(work)
+    moe = models.split(work, "split")
+    objective = RouterObjective(moe, vqvae, *token_sets(work, vqvae), config)
+    metrics = train(objective, config, work.training_run("train_router"))
+    save_checkpoint(models.checkpoint(work, "train_router"), moe)
+    return StageResult(metrics, about={"checkpoint": "checkpoint"})

@@ -1,0 +1,175 @@
+"""Router regression: every router learns its experts' output norms (DMoE-VAR, section 3).
+
+Legend: B batch, L tokens of all scales, C width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.training.loop import OptimConfig
+from dmoe_var.training.objectives import Mean, TokenObjective
+
+BRANCHES = ("cond", "null")
+
+
+@dataclass(frozen=True)
+class RouterConfig(OptimConfig):
+    """Router training and what the routers see.
+
+    null_share: the share of each batch that runs with the null class, as the unconditional branch
+    of guidance does at inference. scales: those whose tokens are learnt from; None: all, as in
+    the paper.
+    """
+
+    null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    scales: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+
+def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:
+    """Rank correlation (B, L) over a token's experts, in [-1, 1]; needs two experts or more."""
+    num_experts = predicted_BLE.shape[-1]
+    ranks = [norms.argsort(-1).argsort(-1).double() for norms in (predicted_BLE, true_BLE)]
+    squares_BL = (ranks[0] - ranks[1]).square().sum(-1)
+    return 1 - 6 * squares_BL / (num_experts * (num_experts**2 - 1))
+
+
+@contextmanager
+def record_ffn_inputs(var: VAR) -> Iterator[list[Tensor]]:
+    """Collects what enters every expert FFN (the hidden state after AdaLN), in order."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0])
+
+    handles = [ffn.register_forward_pre_hook(keep) for ffn in expert_ffns(var)]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_ffns(var: VAR) -> list[MoEFFN]:
+    """The expert FFN of every block; ValueError for a dense model."""
+    ffns = [block.ffn for block in var.blocks]
+    if not all(isinstance(ffn, MoEFFN) for ffn in ffns):
+        raise ValueError("routers belong to a model with experts; split it first")
+    return ffns  # type: ignore[return-value]
+
+
+class RouterObjective(TokenObjective):
+    """Mean squared error of predicted against true norms over experts, tokens and layers.
+
+    The labels come from running all experts on teacher-forced tokens; only routers train.
+    """
+
+    def __init__(
+        self,
+        moe: VAR,
+        vqvae: VQVAE,
+        training: TokenSet,
+        held_out: TokenSet,
+        config: RouterConfig,
+    ):
+        super().__init__(moe, vqvae, training, held_out)
+        self.ffns = expert_ffns(moe)
+        self.routers = nn.ModuleList(ffn.router for ffn in self.ffns)
+        self.module = self.routers
+        self.config = config
+        self.constants_LE: list[Tensor] | None = None
+        slices = moe.config.scale_slices
+        learnt = range(len(slices)) if config.scales is None else config.scales
+        self.learnt_tokens = torch.cat(
+            [torch.arange(slices[si].start, slices[si].stop) for si in learnt]
+        )
+        moe.requires_grad_(False).eval()
+        self.routers.requires_grad_(True)
+
+    def _null(self, labels_B: Tensor) -> Tensor:
+        return torch.full_like(labels_B, self.var.config.num_classes)
+
+    @torch.no_grad()
+    def _inputs(self, labels_B: Tensor, teacher_BLC: Tensor) -> list[Tensor]:
+        """FFN inputs (B, L, C) of every layer with all experts on."""
+        with record_ffn_inputs(self.var) as inputs:
+            self.var(labels_B, teacher_BLC)
+        return inputs
+
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        _, labels_B, teacher_BLC = self.batch(self.training, indices_B)
+        num_null = round(self.config.null_share * len(labels_B))
+        labels_B = torch.cat([self._null(labels_B[:num_null]), labels_B[num_null:]])
+        inputs = self._inputs(labels_B, teacher_BLC)
+        losses = []
+        for ffn, x_BLC in zip(self.ffns, inputs, strict=True):
+            x_BLC = x_BLC[:, self.learnt_tokens]
+            with torch.no_grad():
+                true_BLE = ffn.true_norms(x_BLC)
+            losses.append(F.mse_loss(ffn.router(x_BLC), true_BLE))
+        return torch.stack(losses).mean(), {}
+
+    @torch.no_grad()
+    def mean_norms(self, num_images: int = 256) -> list[Tensor]:
+        """Mean true norm of each expert (E,), a layer each: the constant prediction to beat.
+
+        Over both branches of the first training images, equally.
+        """
+        totals: list[Tensor] = []
+        indices = torch.arange(min(num_images, self.num_examples))
+        chunks = indices.split(64)
+        for chunk in chunks:
+            _, labels_B, teacher_BLC = self.batch(self.training, chunk)
+            for labels in (labels_B, self._null(labels_B)):
+                inputs = self._inputs(labels, teacher_BLC)
+                sums = [
+                    ffn.true_norms(x_BLC[:, self.learnt_tokens]).mean((0, 1)) * len(chunk)
+                    for ffn, x_BLC in zip(self.ffns, inputs, strict=True)
+                ]
+                totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+        return [total / (2 * len(indices)) for total in totals]
+
+    def validate(self) -> dict[str, float]:
+        """On held-out images, by branch: the routers' error, the constant's, and how well the
+        order of experts is predicted (Spearman), in all and by layer and scale."""
+        if self.constants_LE is None:
+            self.constants_LE = self.mean_norms()
+        mean = Mean()
+        for _, labels_B, teacher_BLC in self.held_out_batches():
+            for branch, labels in zip(BRANCHES, (labels_B, self._null(labels_B)), strict=True):
+                inputs = self._inputs(labels, teacher_BLC)
+                for layer, x_BLC in enumerate(inputs):
+                    self._add_layer(mean, layer, x_BLC, branch)
+        return mean.result()
+
+    def _add_layer(self, mean: Mean, layer: int, x_BLC: Tensor, branch: str) -> None:
+        assert self.constants_LE is not None
+        ffn, constant_E = self.ffns[layer], self.constants_LE[layer]
+        true_BLE, predicted_BLE = ffn.true_norms(x_BLC), ffn.router(x_BLC)
+        error = F.mse_loss(predicted_BLE, true_BLE)
+        constant_error = F.mse_loss(constant_E.expand_as(true_BLE), true_BLE)
+        agreement_BL = spearman(predicted_BLE, true_BLE)
+        rows = len(x_BLC)
+        for suffix in ("", f"_{branch}"):
+            mean.add(f"val_mse{suffix}", error, rows)
+            mean.add(f"val_mse_constant{suffix}", constant_error, rows)
+            mean.add(f"val_rank_agreement{suffix}", agreement_BL.mean(), rows)
+        for si, scale in enumerate(self.var.config.scale_slices):
+            name = f"layer{layer}_scale{si}"
+            scale_error = F.mse_loss(predicted_BLE[:, scale], true_BLE[:, scale])
+            mean.add(f"val_mse_{name}", scale_error, rows)
+            mean.add(f"val_rank_agreement_{name}", agreement_BL[:, scale].mean(), rows)

@@ -1,0 +1,84 @@
+"""Training state on disk: one safetensors file, written whole, from which a run goes on bitwise.
+
+Random numbers need no saving: every step seeds its own from (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dmoe_var.checkpoints.safetensors_io import read_tensors, write_tensors
+from dmoe_var.errors import CheckpointError
+
+STATE_FILE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """`fingerprint` is a hash of the configuration that the state belongs to."""
+
+    path: Path
+    fingerprint: str
+
+    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Store what training changes: trainable parameters, buffers, optimiser moments."""
+        tensors = {f"model/{name}": tensor for name, tensor in changing(module).items()}
+        for name, parameter in trainable(module).items():
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        header = {"step": step, "fingerprint": self.fingerprint}
+        write_tensors(self.path, tensors, {"state": json.dumps(header)})
+
+    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Put a stored state back; the number of finished steps (0 where nothing is stored).
+
+        CheckpointError for a file that is cut short, incomplete or of another configuration.
+        """
+        if not self.path.exists():
+            return 0
+        tensors, metadata = read_tensors(self.path)
+        try:
+            header = json.loads(metadata["state"])
+            step, fingerprint = int(header["step"]), str(header["fingerprint"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: not a training state") from error
+        if fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"{self.path}: belongs to another configuration (fingerprint {fingerprint}, this "
+                f"run has {self.fingerprint}); remove it to start afresh"
+            )
+        parameters = trainable(module)
+        wanted = {f"model/{name}" for name in changing(module)}
+        wanted |= {f"optimizer/{n}/{k}" for n in parameters for k in ("step", "exp_avg")}
+        missing = sorted(wanted - tensors.keys())
+        if missing:
+            raise CheckpointError(f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}")
+        with torch.no_grad():
+            for name, tensor in changing(module).items():
+                tensor.copy_(tensors[f"model/{name}"])
+        for name, parameter in parameters.items():
+            prefix = f"optimizer/{name}/"
+            optimizer.state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device if value.ndim else "cpu")
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        return step
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def changing(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What training can change: trainable parameters and buffers."""
+    return {**trainable(module), **dict(module.named_buffers())}

@@ -1,0 +1,65 @@
+"""Where training metrics go: metrics.jsonl always, wandb with the same lines when asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dmoe_var.checkpoints.safetensors_io import write_text
+
+WandbMode = Literal["disabled", "offline", "online"]
+
+
+class MetricsLog:
+    """Appends a JSON line a logged step; a resumed run first drops the lines it will write again.
+
+    Use as a context manager.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int = 0,
+        wandb_mode: WandbMode = "disabled",
+        run_name: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_lines(self.path) if line["step"] <= resume_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._wandb = None
+        if wandb_mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project="dmoe-var",
+                name=run_name,
+                dir=folder,
+                mode=wandb_mode,
+                config=dict(config or {}),
+            )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics of a step; step counts finished steps, from 1."""
+        line = {"step": step, **metrics}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]

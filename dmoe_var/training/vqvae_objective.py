@@ -1,0 +1,163 @@
+"""Training of the multi-scale VQ-VAE: what the published code leaves out.
+
+Legend: B batch, R image side, N vectors, V vocabulary, S scales, Cvae latent channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dmoe_var.data.digits import ImageSet
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.training.loop import OptimConfig
+from dmoe_var.training.objectives import Mean
+
+HIT_MOMENTUM = 0.9
+PERCEPTUAL_BLOCKS = (0, 2, 4)
+VALIDATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class VQVAETrainingConfig(OptimConfig):
+    """Loss: mse * MSE + l1 * L1 + quantisation + perceptual * feature distance.
+
+    Codes hit less than `dead_below` times the mean (in a running count over scales) are restarted
+    every `restart_every` steps, until `restart_until` (a share of all steps).
+    """
+
+    mse: Annotated[float, Field(ge=0)] = 1.0
+    l1: Annotated[float, Field(ge=0)] = 0.2
+    perceptual: Annotated[float, Field(ge=0)] = 0.0
+    perceptual_size: Annotated[int, Field(ge=32)] = 64
+    restart_every: Annotated[int, Field(gt=0)] = 25
+    restart_until: Annotated[float, Field(ge=0, le=1)] = 0.8
+    dead_below: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+
+class PerceptualDistance(nn.Module):
+    """Mean squared distance of unit-length feature columns of an ImageNet-trained network.
+
+    The early blocks of EfficientNet-Lite0, which a package carries; frozen.
+    """
+
+    def __init__(self, input_size: int):
+        super().__init__()
+        from dmoe_var.metrics.fidelity import EfficientNetLite0Features
+
+        self.input_size = input_size
+        network = EfficientNetLite0Features("perceptual", ["1280"], input_size).network
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = nn.ModuleList(network._blocks[: PERCEPTUAL_BLOCKS[-1] + 1])
+        self.requires_grad_(False).eval()
+
+    def _features(self, images_B3RR: Tensor) -> list[Tensor]:
+        size = (self.input_size, self.input_size)
+        x = F.interpolate(images_B3RR, size=size, mode="bilinear", antialias=True)
+        x = self.stem(x)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in PERCEPTUAL_BLOCKS:
+                features.append(F.normalize(x, dim=1))
+        return features
+
+    def forward(self, a_B3RR: Tensor, b_B3RR: Tensor) -> Tensor:
+        """Distance of two batches of images in [-1, 1], a scalar."""
+        pairs = zip(self._features(a_B3RR), self._features(b_B3RR), strict=True)
+        return torch.stack([F.mse_loss(fa, fb) for fa, fb in pairs]).mean()
+
+
+class VQVAEObjective:
+    """Reconstruction and quantisation losses; counts codes, restarts dead ones."""
+
+    def __init__(
+        self, vqvae: VQVAE, training: ImageSet, held_out: ImageSet, config: VQVAETrainingConfig
+    ):
+        self.module: nn.Module = vqvae
+        self.vqvae = vqvae
+        self.training = training
+        self.held_out = held_out
+        self.config = config
+        self.num_examples = len(training)
+        self.device = vqvae.quantize.embedding.weight.device
+        self.perceptual = None
+        if config.perceptual:
+            self.perceptual = PerceptualDistance(config.perceptual_size).to(self.device)
+        self._last_batch: Tensor | None = None
+
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        images_B3RR = self.training.tensors(indices_B).to(self.device)
+        if step == 0:
+            self._restart(images_B3RR, torch.ones_like(self._hits(), dtype=torch.bool))
+        out_B3RR, quantisation, tokens = self.vqvae(images_B3RR)
+        config = self.config
+        mse = F.mse_loss(out_B3RR, images_B3RR)
+        loss = config.mse * mse + config.l1 * F.l1_loss(out_B3RR, images_B3RR) + quantisation
+        logged = {"mse": mse.item(), "quantisation": quantisation.item()}
+        if self.perceptual is not None:
+            distance = self.perceptual(out_B3RR, images_B3RR)
+            loss = loss + config.perceptual * distance
+            logged["perceptual"] = distance.item()
+        self._count(tokens)
+        self._last_batch = images_B3RR
+        logged["codes_alive"] = int((self._hits() > 0).sum())
+        return loss, logged
+
+    @torch.no_grad()
+    def _count(self, tokens: list[Tensor]) -> None:
+        hits_SV = self.vqvae.quantize.ema_vocab_hit_SV
+        for si, tokens_Bl in enumerate(tokens):
+            counts_V = torch.bincount(tokens_Bl.flatten(), minlength=hits_SV.shape[1])
+            hits_SV[si].mul_(HIT_MOMENTUM).add_(counts_V, alpha=1 - HIT_MOMENTUM)
+
+    def _hits(self) -> Tensor:
+        """Running hits of each code over all scales, (V,)."""
+        return self.vqvae.quantize.ema_vocab_hit_SV.sum(0)
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        """Restart dead codes where one is due."""
+        due = (step + 1) % self.config.restart_every == 0
+        if not due or step + 1 > self.config.restart_until * num_steps:
+            return
+        hits_V = self._hits()
+        dead_V = hits_V < self.config.dead_below * hits_V.mean()
+        if bool(dead_V.any()):
+            assert self._last_batch is not None
+            self._restart(self._last_batch, dead_V)
+
+    @torch.no_grad()
+    def _restart(self, images_B3RR: Tensor, dead_V: Tensor) -> None:
+        """Put dead codes on vectors of this batch that have to be coded, any scale as likely."""
+        quantize = self.vqvae.quantize
+        scales = quantize.encode_with_inputs(self.vqvae.features(images_B3RR))
+        num_dead = int(dead_V.sum())
+        choices = torch.randint(len(scales), (num_dead,)).bincount(minlength=len(scales))
+        rows = [
+            z_NC[torch.randint(len(z_NC), (int(n),))].to(quantize.embedding.weight.dtype)
+            for n, (_, z_NC) in zip(choices, scales, strict=True)
+        ]
+        quantize.embedding.weight[dead_V] = torch.cat(rows)
+
+    def validate(self) -> dict[str, float]:
+        """Reconstruction error on held-out images and each scale's share of codes in use."""
+        mean = Mean()
+        config = self.vqvae.config
+        used_SV = torch.zeros(len(config.patch_nums), config.vocab_size, dtype=torch.bool)
+        for indices_B in torch.arange(len(self.held_out)).split(VALIDATION_BATCH):
+            images_B3RR = self.held_out.tensors(indices_B).to(self.device)
+            tokens = self.vqvae.encode(images_B3RR)
+            out_B3RR = self.vqvae.decode(tokens)
+            mean.add("val_mse", F.mse_loss(out_B3RR, images_B3RR), len(indices_B))
+            mean.add("val_l1", F.l1_loss(out_B3RR, images_B3RR), len(indices_B))
+            for si, tokens_Bl in enumerate(tokens):
+                used_SV[si, tokens_Bl.flatten().cpu()] = True
+        shares = {f"val_codes_used_scale{si}": float(u.float().mean()) for si, u in enumerate(used_SV)}
+        return {**mean.result(), "val_codes_used": float(used_SV.any(0).float().mean()), **shares}

