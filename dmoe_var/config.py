@@ -29,6 +29,7 @@ from dmoe_var.moe.selection import (
     Threshold,
     TopK,
 )
+from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.loop import OptimConfig
 from dmoe_var.training.objectives import SparsifyConfig
 from dmoe_var.training.router_objective import RouterConfig
@@ -97,19 +98,6 @@ class SelectionConfig:
             "all": All(),
         }
         return others[self.rule]
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How images are drawn."""
-
-    __pydantic_config__ = STRICT
-
-    cfg: Annotated[float, Field(ge=0)] = 1.5
-    top_k: Annotated[int, Field(ge=0)] = 900
-    top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
-    more_smooth: bool = False
-    batch_size: Annotated[int, Field(gt=0)] = 128
 
 
 @dataclass(frozen=True)
@@ -231,7 +219,6 @@ class Config:
             if label >= self.var.num_classes:
                 top = self.var.num_classes - 1
                 raise ValueError(f"sample.classes: {label} must be within 0..{top}")
-
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:

@@ -137,7 +137,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         given = next((o for o in overrides if o.lstrip("+~").startswith(unknown[1])), unknown[1])
         return f"{given}: unknown key; {known_keys(tuple(path), last)}"
     missing = re.search(r"Could not find '([^']+)'", text)
-    options = re.search(r"Available options in '[^']+':\s*(.*?)\s*(Config search path|$)", text, re.S)
+    options = re.search(
+        r"Available options in '[^']+':\s*(.*?)\s*(Config search path|$)", text, re.S
+    )
     if missing and options:
         group, _, name = missing[1].rpartition("/")
         return f"{group}={name}: no such option; allowed: {', '.join(options[1].split())}"

@@ -1,18 +1,22 @@
-"""All stages in order, sweep and figures included: what is done is skipped, what was cut off goes on."""
+"""All stages in order, sweep and figures included.
+
+What is done with the same configuration is skipped; what was interrupted goes on.
+"""
 
 from _hydra import main
 
 from dmoe_var.stages.graph import run_through
-from dmoe_var.stages.sweep import print_table
+from dmoe_var.stages.sweep import table_of
 from dmoe_var.stages.work import Work
 
 
 def run(work: Work) -> None:
     def announce(stage: str, done: bool) -> None:
-        print(f"{stage}: {'done already' if done else 'running'} ({work.folder(stage)})", flush=True)
+        print(f"{stage}: {'done already' if done else 'running'}, {work.folder(stage)}", flush=True)
 
-    record = run_through(work, "sweep", announce)
-    print_table(record)
+    record = run_through(work, work.config.until, announce)
+    if record.stage == "sweep":
+        print(table_of(record))
 
 
 if __name__ == "__main__":

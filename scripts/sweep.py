@@ -3,12 +3,12 @@
 from _hydra import main
 
 from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.sweep import print_table
+from dmoe_var.stages.sweep import table_of
 from dmoe_var.stages.work import Work
 
 
 def run(work: Work) -> None:
-    print_table(run_stage(work, "sweep"))
+    print(table_of(run_stage(work, "sweep")))
     print(f"figures and records: {work.folder('sweep')}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from dmoe_var.errors import CheckpointError
 
 REPOSITORY = "FoundationVision/var"
-PUBLISHED = tuple(f"var_d{depth}" for depth in (16, 20, 24, 30, 36)) + ("vae_ch160v4096z32",)
+PUBLISHED = ("var_d16", "var_d20", "var_d24", "var_d30", "var_d36", "vae_ch160v4096z32")
 
 
 def fetch(name: str) -> Path:

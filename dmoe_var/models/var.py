@@ -164,7 +164,7 @@ class VAR(nn.Module):
         for position in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(position, std=std)
         self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(0.5)
+        self.head_nm.ada_lin[1].get_parameter("weight").mul_(0.5)
         assert config.adaln_gamma_gain is not None
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -178,8 +178,9 @@ class VAR(nn.Module):
                 block.ada_gss[:, :, 2:].mul_(0.5)
                 block.ada_gss[:, :, :2].mul_(config.adaln_gamma_gain)
             else:
-                block.ada_lin[1].weight[2 * config.C :].mul_(0.5)
-                block.ada_lin[1].weight[: 2 * config.C].mul_(config.adaln_gamma_gain)
+                ada_weight = block.ada_lin[1].get_parameter("weight")
+                ada_weight[2 * config.C :].mul_(0.5)
+                ada_weight[: 2 * config.C].mul_(config.adaln_gamma_gain)
 
     @property
     def moe_scales(self) -> tuple[int, ...]:

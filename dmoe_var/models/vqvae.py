@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -142,9 +143,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(
-            ResBlock(c_in, c_out) for c_in, c_out in zip(widths, widths[1:], strict=False)
-        )
+        self.block = nn.ModuleList(ResBlock(c_in, c_out) for c_in, c_out in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks * attention))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()

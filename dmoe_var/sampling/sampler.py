@@ -7,9 +7,12 @@ a scale, C width, V vocabulary, Cvae latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var.models.var import VAR, Modulation, check_pair
@@ -27,6 +30,20 @@ from dmoe_var.sampling.token_sampling import (
 )
 
 OnScale = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are drawn; the defaults are the published ones. batch_size moves an image by
+    rounding only."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    cfg: Annotated[float, Field(ge=0)] = 1.5
+    top_k: Annotated[int, Field(ge=0)] = 900
+    top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
+    more_smooth: bool = False
+    batch_size: Annotated[int, Field(gt=0)] = 128
 
 
 def check_labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:

@@ -98,10 +98,11 @@ def prepare(work: Work) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
 
-def run_stage(work: Work, stage: str) -> Record:
+def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> Record:
     """Run a stage unless it is done; its record either way.
 
-    What it builds on must be done (InputError); `run_through` does that first.
+    What it builds on must be done (InputError); `run_through` does that first. `function` stands
+    in for the `run` of the stage's module (a sweep shares loaded models between its points).
     """
     done = record_if_done(work, stage)
     if done is not None:
@@ -114,7 +115,7 @@ def run_stage(work: Work, stage: str) -> Record:
     settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
     write_text(folder / "config.yaml", settings)
     started = now()
-    result = _function(stage)(work)
+    result = (function or _function(stage))(work)
     record = Record(
         stage=stage,
         variant=work.variant(stage),

@@ -1,4 +1,4 @@
-"""The models that stages hand to each other, loaded strictly and checked to be the configured ones."""
+"""The models that stages hand to each other: loaded strictly, checked to be the configured ones."""
 
 from __future__ import annotations
 

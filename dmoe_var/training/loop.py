@@ -84,9 +84,7 @@ class Objective(Protocol):
     """Its parameters with requires_grad are trained."""
     num_examples: int
 
-    def loss(
-        self, indices_B: Tensor, step: int, num_steps: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of a batch of training examples, and what to log beside it."""
         ...
 
@@ -142,7 +140,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     """As published: no decay on biases and other 1-D parameters, positions, levels, AdaLN offsets
     and attention temperatures."""
     exempt = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "bias", "b1_ED")
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in trainable(module).items():
         spared = parameter.ndim <= 1 or any(part in name for part in exempt)
         (kept if spared else decayed).append(parameter)
@@ -224,5 +223,3 @@ def _update(
             f"{where}"
         )
     optimizer.step()
-
-

@@ -74,9 +74,7 @@ class Mean:
 class VARObjective(TokenObjective):
     """Cross-entropy of the next scale's tokens, each token weighted 1 / L (base training)."""
 
-    def loss(
-        self, indices_B: Tensor, step: int, num_steps: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
         tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
         logits_BLV = self.var(labels_B, teacher_BLC)
         return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten()), {}
@@ -151,9 +149,7 @@ class SparsifyObjective(VARObjective):
             activations = [shifted_pre_activation(z_BLH) for z_BLH in activations]
         return hoyer_loss(activations)
 
-    def loss(
-        self, indices_B: Tensor, step: int, num_steps: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
         with record_activations(self.var, self.pre_activation) as activations:
             cross_entropy, _ = super().loss(indices_B, step, num_steps)
         sparsity = self._sparsity(activations)

@@ -108,9 +108,7 @@ class RouterObjective(TokenObjective):
             self.var(labels_B, teacher_BLC)
         return inputs
 
-    def loss(
-        self, indices_B: Tensor, step: int, num_steps: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
         _, labels_B, teacher_BLC = self.batch(self.training, indices_B)
         num_null = round(self.config.null_share * len(labels_B))
         labels_B = torch.cat([self._null(labels_B[:num_null]), labels_B[num_null:]])

@@ -48,7 +48,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, input_size: int):
         super().__init__()
-        from dmoe_var.metrics.fidelity import EfficientNetLite0Features
+        from dmoe_var.metrics.efflite0 import EfficientNetLite0Features
 
         self.input_size = input_size
         network = EfficientNetLite0Features("perceptual", ["1280"], input_size).network
@@ -91,9 +91,7 @@ class VQVAEObjective:
             self.perceptual = PerceptualDistance(config.perceptual_size).to(self.device)
         self._last_batch: Tensor | None = None
 
-    def loss(
-        self, indices_B: Tensor, step: int, num_steps: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
         images_B3RR = self.training.tensors(indices_B).to(self.device)
         if step == 0:
             self._restart(images_B3RR, torch.ones_like(self._hits(), dtype=torch.bool))
@@ -159,5 +157,7 @@ class VQVAEObjective:
             mean.add("val_l1", F.l1_loss(out_B3RR, images_B3RR), len(indices_B))
             for si, tokens_Bl in enumerate(tokens):
                 used_SV[si, tokens_Bl.flatten().cpu()] = True
-        shares = {f"val_codes_used_scale{si}": float(u.float().mean()) for si, u in enumerate(used_SV)}
+        shares = {
+            f"val_codes_used_scale{si}": float(u.float().mean()) for si, u in enumerate(used_SV)
+        }
         return {**mean.result(), "val_codes_used": float(used_SV.any(0).float().mean()), **shares}

@@ -18,14 +18,9 @@ from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dmoe_var.errors import CheckpointError, DataError, InputError
-from dmoe_var.metrics.fidelity import (
-    EFFLITE0,
-    Fidelity,
-    FidelityConfig,
-    Statistics,
-    frechet_distance,
-    to_uint8,
-)
+from dmoe_var.metrics.efflite0 import EFFLITE0
+from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig, Statistics, frechet_distance
+from dmoe_var.metrics.images import to_uint8
 
 CONFIG = FidelityConfig(input_size=32, batch_size=16)
 

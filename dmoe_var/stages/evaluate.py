@@ -1,0 +1,123 @@
+"""One point of a quality-cost curve: samples of a model, their FLOPs and their fidelity."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from dmoe_var.data import load_data
+from dmoe_var.data.digits import ImageSet
+from dmoe_var.metrics.agreement import LabelAgreement
+from dmoe_var.metrics.fidelity import Fidelity, Statistics
+from dmoe_var.metrics.flops import fixed_cost, report
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels, draw_samples
+from dmoe_var.stages import models
+from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages.work import Work
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all points of a sweep share: models, reference statistics, classifier. Made once."""
+
+    work: Work
+
+    @cached_property
+    def vqvae(self) -> VQVAE:
+        return models.vqvae(self.work)
+
+    @cached_property
+    def dense(self) -> VAR:
+        return models.dense(self.work)
+
+    @cached_property
+    def experts(self) -> VAR:
+        return models.split(self.work)
+
+    @cached_property
+    def training_images(self) -> ImageSet:
+        return load_data(self.work.config.data)[0]
+
+    @cached_property
+    def fidelity(self) -> Fidelity:
+        return Fidelity(self.work.config.fidelity, self.work.device)
+
+    @cached_property
+    def reference(self) -> Statistics:
+        images = self.training_images
+        return self.fidelity.reference(images.images, self.work.cache / "fidelity", images.key)
+
+    @cached_property
+    def agreement(self) -> LabelAgreement:
+        return LabelAgreement(self.training_images.images, self.training_images.labels)
+
+    def model(self, work: Work) -> VAR | DynamicVAR:
+        """The model of a point: the dense VAR, or dense and experts joined at its scales."""
+        if work.config.evaluate.model == "dense":
+            return self.dense
+        return DynamicVAR(self.dense, self.experts, work.config.moe.scales)
+
+
+def run(work: Work, bench: Bench | None = None) -> StageResult:
+    """Draw, measure, store the samples. `bench` is shared by the points of a sweep."""
+    bench = bench or Bench(work)
+    config = work.config
+    model = bench.model(work)
+    dynamic = isinstance(model, DynamicVAR)
+    selection = config.selection.rules() if dynamic else None
+    labels = balanced_labels(config.evaluate.num_samples, config.var.num_classes)
+    started = time.perf_counter()
+    samples, counts = draw_samples(
+        model,
+        bench.vqvae,
+        labels,
+        config.evaluate.seed,
+        config.sampling,
+        selection,
+        config.moe.impl,
+        progress=describe(work) if config.progress else None,
+    )
+    _synchronise(work.device)
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        cost = fixed_cost(model, bench.vqvae, selection=selection, guided=config.sampling.cfg != 0)
+    flops = report(cost, counts)
+    metrics = {
+        **flops.metrics(),
+        **bench.fidelity.score(samples.images, bench.reference),
+        "label_agreement": bench.agreement.accuracy(samples.images, samples.labels),
+        "sampling_ms_per_image": 1000 * seconds / len(labels),
+    }
+    samples.save(work.folder("evaluate") / SAMPLES_FILE)
+    about = {"samples": SAMPLES_FILE, "fidelity": bench.fidelity.name}
+    return StageResult(metrics, num_samples=len(labels), about=about)
+
+
+def describe(work: Work) -> str:
+    """A point in a few words."""
+    config = work.config
+    if config.evaluate.model == "dense":
+        return f"dense seed {config.evaluate.seed}"
+    rule = config.selection.rule
+    value = {
+        "threshold": config.selection.tau,
+        "oracle": config.selection.tau,
+        "top_k": config.selection.k,
+        "random": config.selection.k,
+        "cumulative": config.selection.share,
+        "all": "",
+    }[rule]
+    shown = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+    scales = ",".join(str(si) for si in config.moe.scales)
+    return f"{rule} {shown} at scales {scales} seed {config.evaluate.seed}"
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,205 @@
+"""The tau sweep: dense baseline, tau grids and lists, every seed; figures 2a, 2b, 3 and 12."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dmoe_var.checkpoints.safetensors_io import write_text
+from dmoe_var.config import EvaluateConfig, SelectionConfig
+from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
+from dmoe_var.metrics.record import Record
+from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
+from dmoe_var.stages import evaluate
+from dmoe_var.stages.graph import StageResult, run_stage
+from dmoe_var.stages.pictures import collect_maps
+from dmoe_var.stages.work import DEFAULT_VARIANT, Work
+
+GRID_CLASSES = 10
+GRID_ROWS = 6
+MAP_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of the curve, before its seeds. `group` names its curve."""
+
+    group: str
+    label: str
+    model: str
+    tau: tuple[float, ...]
+    scales: tuple[int, ...]
+
+
+def settings(work: Work) -> list[Setting]:
+    """All settings of a sweep, the dense baseline first."""
+    sweep, last = work.config.sweep, work.config.moe.scales
+    every = tuple(range(work.config.var.num_scales))
+    found = [Setting("dense", "dense", "dense", (), ())]
+    found += [Setting("last", f"{tau:g}", "dynamic", (tau,), last) for tau in sweep.last]
+    found += [Setting("all", f"{tau:g}", "dynamic", (tau,), every) for tau in sweep.all]
+    for name, taus in sweep.lists.items():
+        group = "chosen" if name == sweep.chosen else "lists"
+        found.append(Setting(group, name, "dynamic", taus, last))
+    return found
+
+
+def point(work: Work, setting: Setting, seed: int) -> Work:
+    """The configuration of one setting and seed, as the evaluate stage runs it."""
+    config = work.config
+    evaluated = EvaluateConfig(setting.model, config.evaluate.num_samples, seed)  # type: ignore[arg-type]
+    if setting.model == "dense":
+        return Work(replace(config, evaluate=evaluated), work.baseline)
+    return Work(
+        replace(
+            config,
+            evaluate=evaluated,
+            selection=SelectionConfig("threshold", tau=setting.tau),
+            moe=replace(config.moe, scales=setting.scales),
+        ),
+        work.baseline,
+    )
+
+
+def run(work: Work) -> StageResult:
+    """Measure what is not measured yet, join the records, draw."""
+    sweep = work.config.sweep
+    bench = evaluate.Bench(work)
+    planned = [(setting, seed) for setting in settings(work) for seed in sweep.seeds]
+    records: dict[tuple[str, str], list[Record]] = {}
+    for setting, seed in tqdm(planned, desc="sweep", disable=not work.config.progress):
+        each = point(work, setting, seed)
+        record = run_stage(each, "evaluate", lambda w: evaluate.run(w, bench))
+        records.setdefault((setting.group, setting.label), []).append(record)
+    rows = [_join(setting, records[setting.group, setting.label]) for setting in settings(work)]
+    _add_savings(rows)
+    _draw(work, bench, rows)
+    metrics = _headline(rows)
+    fid_name = bench.fidelity.name
+    about = {"settings": rows, "fidelity": fid_name, "seeds": list(sweep.seeds)}
+    return StageResult(metrics, num_samples=work.config.evaluate.num_samples, about=about)
+
+
+def _join(setting: Setting, records: list[Record]) -> dict[str, Any]:
+    """Mean and spread (sample standard deviation) over the seeds of one setting."""
+    name = records[0].about["fidelity"]
+    fid = np.array([record.metrics[name] for record in records])
+
+    def mean(metric: str) -> float:
+        return float(np.mean([record.metrics[metric] for record in records]))
+
+    row = {
+        "group": setting.group,
+        "label": setting.label,
+        "tau": list(setting.tau),
+        "scales": list(setting.scales),
+        "fid_mean": float(fid.mean()),
+        "fid_std": float(fid.std(ddof=1)) if len(fid) > 1 else 0.0,
+        "fid_by_seed": fid.tolist(),
+        "flops_gmac": mean("flops_gmac"),
+        "flops_gmac_std_over_images": mean("flops_gmac_std"),
+        "label_agreement": mean("label_agreement"),
+        "points": [f"evaluate/{record.variant}" for record in records],
+    }
+    shares = {k: mean(k) for k in records[0].metrics if k.startswith("experts_share_")}
+    return {**row, **shares}
+
+
+def _add_savings(rows: list[dict[str, Any]]) -> None:
+    """FLOPs saved and FID change against the dense model of the same sweep."""
+    dense = rows[0]
+    for row in rows:
+        row["flops_saved"] = 1 - row["flops_gmac"] / dense["flops_gmac"]
+        row["fid_change"] = row["fid_mean"] / dense["fid_mean"] - 1
+
+
+def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The dense model's and the operating point's numbers, flat."""
+    names = {"dense": "dense", "chosen": "operating_point"}
+    keys = ("fid_mean", "fid_std", "flops_gmac", "flops_saved", "fid_change", "label_agreement")
+    return {
+        f"{names[row['group']]}_{key}": row[key]
+        for row in rows
+        for key in keys
+        if row["group"] in names
+    }
+
+
+def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]]) -> None:
+    folder = work.folder("sweep")
+    config = work.config
+    title = (
+        f"{config.name}: {config.evaluate.num_samples} images a point, "
+        f"{len(config.sweep.seeds)} seed(s), cfg {config.sampling.cfg:g}"
+    )
+    fid_over_flops.draw(rows, bench.fidelity.name, title, folder / "fid_over_flops.png")
+    write_text(folder / "table.md", table(rows, bench.fidelity.name) + "\n")
+    seed = config.sweep.seeds[0]
+    dense = point(work, settings(work)[0], seed)
+    chosen = next((s for s in settings(work) if s.group == "chosen"), None)
+    _publish_samples(work, dense, "dense")
+    if chosen is None:
+        return
+    dynamic = point(work, chosen, seed)
+    _publish_samples(work, dynamic, "operating_point")
+    panels = {
+        f"dense VAR, seed {seed}": _first_images(dense),
+        f"DMoE-VAR, tau {', '.join(f'{t:g}' for t in chosen.tau)}": _first_images(dynamic),
+    }
+    sample_grid.draw(panels, min(GRID_CLASSES, config.var.num_classes), folder / "samples.png")
+    by_tau = {}
+    shown = {"tau 0": (0.0,), "chosen tau": chosen.tau, "twice that": _twice(chosen.tau)}
+    for name, tau in shown.items():
+        labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
+        by_tau[name] = collect_maps(work, bench, labels, tau, seed)
+    expert_maps.draw(by_tau, list(config.moe.scales), folder / "expert_maps.png")
+
+
+def _twice(tau: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(min(1.0, 2 * value) for value in tau)
+
+
+def _first_images(point_work: Work) -> np.ndarray:
+    images = Samples.load(point_work.folder("evaluate") / SAMPLES_FILE).images
+    classes = min(GRID_CLASSES, point_work.config.var.num_classes)
+    return images[: classes * GRID_ROWS]
+
+
+def _publish_samples(work: Work, point_work: Work, name: str) -> None:
+    """runs/<experiment>/<name>/samples.npz of the experiment's own sweep (a variant's lie in its
+    own folder), with the point's record beside it."""
+    own = work.variant("sweep") == DEFAULT_VARIANT
+    target = (work.root if own else work.folder("sweep")) / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (SAMPLES_FILE, "result.json"):
+        temporary = target / f".{file}.tmp"
+        shutil.copyfile(point_work.folder("evaluate") / file, temporary)
+        temporary.replace(target / file)
+
+
+def table(rows: list[dict[str, Any]], fid_name: str) -> str:
+    """The sweep as a Markdown table."""
+    lines = [
+        f"| setting | tau | GMAC | saved | {fid_name} | against dense | label agreement |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        tau = ", ".join(f"{value:g}" for value in row["tau"]) or "-"
+        names = {"last": "last scales", "all": "all scales", "lists": row["label"]}
+        name = names.get(row["group"], row["group"])
+        name = f"**{row['label']}** (operating point)" if row["group"] == "chosen" else name
+        lines.append(
+            f"| {name} | {tau} | {row['flops_gmac']:.4f} | {row['flops_saved']:.1%} | "
+            f"{row['fid_mean']:.3f} ± {row['fid_std']:.3f} | {row['fid_change']:+.2%} | "
+            f"{row['label_agreement']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def table_of(record: Record) -> str:
+    """The table of a sweep's record."""
+    return table(record.about["settings"], record.about["fidelity"])

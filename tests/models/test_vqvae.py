@@ -1,0 +1,109 @@
+"""The VQ-VAE against the published code's outputs and its published size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from dmoe_var import VQVAE, VQVAEConfig
+from dmoe_var.models.vqvae import AttnBlock
+
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
+
+
+def parity_tokens(parity):
+    return [parity.io[f"tokens.{si}"] for si in range(len(parity.config["patch_nums"]))]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def test_features_are_the_published_ones(parity):
+    features = parity.vqvae.features(parity.io["image"])
+    assert_close(features, parity.io["encoder_features"], **TOLERANCE)
+
+
+def test_tokens_are_the_published_ones(parity):
+    tokens = parity.vqvae.encode(parity.io["image"])
+    assert_close(tokens, parity_tokens(parity), rtol=0, atol=0)
+
+
+def test_reconstruction_is_the_published_one(parity):
+    decoded = parity.vqvae.decode(parity_tokens(parity))
+    assert_close(decoded, parity.io["reconstruction"], **TOLERANCE)
+
+
+def test_teacher_input_is_the_published_one(parity):
+    teacher = parity.vqvae.teacher_input(parity_tokens(parity))
+    assert_close(teacher, parity.io["teacher_input"], **TOLERANCE)
+
+
+def test_published_size():
+    with torch.device("meta"):
+        vqvae = VQVAE(VQVAEConfig())
+    assert sum(p.numel() for p in vqvae.parameters()) / 1e6 == pytest.approx(108.9, abs=0.05)
+    assert vqvae.config.image_size == 256
+
+
+def test_encode_gives_a_long_tensor_a_scale(make_vqvae, images):
+    vqvae = make_vqvae()
+    tokens = vqvae.encode(images)
+    assert [t.shape for t in tokens] == [(3, p * p) for p in vqvae.config.patch_nums]
+    assert all(t.dtype == torch.long and not t.is_inference() for t in tokens)
+
+
+def test_images_of_a_batch_do_not_mix(make_vqvae, images):
+    vqvae = make_vqvae()
+    together = vqvae.encode(images)
+    alone = [vqvae.encode(images[i : i + 1]) for i in range(len(images))]
+    for si, tokens_Bl in enumerate(together):
+        assert torch.equal(tokens_Bl, torch.cat([tokens[si] for tokens in alone]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 8, 4), (2, 1, 8, 8)])
+def test_images_of_another_size_raise(make_vqvae, shape):
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 8, 8\), got"):
+        make_vqvae().encode(torch.zeros(shape))
+
+
+def test_decode_clamps_and_the_training_pass_does_not(make_vqvae, images):
+    vqvae = make_vqvae()
+    with torch.no_grad():
+        vqvae.decoder.conv_out.bias.add_(2)
+    reconstruction, _, tokens = vqvae(images)
+    assert reconstruction.max() > 1
+    assert_close(tokens, vqvae.encode(images))
+    assert_close(vqvae.decode(tokens), reconstruction.detach().clamp(-1, 1), **TOLERANCE)
+
+
+def test_training_pass_moves_every_weight(make_vqvae, images):
+    vqvae = make_vqvae()
+    reconstruction, loss, _ = vqvae(images)
+    (F.mse_loss(reconstruction, images) + loss).backward()
+    without = [name for name, p in vqvae.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_attention_is_softmax_over_positions():
+    torch.manual_seed(0)
+    block = AttnBlock(32).double()
+    x = torch.randn(2, 32, 3, 4, dtype=torch.float64)
+    q, k, v = block.qkv(block.norm(x)).flatten(2).chunk(3, dim=1)
+    h = torch.empty_like(q)
+    for b in range(2):
+        for i in range(12):
+            weights = (q[b, :, i] @ k[b] / 32**0.5).softmax(0)
+            h[b, :, i] = v[b] @ weights
+    expected = x + block.proj_out(h.view_as(x))
+    assert_close(block(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch_nums", [(1, 2, 2), (2, 1)])
+def test_patch_nums_have_to_rise(patch_nums):
+    with pytest.raises(ValueError, match="patch_nums"):
+        VQVAEConfig(patch_nums=patch_nums)
