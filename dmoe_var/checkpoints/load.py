@@ -18,6 +18,9 @@ from dmoe_var.models.vqvae import VQVAE
 
 Model = TypeVar("Model", bound=nn.Module)
 
+PACKAGED = Path(__file__).parent / "packaged"
+"""Base models that this package carries, NAME/vqvae and NAME/var."""
+
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     """State dict of a .pth file: tensors only, never code."""
@@ -34,14 +37,18 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _locate(source: str | Path) -> Path:
+def _locate(source: str | Path, kind: str) -> Path:
+    """The file or folder that a path or a name stands for."""
     path = Path(source)
     if path.exists():
         return path
+    if (PACKAGED / str(source) / kind).is_dir():
+        return PACKAGED / str(source) / kind
     if str(source) in hub.PUBLISHED:
         return hub.fetch(str(source))
+    names = sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
     raise CheckpointError(
-        f"{source}: no such file or folder, and none of the published {', '.join(hub.PUBLISHED)}"
+        f"{source}: no such file or folder; names are {', '.join([*names, *hub.PUBLISHED])}"
     )
 
 
@@ -53,11 +60,11 @@ def _assign(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
 def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> VQVAE:
     """A VQ-VAE in eval mode on the CPU.
 
-    source: a published .pth file, a checkpoint folder of ours, or a published name
-    ("vae_ch160v4096z32"). patch_nums: a published file does not hold it; None means the 256 px
+    source: a published .pth file, a checkpoint folder of ours, a published name
+    ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). patch_nums: a published file does not hold it; None means the 256 px
     schedule there, and what the folder says otherwise. CheckpointError where anything does not fit.
     """
-    path = _locate(source)
+    path = _locate(source, "vqvae")
     if path.is_dir():
         model = load_checkpoint(path, "vqvae")
         assert isinstance(model, VQVAE)
@@ -81,7 +88,7 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
     source: as for `load_vqvae`, e.g. "var_d16". With `vqvae`, the two are checked to belong
     together. CheckpointError where anything does not fit.
     """
-    path = _locate(source)
+    path = _locate(source, "var")
     if path.is_dir():
         model = load_checkpoint(path, "var")
         assert isinstance(model, VAR)

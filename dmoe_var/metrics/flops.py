@@ -2,8 +2,7 @@
 
 Unit: MAC, one multiply-add, of which the products of matrices, convolutions and attention are
 made; nothing else counts (`flops_ops`). Every number is for one image: both guidance branches
-where cfg is not 0. Legend: B images of a batch, N images, R rows (branches x images), l tokens of
-a scale, C width, D neurons an expert, E experts, S scales, V vocabulary, Cvae latent channels.
+where cfg is not 0. Legend: B images of a batch, N images, R rows (branches x images).
 """
 
 from __future__ import annotations
@@ -15,50 +14,20 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmoe_var.models.var import VAR, Modulation, check_pair
+from dmoe_var.metrics.flops_fixed import OTHER, FixedCost, fixed_cost
+from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts, MoEFFN
+from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import SelectionRule
-from dmoe_var.sampling.sampler import check_labels, generate
+from dmoe_var.sampling.sampler import check_labels, config_device, generate
 from dmoe_var.sampling.tau_schedule import resolve_rules
 
 SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "adaln")
 """What the total is made of. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
-OTHER = "other"
-"""word_embed, phi and the head norm's projection: measured, and left out of the total."""
 GIGA = 1e9
-
-
-@dataclass(frozen=True)
-class ExpertCost:
-    """One scale's expert FFNs and routers, all layers, for one image."""
-
-    num_pairs: int
-    """(token, expert) pairs there are: layers x branches x l x E."""
-    pair_macs: int
-    """MACs of a pair: 2CD."""
-    router_macs: int
-    """MACs of all routers, on the scales where they run."""
-
-
-@dataclass(frozen=True)
-class FixedCost:
-    """What does not depend on the experts chosen, for one image. See `fixed_cost`."""
-
-    branches: int
-    """Rows that an image takes in the transformer's batch: 2 with guidance, else 1."""
-    macs: Mapping[str, tuple[int, ...]]
-    """MACs by part (those of SAMPLER_PARTS but experts and router, and `other`) and scale."""
-    decoder_macs: int
-    experts: Mapping[int, ExpertCost]
-    """By scale, for the scales whose FFNs are split."""
-
-    @property
-    def num_scales(self) -> int:
-        return len(self.macs[OTHER])
 
 
 @dataclass(frozen=True)
@@ -150,18 +119,18 @@ class FlopReport:
         for si, total in enumerate(self.by_scale_gmac):
             gmacs = [*(parts[part][si] for part in SAMPLER_PARTS), total, parts[OTHER][si]]
             share = f"{self.expert_share[si]:.1%}" if si in self.pairs else "-"
-            rows.append([str(si), *(f"{gmac:.3f}" for gmac in gmacs), share])
+            rows.append([str(si), *(f"{gmac:.4g}" for gmac in gmacs), share])
         sums = [*(sum(parts[part]) for part in SAMPLER_PARTS), self.total_gmac, sum(parts[OTHER])]
-        rows.append(["all", *(f"{gmac:.3f}" for gmac in sums), ""])
+        rows.append(["all", *(f"{gmac:.4g}" for gmac in sums), ""])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in rows
         ]
         head = (
-            f"GMAC an image, mean of {self.num_images}: {self.total_gmac:.2f} "
-            f"(standard deviation {self.total_gmac_std:.3f}), {self.total_gflop:.2f} GFLOP; "
-            f"not in it: other, and the decoder's {self.by_part_gmac['decoder']:.2f}"
+            f"GMAC an image, mean of {self.num_images}: {self.total_gmac:.5g} "
+            f"(standard deviation {self.total_gmac_std:.3g}), {self.total_gflop:.5g} GFLOP; "
+            f"not in it: other, and the decoder's {self.by_part_gmac['decoder']:.5g}"
         )
         return "\n".join([head, *(line.rstrip() for line in lines)])
 
@@ -190,7 +159,7 @@ def count_flops(
     options = call.arguments
     config = model.config
     rules = resolve_rules(options["tau"], options["selection"], config.num_scales, model.moe_scales)
-    labels_N = check_labels(labels, config.num_classes, model.embed_device)
+    labels_N = check_labels(labels, config.num_classes, config_device(model))
     fixed = fixed_cost(
         model, vqvae, options["cfg"] != 0, options["adaln_every_scale"], options["more_smooth"]
     )
@@ -199,12 +168,49 @@ def count_flops(
     for start in range(0, len(labels_N), batch_size) if rules else ():
         batches.append(ExpertCounts())
         batch_B = labels_N[start : start + batch_size]
-        generate(
-            model,
-            vqvae,
-            batch_B,
-            start_index=first + start,
-            counts=batches[-1],
-            **generate_options,
-        )
+        place: dict[str, Any] = {"start_index": first + start, "counts": batches[-1]}
+        generate(model, vqvae, batch_B, **place, **generate_options)
     return report(fixed, batches, rules, len(labels_N))
+
+
+def report(
+    fixed: FixedCost,
+    batches: Iterable[ExpertCounts],
+    rules: Mapping[int, SelectionRule],
+    num_images: int,
+) -> FlopReport:
+    """The report of images that `generate` has drawn, `num_images` in all.
+
+    batches: what `generate` counted, one a batch; read one after the other, so that a generator
+    need not keep them. rules: those of the run, by scale, from `resolve_rules`. Raises ValueError
+    where the counts are not of these rules, this many images or this `fixed`.
+    """
+    pairs = _pairs_per_image(batches, rules, fixed.branches)
+    if not rules:
+        pairs = {si: (cost.num_pairs,) * num_images for si, cost in fixed.experts.items()}
+    for si, pairs_N in pairs.items():
+        if len(pairs_N) != num_images:
+            raise ValueError(
+                f"experts were counted for {len(pairs_N)} images of {num_images}, at "
+                f"{fixed.branches} rows an image"
+            )
+        if si not in fixed.experts or max(pairs_N) > fixed.experts[si].num_pairs:
+            raise ValueError(f"the counts of scale {si} are not those of this model")
+    routers = tuple(si for si, rule in rules.items() if rule.uses_scores and not rule.true_norms)
+    return FlopReport(fixed, num_images, pairs, routers)
+
+
+def _pairs_per_image(
+    batches: Iterable[ExpertCounts], rules: Mapping[int, SelectionRule], branches: int
+) -> dict[int, tuple[int, ...]]:
+    """(token, expert) pairs that ran, by scale and image: all layers, rows and tokens of it."""
+    pairs: dict[int, list[int]] = {si: [] for si in rules}
+    for counts in batches:
+        if counts.scales != sorted(rules):
+            raise ValueError(
+                f"experts were counted at scales {counts.scales}, the rules are for {sorted(rules)}"
+            )
+        for si, of_scale in pairs.items():
+            per_row_R = counts.per_token(si).sum((0, 2), dtype=torch.int64)
+            of_scale += per_row_R.view(branches, -1).sum(0).tolist()
+    return {si: tuple(of_scale) for si, of_scale in pairs.items()}

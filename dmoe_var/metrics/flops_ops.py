@@ -93,7 +93,10 @@ def count_macs(
     not returned by `call` may go uncounted. Raises UnknownOperatorError for an operator that is
     in neither COUNTED nor FREE.
     """
-    handles: dict[str, Handle | None] = {**COUNTED, **dict.fromkeys(f"aten::{name}" for name in FREE)}
+    handles: dict[str, Handle | None] = {
+        **COUNTED,
+        **dict.fromkeys(f"aten::{name}" for name in FREE),
+    }
     analysis = FlopCountAnalysis(_Call(call, modules), inputs).clear_op_handles()
     analysis.set_op_handle(**handles)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -5,6 +5,8 @@ Legend: B batch, L tokens, C width, R router hidden width, E experts.
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,8 +28,13 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.fc1.weight)
-        nn.init.kaiming_uniform_(self.fc2.weight)
+        """Kaiming-uniform with torch's own gain for Linear (a = sqrt(5)).
+
+        With the gain for ReLU the first predictions are 2.4 times as large, and training spends
+        most of a short run on shrinking them.
+        """
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Predicted norms (B, L, E), non-negative."""

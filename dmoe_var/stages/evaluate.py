@@ -17,6 +17,7 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels, draw_samples
+from dmoe_var.sampling.tau_schedule import resolve_rules
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
@@ -85,9 +86,9 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     )
     _synchronise(work.device)
     seconds = time.perf_counter() - started
-    with torch.no_grad():
-        cost = fixed_cost(model, bench.vqvae, selection=selection, guided=config.sampling.cfg != 0)
-    flops = report(cost, counts)
+    rules = resolve_rules(None, selection, config.var.num_scales, model.moe_scales)
+    fixed = fixed_cost(model, bench.vqvae, config.sampling.cfg != 0)
+    flops = report(fixed, counts, rules, len(labels))
     metrics = {
         **flops.metrics(),
         **bench.fidelity.score(samples.images, bench.reference),

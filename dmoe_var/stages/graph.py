@@ -106,6 +106,7 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     """
     done = record_if_done(work, stage)
     if done is not None:
+        (work.folder(stage) / STATE_FILE).unlink(missing_ok=True)
         return done
     for upstream in work.needs(stage):
         require(work, upstream)

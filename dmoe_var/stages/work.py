@@ -128,7 +128,9 @@ class Work:
             return DEFAULT_VARIANT
         parts = []
         for key in differs:
-            value = ours.get(key)
+            if key not in ours:  # a dense point does not depend on experts
+                continue
+            value = ours[key]
             text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{key.rpartition('.')[2]}={text}")
         name = "".join(c if c.isalnum() or c in "=._-+" else "-" for c in "_".join(parts))

@@ -154,7 +154,7 @@ def test_attention_by_loops(l2_norm):
                 for j in seen:
                     qi, kj = q[b, i, part], k[b, j, part]
                     if l2_norm:
-                        temperature = min(math.exp(attn.scale_mul_1H11[0, head, 0, 0]), 100)
+                        temperature = min(attn.scale_mul_1H11[0, head, 0, 0].exp().item(), 100)
                         scores.append(temperature * qi @ kj / (qi.norm() * kj.norm()))
                     else:
                         scores.append(0.25 / math.sqrt(dim) * qi @ kj)

@@ -1,0 +1,185 @@
+"""The part of an image's cost that does not depend on the experts chosen, by tracing one image.
+
+Unit: MAC, one multiply-add. Legend: R rows of the transformer's batch (1 or, with guidance, 2),
+l tokens of a scale, C width, E experts, D neurons an expert, V vocabulary, Cvae latent channels,
+H W latent height and width, p = patch_nums[si].
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dmoe_var.models.var import VAR, Modulation, check_pair
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.sampling.sampler import config_device
+
+if TYPE_CHECKING:
+    from dmoe_var.metrics.flops_ops import MacsByModule
+
+OTHER = "other"
+"""word_embed, phi and the head norm's projection: measured, and left out of totals."""
+FIXED_PARTS = ("qkv_proj", "attention", "ffn", "head", "adaln", OTHER)
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """One scale's expert FFNs and routers, all layers, for one image."""
+
+    num_pairs: int
+    """(token, expert) pairs there are: layers x R x l x E."""
+    pair_macs: int
+    """MACs of a pair: 2CD."""
+    router_macs: int
+    """MACs of all routers, where they run."""
+
+
+@dataclass(frozen=True)
+class FixedCost:
+    """What does not depend on the experts chosen, for one image. See `fixed_cost`."""
+
+    branches: int
+    """Rows that an image takes in the transformer's batch: 2 with guidance, else 1."""
+    macs: Mapping[str, tuple[int, ...]]
+    """MACs by part (FIXED_PARTS) and scale; `ffn` is that of the scales with a dense FFN."""
+    decoder_macs: int
+    experts: Mapping[int, ExpertCost]
+    """By scale, for the scales whose FFNs are split."""
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.macs[OTHER])
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fixed_cost(
+    model: VAR | DynamicVAR,
+    vqvae: VQVAE,
+    guided: bool = True,
+    adaln_every_scale: bool = False,
+    more_smooth: bool = False,
+) -> FixedCost:
+    """Trace one image through the calls that the sampler makes, on the models' own device.
+
+    guided: cfg is not 0. adaln_every_scale, more_smooth: as in `generate`. It costs about as much
+    as sampling one image. Raises UnknownOperatorError for an operator of unknown cost.
+    """
+    check_pair(vqvae, model.config)
+    config = model.config
+    branches = 2 if guided else 1
+    cond_RC = model.condition(
+        torch.full((branches,), config.num_classes, device=config_device(model))
+    )
+    modulations: dict[int, Modulation] = {}
+    scales: list[dict[str, int]] = []
+    experts = {}
+    for si in range(config.num_scales):
+        backbone = model.backbone_at(si)
+        macs = dict.fromkeys(FIXED_PARTS, 0)
+        if adaln_every_scale or id(backbone) not in modulations:
+            modulations[id(backbone)] = backbone.modulation(cond_RC)
+            macs.update(_modulation_macs(backbone, cond_RC))
+        mod = modulations[id(backbone)]
+        macs.update(_step_macs(backbone, cond_RC, mod, si))
+        macs[OTHER] += _input_macs(model, vqvae, si)
+        if more_smooth:  # the mix of code vectors
+            macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
+        if backbone.config.experts is not None:
+            experts[si] = _expert_cost(backbone, branches, si, macs["ffn"])
+            macs["ffn"] = 0
+        scales.append(macs)
+    by_part = {part: tuple(macs[part] for macs in scales) for part in FIXED_PARTS}
+    return FixedCost(branches, by_part, _decoder_macs(vqvae), experts)
+
+
+def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
+    """AdaLN's projections: the blocks' are the part `adaln`, the head norm's is in `other`."""
+
+    def call(cond_RC: Tensor) -> tuple[Tensor, ...]:
+        mod = backbone.modulation(cond_RC)
+        return (*mod.blocks, mod.head)
+
+    macs = _trace(call, cond_RC, backbone=backbone)
+    head_norm = macs["backbone.head_nm"].total()
+    return {"adaln": macs[""].total() - head_norm, OTHER: head_norm}
+
+
+def _step_macs(backbone: VAR, cond_RC: Tensor, mod: Modulation, si: int) -> dict[str, int]:
+    """Blocks and head at one scale, over a cache of all scales before it; every expert runs."""
+    tokens = backbone.config.scale_slices[si]
+    cache = backbone.new_cache(len(cond_RC))
+    cache.length = tokens.start
+    x_RlC = cond_RC.new_zeros(len(cond_RC), tokens.stop - tokens.start, backbone.config.C)
+    macs = _trace(lambda x: backbone.step(x, mod, cache), x_RlC, backbone=backbone)
+    layers = range(backbone.config.depth)
+    attn = sum((macs[f"backbone.blocks.{i}.attn"] for i in layers), Counter())
+    qkv_proj = attn["linear"] + attn["addmm"]
+    parts = {
+        "qkv_proj": qkv_proj,
+        "attention": attn.total() - qkv_proj,
+        "ffn": sum(macs[f"backbone.blocks.{i}.ffn"].total() for i in layers),
+        "head": macs["backbone.head"].total(),
+    }
+    rest = macs[""].total() - sum(parts.values())
+    if rest:
+        raise RuntimeError(f"{rest} MACs of scale {si} are neither attention, FFN nor head")
+    return parts
+
+
+def _input_macs(model: VAR | DynamicVAR, vqvae: VQVAE, si: int) -> int:
+    """phi of a scale's codes and, but at scale 0, the projection of its input."""
+    z, last = model.config.z_channels, model.config.patch_nums[-1]
+    p = model.config.patch_nums[si]
+    codes_1Cpp = vqvae.quantize.embedding.weight.new_zeros(1, z, p, p)
+    macs = _trace(lambda codes: vqvae.quantize.spread(codes, si), codes_1Cpp, vqvae=vqvae)
+    if si == 0:
+        return macs[""].total()
+
+    def embed(f_hat_1CHW: Tensor) -> Tensor:
+        return model.embed_scale(vqvae.quantize.next_input(f_hat_1CHW, si), si)
+
+    embedding = _trace(embed, codes_1Cpp.new_zeros(1, z, last, last), model=model, vqvae=vqvae)
+    return macs[""].total() + embedding[""].total()
+
+
+def _decoder_macs(vqvae: VQVAE) -> int:
+    p, z = vqvae.config.patch_nums[-1], vqvae.config.z_channels
+    f_hat_1CHW = vqvae.quantize.embedding.weight.new_zeros(1, z, p, p)
+    return _trace(vqvae.decode_f_hat, f_hat_1CHW, vqvae=vqvae)[""].total()
+
+
+def _expert_cost(backbone: VAR, rows: int, si: int, all_experts_macs: int) -> ExpertCost:
+    """Pairs and routers of one scale; `all_experts_macs` is what its FFNs cost when traced."""
+    num_tokens, width = backbone.config.patch_nums[si] ** 2, backbone.config.C
+    ffns = [block.ffn for block in backbone.blocks]
+    routers = nn.ModuleList()
+    num_pairs = pair_macs = 0
+    for ffn in ffns:
+        assert isinstance(ffn, MoEFFN)
+        routers.append(ffn.router)
+        num_pairs += rows * num_tokens * ffn.num_experts
+        pair_macs = 2 * width * ffn.expert_size
+    if num_pairs * pair_macs != all_experts_macs:
+        raise RuntimeError(
+            f"{num_pairs} pairs of {pair_macs} MACs at scale {si}, but {all_experts_macs} MACs ran"
+        )
+    x_RlC = backbone.pos_start.new_zeros(rows, num_tokens, width)
+    macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
+    return ExpertCost(num_pairs, pair_macs, macs[""].total())
+
+
+def _trace(
+    call: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Tensor, **modules: nn.Module
+) -> MacsByModule:
+    """`count_macs`, imported where it runs: only counting needs fvcore, sampling does without."""
+    from dmoe_var.metrics.flops_ops import count_macs
+
+    return count_macs(call, (x,), modules)

@@ -1,0 +1,261 @@
+"""load_vqvae and load_var: published files (never running code), our folders, published names."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from dmoe_var import load_var, load_vqvae
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.errors import CheckpointError
+
+PATCH_NUMS = (1, 2, 3, 4)
+
+
+class RunsCode:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def save_pth(path, model, **changes):
+    """As the published code saves: an OrderedDict of tensors. None removes a key."""
+    state = OrderedDict(model.state_dict(), **changes)
+    torch.save(OrderedDict((k, t) for k, t in state.items() if t is not None), path)
+    return path
+
+
+def same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def assert_refused(load, path, *said):
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(text in message for text in (str(path), *said)), message
+
+
+def vqvae_of(path):
+    return load_vqvae(path, PATCH_NUMS)
+
+
+LOADERS = pytest.mark.parametrize("load", [load_var, vqvae_of], ids=["var", "vqvae"])
+
+
+# Published files
+
+
+def test_shapes_of_the_parity_models(parity):
+    told, vqvae, var = parity.config, parity.vqvae.config, parity.var.config
+    assert (vqvae.ch, vqvae.z_channels, vqvae.vocab_size) == (32, 32, 64)
+    assert list(vqvae.ch_mult) == told["ch_mult"]
+    assert vqvae.num_phi == told["share_quant_resi"]
+    assert vqvae.image_size == told["resolution"]
+    assert list(vqvae.patch_nums) == list(var.patch_nums) == told["patch_nums"]
+    for name in ("depth", "width", "num_heads", "num_classes"):
+        assert getattr(var, name) == told[name]
+    assert (var.shared_adaln, var.attn_l2_norm) == (told["shared_aln"], told["attn_l2_norm"])
+    assert (var.vocab_size, var.z_channels, var.activation) == (64, 32, "gelu")
+    assert not any(module.training for module in (parity.vqvae, parity.var))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"attn_l2_norm": False, "width": 128},
+        {"shared_adaln": True},
+        {"num_heads": 4},
+        {"depth": 11, "width": 32},
+        {"mlp_ratio": 2.0, "patch_nums": (2, 3, 5), "num_classes": 1},
+    ],
+    ids=str,
+)
+def test_any_var(make_var, tmp_path, fields):
+    var = make_var(**fields)
+    loaded = load_var(save_pth(tmp_path / "var.pth", var))
+    assert same(loaded, var)
+    for name in ("depth", "width", "num_heads", "num_classes", "patch_nums", "mlp_ratio"):
+        assert getattr(loaded.config, name) == getattr(var.config, name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"num_phi": num_phi} for num_phi in (0, 1, 2, 4)),
+        {"attention": False},
+        {"conv_kernel": 1, "num_res_blocks": 2},
+        {"ch_mult": (1, 2, 2), "z_channels": 4, "vocab_size": 7},
+    ],
+    ids=str,
+)
+def test_any_vqvae(make_vqvae, tmp_path, fields):
+    vqvae = make_vqvae(**fields)
+    loaded = vqvae_of(save_pth(tmp_path / "vae.pth", vqvae))
+    assert same(loaded, vqvae)
+    assert loaded.config == vqvae.config
+
+
+def test_patch_nums_default_to_the_256_px_schedule(make_vqvae, tmp_path):
+    schedule = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    path = save_pth(tmp_path / "vae.pth", make_vqvae(patch_nums=schedule))
+    assert load_vqvae(path).config.patch_nums == schedule
+
+
+@pytest.mark.parametrize(
+    ("patch_nums", "said"),
+    [
+        (None, ("patch_nums", "10 scales", "4")),
+        ((1, 2, 3), ("patch_nums", "3 scales", "4")),
+        ((1, 2, 3, 3), ("patch_nums", "(1, 2, 3, 3)")),
+        ((0, 1, 2, 3), ("patch_nums",)),
+    ],
+)
+def test_patch_nums_that_cannot_be(make_vqvae, tmp_path, patch_nums, said):
+    path = save_pth(tmp_path / "vae.pth", make_vqvae())
+    assert_refused(lambda p: load_vqvae(p, patch_nums), path, *said)
+
+
+@LOADERS
+def test_a_pickle_with_code_is_refused_and_not_run(make_var, tmp_path, load):
+    path, made = tmp_path / "evil.pth", tmp_path / "made"
+    torch.save({**make_var().state_dict(), "evil": RunsCode(made)}, path)
+    assert_refused(load, path)
+    assert not made.exists()
+    torch.load(path, weights_only=False)
+    assert made.exists()
+
+
+@LOADERS
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("left", [0, 1, 60, 0.5, -1])
+def test_truncated_files(make_var, tmp_path, load, zipped, left):
+    path = tmp_path / "cut.pth"
+    torch.save(make_var().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(left * len(content)) if left == 0.5 else left])
+    assert_refused(load, path)
+
+
+@LOADERS
+@pytest.mark.parametrize("content", [b"hello world", b"<html></html>", b"{}\n", bytes(64)])
+def test_other_files(tmp_path, load, content):
+    path = tmp_path / "other.pth"
+    path.write_bytes(content)
+    assert_refused(load, path)
+
+
+@LOADERS
+@pytest.mark.parametrize("content", [[1, 2], {}, {"model": {}}, {"epoch": 3}], ids=str)
+def test_pickles_that_are_no_state_dict(tmp_path, load, content):
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    assert_refused(load, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("head.weight", None, ["missing", "head.weight"]),
+        ("blocks.1.ffn.fc1.bias", None, ["missing", "blocks.1.ffn.fc1.bias"]),
+        ("lvl_1L", None, ["missing", "lvl_1L"]),
+        ("extra", torch.zeros(1), ["unexpected", "extra"]),
+        ("blocks.1.ffn.fc1.bias", torch.zeros(3), ["blocks.1.ffn.fc1.bias", "(3,)", "(256,)"]),
+        ("pos_start", torch.zeros(3), []),
+        ("lvl_1L", torch.zeros(1, 30), []),
+        ("blocks.0.attn.scale_mul_1H11", torch.zeros(1, 3, 1, 1), []),
+    ],
+)
+def test_var_files_that_do_not_fit(make_var, tmp_path, key, value, said):
+    path = save_pth(tmp_path / "var.pth", make_var(), **{key: value})
+    assert_refused(load_var, path, *said)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("quantize.embedding.weight", None, ["missing", "quantize.embedding.weight"]),
+        ("decoder.conv_out.bias", None, ["missing", "decoder.conv_out.bias"]),
+        ("extra", torch.zeros(1), ["unexpected", "extra"]),
+        ("decoder.conv_out.bias", torch.zeros(4), ["decoder.conv_out.bias", "(4,)", "(3,)"]),
+        ("quantize.embedding.weight", torch.zeros(3), []),
+    ],
+)
+def test_vqvae_files_that_do_not_fit(make_vqvae, tmp_path, key, value, said):
+    path = save_pth(tmp_path / "vae.pth", make_vqvae(), **{key: value})
+    assert_refused(vqvae_of, path, *said)
+
+
+def test_var_and_vqvae_files_are_not_mixed_up(make_vqvae, make_var, tmp_path):
+    assert_refused(load_var, save_pth(tmp_path / "vae.pth", make_vqvae()))
+    assert_refused(vqvae_of, save_pth(tmp_path / "var.pth", make_var()))
+
+
+# Our folders
+
+
+def test_folders(make_vqvae, make_var, make_moe, tmp_path):
+    vqvae, moe = make_vqvae(), make_moe(make_var())
+    save_checkpoint(tmp_path / "vqvae", vqvae)
+    save_checkpoint(tmp_path / "moe", moe)
+    assert same(load_vqvae(str(tmp_path / "vqvae")), vqvae)
+    assert same(load_vqvae(tmp_path / "vqvae", list(PATCH_NUMS)), vqvae)
+    assert same(load_var(tmp_path / "moe", vqvae), moe)
+    assert_refused(lambda p: load_vqvae(p, (1, 2, 3, 5)), tmp_path / "vqvae", "patch_nums")
+    assert_refused(load_var, tmp_path / "vqvae", "kind='vqvae'")
+    assert_refused(load_vqvae, tmp_path / "moe", "kind='var'")
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"), [("vocab_size", 64), ("z_channels", 4), ("patch_nums", (1, 2, 3, 5))]
+)
+def test_a_var_of_another_vqvae(make_vqvae, make_var, tmp_path, as_folder, name, value):
+    path = tmp_path / "var"
+    (save_checkpoint if as_folder else save_pth)(path, make_var())
+    other = make_vqvae(**{name: value})
+    assert_refused(lambda p: load_var(p, other), path, name, str(value))
+
+
+def test_no_such_source():
+    assert_refused(load_var, "var_d17", "no such file", "var_d16")
+    assert_refused(load_vqvae, "/nowhere/vae.pth", "no such file")
+
+
+# Published names
+
+
+def test_published_names_come_through_the_hub(parity, monkeypatch):
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        return str(parity.vae_path if name.startswith("vae") else parity.var_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    vqvae = load_vqvae("vae_ch160v4096z32", parity.config["patch_nums"])
+    assert same(load_var("var_d16", vqvae), parity.var)
+    assert asked == [
+        ("FoundationVision/var", "vae_ch160v4096z32.pth"),
+        ("FoundationVision/var", "var_d16.pth"),
+    ]
+
+
+def test_no_network_is_one_line(monkeypatch):
+    def download(*_):
+        raise LocalEntryNotFoundError("no connection\nand no file in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert_refused(load_var, "var_d16", "no connection")

@@ -1,0 +1,135 @@
+"""The split keeps the ReLU model's function, whatever neuron goes to whatever expert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dmoe_var import All, Threshold, convert_to_moe
+from dmoe_var.conversion.to_moe import fill_experts
+from dmoe_var.models.blocks import FFN
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
+
+C, H = 16, 48
+ALL_ON = [
+    None,
+    Routing(All()),
+    Routing(Threshold(0), impl="grouped"),
+    Routing(Threshold(0), impl="reference"),
+]
+
+
+def random_labels(num_neurons, expert_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_neurons, generator=generator) // expert_size
+
+
+def split_ffn(dtype, act="relu", expert_size=8, seed=0):
+    """An FFN with biases, and its experts under random labels."""
+    torch.manual_seed(seed)
+    ffn = FFN(C, H, act).to(dtype)
+    experts = MoEFFN(C, H, act, ExpertConfig(expert_size)).to(dtype)
+    labels = random_labels(H, expert_size, seed)
+    fill_experts(experts, ffn, labels)
+    return ffn, experts, labels
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ALL_ON, ids=str)
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("expert_size", [1, 8, H])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_expert_on_is_the_ffn(routing, act, expert_size, dtype, tolerance):
+    for seed in range(3):
+        ffn, experts, _ = split_ffn(dtype, act, expert_size, seed)
+        x_BLC = torch.randn(2, 7, C, dtype=dtype)
+        expected = ffn(x_BLC)
+        assert (experts(x_BLC, routing) - expected).norm() <= tolerance * expected.norm()
+
+
+@torch.no_grad()
+def test_neurons_go_where_the_labels_say():
+    ffn, experts, labels = split_ffn(torch.float64)
+    x_BLC = torch.randn(1, 3, C, dtype=torch.float64)
+    h_BLH = ffn.fc1(x_BLC).clamp_min(0)
+    norms = experts.true_norms(x_BLC)
+    for e in range(H // 8):
+        output = (h_BLH * (labels == e)) @ ffn.fc2.weight.T
+        assert_close(norms[..., e], output.norm(dim=-1), rtol=0, atol=1e-12)
+    assert torch.equal(experts.b2_C, ffn.fc2.bias)
+
+
+@torch.no_grad()
+def test_split_model_is_the_relu_model(make_var, make_teacher, head_inputs):
+    var = make_var(activation="relu").double()
+    labels = [random_labels(var.config.hidden, 16, seed) for seed in range(2)]
+    moe = convert_to_moe(var, 16, labels=labels)
+    assert (moe.config.experts.expert_size, moe.config.activation) == (16, "relu")
+    inputs = torch.tensor([0, 5]), make_teacher(var)
+    with head_inputs(var, moe) as seen:
+        var(*inputs), moe(*inputs)
+    assert_close(seen[1], seen[0], rtol=0, atol=1e-12)
+    ours, theirs = moe.state_dict(), var.state_dict()
+    assert {k for k in theirs if ".ffn." not in k} == {k for k in ours if ".ffn." not in k}
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if ".ffn." not in k)
+
+
+def test_the_split_is_a_copy_and_leaves_the_global_generator_alone(make_var):
+    var = make_var().train()
+    before, state = {k: t.clone() for k, t in var.state_dict().items()}, torch.get_rng_state()
+    moe = convert_to_moe(var, 128)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert moe.training
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.zero_()
+    assert all(torch.equal(t, before[k]) for k, t in var.state_dict().items())
+
+
+def test_the_seed_decides(make_var):
+    var = make_var()
+    first, again, other = (convert_to_moe(var, 64, seed=s).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(again[k], t) for k, t in first.items())
+    assert not torch.equal(
+        first["blocks.0.ffn.router.fc1.weight"], other["blocks.0.ffn.router.fc1.weight"]
+    )
+
+
+def test_router_width_and_progress(make_var):
+    var, done = make_var(), []
+    moe = convert_to_moe(var, 128, router_hidden=5, progress=done.append)
+    assert done == [0, 1]
+    assert moe.blocks[0].ffn.router.fc1.weight.shape == (5, 64)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.zeros(H, dtype=torch.long),
+        torch.arange(H) // 8 + 1,
+        torch.arange(H) // 8 - 1,
+        torch.arange(H) // 4,
+        torch.arange(H - 8) // 8,
+    ],
+    ids=["one expert", "an expert too many", "negative", "half the size", "neurons left over"],
+)
+def test_labels_that_are_no_balanced_split_raise(labels):
+    ffn, experts = FFN(C, H, "relu"), MoEFFN(C, H, "relu", ExpertConfig(8))
+    with pytest.raises(ValueError, match="not 8 each"):
+        fill_experts(experts, ffn, labels)
+
+
+def test_a_size_that_does_not_divide_raises(make_var):
+    with pytest.raises(ValueError, match="expert_size=100 does not divide"):
+        convert_to_moe(make_var(), 100)
+
+
+def test_labels_of_too_few_layers_raise(make_var):
+    with pytest.raises(ValueError, match="labels"):
+        convert_to_moe(make_var(), 64, labels=[random_labels(256, 64, 0)])
+
+
+def test_a_split_model_cannot_be_split(make_var, make_moe):
+    with pytest.raises(ValueError, match="has experts already"):
+        convert_to_moe(make_moe(make_var()), 64)

@@ -1,0 +1,53 @@
+"""Figure 3: FID over FLOPs from the settings of a sweep's record."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib import colors
+
+from dmoe_var.figures import fid_over_flops
+from dmoe_var.figures.style import COLOURS
+
+
+def setting(group, label, gmac, fid):
+    return {"group": group, "label": label, "flops_gmac": gmac, "fid_mean": fid, "fid_std": 0.5}
+
+
+DENSE = setting("dense", "dense", 10.0, 20.0)
+LAST = [setting("last", f"{tau:g}", 10 - 9 * tau, 20 + tau) for tau in (0.3, 0.1, 0.2)]
+ALL = [setting("all", "0.1", 8.0, 30.0)]
+LISTS = [setting("lists", "paper", 8.2, 21.0), setting("chosen", "ours", 8.1, 20.1)]
+
+
+@pytest.mark.parametrize("settings", [[DENSE], [DENSE, *LAST, *ALL, *LISTS]])
+def test_draw(opened, tmp_path, settings):
+    path = tmp_path / "figure.png"
+    fid_over_flops.draw(settings, "fid_efflite0_64px", "a title", path)
+    width, height = opened(path).size
+    assert 500 < width < 1500
+    assert 350 < height < 1100
+
+
+def test_every_setting_is_there(monkeypatch, tmp_path):
+    """Each group in its own colour, the chosen tau a red cross, error bars of fid_std."""
+    kept = []
+    monkeypatch.setattr(fid_over_flops, "save", lambda figure, path: kept.append(figure))
+    fid_over_flops.draw([DENSE, *LAST, *ALL, *LISTS], "fid", "title", tmp_path / "figure.png")
+    (axis,) = kept[0].axes
+    drawn = {}
+    for container in axis.containers:
+        line, _, (bars,) = container.lines
+        points = np.column_stack(line.get_data())
+        drawn[container.get_label()] = points.tolist(), line.get_marker(), line.get_color()
+        ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+        assert ends == [[y - 0.5, y + 0.5] for _, y in points]
+    by_group = {group: drawn[label] for group, label in fid_over_flops.LABELS.items()}
+    assert by_group["dense"][:2] == ([[10.0, 20.0]], "*")
+    assert by_group["last"][0] == sorted([s["flops_gmac"], s["fid_mean"]] for s in LAST)
+    assert by_group["chosen"][:2] == ([[8.1, 20.1]], "x")
+    assert {group: colour for group, (_, _, colour) in by_group.items()} == COLOURS
+    red, green, blue = colors.to_rgb(COLOURS["chosen"])
+    assert red > 2 * max(green, blue)
+    assert axis.get_ylabel() == "fid"
+    assert {text.get_text() for text in axis.texts} == {"0.1", "0.2", "0.3"}

@@ -1,0 +1,495 @@
+"""FLOPs: equal to closed forms and to PyTorch's own counter; what is not known raises."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmoe_var import (
+    All,
+    DynamicVAR,
+    Oracle,
+    Random,
+    Threshold,
+    TopK,
+    build_models,
+    convert_to_moe,
+    generate,
+)
+from dmoe_var.metrics.flops import SAMPLER_PARTS, count_flops, report
+from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost, fixed_cost
+from dmoe_var.metrics.flops_ops import UnknownOperatorError, count_macs
+from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
+from dmoe_var.moe.layer import ExpertCounts
+
+PATCH_NUMS = (1, 2, 4)
+DEPTH, WIDTH, VOCAB, LATENT = 2, 32, 16, 8
+EXPERT_SIZE, ROUTER_HIDDEN = 32, 5
+NUM_EXPERTS = 4 * WIDTH // EXPERT_SIZE
+MINI_VQVAE = VQVAEConfig(
+    ch=32,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    z_channels=LATENT,
+    vocab_size=VOCAB,
+    patch_nums=PATCH_NUMS,
+)
+
+
+# Closed forms, MACs an image, from the shapes alone.
+
+
+def sampler_macs(depth, width, vocab, patch_nums, rows, shared_adaln=False):
+    """By part, a value a scale; AdaLN's is that of one run."""
+    tokens = [p * p for p in patch_nums]
+    keys = list(accumulate(tokens))
+    return {
+        "qkv_proj": [rows * depth * n * 4 * width**2 for n in tokens],
+        "attention": [rows * depth * 2 * n * k * width for n, k in zip(tokens, keys, strict=True)],
+        "ffn": [rows * depth * n * 8 * width**2 for n in tokens],
+        "head": [rows * n * width * vocab for n in tokens],
+        "adaln": rows * (1 if shared_adaln else depth) * 6 * width**2,
+    }
+
+
+def other_macs(width, latent, patch_nums, rows, adaln_runs):
+    """word_embed on the conditional branch's tokens, phi at every scale, the head norm."""
+    words = sum(p * p for p in patch_nums[1:]) * latent * width
+    phi = len(patch_nums) * 9 * latent**2 * patch_nums[-1] ** 2
+    return words + phi + adaln_runs * rows * 2 * width**2
+
+
+def decoder_macs(config):
+    def conv(c_in, c_out, side, kernel=3):
+        return c_in * c_out * kernel**2 * side**2
+
+    def residual(c_in, c_out, side):
+        shortcut = conv(c_in, c_out, side, 1) if c_in != c_out else 0
+        return conv(c_in, c_out, side) + conv(c_out, c_out, side) + shortcut
+
+    def attention(channels, side):
+        return conv(channels, 4 * channels, side, 1) + 2 * side**4 * channels
+
+    side, z = config.patch_nums[-1], config.z_channels
+    channels = config.ch * config.ch_mult[-1]
+    macs = conv(z, z, side) + conv(z, channels, side)
+    macs += 2 * residual(channels, channels, side) + attention(channels, side)
+    for level, mult in reversed(list(enumerate(config.ch_mult))):
+        for _ in range(config.num_res_blocks + 1):
+            macs += residual(channels, config.ch * mult, side)
+            channels = config.ch * mult
+            if level == len(config.ch_mult) - 1:
+                macs += attention(channels, side)
+        if level:
+            side *= 2
+            macs += conv(channels, channels, side)
+    return macs + conv(channels, 3, side)
+
+
+# Models
+
+
+def mini(seed=0, **overrides):
+    torch.manual_seed(seed)
+    shape = {"depth": DEPTH, "width": WIDTH, "num_heads": 2, "num_classes": 5, **overrides}
+    vqvae, var = build_models(vqvae=MINI_VQVAE, **shape)
+    return vqvae.eval(), var.eval()
+
+
+def to_moe(var):
+    neurons = torch.arange(4 * WIDTH) % NUM_EXPERTS
+    return convert_to_moe(var, EXPERT_SIZE, router_hidden=ROUTER_HIDDEN, labels=[neurons] * DEPTH)
+
+
+@pytest.fixture(scope="module")
+def vqvae():
+    return mini()[0]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return mini()[1]
+
+
+@pytest.fixture(scope="module")
+def moe(dense):
+    return to_moe(dense)
+
+
+def dynamic(dense, moe, scales):
+    return DynamicVAR(dense, moe, scales)
+
+
+def router_macs(tokens, rows):
+    return rows * DEPTH * tokens * (WIDTH * ROUTER_HIDDEN + ROUTER_HIDDEN * NUM_EXPERTS)
+
+
+# Fixed parts
+
+
+def test_the_closed_form_is_the_published_one():
+    """What the other tests compare with gives the paper sheet's d16 and d30, to its digits."""
+    d16 = sampler_macs(16, 1024, 4096, PATCH_NUMS_256, rows=2)
+    sums = {part: np.sum(macs) / 1e9 for part, macs in d16.items()}
+    assert {part: round(gmac, 2) for part, gmac in sums.items()} == {
+        "qkv_proj": 91.27, "attention": 18.77, "ffn": 182.54, "head": 5.70, "adaln": 0.20,
+    }  # fmt: skip
+    assert round(sum(sums.values()), 2) == 298.48
+    assert round(sum(sums.values()) + 9 * sums["adaln"], 2) == 300.29
+    assert round(sum(d16["ffn"][-3:]) / 1e9, 2) == 140.93
+    d30 = sampler_macs(30, 1920, 4096, PATCH_NUMS_256, rows=2)
+    assert round(sum(np.sum(macs) for macs in d30.values()) / 1e9 + 9 * 1.3271, 2) == 1894.82
+    assert round(decoder_macs(VQVAEConfig()) / 1e9, 1) == 196.9
+
+
+@pytest.mark.parametrize(("cfg", "every_scale"), [(1.5, False), (0, True)])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"shared_adaln": True}, {"attn_l2_norm": False}, {"patch_nums": (2, 3, 6)}],
+    ids=["plain", "shared_adaln", "no_l2_norm", "first_scale_of_four"],
+)
+def test_dense_parts_equal_the_closed_form(overrides, every_scale, cfg):
+    vqvae, var = mini(**overrides)
+    patch_nums, rows = var.config.patch_nums, 2 if cfg else 1
+    expected = sampler_macs(
+        DEPTH, WIDTH, VOCAB, patch_nums, rows, overrides.get("shared_adaln", False)
+    )
+    runs = 3 if every_scale else 1
+    once = expected.pop("adaln")
+
+    flops = count_flops(var, vqvae, [0, 1], cfg=cfg, adaln_every_scale=every_scale)
+
+    macs = flops.fixed.macs
+    assert {part: list(macs[part]) for part in expected} == expected
+    assert macs["adaln"] == ((once,) * 3 if every_scale else (once, 0, 0))
+    assert sum(macs["other"]) == other_macs(WIDTH, LATENT, patch_nums, rows, runs)
+    assert flops.fixed.decoder_macs == decoder_macs(vqvae.config)
+    total = sum(map(sum, expected.values())) + runs * once
+    assert flops.total_gmac == pytest.approx(total / 1e9, rel=1e-12)
+    assert flops.total_gmac_std == 0
+    assert flops.by_part_gmac["experts"] == flops.by_part_gmac["router"] == 0
+    assert flops.expert_share == {}
+
+
+def test_a_dynamic_model_runs_two_modulations(vqvae, dense, moe):
+    """Each backbone projects the class once, at the first scale that it runs."""
+    fixed = fixed_cost(dynamic(dense, moe, (1, 2)), vqvae)
+    once = 2 * DEPTH * 6 * WIDTH**2
+    assert fixed.macs["adaln"] == (once, once, 0)
+    assert sum(fixed.macs["other"]) == other_macs(WIDTH, LATENT, PATCH_NUMS, 2, adaln_runs=2)
+
+
+@pytest.mark.slow
+def test_published_d16():
+    """The paper sheet's numbers to its digits, from the real model (it takes about 3 GB)."""
+    vqvae, var = build_models(16)
+    once = count_flops(var, vqvae, [0])
+    every = fixed_cost(var, vqvae, adaln_every_scale=True)
+    print(once.table())
+    gmac = {part: round(value, 2) for part, value in once.by_part_gmac.items()}
+    assert gmac == {
+        "qkv_proj": 91.27, "attention": 18.77, "ffn": 182.54, "experts": 0, "router": 0,
+        "head": 5.70, "adaln": 0.20, "other": 0.05, "decoder": 196.87,
+    }  # fmt: skip
+    assert round(once.total_gmac, 2) == 298.48
+    assert round(sum(every.macs["adaln"]) / 1e9, 2) == 2.01
+    published = report(every, [], {}, num_images=1)
+    assert round(published.total_gmac, 2) == 300.29
+    assert round(sum(published.by_part_and_scale_gmac["ffn"][-3:]), 2) == 140.93
+    assert once.fixed.macs["ffn"] == tuple(sampler_macs(16, 1024, 4096, PATCH_NUMS_256, 2)["ffn"])
+
+
+# Experts
+
+
+@pytest.mark.parametrize("cfg", [1.5, 0])
+@pytest.mark.parametrize(
+    ("rule", "experts_run", "router_runs"),
+    [(All(), NUM_EXPERTS, False), (TopK(1), 1, True), (TopK(3), 3, True), (Random(2), 2, False)],
+)
+def test_experts_of_one_scale_in_the_middle(vqvae, dense, moe, rule, experts_run, router_runs, cfg):
+    rows, tokens = (2 if cfg else 1), PATCH_NUMS[1] ** 2
+    flops = count_flops(dynamic(dense, moe, (1,)), vqvae, [0, 1, 2], cfg=cfg, selection=rule)
+
+    parts = flops.by_part_and_scale_gmac
+    pairs = rows * DEPTH * tokens * experts_run
+    assert flops.pairs == {1: (pairs,) * 3}
+    assert parts["experts"] == (0, pairs * 2 * WIDTH * EXPERT_SIZE / 1e9, 0)
+    assert parts["router"] == (0, router_runs * router_macs(tokens, rows) / 1e9, 0)
+    expected = sampler_macs(DEPTH, WIDTH, VOCAB, PATCH_NUMS, rows)
+    assert flops.fixed.macs["ffn"] == (expected["ffn"][0], 0, expected["ffn"][2])
+    assert list(flops.fixed.macs["attention"]) == expected["attention"]
+    assert flops.expert_share == {1: experts_run / NUM_EXPERTS}
+    assert flops.total_gmac_std == 0
+
+
+def test_without_a_rule_every_expert_runs_and_no_router(vqvae, dense, moe):
+    """The expert model then costs what the dense one does."""
+    expected = sampler_macs(DEPTH, WIDTH, VOCAB, PATCH_NUMS, rows=2)
+    flops = count_flops(moe, vqvae, [0, 1])
+    assert sum(flops.fixed.macs["ffn"]) == 0
+    assert flops.by_part_and_scale_gmac["experts"] == pytest.approx(
+        [macs / 1e9 for macs in expected["ffn"]], rel=1e-12
+    )
+    assert flops.by_part_gmac["router"] == 0
+    assert flops.expert_share == {0: 1, 1: 1, 2: 1}
+    assert flops.total_gmac == pytest.approx(count_flops(dense, vqvae, [0]).total_gmac, rel=1e-12)
+
+
+def test_rules_of_each_scale_decide_where_the_router_counts(vqvae, dense, moe):
+    """An oracle needs no router, and its own pass over the true norms is left out."""
+    rules = [TopK(1), Oracle(0.0), Random(1)]
+    flops = count_flops(moe, vqvae, [0], selection=rules)
+    assert flops.router_scales == (0,)
+    assert flops.by_part_and_scale_gmac["router"] == (router_macs(1, 2) / 1e9, 0, 0)
+    assert flops.expert_share == {0: 1 / NUM_EXPERTS, 1: 1, 2: 1 / NUM_EXPERTS}
+    everything = sampler_macs(DEPTH, WIDTH, VOCAB, PATCH_NUMS, rows=2)["ffn"]
+    assert flops.by_part_and_scale_gmac["experts"][1] == everything[1] / 1e9
+
+
+# Against PyTorch's own counter, over whole runs of the sampler
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg": 0, "adaln_every_scale": True},
+        {"more_smooth": True},
+        {"tau": [0.4, 0.6]},
+        {"selection": Random(3), "cfg": 0, "adaln_every_scale": True},
+        {"selection": TopK(2), "more_smooth": True},
+    ],
+    ids=str,
+)
+def test_everything_that_ran_is_what_pytorch_counts(vqvae, dense, moe, options):
+    routed = "tau" in options or "selection" in options
+    model = dynamic(dense, moe, (0, 2)) if routed else dense
+    labels = [0, 4, 1]
+    flops = count_flops(model, vqvae, labels, impl="grouped", **options)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        generate(model, vqvae, labels, impl="grouped", **options)
+    everything = sum(flops.by_part_gmac.values())
+    assert 2e9 * everything * len(labels) == pytest.approx(counter.get_total_flops(), rel=1e-12)
+    assert everything == pytest.approx(
+        flops.total_gmac + flops.by_part_gmac["other"] + flops.by_part_gmac["decoder"], rel=1e-12
+    )
+    if "tau" in options:
+        assert 0 < flops.expert_share[2] < 1
+
+
+OPERATORS = {
+    "linear": (nn.functional.linear, [(2, 3, 6), (7, 6), (7,)]),
+    "addmm": (torch.addmm, [(3, 7), (3, 6), (6, 7)]),
+    "mm": (torch.mm, [(3, 6), (6, 7)]),
+    "bmm": (torch.bmm, [(2, 3, 6), (2, 6, 7)]),
+    "matmul": (torch.matmul, [(2, 3, 6), (6, 7)]),
+    "matmul, broadcast": (torch.matmul, [(3, 6), (5, 6, 7)]),
+    "einsum": (lambda x, y: torch.einsum("b i j, b j k -> b i k", x, y), [(2, 3, 6), (2, 6, 7)]),
+    "convolution": (
+        lambda x, w: nn.functional.conv2d(x, w, stride=2, padding=1, groups=2),
+        [(1, 4, 6, 7), (6, 2, 3, 3)],
+    ),
+    "attention": (
+        nn.functional.scaled_dot_product_attention,
+        [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 7)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_cost_what_pytorch_counts(name):
+    operator, shapes = OPERATORS[name]
+    operands = tuple(torch.ones(shape) for shape in shapes)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        operator(*operands)
+    macs = count_macs(operator, operands, {})[""].total()
+    assert macs > 0
+    assert 2 * macs == counter.get_total_flops()
+
+
+# What is not known
+
+
+class Erf(nn.Module):
+    def forward(self, x):
+        return torch.erf(x)
+
+
+class OwnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x @ x.mT @ x
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+class Hidden(nn.Module):
+    def forward(self, x):
+        return OwnFunction.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "operator"), [(Erf(), "aten::erf"), (Hidden(), "prim::PythonOp.OwnFunction")]
+)
+def test_an_operator_on_neither_list_raises(vqvae, module, operator):
+    var = mini()[1]
+    var.blocks[1].ffn.act = module
+    with pytest.raises(UnknownOperatorError) as error:
+        count_flops(var, vqvae, [0])
+    assert f"{operator} in backbone.blocks.1.ffn.act " in str(error.value)
+
+
+def test_an_einsum_of_three_operands_raises():
+    with pytest.raises(UnknownOperatorError, match="einsum of ij,jk,kl"):
+        count_macs(lambda x: torch.einsum("ij,jk,kl->il", x, x, x), (torch.ones(3, 3),), {})
+
+
+def test_products_that_no_part_has_raise(vqvae):
+    """A cost outside attention, FFN and head must not drop out of the total."""
+    var = mini()[1]
+    var.blocks[0].drop_path = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(RuntimeError, match="neither attention, FFN nor head"):
+        count_flops(var, vqvae, [0])
+
+
+def test_what_fvcore_ignores_by_itself_is_no_product():
+    from fvcore.nn.jit_analysis import _IGNORED_OPS
+
+    products = ("mm", "matmul", "dot", "linear", "conv", "einsum", "attention", "mv", "cdist")
+    assert not [op for op in _IGNORED_OPS if any(name in op for name in products)]
+
+
+# Mean and spread
+
+
+def counts_of(*experts_by_row):
+    """ExpertCounts of scale 1, one layer: the number of experts of each token of each row."""
+    counts = ExpertCounts()
+    wanted_RlE = torch.tensor(experts_by_row)[..., None] > torch.arange(NUM_EXPERTS)
+    counts.record(1, wanted_RlE)
+    return counts
+
+
+HAND_MADE = FixedCost(
+    branches=2,
+    macs=dict.fromkeys(("qkv_proj", "attention", "ffn", "adaln", "other"), (0, 0))
+    | {"head": (1 * 10**9, 2 * 10**9)},
+    decoder_macs=5 * 10**9,
+    experts={1: ExpertCost(num_pairs=16, pair_macs=10**9, router_macs=3 * 10**9)},
+)
+"""Two scales, the second with experts: two rows of two tokens, NUM_EXPERTS experts, one layer."""
+
+
+def test_mean_and_spread_over_images_of_different_counts():
+    """Rows are [cond of all images; null of all images]; images keep their order over batches."""
+    batches = [
+        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),  # images of 1+2+0+1 = 4 and 4+4+4+3 = 15 pairs
+        counts_of([1, 1], [1, 1]),  # an image of 4
+    ]
+    flops = report(HAND_MADE, iter(batches), {1: Threshold(0.5)}, num_images=3)
+
+    pairs = np.array([4, 15, 4])
+    assert flops.pairs == {1: tuple(pairs)}
+    assert flops.experts_gmac_per_image == tuple(pairs)
+    assert flops.by_part_gmac["experts"] == pytest.approx(pairs.mean())
+    assert flops.total_gmac == pytest.approx(1 + 2 + 3 + pairs.mean())
+    assert flops.total_gmac_std == pytest.approx(pairs.std())
+    assert flops.total_gflop == pytest.approx(2 * flops.total_gmac)
+    assert flops.by_scale_gmac == pytest.approx((1, 2 + 3 + pairs.mean()))
+    assert flops.expert_share == pytest.approx({1: pairs.mean() / 16})
+
+
+def test_metrics_are_flat_and_name_their_unit():
+    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
+    flops = report(HAND_MADE, batches, {1: Threshold(0.5)}, num_images=2)
+    metrics = flops.metrics()
+    assert metrics == pytest.approx({
+        "flops_gmac": 15.5, "flops_gmac_std": 5.5, "flops_gflop": 31,
+        "flops_qkv_proj_gmac": 0, "flops_attention_gmac": 0, "flops_ffn_gmac": 0,
+        "flops_experts_gmac": 9.5, "flops_router_gmac": 3, "flops_head_gmac": 3,
+        "flops_adaln_gmac": 0, "flops_other_gmac": 0, "flops_decoder_gmac": 5,
+        "flops_scale0_gmac": 1, "flops_scale1_gmac": 14.5, "experts_share_scale1": 9.5 / 16,
+    })  # fmt: skip
+    head, columns, _, scale_1, sums = flops.table().splitlines()
+    assert "15.5 " in head
+    assert "31 GFLOP" in head
+    assert columns.split()[1:8] == list(SAMPLER_PARTS)
+    assert scale_1.split() == ["1", "0", "0", "0", "9.5", "3", "2", "0", "14.5", "0", "59.4%"]
+    assert sums.split()[8] == "15.5"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "rules"),
+    [
+        (3, {1: Threshold(0.5)}),
+        (2, {}),
+        (2, {0: Threshold(0.5)}),
+        (2, {0: Threshold(0.5), 1: Threshold(0.5)}),
+    ],
+)
+def test_counts_of_another_run_are_refused(num_images, rules):
+    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
+    with pytest.raises(ValueError, match="experts were counted"):
+        report(HAND_MADE, batches, rules, num_images)
+
+
+def test_counts_of_another_model_are_refused():
+    batches = [counts_of([4, 4, 4], [4, 4, 4])]
+    with pytest.raises(ValueError, match="not those of this model"):
+        report(HAND_MADE, batches, {1: Threshold(0.5)}, num_images=1)
+
+
+# Options
+
+
+def test_batches_and_start_index_do_not_change_what_is_counted(vqvae, dense, moe):
+    model, labels = dynamic(dense, moe, (1, 2)), torch.tensor([0, 1, 2, 3, 4])
+    options = {"tau": 0.5, "top_k": 0, "seed": 3}
+    whole = count_flops(model, vqvae, labels, **options)
+    assert len(set(whole.experts_gmac_per_image)) > 2
+    assert count_flops(model, vqvae, labels, batch_size=2, **options) == whole
+    rest = count_flops(model, vqvae, labels[2:], batch_size=2, start_index=2, **options)
+    assert rest.pairs == {si: pairs[2:] for si, pairs in whole.pairs.items()}
+    other_seed = count_flops(model, vqvae, labels, **{**options, "seed": 4})
+    assert other_seed.pairs != whole.pairs
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"topk": 3}, TypeError), ({"tau": 0.5}, ValueError), ({"labels": [9]}, ValueError)],
+)
+def test_a_dense_model_refuses_what_generate_refuses(vqvae, dense, options, error):
+    """No image is sampled there, and still no wrong option passes."""
+    with pytest.raises(error):
+        count_flops(dense, vqvae, **{"labels": [0], **options})
+
+
+@pytest.mark.parametrize("mode", ["float64", "train", "inference_mode"])
+def test_neither_dtype_nor_mode_changes_the_cost_or_warns(vqvae, dense, mode):
+    expected = fixed_cost(dense, vqvae)
+    mini_vqvae, var = mini()
+    if mode == "float64":
+        mini_vqvae, var = mini_vqvae.double(), var.double()
+    elif mode == "train":
+        var.train()
+    with warnings.catch_warnings(), torch.inference_mode(mode == "inference_mode"):
+        warnings.simplefilter("error")
+        assert fixed_cost(var, mini_vqvae) == expected
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_cost_is_the_same(vqvae, dense, moe):
+    expected = count_flops(dynamic(dense, moe, (1,)), vqvae, [0, 1], selection=TopK(1))
+    gpu_vqvae, var = mini()
+    model = dynamic(var, to_moe(var), (1,)).cuda()
+    assert count_flops(model, gpu_vqvae.cuda(), [0, 1], selection=TopK(1)) == expected

@@ -1,0 +1,131 @@
+"""Every compute path against a loop over tokens and experts in float64, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from dmoe_var.moe.experts import ExpertWeights, run_experts
+
+IMPLS = ["reference", "grouped"]
+C = 12
+# N tokens, E experts, D neurons an expert
+SIZES = [(1, 1, 4), (1, 5, 3), (17, 5, 3), (16, 1, 4), (33, 8, 1)]
+
+
+def ragged(N, E):
+    """Expert e runs on the first e tokens: the first on none, the last token has few or none."""
+    return torch.arange(N)[:, None] < torch.arange(E)
+
+
+def half(N, E):
+    return torch.rand(N, E, generator=torch.Generator().manual_seed(0)) < 0.5
+
+
+def one_each(N, E):
+    return torch.arange(N)[:, None] % E == torch.arange(E)
+
+
+def crowded(N, E):
+    """All tokens go to the last expert alone."""
+    return torch.arange(E).expand(N, E) == E - 1
+
+
+def all_on(N, E):
+    return torch.ones(N, E, dtype=torch.bool)
+
+
+def all_off(N, E):
+    return torch.zeros(N, E, dtype=torch.bool)
+
+
+MASKS = [ragged, half, one_each, crowded, all_on, all_off]
+
+
+def random_layer(E, D, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*shape):
+        values = torch.randn(shape, dtype=torch.float64, generator=generator)
+        return values.to(dtype).requires_grad_()
+
+    return ExpertWeights(tensor(E, D, C), tensor(E, D), tensor(E, D, C), tensor(C))
+
+
+def random_tokens(N, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(N, C, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+
+
+def naive(x_NC, mask_NE, weights, act):
+    """Per token, per expert, per neuron."""
+    rows = []
+    for x_C, mask_E in zip(x_NC, mask_NE.tolist(), strict=True):
+        out_C = weights.b2_C
+        for e, runs in enumerate(mask_E):
+            if not runs:
+                continue
+            for d in range(weights.w1_EDC.shape[1]):
+                hidden = act((weights.w1_EDC[e, d] * x_C).sum() + weights.b1_ED[e, d])
+                out_C = out_C + hidden * weights.w2_EDC[e, d]
+        rows.append(out_C)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("make_mask", MASKS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_values_and_gradients(impl, make_mask, sizes):
+    N, E, D = sizes
+    x_NC, mask_NE, weights = random_tokens(N), make_mask(N, E), random_layer(E, D)
+    inputs, act = (x_NC, *weights), nn.GELU(approximate="tanh")
+    expected = naive(x_NC, mask_NE, weights, act)
+    out = run_experts(x_NC, mask_NE, weights, act, impl)
+    assert_close(out, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn(N, C, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    options = {"allow_unused": True, "materialize_grads": True}
+    assert_close(
+        torch.autograd.grad(out, inputs, upstream, **options),
+        torch.autograd.grad(expected, inputs, upstream, **options),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.GELU(approximate="tanh")])
+def test_float32_is_close_to_float64(impl, act):
+    N, E, D = 50, 6, 16
+    single = random_tokens(N, torch.float32), random_layer(E, D, torch.float32)
+    double = single[0].double(), ExpertWeights(*(w.double() for w in single[1]))
+    out = run_experts(single[0], half(N, E), single[1], act, impl)
+    expected = run_experts(double[0], half(N, E), double[1], act, "reference")
+    assert out.dtype == torch.float32
+    assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens(impl):
+    out = run_experts(torch.zeros(0, C).double(), all_on(0, 5), random_layer(5, 3), nn.ReLU(), impl)
+    assert out.shape == (0, C)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inputs_stay_as_they_are(impl):
+    x_NC, weights, mask_NE = random_tokens(9), random_layer(5, 3), half(9, 5)
+    before = [t.detach().clone() for t in (x_NC, *weights, mask_NE)]
+    run_experts(x_NC, mask_NE, weights, nn.ReLU(), impl)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x_NC, *weights, mask_NE), strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_repeated_runs_agree_to_the_bit(impl):
+    args = random_tokens(64, torch.float32), half(64, 6), random_layer(6, 8, torch.float32)
+    assert torch.equal(*(run_experts(*args, nn.ReLU(), impl) for _ in range(2)))
+
+
+def test_unknown_impl_raises():
+    with pytest.raises(ValueError, match="impl='fast' is none of reference, grouped"):
+        run_experts(random_tokens(2), all_on(2, 5), random_layer(5, 3), nn.ReLU(), "fast")

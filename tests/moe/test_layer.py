@@ -1,0 +1,124 @@
+"""The expert FFN: which experts a rule picks, what it costs to pick, and the routers' target."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
+from dmoe_var.moe.layer import ExpertConfig, ExpertCounts, MoEFFN, Routing
+
+WIDTH, HIDDEN, SIZE = 16, 24, 4
+E = HIDDEN // SIZE
+
+
+@pytest.fixture
+def ffn():
+    torch.manual_seed(0)
+    ffn = MoEFFN(WIDTH, HIDDEN, "relu", ExpertConfig(SIZE)).double()
+    for name, parameter in ffn.named_parameters():
+        if "router" not in name:
+            torch.nn.init.normal_(parameter)
+    return ffn
+
+
+@pytest.fixture
+def x_BLC():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def expert_output(ffn, x_BLC, e):
+    """Without the shared bias."""
+    h_BLD = (x_BLC @ ffn.w1_EDC[e].T + ffn.b1_ED[e]).clamp_min(0)
+    return h_BLD @ ffn.w2_EDC[e]
+
+
+def masked_sum(ffn, x_BLC, mask_BLE):
+    outputs = [expert_output(ffn, x_BLC, e) * mask_BLE[..., e, None] for e in range(E)]
+    return sum(outputs) + ffn.b2_C
+
+
+def naive_norms(ffn, x_BLC):
+    norms_BLE = torch.zeros(*x_BLC.shape[:-1], E, dtype=x_BLC.dtype)
+    for e in range(E):
+        norms_BLE[..., e] = expert_output(ffn, x_BLC, e).square().sum(-1).sqrt()
+    return norms_BLE
+
+
+def test_true_norms_leave_the_shared_bias_out(ffn, x_BLC):
+    assert_close(ffn.true_norms(x_BLC), naive_norms(ffn, x_BLC), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        before = ffn.true_norms(x_BLC)
+        ffn.b2_C.add_(100)
+        assert torch.equal(ffn.true_norms(x_BLC), before)
+
+
+@pytest.mark.parametrize("impl", ["reference", "grouped"])
+@pytest.mark.parametrize(
+    "rule", [Threshold(0.4), TopK(2), Cumulative(0.6), Oracle(0.4), Random(2), All()], ids=repr
+)
+def test_experts_run_as_the_rule_says(ffn, x_BLC, rule, impl):
+    scores = naive_norms(ffn, x_BLC) if isinstance(rule, Oracle) else ffn.router(x_BLC)
+    mask_BLE = rule(scores)
+    counts = ExpertCounts()
+    out = ffn(x_BLC, Routing(rule, 3, impl, counts))
+    assert_close(out, masked_sum(ffn, x_BLC, mask_BLE), rtol=0, atol=1e-12)
+    assert counts.scales == [3]
+    assert torch.equal(counts.per_token(3), mask_BLE.sum(-1)[None].short())
+
+
+def test_without_routing_every_expert_runs(ffn, x_BLC):
+    expected = masked_sum(ffn, x_BLC, torch.ones(2, 5, E))
+    assert_close(ffn(x_BLC), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("routing", "runs"),
+    [
+        (None, False),
+        (Routing(All()), False),
+        (Routing(Random(2)), False),
+        (Routing(Oracle(0.4)), False),
+        (Routing(Threshold(0.4)), True),
+        (Routing(TopK(2)), True),
+        (Routing(Cumulative(0.4)), True),
+    ],
+    ids=lambda value: repr(getattr(value, "rule", value)),
+)
+def test_the_router_runs_only_where_a_rule_reads_it(ffn, x_BLC, routing, runs):
+    calls = []
+    ffn.router.register_forward_hook(lambda *_: calls.append(1))
+    ffn(x_BLC, routing)
+    assert bool(calls) == runs
+
+
+def test_random_rules_take_the_noise_handed_down(ffn, x_BLC):
+    noise_BLE = torch.rand(2, 5, E, generator=torch.Generator().manual_seed(2))
+    asked = []
+
+    def noise(*shape):
+        asked.append(shape)
+        return noise_BLE
+
+    out = ffn(x_BLC, Routing(Random(2), noise=noise))
+    assert asked == [(5, E)]
+    assert_close(out, masked_sum(ffn, x_BLC, TopK(2)(noise_BLE)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.4), All()], ids=repr)
+def test_unknown_impl_raises_whatever_the_rule(ffn, x_BLC, rule):
+    with pytest.raises(ValueError, match="impl='fast'"):
+        ffn(x_BLC, Routing(rule, impl="fast"))
+
+
+def test_counts_keep_scales_and_layers_apart():
+    counts = ExpertCounts()
+    masks = {si: torch.rand(2, 3, si + 1, E) < 0.5 for si in (4, 2)}  # (layers, B, L, E)
+    for layer in range(2):
+        for si, mask in masks.items():
+            counts.record(si, mask[layer])
+    assert counts.scales == [2, 4]
+    for si, mask in masks.items():
+        assert torch.equal(counts.per_token(si), mask.sum(-1).short())

@@ -1,0 +1,138 @@
+"""Every selection rule against a loop over Python numbers.
+
+Scores, tau and shares are multiples of 1/8, so that ties and equalities are exact.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
+
+E = 8
+RULES = [Threshold(0.5), Oracle(0.5), TopK(3), Cumulative(0.5), Random(3), All()]
+
+
+def with_ties(*shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 9, (*shape, E), generator=generator) / 8
+
+
+SCORES = torch.cat(
+    [
+        with_ties(200),
+        torch.zeros(1, E),
+        torch.full((1, E), 0.375),
+        torch.eye(E),
+    ]
+)
+
+
+def assert_largest(row, chosen):
+    """No score left out is larger than one chosen."""
+    left_out = [s for s, c in zip(row, chosen, strict=True) if not c]
+    kept = [s for s, c in zip(row, chosen, strict=True) if c]
+    assert not left_out or not kept or min(kept) >= max(left_out)
+
+
+@pytest.mark.parametrize("rule_type", [Threshold, Oracle])
+@pytest.mark.parametrize("tau", [0.0, 0.125, 0.5, 0.875, 1.0])
+def test_threshold(rule_type, tau):
+    for row, chosen in zip(SCORES.tolist(), rule_type(tau)(SCORES).tolist(), strict=True):
+        assert chosen == [score >= tau * max(row) for score in row]
+
+
+@pytest.mark.parametrize("k", [1, 3, E - 1, E])
+def test_top_k(k):
+    for row, chosen in zip(SCORES.tolist(), TopK(k)(SCORES).tolist(), strict=True):
+        assert sum(chosen) == k
+        assert_largest(row, chosen)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 0.75, 1.0])
+def test_cumulative_is_the_smallest_set(share):
+    for row, chosen in zip(SCORES.tolist(), Cumulative(share)(SCORES).tolist(), strict=True):
+        ordered = sorted(row, reverse=True)
+        smallest = next(n for n in range(1, E + 1) if sum(ordered[:n]) >= share * sum(row))
+        assert sum(chosen) == smallest
+        assert_largest(row, chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_share_1_leaves_out_the_zeros_alone(dtype):
+    """Also where the scores' sum has to be rounded."""
+    scores = torch.rand(500, E, dtype=dtype, generator=torch.Generator().manual_seed(0)).exp()
+    scores[:, ::3] = 0
+    assert torch.equal(Cumulative(1.0)(scores), scores > 0)
+
+
+def test_random_runs_k_experts_alike_often():
+    scores = torch.zeros(20000, E)
+    mask = Random(3)(scores)
+    assert (mask.sum(-1) == 3).all()
+    share = mask.float().mean(0)  # standard error 0.0034
+    assert (share - 3 / E).abs().max() < 0.015
+
+
+def test_random_ignores_scores_and_follows_its_seed():
+    assert torch.equal(Random(3)(SCORES), Random(3, seed=0)(SCORES.flip(-1)))
+    assert not torch.equal(Random(3)(SCORES), Random(3, seed=1)(SCORES))
+
+
+def test_random_ranks_given_noise():
+    noise = torch.rand(5, 7, E, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Random(3)(torch.zeros(5, 7, E), noise), TopK(3)(noise))
+
+
+def test_all():
+    assert All()(SCORES).all()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3, 4), (0, 3)])
+def test_any_leading_shape(rule, shape):
+    scores = with_ties(*shape)
+    mask = rule(scores)
+    assert mask.shape == scores.shape
+    assert mask.dtype == torch.bool
+    rows = rule(scores.reshape(-1, E)) if scores.numel() else scores.reshape(-1, E).bool()
+    assert torch.equal(mask.reshape(-1, E), rows)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_rules_are_pure(rule):
+    scores, state = SCORES.clone(), torch.random.get_rng_state()
+    assert torch.equal(rule(scores), rule(scores))
+    assert torch.equal(scores, SCORES)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.3), TopK(2), Cumulative(0.7)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_precision(rule, dtype):
+    assert torch.equal(rule(SCORES.to(dtype)).sum(-1), rule(SCORES).sum(-1))
+
+
+def test_what_a_rule_reads():
+    assert [rule.true_norms for rule in RULES] == [False, True, False, False, False, False]
+    assert [rule.uses_scores for rule in RULES] == [True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("rule_type", "value"),
+    [
+        *[(rule, tau) for rule in (Threshold, Oracle) for tau in (-0.01, 1.01, float("nan"))],
+        *[(Cumulative, share) for share in (-0.01, 1.01, float("nan"))],
+        *[(rule, k) for rule in (TopK, Random) for k in (0, -1)],
+    ],
+)
+def test_values_out_of_range_raise(rule_type, value):
+    with pytest.raises(ValueError, match=rf"(tau|share|k)={value} is not within"):
+        rule_type(value)
+
+
+@pytest.mark.parametrize("rule_type", [TopK, Random])
+def test_more_experts_than_there_are_raise(rule_type):
+    with pytest.raises(ValueError, match="k=9 is more than the 8 experts"):
+        rule_type(E + 1)(SCORES)

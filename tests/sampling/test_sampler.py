@@ -1,0 +1,248 @@
+"""The sampler against the published one's images, and what must not change an image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dmoe_var import DynamicVAR, Random, Threshold, TopK, generate
+from dmoe_var.conversion.relufication import relufy
+from dmoe_var.moe.layer import ExpertCounts
+
+LABELS = [0, 1, 2, 3, 4, 5, 2, 1]
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
+SMALL = {"top_k": 20, "top_p": 0.9}
+
+
+def differ(a, b):
+    return (a - b).abs().amax((1, 2, 3)) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def vqvae(make_vqvae):
+    return make_vqvae()
+
+
+@pytest.fixture(scope="module")
+def dense(make_var):
+    return make_var(seed=0)
+
+
+@pytest.fixture(scope="module")
+def relu(make_var):
+    return relufy(make_var(seed=1))
+
+
+@pytest.fixture(scope="module")
+def dynamic(dense, relu, make_moe):
+    return DynamicVAR(dense, make_moe(relu), (2, 3))
+
+
+# The published sampler's images
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.5, 4.0])
+@pytest.mark.parametrize("options", [{}, {"generator": True}, {"adaln_every_scale": True}], ids=str)
+def test_greedy_images_are_the_published_ones(parity, cfg, options):
+    options = {k: torch.Generator() if k == "generator" else v for k, v in options.items()}
+    images = generate(parity.var, parity.vqvae, parity.io["label"], cfg, top_k=1, **options)
+    assert_close(images, parity.io[f"greedy_image.cfg{cfg}"], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "top_p", "seed", "more_smooth"),
+    [
+        ("sampled_image.cfg1.5.seed0", 1.5, 0.96, 0, False),
+        ("sampled_image.cfg4.seed3.smooth", 4, 0.95, 3, True),
+    ],
+)
+def test_sampled_images_are_the_published_ones(parity, name, cfg, top_p, seed, more_smooth):
+    images = generate(
+        parity.var,
+        parity.vqvae,
+        parity.io["label"],
+        cfg=cfg,
+        top_k=parity.config["vocab_size"] // 4,
+        top_p=top_p,
+        more_smooth=more_smooth,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    assert_close(images, parity.io[name], **TOLERANCE)
+
+
+# What must not change an image
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tau": 0.5},
+        {"tau": 0.5, "impl": "reference"},
+        {"selection": Random(2)},
+        {"more_smooth": True, "tau": 0.5},
+        {"cfg": 0.0, "selection": Random(2)},
+    ],
+    ids=str,
+)
+def test_batch_size_does_not_change_an_image(dynamic, vqvae, options):
+    options = SMALL | options
+    together = generate(dynamic, vqvae, LABELS, seed=3, start_index=5, **options)
+    assert together.shape == (8, 3, 8, 8)
+    assert (together.min(), together.max()) >= (0, 0)
+    assert together.max() <= 1
+    one_by_one = [
+        generate(dynamic, vqvae, [label], seed=3, start_index=5 + i, **options)
+        for i, label in enumerate(LABELS)
+    ]
+    assert_close(torch.cat(one_by_one), together, **TOLERANCE)
+    assert differ(together[2:3], together[6:7]).all()  # the same class, another stream
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"start_index": 8}], ids=str)
+def test_seed_and_index_change_every_image(dynamic, vqvae, change):
+    images, changed = (generate(dynamic, vqvae, LABELS, **SMALL, **c) for c in ({}, change))
+    assert differ(images, changed).all()
+
+
+def test_a_call_repeats_and_leaves_the_global_generator_alone(dynamic, vqvae):
+    state = torch.get_rng_state()
+    first, again = (generate(dynamic, vqvae, LABELS, tau=0.3, **SMALL) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_train_mode_does_not_change_an_image(make_var, vqvae):
+    var = make_var(drop_path=0.5)
+    expected = generate(var, vqvae, LABELS, **SMALL)
+    assert_close(generate(var.train(), vqvae, LABELS, **SMALL), expected, **TOLERANCE)
+
+
+def test_adaln_at_every_scale_gives_the_same_image(dynamic, vqvae):
+    once, every = (
+        generate(dynamic, vqvae, LABELS, tau=0.3, adaln_every_scale=b, **SMALL) for b in (0, 1)
+    )
+    assert_close(every, once, **TOLERANCE)
+
+
+def test_one_generator_serves_all_images(dynamic, vqvae):
+    def images(generator_seed, **options):
+        generator = torch.Generator().manual_seed(generator_seed)
+        return generate(dynamic, vqvae, LABELS, generator=generator, **SMALL, **options)
+
+    assert torch.equal(images(0), images(0, seed=7, start_index=7))
+    assert differ(images(0), images(1)).all()
+
+
+# Guidance
+
+
+def test_without_guidance_only_the_conditional_branch_runs(dynamic, vqvae):
+    rows, images = {}, {}
+    for cfg in (0.0, 1e-7):
+        counts = ExpertCounts()
+        images[cfg] = generate(dynamic, vqvae, LABELS, cfg=cfg, tau=0.3, counts=counts, **SMALL)
+        rows[cfg] = counts.per_token(3).shape[1]
+    assert rows == {0.0: 8, 1e-7: 16}
+    assert_close(images[0.0], images[1e-7], **TOLERANCE)
+
+
+def test_guidance_starts_at_the_second_scale(dense, vqvae):
+    def f_hats(cfg):
+        seen = []
+        generate(dense, vqvae, LABELS, cfg, on_scale=lambda _, f_hat: seen.append(f_hat), **SMALL)
+        return seen
+
+    weak, strong = f_hats(0.5), f_hats(8.0)
+    assert torch.equal(weak[0], strong[0])
+    assert not torch.equal(weak[1], strong[1])
+
+
+# Experts
+
+
+def test_tau_0_is_the_unsplit_relu_model(dense, relu, dynamic, vqvae):
+    unsplit = generate(DynamicVAR(dense, relu, (2, 3)), vqvae, LABELS, **SMALL)
+    for options in ({}, {"tau": 0.0}, {"tau": [0.9, 0.9, 0.0, 0.0]}):
+        assert_close(generate(dynamic, vqvae, LABELS, **SMALL, **options), unsplit, **TOLERANCE)
+    assert differ(generate(dense, vqvae, LABELS, **SMALL), unsplit).any()
+
+
+def test_each_scale_has_its_own_rule(dynamic, vqvae):
+    counts = ExpertCounts()
+    generate(dynamic, vqvae, LABELS[:3], selection=[TopK(2), Threshold(0.0)], counts=counts)
+    assert counts.scales == [2, 3]
+    assert counts.per_token(2).shape == (2, 6, 9)
+    assert (counts.per_token(2) == 2).all()
+    assert (counts.per_token(3) == 8).all()
+
+
+def test_a_moe_var_alone_has_experts_at_every_scale(relu, make_moe, vqvae):
+    counts = ExpertCounts()
+    generate(make_moe(relu), vqvae, LABELS, tau=1.0, counts=counts)
+    assert counts.scales == [0, 1, 2, 3]
+    assert all((counts.per_token(si) == 1).all() for si in counts.scales)
+
+
+def test_on_scale_sees_every_partial_sum(dynamic, vqvae):
+    seen = []
+    images = generate(
+        dynamic, vqvae, LABELS, on_scale=lambda *args: seen.append(args), tau=0.3, **SMALL
+    )
+    assert [si for si, _ in seen] == [0, 1, 2, 3]
+    with torch.no_grad():
+        decoded = vqvae.decoder(vqvae.post_quant_conv(seen[-1][1])).clamp(-1, 1)
+    assert_close(images, decoded * 0.5 + 0.5, **TOLERANCE)
+
+
+def test_bfloat16_gives_images(dynamic, vqvae):
+    model = DynamicVAR(dynamic.dense, dynamic.moe, (2, 3))
+    images = generate(model.to(torch.bfloat16), vqvae, LABELS, tau=0.3, **SMALL)
+    model.float()
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "non-empty"),
+        ([[1]], "non-empty list"),
+        ([1.5], "whole numbers"),
+        ([-1], r"within 0\.\.5 .* got -1\.\.-1"),
+        ([0, 6], r"within 0\.\.5 .* got 0\.\.6"),
+    ],
+)
+def test_wrong_labels_raise(dense, vqvae, labels, message):
+    with pytest.raises(ValueError, match=message):
+        generate(dense, vqvae, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 0.1, "selection": TopK(1)}, "both given"),
+        ({"tau": 1.5}, "tau=1.5"),
+        ({"tau": [0.1] * 3}, "tau has 3 values"),
+        ({"selection": TopK(9)}, "k=9"),
+        ({"tau": 0.1, "impl": "fast"}, "impl='fast'"),
+    ],
+    ids=str,
+)
+def test_wrong_selections_raise(dynamic, vqvae, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(dynamic, vqvae, LABELS, **options)
+
+
+def test_tau_without_experts_raises(dense, vqvae):
+    with pytest.raises(ValueError, match="no experts"):
+        generate(dense, vqvae, LABELS, tau=0.1)
+
+
+def test_another_models_vqvae_raises(dense, make_vqvae):
+    with pytest.raises(ValueError, match="patch_nums"):
+        generate(dense, make_vqvae(patch_nums=(1, 2, 4)), LABELS)

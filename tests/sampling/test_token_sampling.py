@@ -1,0 +1,182 @@
+"""Guidance, filters, draws and random streams against loops, softmax and statistics."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+from torch.testing import assert_close
+
+from dmoe_var.sampling.token_sampling import (
+    ROUTING,
+    TOKENS,
+    ImageStreams,
+    draw_tokens,
+    filter_logits,
+    guide,
+    soft_mix,
+    stream_seed,
+)
+
+CPU = torch.device("cpu")
+PROBABILITIES = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0]
+
+
+def random_logits(*shape, spread=2.0):
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def naive_filter(row, top_k, top_p):
+    """Kept indices of one row of logits: top-k (ties kept), then top-p of what is left."""
+    kept = list(range(len(row)))
+    if top_k > 0:
+        least = sorted(row, reverse=True)[min(top_k, len(row)) - 1]
+        kept = [i for i in kept if row[i] >= least]
+    if top_p > 0:
+        kept.sort(key=lambda i: row[i])
+        total, running, left = sum(math.exp(row[i]) for i in kept), 0.0, []
+        for i in kept:
+            running += math.exp(row[i]) / total
+            if running > 1 - top_p or i == kept[-1]:
+                left.append(i)
+        kept = left
+    return sorted(kept)
+
+
+def test_guidance():
+    logits = random_logits(6, 2, 3)
+    cond, null = logits[:3], logits[3:]
+    for t in (0.0, 1.0, 2.5):
+        assert_close(guide(logits, t), cond + t * (cond - null))
+
+
+# Filters
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 10, 40, 900])
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.7, 0.96, 1.0])
+def test_filters_by_loops(top_k, top_p):
+    logits_BlV = random_logits(3, 20, 40)
+    filtered = filter_logits(logits_BlV, top_k, top_p)
+    for row, out in zip(logits_BlV.flatten(0, 1).tolist(), filtered.flatten(0, 1), strict=True):
+        assert out.isfinite().nonzero().flatten().tolist() == naive_filter(row, top_k, top_p)
+    kept = filtered.isfinite()
+    assert torch.equal(filtered[kept], logits_BlV[kept])
+
+
+def test_top_k_keeps_what_ties_with_the_kth():
+    kept = filter_logits(torch.tensor([[[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]]), 2, 0).isfinite()
+    assert kept.nonzero()[:, 2].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("top_p", "left"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.8, 4)])
+def test_top_p_drops_at_exactly_the_limit(top_p, left):
+    """Four tokens of probability 1/4: the running sums are exact."""
+    assert filter_logits(torch.zeros(1, 1, 4), 0, top_p).isfinite().sum() == left
+
+
+def test_filters_leave_their_input_alone():
+    logits = random_logits(1, 2, 40)
+    before = logits.clone()
+    filter_logits(logits, 5, 0.5)
+    assert torch.equal(logits, before)
+
+
+# Draws
+
+
+def assert_drawn_from(tokens, probabilities):
+    counts = torch.bincount(tokens.flatten(), minlength=len(probabilities)).tolist()
+    expected = [p * sum(counts) for p in probabilities]
+    possible = [(c, e) for c, e in zip(counts, expected, strict=True) if e > 0]
+    assert sum(c for c, _ in possible) == sum(counts)
+    assert chisquare(*zip(*possible, strict=True)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_tokens"), [(1, 30000), (3000, 10)], ids=["one stream", "first draws of many"]
+)
+def test_tokens_are_drawn_from_the_softmax(batch, num_tokens):
+    logits = torch.tensor(PROBABILITIES).log() + 3.0
+    streams = ImageStreams(0, 0, batch, CPU)
+    tokens = draw_tokens(logits.expand(batch, num_tokens, -1), streams)
+    assert tokens.shape == (batch, num_tokens)
+    assert_drawn_from(tokens, PROBABILITIES)
+
+
+def test_one_generator_draws_what_multinomial_draws():
+    logits = random_logits(3, 50, 20)
+    streams = ImageStreams(9, 9, 3, CPU, torch.Generator().manual_seed(5))
+    probabilities = logits.flatten(0, 1).softmax(-1)
+    expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(draw_tokens(logits, streams).flatten(), expected.flatten())
+
+
+def test_noise_is_exponential():
+    noise = ImageStreams(1, 0, 4, CPU).exponential(50, 100)
+    assert kstest(noise.flatten().numpy(), "expon").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_soft_mix_by_loops(progress):
+    logits, codes = random_logits(2, 3, 6).double(), random_logits(6, 4).double()
+    noise = ImageStreams(0, 0, 2, CPU).exponential(3, 6).tolist()
+    mixed = soft_mix(logits, codes, progress, ImageStreams(0, 0, 2, CPU))
+    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+    for b in range(2):
+        for i in range(3):
+            scores = [
+                (value.item() * (1 + progress) - math.log(e)) / temperature
+                for value, e in zip(logits[b, i], noise[b][i], strict=True)
+            ]
+            weights = [math.exp(s - max(scores)) for s in scores]
+            expected = sum(w / sum(weights) * c for w, c in zip(weights, codes, strict=True))
+            assert_close(mixed[b, i], expected, rtol=0, atol=1e-5)
+
+
+# Streams
+
+
+def test_no_two_images_share_a_stream():
+    """torch's CPU generator reads the low 32 bits of a seed only."""
+    for seed, purpose in [(0, TOKENS), (0, ROUTING), (2**40, TOKENS)]:
+        low = {stream_seed(seed, index, purpose) & 0xFFFFFFFF for index in range(100_000)}
+        assert len(low) == 100_000
+
+
+def test_seed_and_purpose_change_every_stream():
+    kinds = [(0, TOKENS), (1, TOKENS), (-1, TOKENS), (0, ROUTING), (1, ROUTING)]
+    streams = [[stream_seed(s, i, p) & 0xFFFFFFFF for i in range(1000)] for s, p in kinds]
+    assert len({seed for stream in streams for seed in stream}) == len(kinds) * 1000
+    assert all(0 <= stream_seed(s, 7, p) < 2**64 for s, p in kinds)
+
+
+@pytest.mark.parametrize("draw", ["exponential", "routing_noise"])
+def test_an_image_has_its_own_stream(draw):
+    """Rows are images, or with branches the conditional ones of all images, then the others."""
+
+    def drawn(start_index, batch, seed=0):
+        streams = ImageStreams(seed, start_index, batch, CPU)
+        if draw == "exponential":
+            scales = [streams.exponential(n, 6)[None] for n in (1, 4)]
+        else:
+            scales = [streams.routing_noise(n, 6, branches=2).unflatten(0, (2, -1)) for n in (1, 4)]
+        return torch.cat(scales, dim=2)  # (branches, B, l, ...)
+
+    together = drawn(0, 4)
+    alone = torch.cat([drawn(i, 1) for i in range(4)], dim=1)
+    halves = torch.cat([drawn(0, 2), drawn(2, 2)], dim=1)
+    assert torch.equal(together, alone)
+    assert torch.equal(together, halves)
+    rows = together.flatten(0, 2).tolist()
+    assert all(a != b for a, b in pairwise(sorted(rows)))
+    assert not torch.equal(drawn(0, 4, seed=1), together)
+
+
+def test_routing_noise_is_uniform():
+    noise = ImageStreams(0, 0, 3, CPU).routing_noise(50, 20, branches=2)
+    assert noise.shape == (6, 50, 20)
+    assert kstest(noise.flatten().numpy(), "uniform").pvalue > 1e-3

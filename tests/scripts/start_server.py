@@ -1,0 +1,77 @@
+"""Starts scripts as children of one process that has imported all they need: a start costs 0.2 s.
+
+Reads a JSON request a line ({"argv", "cwd", "stdout", "stderr", "kill"}) and answers each with the
+exit status, negative for a signal. "kill": [name, n] sends the child SIGKILL before its n-th call
+of the function of that dotted name. The digits are cut to a few images.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import dmoe_var.data
+
+NUM_IMAGES = 40
+
+
+def few_digits(image_size, load=dmoe_var.data.load_digits):
+    return tuple(
+        replace(images, images=images.images[:NUM_IMAGES], labels=images.labels[:NUM_IMAGES])
+        for images in load(image_size)
+    )
+
+
+def arm(name, n):
+    """SIGKILL this process before the n-th call of a function."""
+    owner, _, attribute = name.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    function, calls = getattr(owner, attribute), iter(range(1, 10**9))
+
+    @functools.wraps(function)
+    def armed(*args, **kwargs):
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, attribute, armed)
+
+
+def become(request):
+    """The child: stdin, stdout, stderr, arguments and folder of a fresh start, then the script."""
+    for fd, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+    os.chdir(request["cwd"])
+    sys.argv = request["argv"]
+    if request["kill"]:
+        arm(*request["kill"])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def main():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+    for module in (
+        "_hydra",
+        "dmoe_var.stages.sweep",
+        "dmoe_var.stages.train_router",
+        "sklearn.svm",
+    ):
+        pkgutil.resolve_name(module)
+    dmoe_var.data.load_digits = few_digits
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            become(json.loads(line))
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

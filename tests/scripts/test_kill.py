@@ -1,0 +1,52 @@
+"""SIGKILL at any moment, and started again: bitwise the weights of a run that was left alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import signal
+
+import pytest
+
+WRITE, STEP = "os.replace", "torch.optim.AdamW.step"
+
+
+def lines(folder):
+    """metrics.jsonl without the times."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [{**json.loads(line), "step_s": None} for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "moment"),
+    [
+        ("train_vqvae", STEP),
+        ("train_vqvae", WRITE),
+        ("train_var", WRITE),
+        ("sparsify", STEP),
+        ("train_router", STEP),
+    ],
+)
+def test_killed_again_and_again(launch, tiny, undisturbed, tmp_path, stage, moment):
+    """Killed before the first file it writes (or step it takes), then before the second of the
+    next start, the third of the one after it, until one start gets through."""
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    (expected,) = (undisturbed / "runs" / "digits" / stage).iterdir()
+    ours = tmp_path / "runs" / "digits" / stage / expected.name
+    shutil.rmtree(ours)
+    if stage == "train_var":
+        shutil.rmtree(tmp_path / "runs" / "cache")
+    for n in itertools.count(1):
+        finished = launch(stage, *tiny, cwd=tmp_path, kill=(moment, n))
+        if finished.status != -signal.SIGKILL:
+            break
+        assert not (ours / "result.json").exists()
+    assert (finished.status, finished.stderr) == (0, "")
+    assert n >= 4
+    file = "checkpoint/model.safetensors"
+    assert (ours / file).read_bytes() == (expected / file).read_bytes()
+    assert lines(ours) == lines(expected)
+    metrics = [json.loads((f / "result.json").read_text())["metrics"] for f in (ours, expected)]
+    assert metrics[0] == metrics[1]
+    assert {p.name for p in ours.iterdir()} - {p.name for p in expected.iterdir()} == set()

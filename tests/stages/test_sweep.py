@@ -1,0 +1,185 @@
+"""The sweep: its points, their join, what it leaves, and going on after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmoe_var.metrics.record import Record
+from dmoe_var.stages import evaluate, sweep
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.sweep import point, settings, table
+
+GROUPS = ["dense", "last", "last", "chosen", "lists"]
+
+
+@pytest.fixture
+def points_run(monkeypatch):
+    """The points that were measured, in words."""
+    seen, run = [], evaluate.run
+
+    def counted(work, bench=None):
+        seen.append(evaluate.describe(work))
+        return run(work, bench)
+
+    monkeypatch.setattr(evaluate, "run", counted)
+    return seen
+
+
+def test_settings(make_work):
+    """The dense model first; grids on the last and on all scales; lists on the last."""
+    work = make_work(changes={"sweep.all": [0.1], "sweep.lists.one": 0.2})
+    found = [(s.group, s.label, s.model, s.tau, s.scales) for s in settings(work)]
+    assert found == [
+        ("dense", "dense", "dense", (), ()),
+        ("last", "0", "dynamic", (0.0,), (2, 3)),
+        ("last", "0.5", "dynamic", (0.5,), (2, 3)),
+        ("all", "0.1", "dynamic", (0.1,), (0, 1, 2, 3)),
+        ("chosen", "ours", "dynamic", (0.3, 0.6), (2, 3)),
+        ("lists", "high", "dynamic", (1.0, 1.0), (2, 3)),
+        ("lists", "one", "dynamic", (0.2,), (2, 3)),
+    ]
+
+
+def test_points(make_work):
+    """Each is the evaluate stage of the same options, in a folder of its own."""
+    work = make_work(changes={"sweep.all": [0.1, 0.5]})
+    works = [point(work, setting, seed) for setting in settings(work) for seed in (0, 1)]
+    assert len({each.folder("evaluate") for each in works}) == len(works) == 14
+    for changes, setting in (
+        ({"evaluate.model": "dense"}, 0),
+        ({"selection.tau": 0.5}, 2),
+        ({"selection.tau": 0.1, "moe.scales": [0, 1, 2, 3]}, 3),
+        ({"selection.tau": [0.3, 0.6]}, 5),
+    ):
+        alone = make_work(changes={**changes, "evaluate.seed": 1})
+        ours = point(work, settings(work)[setting], 1)
+        assert ours.fingerprint("evaluate") == alone.fingerprint("evaluate")
+        assert ours.folder("evaluate") == alone.folder("evaluate")
+
+
+@pytest.fixture(scope="module")
+def swept(trained, make_work, use_few_digits, tmp_path_factory):
+    """A run folder in which the sweep is done."""
+    folder = tmp_path_factory.mktemp("swept") / "runs"
+    shutil.copytree(trained, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        use_few_digits(patch)
+        run_stage(make_work(folder), "sweep")
+    return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    for figure in (sweep.fid_over_flops, sweep.sample_grid, sweep.expert_maps):
+        monkeypatch.setattr(figure, "draw", lambda *args: None)
+    monkeypatch.setattr(sweep, "collect_maps", lambda *args: None)
+
+
+def test_sweep(make_work, swept, images_of):
+    work = make_work(swept)
+    record = Record.read(work.folder("sweep") / "result.json")
+    rows = record.about["settings"]
+    assert [row["group"] for row in rows] == GROUPS
+    for row in rows:
+        records = [Record.read(work.root / at / "result.json") for at in row["points"]]
+        assert [r.config["evaluate.seed"] for r in records] == [0, 1]
+        fid = [r.metrics["fid_fake"] for r in records]
+        assert row["fid_by_seed"] == fid
+        assert row["fid_mean"] == pytest.approx(sum(fid) / 2)
+        assert row["fid_std"] == pytest.approx(abs(fid[0] - fid[1]) / 2**0.5)
+        gmac = np.mean([r.metrics["flops_gmac"] for r in records])
+        assert row["flops_gmac"] == pytest.approx(gmac)
+        assert row["flops_saved"] == pytest.approx(1 - gmac / rows[0]["flops_gmac"])
+        assert row["fid_change"] == pytest.approx(row["fid_mean"] / rows[0]["fid_mean"] - 1)
+    saved = [row["flops_saved"] for row in rows]
+    assert saved[0] == 0
+    assert saved[1] < saved[2] < saved[4]
+    assert record.metrics["operating_point_flops_saved"] == saved[3]
+    assert record.metrics["dense_fid_mean"] == rows[0]["fid_mean"]
+    for name, row in (("dense", rows[0]), ("operating_point", rows[3])):
+        source, target = work.root / row["points"][0], work.root / name
+        assert np.array_equal(*(images_of(f / "samples.npz") for f in (source, target)))
+        assert Record.read(source / "result.json") == Record.read(target / "result.json")
+    folder = work.folder("sweep")
+    for figure in ("fid_over_flops", "samples", "expert_maps"):
+        assert Image.open(folder / f"{figure}.png").format == "PNG"
+    assert (folder / "table.md").read_text() == sweep.table_of(record) + "\n"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_both_grids_beside_a_list(make_work, runs):
+    """One tau on all scales, and a list that has a tau for each of the last."""
+    work = make_work(runs, {"sweep.all": [1.0], "sweep.last": [1.0], "sweep.seeds": [0]})
+    rows = run_stage(work, "sweep").about["settings"]
+    by_group = {row["group"]: row for row in rows}
+    assert by_group["all"]["flops_saved"] > by_group["last"]["flops_saved"]
+    assert {f"experts_share_scale{si}" for si in range(4)} <= by_group["all"].keys()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_interrupted_sweep_goes_on(make_work, runs, points_run, monkeypatch):
+    """The points that are there are not measured again."""
+    work, draw = make_work(runs), evaluate.draw_samples
+
+    def draw_four(*args, **kwargs):
+        if len(points_run) == 5:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "draw_samples", draw_four)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(work, "sweep")
+    monkeypatch.setattr(evaluate, "draw_samples", draw)
+    assert not (work.folder("sweep") / "result.json").exists()
+    interrupted = points_run.pop()
+    run_stage(work, "sweep")
+    assert points_run[4] == interrupted
+    assert len(points_run) == len(set(points_run)) == 2 * len(GROUPS)
+    run_stage(work, "sweep")
+    assert len(points_run) == 2 * len(GROUPS)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_wider_sweep_measures_what_is_new(make_work, swept, points_run, tmp_path):
+    """It has a folder of its own and leaves the experiment's samples alone."""
+    runs = shutil.copytree(swept, tmp_path / "runs")
+    samples = make_work(runs).root / "dense" / "samples.npz"
+    published = samples.read_bytes()
+    wide = make_work(runs, {"sweep.seeds": [2, 1]})
+    run_stage(wide, "sweep")
+    assert len(points_run) == len(GROUPS)
+    assert all(words.endswith("seed 2") for words in points_run)
+    assert samples.read_bytes() == published
+    assert (wide.folder("sweep") / "dense" / "samples.npz").read_bytes() != published
+
+
+def row(group, label, tau, **numbers):
+    values = {
+        "flops_gmac": 1.0, "flops_saved": 0.0, "fid_mean": 10.0, "fid_std": 0.25,
+        "fid_change": 0.0, "label_agreement": 0.995,
+    }  # fmt: skip
+    return {"group": group, "label": label, "tau": tau, **values, **numbers}
+
+
+def test_table():
+    rows = [
+        row("dense", "dense", []),
+        row("last", "0.1", [0.1], flops_gmac=0.75, flops_saved=0.25),
+        row("all", "0.2", [0.2], fid_mean=12.0, fid_change=0.2),
+        row("lists", "paper", [0.18161, 0.5]),
+        row("chosen", "ours", [0.3], fid_mean=9.9, fid_change=-0.01),
+    ]
+    header, rule, *lines = table(rows, "fid_fake").splitlines()
+    assert header.count("|") == rule.count("|") == 8
+    assert "fid_fake" in header
+    assert lines == [
+        "| dense | - | 1.0000 | 0.0% | 10.000 ± 0.250 | +0.00% | 99.5% |",
+        "| last scales | 0.1 | 0.7500 | 25.0% | 10.000 ± 0.250 | +0.00% | 99.5% |",
+        "| all scales | 0.2 | 1.0000 | 0.0% | 12.000 ± 0.250 | +20.00% | 99.5% |",
+        "| paper | 0.18161, 0.5 | 1.0000 | 0.0% | 10.000 ± 0.250 | +0.00% | 99.5% |",
+        "| **ours** (operating point) | 0.3 | 1.0000 | 0.0% | 9.900 ± 0.250 | -1.00% | 99.5% |",
+    ]

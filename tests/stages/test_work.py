@@ -1,0 +1,141 @@
+"""Which folder a stage works in, and what its result depends on."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from dmoe_var.errors import InputError
+from dmoe_var.stages.work import NEEDS, chosen_device
+
+STAGES = tuple(NEEDS)
+TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
+MEASURING = ("sample", "evaluate", "sweep")
+
+
+def from_(stage):
+    """A stage and all that build on it."""
+    return {*TRAINING[TRAINING.index(stage) :], *MEASURING}
+
+
+def variants(work):
+    return {stage: work.variant(stage) for stage in STAGES}
+
+
+HOUSEKEEPING = [
+    {"run_dir": "elsewhere"},
+    {"name": "other"},
+    {"device": "auto"},
+    {"threads": 2},
+    {"progress": True},
+    {"wandb": "offline"},
+    {"until": "split"},
+    {"train_vqvae.log_every": 3, "sparsify.validate_every": 7, "train_var.checkpoint_every": 9},
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"train_var.lr": 0.001}, {"moe.scales": (2, 3)}, *HOUSEKEEPING]
+)
+def test_what_does_not_change_a_result_changes_no_folder(make_work, changes):
+    work, plain = make_work(changes=changes), make_work()
+    assert set(variants(work).values()) == {"default"}
+    for stage in STAGES:
+        assert work.fingerprint(stage) == plain.fingerprint(stage)
+
+
+READ_BY = [
+    ({"seed": 1}, from_("train_vqvae")),
+    ({"dtype": "bfloat16"}, from_("train_vqvae")),
+    ({"vqvae.beta": 0.5}, from_("train_vqvae")),
+    ({"base.vqvae": "some/path"}, from_("train_vqvae")),
+    ({"train_vqvae.restart_every": 5}, from_("train_vqvae")),
+    ({"var.depth": 2}, from_("train_var")),
+    ({"base.var": "some/path"}, from_("train_var")),
+    ({"train_var.betas": [0.9, 0.99]}, from_("train_var")),
+    ({"sparsify.alpha": 0.1}, from_("sparsify")),
+    ({"split.router_hidden": 3}, from_("split")),
+    ({"train_router.scales": [3]}, from_("train_router")),
+    ({"moe.impl": "reference"}, {"sample", "evaluate", "sweep"}),
+    ({"sampling.cfg": 2}, {"sample", "evaluate", "sweep"}),
+    ({"selection.tau": 0.5}, {"sample", "evaluate"}),
+    ({"evaluate.seed": 1}, {"sample", "evaluate"}),
+    ({"evaluate.num_samples": 30}, {"evaluate", "sweep"}),
+    ({"fidelity.input_size": 96}, {"evaluate", "sweep"}),
+    ({"sample.per_class": 1}, {"sample"}),
+    ({"sweep.last": [0.2]}, {"sweep"}),
+    ({"sweep.lists.more": [0.2]}, {"sweep"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "affected"), READ_BY)
+def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(make_work, changes, affected):
+    work, plain = make_work(changes=changes), make_work()
+    assert {stage for stage, variant in variants(work).items() if variant != "default"} == affected
+    assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
+    assert all(work.folder(s).parent == plain.folder(s).parent for s in STAGES)
+
+
+@pytest.mark.parametrize(("changes", "affected"), READ_BY)
+def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_work, changes, affected):
+    work, plain = make_work(edited=changes), make_work()
+    assert set(variants(work).values()) == {"default"}
+    assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
+
+
+GRID = {
+    "selection.tau": [0.1, 0.2, [0.1, 0.2], [0.2, 0.1]],
+    "sparsify.lr": [1e-4, 1e-2],
+    "train_var.lr": [1e-4, 1e-2],
+}
+CUT = ("x" * 80 + "1", "x" * 80 + "2", "a/b", "a-b", "../b")
+
+
+def test_points_of_a_multirun_never_share_a_folder(make_work):
+    """Whatever the names are cut to; folders are plain names."""
+    points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    points += [{"base.vqvae": path} for path in CUT]
+    names = [make_work(changes=point).variant("evaluate") for point in points]
+    assert len(set(names)) == len(points)
+    assert all(re.fullmatch(r"[A-Za-z0-9=._+-]{1,70}", name) for name in names)
+    assert names == [make_work(changes=point).variant("evaluate") for point in points]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection.tau": 0.9},
+        {"moe.scales": [3]},
+        {"sparsify.alpha": 0.1},
+        {"split.expert_size": 64},
+    ],
+)
+def test_dense_points_do_not_depend_on_experts(make_work, changes):
+    dense = {"evaluate.model": "dense"}
+    plain, work = make_work(changes=dense), make_work(changes={**dense, **changes})
+    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
+    assert work.folder("evaluate") == plain.folder("evaluate")
+    assert work.folder("evaluate") != make_work().folder("evaluate")
+    assert work.needs("evaluate") == ("train_var",)
+
+
+def test_training_run(make_work, tmp_path):
+    work = make_work(tmp_path, {"dtype": "bfloat16", "seed": 5, "wandb": "offline"})
+    run = work.training_run("sparsify")
+    assert run.folder == tmp_path / "tiny" / "sparsify" / work.variant("sparsify")
+    assert (run.seed, run.amp_dtype, run.wandb) == (5, torch.bfloat16, "offline")
+    assert run.fingerprint == work.fingerprint("sparsify")
+    assert run.config["sparsify.lr"] == work.config.sparsify.lr
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there(name):
+    backend = torch.backends.mps if name == "mps" else torch.cuda
+    if backend.is_available():
+        pytest.skip(f"this machine has {name}")
+    with pytest.raises(InputError, match=f"device={name}: this machine has no .*; allowed: auto"):
+        chosen_device(name)
+    assert chosen_device("cpu").type == "cpu"

@@ -1,0 +1,227 @@
+"""The training loop: schedule, batches, decay, resuming, and what it does not let pass."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from dmoe_var.errors import TrainingDiverged
+from dmoe_var.training.loop import BatchOrder, OptimConfig, parameter_groups
+from dmoe_var.training.state import STATE_FILE, StateFile
+
+KINDS = ("vqvae", "var", "sparsify", "router")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_before(objective, stop):
+    """Makes the objective raise at that step."""
+    loss = objective.loss
+
+    def until(indices_B, step, num_steps):
+        if step == stop:
+            raise Interrupted
+        return loss(indices_B, step, num_steps)
+
+    objective.loss = until
+    return objective
+
+
+def lines(folder):
+    """metrics.jsonl without the times."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [{**json.loads(line), "step_s": None} for line in text.splitlines()]
+
+
+def assert_same_weights(a, b):
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+
+
+COSINE = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "high"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1]),
+        ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("cosine", COSINE),
+    ],
+)
+def test_learning_rate(schedule, high):
+    """Two of eight steps warm up; then `high` is the share of lr, the rest being lr_end's."""
+    config = OptimConfig(steps=8, lr=3.0, lr_end=1.0, schedule=schedule, warmup=0.25)
+    rates = [config.lr_at(step, 8) for step in range(8)]
+    assert rates == pytest.approx([1.0, 2.0, *(3 * h + 1 * (1 - h) for h in high)])
+
+
+def test_the_optimiser_gets_the_schedule(toy, run_in, tmp_path):
+    """AdamW's first step moves every weight by lr (and nothing decays)."""
+    config = OptimConfig(steps=1, lr=0.5, schedule="constant", weight_decay=0.0)
+    objective = toy()
+    before = objective.module.weight.clone()
+    run_in(tmp_path, objective, config)
+    moved = (objective.module.weight - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.5), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch_size", "expected"),
+    [({"steps": 7}, 4, 7), ({"epochs": 2}, 4, 5), ({"epochs": 0.01}, 4, 1), ({"epochs": 2}, 64, 2)],
+)
+def test_number_of_steps(length, batch_size, expected):
+    """Of ten examples; a batch is never larger than the set."""
+    assert OptimConfig(**length, batch_size=batch_size).num_steps(10) == expected
+
+
+@pytest.mark.parametrize(("num", "size"), [(10, 3), (7, 7), (5, 64)])
+def test_batches_are_shuffled_epochs_and_follow_from_the_step(num, size):
+    order = BatchOrder(num, size, seed=1)
+    batches = [order.batch(step) for step in range(4 * num)]
+    assert {len(batch) for batch in batches} == {min(num, size)}
+    epochs = torch.cat(batches)[: 4 * num].view(4, num)
+    assert torch.equal(epochs.sort().values, torch.arange(num).expand(4, num))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
+    torch.manual_seed(5)
+    for step in (3, 0, 3):
+        assert torch.equal(BatchOrder(num, size, seed=1).batch(step), batches[step])
+    others = [BatchOrder(num, size, seed=2).batch(step) for step in range(4)]
+    assert not torch.equal(torch.cat(others), torch.cat(batches[:4]))
+
+
+DENSE_FFN = {"blocks.0.ffn.fc1.weight", "blocks.0.ffn.fc2.weight"}
+EXPERT_FFN = {f"blocks.0.ffn.{n}" for n in ("w1_EDC", "w2_EDC")} | {
+    f"blocks.0.ffn.router.{n}.weight" for n in ("fc1", "fc2")
+}
+VAR_MATRICES = {
+    f"{name}.weight"
+    for name in (
+        "word_embed",
+        "class_emb",
+        "blocks.0.attn.mat_qkv",
+        "blocks.0.attn.proj",
+        "head_nm.ada_lin.1",
+        "head",
+    )
+}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_decays(experts, shared, make_var, make_moe):
+    """Matrices alone: no biases, positions, levels, AdaLN offsets or attention temperatures."""
+    var = make_var(depth=1, shared_adaln=shared)
+    module = make_moe(var) if experts else var
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    decayed, spared = parameter_groups(module, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    adaln = "shared_ada_lin.1.weight" if shared else "blocks.0.ada_lin.1.weight"
+    expected = VAR_MATRICES | {adaln} | (EXPERT_FFN if experts else DENSE_FFN)
+    assert {names[p] for p in decayed["params"]} == expected
+    assert {names[p] for p in spared["params"]} == set(names.values()) - expected
+
+
+def test_frozen_parameters_are_in_no_group(make_var):
+    var = make_var()
+    var.head.requires_grad_(False)
+    ours = {id(p) for group in parameter_groups(var, 0.1) for p in group["params"]}
+    assert ours == {id(p) for p in var.parameters()} - {id(p) for p in var.head.parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_and_three_steps_are_six(kind, build, run_in, tmp_path):
+    """Stopped after step 4, where only step 3 is stored, and started again: bitwise the same."""
+    whole, config = build(kind)
+    metrics = run_in(tmp_path / "whole", whole, config)
+    parts = tmp_path / "parts"
+    with pytest.raises(Interrupted):
+        run_in(parts, stop_before(build(kind)[0], 4), config)
+    assert lines(parts) == lines(tmp_path / "whole")[: len(lines(parts))]
+    rest = build(kind)[0]
+    assert run_in(parts, rest, config) == metrics
+    assert_same_weights(rest.module, whole.module)
+    assert lines(parts) == lines(tmp_path / "whole")
+    assert [line["step"] for line in lines(parts)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_after_its_last_step(kind, build, run_in, tmp_path):
+    """All is trained, but the stage was not finished: nothing trains again."""
+    whole, config = build(kind)
+    metrics = run_in(tmp_path, whole, config)
+    written = lines(tmp_path)
+    again = stop_before(build(kind)[0], 0)
+    assert run_in(tmp_path, again, config) == metrics
+    assert_same_weights(again.module, whole.module)
+    assert lines(tmp_path) == written
+
+
+def test_unused_parameters_do_not_keep_a_run_from_resuming(make_vqvae, digits, run_in, tmp_path):
+    """Three scales reach three of four phi: the other never gets a gradient."""
+    from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
+
+    config = VQVAETrainingConfig(steps=2, batch_size=4, checkpoint_every=1)
+    vqvae = make_vqvae(patch_nums=(1, 2, 4), num_phi=4)
+    with pytest.raises(Interrupted):
+        run_in(tmp_path, stop_before(VQVAEObjective(vqvae, *digits, config), 1), config)
+    run_in(tmp_path, VQVAEObjective(vqvae, *digits, config), config)
+
+
+def spoilt_value(loss, module):
+    return loss * torch.nan
+
+
+def infinite_value(loss, module):
+    return loss / 0
+
+
+def spoilt_gradient(loss, module):
+    return loss + (module.weight * 0).sum().sqrt()
+
+
+@pytest.mark.parametrize("spoil", [spoilt_value, infinite_value, spoilt_gradient])
+def test_divergence_names_the_step_and_keeps_the_last_good_state(spoil, toy, run_in, tmp_path):
+    config = OptimConfig(steps=6, batch_size=4, checkpoint_every=3)
+    state, good = tmp_path / "bad" / STATE_FILE, tmp_path / "good"
+    with pytest.raises(TrainingDiverged, match=f"at step 5; the last good state is {state}") as e:
+        run_in(tmp_path / "bad", toy(bad_step=4, spoil=spoil), config)
+    assert "\n" not in str(e.value)
+    with pytest.raises(Interrupted):
+        run_in(good, stop_before(toy(), 4), config)
+    assert state.read_bytes() == (good / STATE_FILE).read_bytes()
+    healed = toy()
+    optimizer = torch.optim.AdamW(healed.module.parameters())
+    assert StateFile(state, "ours").load(healed.module, optimizer) == 3
+    assert all(parameter.isfinite().all() for parameter in healed.module.parameters())
+
+
+def test_divergence_before_the_first_state(toy, run_in, tmp_path):
+    with pytest.raises(TrainingDiverged, match="at step 1; no state was saved"):
+        run_in(tmp_path, toy(bad_step=0, spoil=spoilt_value), OptimConfig(steps=2))
+
+
+def within_blocks_and_head(name):
+    return name.startswith(("blocks.", "head_nm.", "head."))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "trains"),
+    [
+        ("sparsify", {"train": "ffn"}, lambda name: ".ffn." in name),
+        ("sparsify", {"train": "blocks+head"}, within_blocks_and_head),
+        ("sparsify", {"train": "all"}, lambda name: True),
+        ("router", {}, lambda name: ".router." in name),
+    ],
+)
+def test_what_is_frozen_stays(kind, fields, trains, build, run_in, tmp_path):
+    objective, config = build(kind, weight_decay=0.1, **fields)
+    before = {name: p.detach().clone() for name, p in objective.var.named_parameters()}
+    run_in(tmp_path, objective, config)
+    after = dict(objective.var.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if trains(name)}

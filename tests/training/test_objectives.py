@@ -1,0 +1,156 @@
+"""Base and sparse objectives against naive references, on tiny models.
+
+Legend: B batch, L tokens of all scales, V vocabulary, H neurons of an FFN.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from dmoe_var.training.objectives import SparsifyConfig
+
+ALL = torch.arange(20)
+
+
+def naive_cross_entropy(logits_BLV, tokens_BL):
+    """(B, L), token by token."""
+    return torch.tensor(
+        [
+            [-logits_V.log_softmax(0)[token] for logits_V, token in zip(*image, strict=True)]
+            for image in zip(logits_BLV, tokens_BL, strict=True)
+        ]
+    )
+
+
+def naive_hoyer(a_BLH):
+    tokens = a_BLH.double().flatten(0, 1)
+    return sum(float(a_H.abs().sum() ** 2 / (a_H @ a_H + 1e-15)) for a_H in tokens) / len(tokens)
+
+
+@contextmanager
+def pre_activations(var):
+    """What leaves every FFN's first layer."""
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        for name, module in var.named_modules()
+        if name.endswith("fc1") and isinstance(module, nn.Linear)
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def held_out(tokens, vqvae):
+    """Tokens, labels and teacher input of all held-out images."""
+    tokens_BL, labels_B = tokens[1].batch(torch.arange(len(tokens[1])))
+    return tokens_BL, labels_B, vqvae.teacher_input(tokens[1].by_scale(tokens_BL))
+
+
+def test_cross_entropy_weighs_all_tokens_alike(build, batch):
+    objective, _ = build("var")
+    loss, _ = objective.loss(ALL, 0, 6)
+    logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
+    naive = naive_cross_entropy(logits_BLV, batch.tokens_BL).sum() / batch.tokens_BL.numel()
+    torch.testing.assert_close(loss.detach(), naive)
+
+
+def test_labels_drop_in_training_alone(build, batch):
+    objective, _ = build("var")
+    var = objective.var
+    null = torch.full_like(batch.labels_B, var.config.num_classes)
+    assert torch.equal(var.drop_labels(batch.labels_B), batch.labels_B)
+    torch.manual_seed(0)
+    dropped = var.train().drop_labels(batch.labels_B.repeat(100)) == null[0]
+    assert float(dropped.float().mean()) == pytest.approx(var.config.label_drop, abs=0.03)
+
+
+@pytest.mark.parametrize("batch_size", [128, 4])
+def test_validation_by_scale(build, held_out, monkeypatch, batch_size):
+    """Whatever the batch; the last one is smaller."""
+    monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", batch_size)
+    objective, _ = build("var")
+    tokens_BL, *inputs = held_out
+    with torch.no_grad():
+        metrics = objective.validate()
+        logits_BLV = objective.var(*inputs)
+    loss_BL = naive_cross_entropy(logits_BLV, tokens_BL)
+    hit_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
+    naive = {"val_ce": loss_BL.mean(), "val_accuracy": hit_BL.mean()}
+    start = 0
+    for si, p in enumerate(objective.var.config.patch_nums):
+        scale = slice(start, start + p * p)
+        naive[f"val_ce_scale{si}"] = loss_BL[:, scale].mean()
+        naive[f"val_accuracy_scale{si}"] = hit_BL[:, scale].mean()
+        start += p * p
+    assert metrics == pytest.approx({name: float(value) for name, value in naive.items()})
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [(0.0, [4, 4, 4, 4]), (0.5, [2, 4, 4, 4]), (1.0, [1, 2, 3, 4])],
+)
+def test_alpha_warms_up(warmup, expected):
+    config = SparsifyConfig(steps=4, alpha=4.0, alpha_warmup=warmup)
+    assert [config.alpha_at(step, 4) for step in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activation):
+    """Hoyer on ReLU's output; without ReLU on the clamped and shifted pre-activations."""
+    objective, _ = build("sparsify", alpha=0.3, alpha_warmup=0.5, activation=activation)
+    with torch.no_grad(), pre_activations(objective.var) as layers:
+        loss, logged = objective.loss(ALL, 0, 6)
+        logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
+    z = [z_BLH * 1 for z_BLH in layers[: objective.var.config.depth]]
+    made_sparse = [a.clamp(min=0) if activation == "relu" else a.clamp(min=-10) + 10 for a in z]
+    hoyer = sum(map(naive_hoyer, made_sparse)) / len(made_sparse)
+    cross_entropy = float(naive_cross_entropy(logits_BLV, batch.tokens_BL).mean())
+    assert logged == pytest.approx({"ce": cross_entropy, "hoyer": hoyer, "alpha": 0.1}, rel=1e-4)
+    assert float(loss) == pytest.approx(cross_entropy + 0.1 * hoyer, rel=1e-4)
+
+
+def test_hoyer_moves_the_ffn(build):
+    """The gradient of alpha's term reaches the weights that it is to make sparse."""
+    gradients = []
+    for alpha in (0.0, 1.0):
+        objective, _ = build("sparsify", alpha=alpha)
+        objective.loss(ALL, 0, 6)[0].backward()
+        gradients.append(objective.var.blocks[0].ffn.fc1.weight.grad)
+    assert (gradients[1] - gradients[0]).abs().max() > 1e-4
+
+
+def test_inactive_share_by_layer_and_scale(build, held_out):
+    objective, _ = build("sparsify")
+    with torch.no_grad():
+        metrics = objective.validate()
+        with pre_activations(objective.var) as layers:
+            objective.var(*held_out[1:])
+    shares = {
+        f"val_inactive_layer{layer}_scale{si}": float((z_BLH[:, scale] <= 0).float().mean())
+        for layer, z_BLH in enumerate(layers)
+        for si, scale in enumerate(objective.var.config.scale_slices)
+    }
+    shares["val_inactive"] = float((torch.stack(layers) <= 0).float().mean())
+    assert {name: metrics[name] for name in metrics if "inactive" in name} == pytest.approx(shares)
+    hoyer = sum(naive_hoyer(z_BLH.clamp(min=0)) for z_BLH in layers) / len(layers)
+    assert metrics["val_hoyer"] == pytest.approx(hoyer, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "var", "sparsify", "router"])
+def test_validation_has_no_chance_and_no_effect(build, kind):
+    objective, _ = build(kind)
+    before = {name: t.clone() for name, t in objective.module.state_dict().items()}
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        objective.module.eval()
+        with torch.no_grad():
+            results.append(objective.validate())
+    assert results[0] == results[1]
+    torch.testing.assert_close(objective.module.state_dict(), before, rtol=0, atol=0)

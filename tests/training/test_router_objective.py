@@ -1,0 +1,142 @@
+"""Router regression against naive norms, the constant prediction, and scipy's rank correlation.
+
+Legend: B batch, L tokens of all scales, C width, E experts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from dmoe_var.training.router_objective import RouterConfig, RouterObjective, spearman
+
+ALL = torch.arange(20)
+
+
+def naive_norms(ffn, x_BLC):
+    """Expert by expert: the length of its output, the shared bias left out; (B, L, E)."""
+    norms = []
+    for expert in range(ffn.num_experts):
+        h = ffn.act(x_BLC @ ffn.w1_EDC[expert].T + ffn.b1_ED[expert])
+        norms.append((h @ ffn.w2_EDC[expert]).square().sum(-1).sqrt())
+    return torch.stack(norms, -1)
+
+
+@torch.no_grad()
+def norms_by_layer(var, labels_B, teacher_BLC):
+    """Of every layer: true norms and its router's prediction, (B, L, E) each."""
+    seen = []
+    hooks = [
+        block.ffn.register_forward_pre_hook(lambda ffn, args: seen.append((ffn, args[0])))
+        for block in var.blocks
+    ]
+    var(labels_B, teacher_BLC)
+    for hook in hooks:
+        hook.remove()
+    return [(naive_norms(ffn, x_BLC), ffn.router(x_BLC)) for ffn, x_BLC in seen]
+
+
+def labels_seen(objective, indices_B):
+    """The loss of a batch and the labels that the model ran with."""
+    seen = []
+    hook = objective.var.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    loss, _ = objective.loss(indices_B, 0, 6)
+    hook.remove()
+    return loss, seen[0]
+
+
+def mean_over_layers(pairs, error):
+    return float(torch.stack([error(true, predicted) for true, predicted in pairs]).mean())
+
+
+@pytest.mark.parametrize("scales", [None, (1, 3)])
+def test_loss_is_the_mean_over_layers_of_the_squared_error(build, batch, scales):
+    objective, _ = build("router", scales=scales)
+    loss, labels_B = labels_seen(objective, ALL)
+    slices = objective.var.config.scale_slices
+    learnt = [i for si in scales or range(4) for i in range(slices[si].start, slices[si].stop)]
+    naive = mean_over_layers(
+        norms_by_layer(objective.var, labels_B, batch.teacher_BLC),
+        lambda true, predicted: (true - predicted)[:, learnt].square().mean(),
+    )
+    assert float(loss) == pytest.approx(naive, rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "num_null"), [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
+def test_a_share_of_the_batch_runs_with_the_null_class(build, batch, share, num_null):
+    objective, _ = build("router", null_share=share)
+    _, labels_B = labels_seen(objective, ALL)
+    null_B = labels_B == objective.var.config.num_classes
+    assert int(null_B.sum()) == num_null
+    assert torch.equal(labels_B[~null_B], batch.labels_B[~null_B])
+
+
+def test_no_label_is_dropped_beside_the_share(build, run_in, tmp_path):
+    """The experts' model stays in eval mode while the routers train."""
+    objective, config = build("router")
+    run_in(tmp_path, objective, config)
+    assert not objective.var.training
+    objective.module.train()
+    _, labels_B = labels_seen(objective, ALL)
+    assert int((labels_B == objective.var.config.num_classes).sum()) == 10
+
+
+def test_constant_prediction_is_off_by_the_variance(build, vqvae, tokens, batch):
+    """Where training and held-out images are the same: the best constant there is."""
+    moe = build("router")[0].var
+    objective = RouterObjective(moe, vqvae, tokens[0], tokens[0], RouterConfig(steps=1))
+    with torch.no_grad():
+        metrics = objective.validate()
+    null_B = torch.full_like(batch.labels_B, moe.config.num_classes)
+    branches = [
+        norms_by_layer(moe, labels, batch.teacher_BLC) for labels in (batch.labels_B, null_B)
+    ]
+    variances = [
+        torch.cat([cond[0], null[0]]).flatten(0, 1).var(0, correction=0).mean()
+        for cond, null in zip(*branches, strict=True)
+    ]
+    assert metrics["val_mse_constant"] == pytest.approx(float(sum(variances) / 2), rel=1e-4)
+
+
+def test_validation_by_branch_layer_and_scale(build, tokens, vqvae, monkeypatch):
+    monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)
+    objective, _ = build("router")
+    with torch.no_grad():
+        metrics = objective.validate()
+    tokens_BL, labels_B = tokens[1].batch(torch.arange(len(tokens[1])))
+    teacher_BLC = vqvae.teacher_input(tokens[1].by_scale(tokens_BL))
+    null_B = torch.full_like(labels_B, objective.var.config.num_classes)
+    both = []
+    for branch, labels in (("cond", labels_B), ("null", null_B)):
+        pairs = norms_by_layer(objective.var, labels, teacher_BLC)
+        both.append(pairs)
+        error = mean_over_layers(pairs, lambda a, b: (a - b).square().mean())
+        assert metrics[f"val_mse_{branch}"] == pytest.approx(error, rel=1e-4)
+        order = mean_over_layers(pairs, lambda a, b: spearman(b, a).mean())
+        assert metrics[f"val_rank_agreement_{branch}"] == pytest.approx(order, rel=1e-4)
+    for name in ("val_mse", "val_mse_constant", "val_rank_agreement"):
+        by_branch = [metrics[f"{name}_{branch}"] for branch in ("cond", "null")]
+        assert metrics[name] == pytest.approx(sum(by_branch) / 2)
+    for si, scale in enumerate(objective.var.config.scale_slices):
+        errors = [(a - b)[:, scale].square().mean() for a, b in (both[0][1], both[1][1])]
+        assert metrics[f"val_mse_layer1_scale{si}"] == pytest.approx(
+            float(sum(errors) / 2), rel=1e-4
+        )
+
+
+def test_rank_agreement_is_spearmans():
+    generator = torch.Generator().manual_seed(0)
+    predicted_BLE, true_BLE = torch.rand(2, 3, 4, 7, generator=generator)
+    ours_BL = spearman(predicted_BLE, true_BLE)
+    for b in range(3):
+        for token in range(4):
+            theirs = spearmanr(predicted_BLE[b, token], true_BLE[b, token]).statistic
+            assert float(ours_BL[b, token]) == pytest.approx(theirs)
+    assert spearman(true_BLE, true_BLE).eq(1).all()
+    assert spearman(-true_BLE, true_BLE).eq(-1).all()
+
+
+def test_routers_of_a_dense_model(make_var, vqvae, tokens):
+    with pytest.raises(ValueError, match="split it first"):
+        RouterObjective(make_var(), vqvae, *tokens, RouterConfig(steps=1))

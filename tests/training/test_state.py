@@ -1,0 +1,99 @@
+"""The state file: whole, and of this configuration, or refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmoe_var.checkpoints.safetensors_io import read_tensors
+from dmoe_var.errors import CheckpointError
+from dmoe_var.training.state import StateFile
+
+
+def trained():
+    """A linear model and its optimiser after a step."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return module, optimizer
+
+
+@pytest.fixture
+def stored(tmp_path):
+    file = StateFile(tmp_path / "state.safetensors", "ours")
+    file.save(5, *trained())
+    return file
+
+
+def test_nothing_stored_is_step_0(tmp_path):
+    assert StateFile(tmp_path / "state.safetensors", "ours").load(*trained()) == 0
+
+
+def test_round_trip(stored):
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(module.parameters())
+    assert stored.load(module, optimizer) == 5
+    wanted, wanted_optimizer = trained()
+    torch.testing.assert_close(module.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    ours, theirs = optimizer.state_dict()["state"], wanted_optimizer.state_dict()["state"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_half_written_successor_changes_nothing(stored):
+    stored.path.with_name(f".{stored.path.name}.tmp").write_bytes(b"cut")
+    assert stored.load(*trained()) == 5
+    stored.save(6, *trained())
+    assert stored.load(*trained()) == 6
+
+
+KEYS = [
+    "model/weight",
+    "optimizer/bias/step",
+    "optimizer/weight/exp_avg",
+    "optimizer/weight/exp_avg_sq",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_missing_key(stored, key):
+    tensors, metadata = read_tensors(stored.path)
+    del tensors[key]
+    save_file(tensors, stored.path, metadata)
+    with pytest.raises(CheckpointError, match=f"{stored.path}: missing 1 keys: {key}"):
+        stored.load(*trained())
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def no_longer_a_state(path):
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (cut_short, "cut short"),
+        (emptied, "cut short"),
+        (no_longer_a_state, "not a training state"),
+    ],
+)
+def test_broken_file(stored, harm, message):
+    harm(stored.path)
+    with pytest.raises(CheckpointError, match=f"{stored.path}: {message}") as caught:
+        stored.load(*trained())
+    assert "\n" not in str(caught.value)
+
+
+def test_state_of_another_configuration(stored):
+    with pytest.raises(CheckpointError, match=r"another configuration .*ours.*theirs") as caught:
+        StateFile(stored.path, "theirs").load(*trained())
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,51 @@
+"""metrics.jsonl: a line a logged step, none twice; wandb gets the same."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from dmoe_var.training.tracking import MetricsLog, read_lines
+
+
+def written(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_step(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 0.1})
+        log.write(2, {"loss": 1e-300})
+    assert written(tmp_path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1e-300}]
+    assert read_lines(tmp_path / "metrics.jsonl") == written(tmp_path)
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step": 4, "loss": 0.1}'])
+def test_resuming_drops_what_will_be_written_again(tmp_path, tail):
+    """Also a last line that a kill cut short."""
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": step / 10})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    with MetricsLog(tmp_path, resume_step=2) as log:
+        log.write(3, {"loss": 9.0})
+    assert [line["loss"] for line in written(tmp_path)] == [0.1, 0.2, 9.0]
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_gets_the_same_lines(tmp_path, monkeypatch, mode):
+    sent, given = [], {}
+    run = SimpleNamespace(
+        log=lambda metrics, step: sent.append({"step": step, **metrics}),
+        finish=lambda: sent.append("finished"),
+    )
+    fake = SimpleNamespace(init=lambda **options: given.update(options) or run)
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    with MetricsLog(tmp_path, wandb_mode=mode, run_name="stage", config={"lr": 1}) as log:
+        log.write(1, {"loss": 0.5})
+        log.write(4, {"val": 2.0})
+    assert sent == [*written(tmp_path), "finished"]
+    assert (given["mode"], given["name"], given["config"]) == (mode, "stage", {"lr": 1})
