@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.conversion.to_moe import convert_to_moe
+from dmoe_var.metrics.flops import count_flops
 from dmoe_var.models.var import VAR, VARConfig, build_models
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.dynamic_var import DynamicVAR
@@ -11,7 +12,21 @@ from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, T
 from dmoe_var.sampling.sampler import generate
 
 __all__ = [
-    "VAR", "VQVAE", "All", "Cumulative", "DynamicVAR", "Oracle", "Random", "Threshold", "TopK",
-    "VARConfig", "VQVAEConfig", "build_models", "convert_to_moe", "generate", "load_var",
+    "VAR",
+    "VQVAE",
+    "All",
+    "Cumulative",
+    "DynamicVAR",
+    "Oracle",
+    "Random",
+    "Threshold",
+    "TopK",
+    "VARConfig",
+    "VQVAEConfig",
+    "build_models",
+    "convert_to_moe",
+    "count_flops",
+    "generate",
+    "load_var",
     "load_vqvae",
-]  # fmt: skip
+]

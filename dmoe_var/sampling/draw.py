@@ -74,7 +74,7 @@ def draw_samples(
     """
     images, counts = [], []
     starts = range(0, len(labels), sampling.batch_size)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+    for start in tqdm(starts, progress, unit="batch", leave=False, disable=progress is None):
         batch = torch.from_numpy(labels[start : start + sampling.batch_size])
         batch_counts = ExpertCounts()
         drawn = generate(

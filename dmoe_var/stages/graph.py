@@ -21,7 +21,7 @@ from dmoe_var.metrics.record import (
     library_versions,
     now,
 )
-from dmoe_var.stages.work import NEEDS, Work
+from dmoe_var.stages.work import NEEDS, Work, flatten
 from dmoe_var.training.state import STATE_FILE
 
 
@@ -122,7 +122,7 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
         variant=work.variant(stage),
         fingerprint=work.fingerprint(stage),
         metrics=result.metrics,
-        config=work.relevant(stage),
+        config=dict(flatten(asdict(work.config))),
         seed=work.config.seed,
         num_samples=result.num_samples,
         dtype=work.config.dtype,
