@@ -26,11 +26,13 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     """State dict of a .pth file: tensors only, never code."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: cut short, or no plain state dict of tensors ({reason})"
+            f"{path}: refused, holds something else than plain tensors, or no state dict at all"
         ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         found = ", ".join(map(str, content))[:80] if isinstance(content, dict) else type(content)
         raise CheckpointError(f"{path}: not a state dict of tensors (found {found})")
@@ -61,8 +63,9 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
     """A VQ-VAE in eval mode on the CPU.
 
     source: a published .pth file, a checkpoint folder of ours, a published name
-    ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). patch_nums: a published file does not hold it; None means the 256 px
-    schedule there, and what the folder says otherwise. CheckpointError where anything does not fit.
+    ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). patch_nums: a
+    published file does not hold it; None means the 256 px schedule there, and what the folder says
+    otherwise. CheckpointError where anything does not fit.
     """
     path = _locate(source, "vqvae")
     if path.is_dir():

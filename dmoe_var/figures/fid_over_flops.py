@@ -19,6 +19,12 @@ LABELS = {
 }
 
 
+def display_name(metric: str) -> str:
+    """`fid_efflite0_64px` as people write it; plain FID is InceptionV3's alone."""
+    size = metric.removeprefix("fid_efflite0_").removesuffix("px")
+    return "FID" if metric == "fid" else f"FID-EffLite0 ({size} px)"
+
+
 def draw(settings: Sequence[Mapping[str, Any]], fid_name: str, title: str, path: Path) -> None:
     """Draw the settings of a sweep record (`about["settings"]`): mean FID with the standard
     deviation over seeds as error bars, the dense model as a star, the chosen tau as a cross."""
@@ -45,7 +51,7 @@ def draw(settings: Sequence[Mapping[str, Any]], fid_name: str, title: str, path:
                     textcoords="offset points", fontsize=6, color=COLOURS[group],
                 )  # fmt: skip
     axis.set_xlabel("transformer GMAC an image (guidance included, decoder left out)")
-    axis.set_ylabel(fid_name)
+    axis.set_ylabel(display_name(fid_name))
     axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
     save(figure, path)

@@ -58,7 +58,6 @@ class FixedCost:
         return len(self.macs[OTHER])
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def fixed_cost(
     model: VAR | DynamicVAR,

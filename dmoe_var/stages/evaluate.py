@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from dmoe_var.data import load_data
@@ -16,7 +17,8 @@ from dmoe_var.metrics.flops import fixed_cost, report
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels, draw_samples
+from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.sampling.draw import SAMPLES_FILE, Samples, balanced_labels, draw_samples
 from dmoe_var.sampling.tau_schedule import resolve_rules
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
@@ -64,28 +66,34 @@ class Bench:
             return self.dense
         return DynamicVAR(self.dense, self.experts, work.config.moe.scales)
 
+    def draw(
+        self, work: Work, model: VAR | DynamicVAR, labels: np.ndarray, name: str
+    ) -> tuple[Samples, list[ExpertCounts]]:
+        """Samples of a model under the work's sampling and, where it has experts, selection."""
+        config = work.config
+        return draw_samples(
+            model,
+            self.vqvae,
+            labels,
+            config.evaluate.seed,
+            config.sampling,
+            config.selection.rules() if isinstance(model, DynamicVAR) else None,
+            config.moe.impl,
+            progress=name if config.progress else None,
+        )
+
 
 def run(work: Work, bench: Bench | None = None) -> StageResult:
     """Draw, measure, store the samples. `bench` is shared by the points of a sweep."""
     bench = bench or Bench(work)
     config = work.config
     model = bench.model(work)
-    dynamic = isinstance(model, DynamicVAR)
-    selection = config.selection.rules() if dynamic else None
     labels = balanced_labels(config.evaluate.num_samples, config.var.num_classes)
     started = time.perf_counter()
-    samples, counts = draw_samples(
-        model,
-        bench.vqvae,
-        labels,
-        config.evaluate.seed,
-        config.sampling,
-        selection,
-        config.moe.impl,
-        progress=describe(work) if config.progress else None,
-    )
+    samples, counts = bench.draw(work, model, labels, describe(work))
     _synchronise(work.device)
     seconds = time.perf_counter() - started
+    selection = config.selection.rules() if isinstance(model, DynamicVAR) else None
     rules = resolve_rules(None, selection, config.var.num_scales, model.moe_scales)
     fixed = fixed_cost(model, bench.vqvae, config.sampling.cfg != 0)
     flops = report(fixed, counts, rules, len(labels))

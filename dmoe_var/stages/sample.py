@@ -7,7 +7,7 @@ from PIL import Image
 
 from dmoe_var.figures import sample_grid
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.sampling.draw import SAMPLES_FILE, draw_samples
+from dmoe_var.sampling.draw import SAMPLES_FILE
 from dmoe_var.stages.evaluate import Bench
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
@@ -24,17 +24,7 @@ def run(work: Work) -> StageResult:
     folder = work.folder("sample")
     panels = {}
     for name, model in (("dense", bench.dense), ("dynamic", dynamic)):
-        selection = config.selection.rules() if model is dynamic else None
-        samples, _ = draw_samples(
-            model,
-            bench.vqvae,
-            labels,
-            config.evaluate.seed,
-            config.sampling,
-            selection,
-            config.moe.impl,
-            progress=name if config.progress else None,
-        )
+        samples, _ = bench.draw(work, model, labels, name)
         samples.save(folder / name / SAMPLES_FILE)
         if config.sample.single_pngs:
             for i, image in enumerate(samples.images):

@@ -183,8 +183,9 @@ def _publish_samples(work: Work, point_work: Work, name: str) -> None:
 
 def table(rows: list[dict[str, Any]], fid_name: str) -> str:
     """The sweep as a Markdown table."""
+    fid = fid_over_flops.display_name(fid_name)
     lines = [
-        f"| setting | tau | GMAC | saved | {fid_name} | against dense | label agreement |",
+        f"| setting | tau | GMAC | saved | {fid} | against dense | label agreement |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -149,11 +149,16 @@ def test_the_closed_form_is_the_published_one():
     assert round(decoder_macs(VQVAEConfig()) / 1e9, 1) == 196.9
 
 
-@pytest.mark.parametrize(("cfg", "every_scale"), [(1.5, False), (0, True)])
 @pytest.mark.parametrize(
-    "overrides",
-    [{}, {"shared_adaln": True}, {"attn_l2_norm": False}, {"patch_nums": (2, 3, 6)}],
-    ids=["plain", "shared_adaln", "no_l2_norm", "first_scale_of_four"],
+    ("overrides", "every_scale", "cfg"),
+    [
+        ({}, False, 1.5),
+        ({}, True, 0),
+        ({"shared_adaln": True}, True, 1.5),
+        ({"attn_l2_norm": False}, False, 0),
+        ({"patch_nums": (2, 3, 6)}, True, 1.5),
+    ],
+    ids=str,
 )
 def test_dense_parts_equal_the_closed_form(overrides, every_scale, cfg):
     vqvae, var = mini(**overrides)
@@ -209,10 +214,15 @@ def test_published_d16():
 # Experts
 
 
-@pytest.mark.parametrize("cfg", [1.5, 0])
 @pytest.mark.parametrize(
-    ("rule", "experts_run", "router_runs"),
-    [(All(), NUM_EXPERTS, False), (TopK(1), 1, True), (TopK(3), 3, True), (Random(2), 2, False)],
+    ("rule", "experts_run", "router_runs", "cfg"),
+    [
+        (All(), NUM_EXPERTS, False, 1.5),
+        (TopK(1), 1, True, 1.5),
+        (TopK(3), 3, True, 0),
+        (Random(2), 2, False, 1.5),
+        (Random(1), 1, False, 0),
+    ],
 )
 def test_experts_of_one_scale_in_the_middle(vqvae, dense, moe, rule, experts_run, router_runs, cfg):
     rows, tokens = (2 if cfg else 1), PATCH_NUMS[1] ** 2

@@ -167,26 +167,31 @@ def test_attention_by_loops(l2_norm):
 def test_order_of_the_adaln_chunks():
     torch.manual_seed(0)
     width = 8
+    x, attended, fed = torch.randn(3, 2, 5, width, dtype=torch.float64)
 
-    class Recorder(torch.nn.Module):
-        def forward(self, x, *_):
-            self.seen = x
-            return torch.ones_like(x)
+    class Branch(torch.nn.Module):
+        def __init__(self, output):
+            super().__init__()
+            self.output = output
 
-    block = Block(width, Recorder(), 2, 0.0, True, False, 1e-6).double()
-    block.attn = Recorder()
-    x = torch.randn(2, 3, width, dtype=torch.float64)
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = (10.0**n for n in range(6))
-    mod = torch.tensor([gamma1, gamma2, scale1, scale2, shift1, shift2]).double()
-    out = block(x, mod.view(1, 1, 6, 1).expand(2, 1, 6, width), layer=0)
+        def forward(self, x_BLC, *_):
+            self.seen = x_BLC
+            return self.output
+
+    block = Block(width, Branch(fed), 2, 0.0, True, False, 1e-6).double()
+    block.attn = Branch(attended)
+    chunks = torch.randn(6, width, dtype=torch.float64)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = chunks
+    out = block(x, chunks.expand(2, 1, 6, width), layer=0)
 
     def norm(y):
         variance = y.var(-1, correction=0, keepdim=True)
         return (y - y.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
 
+    after_attention = x + gamma1 * attended
     assert_close(block.attn.seen, norm(x) * (1 + scale1) + shift1)
-    assert_close(block.ffn.seen, norm(x + gamma1) * (1 + scale2) + shift2)
-    assert_close(out, x + gamma1 + gamma2)
+    assert_close(block.ffn.seen, norm(after_attention) * (1 + scale2) + shift2)
+    assert_close(out, after_attention + gamma2 * fed)
 
 
 def test_gelu_is_the_tanh_form():

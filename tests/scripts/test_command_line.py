@@ -1,0 +1,114 @@
+"""Command lines: what is wrong ends a script before any work, with one line and status 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+WRONG = [
+    ("train_var", ["train_var.sped=1"], ("train_var.sped", "unknown key", "steps, epochs")),
+    ("train_var", ["+train_var.sped=1"], ("train_var.sped", "unknown key", "steps, epochs")),
+    ("sparsify", ["no.such.section=1"], ("no.such.section", "unknown key")),
+    ("train_vqvae", ["train_vqvae.steps=many"], ("train_vqvae.steps='many'", "integer")),
+    ("pipeline", ["sparsify.alpha=-1"], ("sparsify.alpha=-1", "greater than or equal to 0")),
+    ("pipeline", ["until=figures"], ("until='figures'", "'sweep'")),
+    ("sample", ["experiment=imagenet"], ("experiment=imagenet", "allowed: digits, digits_base")),
+    ("evaluate", ["moe=huge"], ("moe=huge", "allowed: mini")),
+    ("split", ["split.expert_size=48"], ("split.expert_size=48", "512")),
+    ("sweep", ["sweep.seeds=["], ("sweep.seeds=[",)),
+    ("train_router", ["lr"], ("lr",)),
+    ("train_var", ["-m", "seed=0,1", "train_var.lr=1e-3,-1"], ("train_var.lr=-1", "greater than")),
+    ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: digits")),
+    ("split", ["split.seed=1"], ("split.seed", "unknown key", "expert_size, router_hidden")),
+    ("train_var", [], ("train_vqvae is not done", "scripts/train_vqvae.py")),
+]
+NO_DEVICE = [
+    ("train_vqvae", ["device=cuda"], ("device=cuda", "allowed: auto, cpu")),
+    ("train_vqvae", ["device=cuda", "deterministic=true"], ("device=cuda", "allowed: auto, cpu")),
+    ("train_vqvae", ["-m", "device=cuda", "seed=0,1"], ("device=cuda", "allowed: auto, cpu")),
+]
+if not torch.cuda.is_available():
+    WRONG += NO_DEVICE
+
+
+def assert_refused(status, stdout, stderr, parts, folder):
+    assert (status, stdout) == (2, ""), stderr
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+    assert [part for part in parts if part not in stderr] == [], stderr
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "arguments", "parts"), WRONG)
+def test_wrong_command_line(launch, tmp_path, script, arguments, parts):
+    finished = launch(script, *arguments, cwd=tmp_path)
+    assert_refused(*finished, parts, tmp_path)
+
+
+def test_wrong_command_line_in_a_fresh_python(tmp_path):
+    """Nor does anything that is imported on the way print."""
+    command = [sys.executable, str(SCRIPTS / "sweep.py"), "sampling.cfg=-1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    parts = ("sampling.cfg=-1", "greater than or equal to 0")
+    assert_refused(done.returncode, done.stdout, done.stderr, parts, tmp_path)
+
+
+def snapshot(folder):
+    """Every file's content and time."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path, path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+
+
+def test_pipeline_skips_what_is_done(launch, tiny, undisturbed):
+    before = snapshot(undisturbed)
+    finished = launch("pipeline", "until=train_router", *tiny, cwd=undisturbed)
+    assert (finished.status, finished.stderr) == (0, "")
+    assert [line.split(",")[0] for line in finished.stdout.splitlines()] == [
+        f"{stage}: done already"
+        for stage in ("train_vqvae", "train_var", "sparsify", "split", "train_router")
+    ]
+    assert snapshot(undisturbed) == before
+
+
+def test_multirun(launch, tiny, undisturbed):
+    """A folder a point, each with its own settings; the upstream stages are shared."""
+    finished = launch(
+        "sparsify", "-m", "sparsify.alpha=0,0.1", "sparsify.steps=1", *tiny[:-20], *tiny[-20:],
+        cwd=undisturbed,
+    )  # fmt: skip
+    assert (finished.status, finished.stderr) == (0, "")
+
+
+def test_a_stage_says_where_and_what(launch, tiny, undisturbed):
+    finished = launch("split", *tiny, cwd=undisturbed)
+    (folder,) = (undisturbed / "runs" / "digits" / "split").iterdir()
+    shown = f"split: {os.path.relpath(folder, undisturbed)}  num_experts=4  expert_size=32\n"
+    assert (finished.status, finished.stdout) == (0, shown)
+
+
+def test_a_broken_checkpoint_is_one_line(launch, tiny, undisturbed, tmp_path):
+    import shutil
+
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    (path,) = (tmp_path / "runs" / "digits" / "sparsify").glob("*/checkpoint/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    finished = launch("pipeline", "until=split", *tiny, cwd=tmp_path)
+    assert finished.status == 2
+    assert finished.stderr.count("\n") == 1
+    assert f"{os.path.relpath(path, tmp_path)}: missing, cut short" in finished.stderr
+
+
+def test_divergence_is_one_line(launch, tiny, tmp_path):
+    """Status 1: it is not the input that is wrong."""
+    finished = launch(
+        "train_vqvae", *tiny, "train_vqvae.lr=1e38", "train_vqvae.clip=1e30", cwd=tmp_path
+    )
+    assert finished.status == 1
+    assert finished.stderr.count("\n") == 1
+    assert "at step " in finished.stderr
