@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _as_tuple(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -152,7 +155,7 @@ class Config:
 
     __pydantic_config__ = STRICT
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     run_dir: str = "runs"
     seed: Seed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -196,6 +199,9 @@ class Config:
         if self.var.hidden % self.split.expert_size:
             size, hidden = self.split.expert_size, self.var.hidden
             raise ValueError(f"split.expert_size={size} must divide the FFN's {hidden} neurons")
+        if self.split.expert_size == self.var.hidden:
+            size = self.split.expert_size
+            raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
         last = self.var.num_scales - 1
         for key, scales in (
             ("moe.scales", self.moe.scales),
@@ -224,7 +230,7 @@ class Config:
 def parse_config(content: Mapping[str, Any]) -> Config:
     """The configuration of a nested mapping; ConfigError in one line for the first thing wrong."""
     try:
-        return TypeAdapter(Config).validate_python(content)
+        return TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
 

@@ -89,7 +89,7 @@ WRONG = [
     ({"train_var": None}, ("train_var=None",)),
     ({"progress": 2}, ("progress=2", "boolean")),
     ({"run_dir": 3}, ("run_dir=3", "string")),
-    ({"moe.scales": 4}, ("moe.scales=4", "tuple")),
+    ({"moe.scales": 4}, ("moe.scales=4", "array")),
     ({"selection.tau": "high"}, ("selection.tau='high'",)),
     # ranges
     ({"seed": -1}, ("seed=-1", "greater than or equal to 0")),
@@ -112,7 +112,7 @@ WRONG = [
     ({"train_router.scales": []}, ("train_router.scales=[]",)),
     ({"train_vqvae.dead_below": 1}, ("train_vqvae.dead_below=1", "less than 1")),
     ({"vqvae.ch": 40}, ("vqvae.ch=40", "multiple of 32")),
-    ({"vqvae.conv_kernel": 2}, ("vqvae.conv_kernel=2",)),
+    ({"vqvae.conv_kernel": 2}, ("vqvae", "conv_kernel=2", "odd")),
     ({"vqvae.patch_nums": [1, 3, 2, 8]}, ("patch_nums must rise", "(1, 3, 2, 8)")),
     ({"var.label_drop": 1}, ("var.label_drop=1", "less than 1")),
     ({"var.num_heads": 3}, ("num_heads=3", "width=128")),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: refused, holds something else than plain tensors, or no state dict at all"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
@@ -52,6 +53,17 @@ def _locate(source: str | Path, kind: str) -> Path:
     raise CheckpointError(
         f"{source}: no such file or folder; names are {', '.join([*names, *hub.PUBLISHED])}"
     )
+
+
+@contextmanager
+def _as_checkpoint_error(path: Path) -> Iterator[None]:
+    """What a shape cannot be is a fault of the file that it was read from."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _assign(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
@@ -76,13 +88,9 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
             raise CheckpointError(f"{path}: patch_nums={ours}, but the checkpoint has {theirs}")
         return model
     tensors = _read_pth(path)
-    try:
-        config = var_adapter.vqvae_config(tensors, patch_nums, str(path))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return _assign(VQVAE(config), tensors, path)
+    with _as_checkpoint_error(path):
+        vqvae = VQVAE(var_adapter.vqvae_config(tensors, patch_nums, str(path)))
+    return _assign(vqvae, tensors, path)
 
 
 def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
@@ -97,10 +105,10 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
         assert isinstance(model, VAR)
     else:
         tensors = _read_pth(path)
-        model = _assign(VAR(var_adapter.var_config(tensors, str(path))), tensors, path)
+        with _as_checkpoint_error(path):
+            model = VAR(var_adapter.var_config(tensors, str(path)))
+        _assign(model, tensors, path)
     if vqvae is not None:
-        try:
+        with _as_checkpoint_error(path):
             check_pair(vqvae, model.config)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
     return model

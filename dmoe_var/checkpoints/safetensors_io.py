@@ -76,11 +76,22 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path
     module.load_state_dict(tensors)
 
 
+def recover(folder: Path) -> Path:
+    """Where a kill came between the two renames of `save_checkpoint`, put the older one back.
+
+    Returns the path that an older checkpoint has while it is being replaced.
+    """
+    replaced = folder.with_name(f".{folder.name}.old")
+    if replaced.exists() and not folder.exists():
+        os.replace(replaced, folder)
+    return replaced
+
+
 def save_checkpoint(folder: Path, model: VAR | VQVAE) -> None:
     """Write a model's checkpoint folder; an older one of that name is replaced."""
     kind = next(name for name, (cls, _) in KINDS.items() if isinstance(model, cls))
     temporary = folder.with_name(f".{folder.name}.tmp")
-    replaced = folder.with_name(f".{folder.name}.old")
+    replaced = recover(folder)
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -115,6 +126,7 @@ def read_config(folder: Path, kind: str) -> Any:
 
 def load_checkpoint(folder: Path, kind: str) -> nn.Module:
     """A model from a checkpoint folder, strictly, on the CPU, in eval mode."""
+    recover(folder)
     config = read_config(folder, kind)
     tensors, _ = read_tensors(folder / "model.safetensors")
     model = KINDS[kind][0](config)

@@ -22,10 +22,13 @@ def count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, source: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Tensor], name: str, source: str, ndim: int) -> tuple[int, ...]:
     if name not in tensors:
         raise CheckpointError(f"{source}: missing key {name}; not a published state dict")
-    return tuple(tensors[name].shape)
+    shape = tuple(tensors[name].shape)
+    if len(shape) != ndim:
+        raise CheckpointError(f"{source}: {name} is {shape}, should have {ndim} dimensions")
+    return shape
 
 
 def vqvae_config(
@@ -36,7 +39,7 @@ def vqvae_config(
     It does not hold patch_nums: None means the 256 px schedule, and CheckpointError where the
     number of scales shows that this cannot be.
     """
-    num_scales, vocab_size = _shape(tensors, "quantize.ema_vocab_hit_SV", source)
+    num_scales, vocab_size = _shape(tensors, "quantize.ema_vocab_hit_SV", source, 2)
     schedule = tuple(patch_nums) if patch_nums is not None else PATCH_NUMS_256
     if len(schedule) != num_scales:
         given = "none given, so the 256 px schedule" if patch_nums is None else "given"
@@ -44,21 +47,22 @@ def vqvae_config(
             f"{source}: patch_nums ({given}) has {len(schedule)} scales, the file has {num_scales}"
         )
     levels = count(tensors, r"encoder\.down\.(\d+)\.")
-    ch = _shape(tensors, "encoder.conv_in.weight", source)[0]
+    ch = _shape(tensors, "encoder.conv_in.weight", source, 4)[0]
     widths = [
-        _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", source)[0] for i in range(levels)
+        _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", source, 4)[0]
+        for i in range(levels)
     ]
     phi = "quantize.quant_resi"
     num_phi = count(tensors, rf"{re.escape(phi)}\.qresi_ls\.(\d+)\.")
     if f"{phi}.qresi.weight" in tensors:
         num_phi = 1
-    kernel = _shape(tensors, "quant_conv.weight", source)[-1]
+    kernel = _shape(tensors, "quant_conv.weight", source, 4)[-1]
     return VQVAEConfig(
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
         num_res_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         attention="encoder.mid.attn_1.qkv.weight" in tensors,
-        z_channels=_shape(tensors, "quantize.embedding.weight", source)[1],
+        z_channels=_shape(tensors, "quantize.embedding.weight", source, 2)[1],
         vocab_size=vocab_size,
         patch_nums=schedule,
         num_phi=num_phi,
@@ -68,10 +72,12 @@ def vqvae_config(
 
 def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
     """Shape of a published VAR. head_dim is 64 where no per-head scale says otherwise."""
-    _, _, width = _shape(tensors, "pos_start", source)
-    vocab_size, _ = _shape(tensors, "head.weight", source)
-    hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source)
-    _shape(tensors, "lvl_1L", source)
+    _, _, width = _shape(tensors, "pos_start", source, 3)
+    vocab_size, _ = _shape(tensors, "head.weight", source, 2)
+    hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source, 2)
+    _shape(tensors, "lvl_1L", source, 2)
+    if tensors["lvl_1L"].is_floating_point():
+        raise CheckpointError(f"{source}: lvl_1L holds no whole numbers")
     sides = [round(int(n) ** 0.5) for n in tensors["lvl_1L"].flatten().bincount()]
     scale_mul = "blocks.0.attn.scale_mul_1H11"
     l2_norm = scale_mul in tensors
@@ -79,10 +85,10 @@ def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
         depth=count(tensors, r"blocks\.(\d+)\."),
         width=width,
         num_heads=tensors[scale_mul].shape[1] if l2_norm else max(1, width // HEAD_DIM),
-        num_classes=_shape(tensors, "class_emb.weight", source)[0] - 1,
+        num_classes=_shape(tensors, "class_emb.weight", source, 2)[0] - 1,
         patch_nums=tuple(sides),
         vocab_size=vocab_size,
-        z_channels=_shape(tensors, "word_embed.weight", source)[1],
+        z_channels=_shape(tensors, "word_embed.weight", source, 2)[1],
         mlp_ratio=hidden / width,
         shared_adaln="shared_ada_lin.1.weight" in tensors,
         attn_l2_norm=l2_norm,

@@ -24,8 +24,9 @@ def fill_experts(experts: MoEFFN, ffn: FFN, labels_H: Tensor) -> None:
     With every expert on, the two layers agree whatever the labels; each label must occur exactly
     `expert_size` times (ValueError).
     """
-    sizes_E = torch.bincount(labels_H, minlength=experts.num_experts)
-    if not bool((sizes_E == experts.expert_size).all()):
+    wanted_E = torch.full((experts.num_experts,), experts.expert_size)
+    sizes_E = torch.bincount(labels_H.clamp_min(0).cpu(), minlength=experts.num_experts)
+    if bool((labels_H < 0).any()) or sizes_E.tolist() != wanted_E.tolist():
         raise ValueError(f"experts have {sizes_E.tolist()} neurons, not {experts.expert_size} each")
     order_ED = torch.argsort(labels_H, stable=True).view(experts.num_experts, experts.expert_size)
     experts.w1_EDC.copy_(ffn.fc1.weight[order_ED])
@@ -48,6 +49,8 @@ def convert_to_moe(
     labels: one LongTensor (H,) a layer to use in place of balanced k-means. The activation is
     kept (`relufy` comes before). `progress` is called with each finished layer.
     """
+    if labels is not None and len(labels) != var.config.depth:
+        raise ValueError(f"labels are given for {len(labels)} of {var.config.depth} layers")
     experts = ExpertConfig(expert_size, router_hidden)
     devices = [var.pos_start.device] if var.pos_start.is_cuda else []
     with torch.random.fork_rng(devices):
@@ -59,7 +62,9 @@ def convert_to_moe(
         ffn, target = dense_block.ffn, moe_block.ffn
         if not isinstance(ffn, FFN) or not isinstance(target, MoEFFN):
             raise ValueError("the model has experts already")
-        layer_labels = labels[i] if labels else balanced_labels(ffn.fc1.weight, expert_size, seed)
+        layer_labels = (
+            labels[i] if labels is not None else balanced_labels(ffn.fc1.weight, expert_size, seed)
+        )
         fill_experts(target, ffn, layer_labels.to(ffn.fc1.weight.device))
         if progress:
             progress(i)

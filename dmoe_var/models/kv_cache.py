@@ -1,7 +1,7 @@
 """Keys and values of all scales drawn so far, preallocated.
 
-Legend: B batch (both guidance branches), H heads, L tokens of all scales, l tokens of one scale,
-D head dimension.
+Legend: B batch (both guidance branches), H heads, N layers, L tokens of all scales, l tokens of
+one scale, D head dimension.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (2, num_layers, batch, num_heads, num_tokens, head_dim)
-        self._kv_2NBHLD = torch.empty(shape, dtype=dtype, device=device)
+        shape = (num_layers, batch, num_heads, num_tokens, head_dim)
+        self._k_NBHLD = torch.empty(shape, dtype=dtype, device=device)
+        self._v_NBHLD = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, layer: int, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
         """Store one scale's keys and values of a layer; return all so far, (B, H, length, D)."""
         end = self.length + k_BHlD.shape[2]
-        capacity = self._kv_2NBHLD.shape[4]
+        capacity = self._k_NBHLD.shape[3]
         if end > capacity:
             raise ValueError(f"the K/V cache holds {capacity} tokens, {end} were written")
-        k_BHLD, v_BHLD = self._kv_2NBHLD[:, layer].unbind(0)
+        k_BHLD, v_BHLD = self._k_NBHLD[layer], self._v_NBHLD[layer]
         k_BHLD[:, :, self.length : end] = k_BHlD
         v_BHLD[:, :, self.length : end] = v_BHlD
         return k_BHLD[:, :, :end], v_BHLD[:, :, :end]

@@ -58,6 +58,8 @@ class VARConfig:
             object.__setattr__(self, "num_heads", max(1, self.C // HEAD_DIM))
         if self.C % self.H:
             raise ValueError(f"num_heads={self.H} does not divide width={self.C}")
+        if self.hidden < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves the FFN no hidden neuron")
         if self.experts is not None and self.hidden % self.experts.expert_size:
             size = self.experts.expert_size
             raise ValueError(f"expert_size={size} does not divide the FFN's {self.hidden} neurons")
@@ -123,7 +125,7 @@ class VAR(nn.Module):
             nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C)) if config.shared_adaln else nn.Identity()
         )
         assert config.drop_path is not None
-        drop_path = torch.linspace(0, config.drop_path, config.depth).tolist()
+        drop_path = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(
             Block(
                 C,
@@ -246,17 +248,22 @@ class VAR(nn.Module):
         drop_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_drop
         return torch.where(drop_B, self.config.num_classes, labels_B)
 
+    def check_teacher(self, labels_B: Tensor, teacher_BLC: Tensor) -> None:
+        """ValueError where the teacher input is not that of these labels and scales."""
+        config = self.config
+        num_given = config.num_tokens - config.patch_nums[0] ** 2
+        expected = (labels_B.shape[0], num_given, config.z_channels)
+        if tuple(teacher_BLC.shape) != expected:
+            raise ValueError(f"teacher_BLC must be {expected}, got {tuple(teacher_BLC.shape)}")
+
     def forward(self, labels_B: Tensor, teacher_BLC: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V) of all scales, float32.
 
         teacher_BLC: (B, L - 1, Cvae), from `VQVAE.teacher_input` (scale 0 has no input but the
         class, so a first scale of several tokens takes that many off L).
         """
-        config = self.config
-        rest = slice(config.scale_slices[0].stop, None)
-        expected = (labels_B.shape[0], config.num_tokens - rest.start, config.z_channels)
-        if tuple(teacher_BLC.shape) != expected:
-            raise ValueError(f"teacher_BLC must be {expected}, got {tuple(teacher_BLC.shape)}")
+        self.check_teacher(labels_B, teacher_BLC)
+        rest = slice(self.config.scale_slices[0].stop, None)
         cond_BC = self.condition(self.drop_labels(labels_B))
         words_BLC = self.word_embed(teacher_BLC.to(self.word_embed.weight.dtype))
         x_BLC = torch.cat([self.embed_start(cond_BC), words_BLC + self._position(rest)], dim=1)

@@ -50,8 +50,12 @@ class VQVAEConfig:
     conv_kernel: Annotated[int, Field(ge=1)] = 3
 
     def __post_init__(self) -> None:
-        if list(self.patch_nums) != sorted(set(self.patch_nums)):
-            raise ValueError(f"patch_nums must rise from scale to scale, got {self.patch_nums}")
+        if list(self.patch_nums) != sorted(set(self.patch_nums)) or self.patch_nums[0] < 1:
+            raise ValueError(
+                f"patch_nums must rise from scale to scale, from 1 or more: {self.patch_nums}"
+            )
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel={self.conv_kernel} must be odd")
 
     @property
     def downsampling(self) -> int:

@@ -70,6 +70,7 @@ class DynamicVAR(nn.Module):
     def new_cache(self, batch: int) -> KVCache:
         return self.dense.new_cache(batch)
 
+    @torch.no_grad()
     def forward(
         self,
         labels_B: Tensor,
@@ -81,9 +82,11 @@ class DynamicVAR(nn.Module):
     ) -> Tensor:
         """Teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.
 
-        Without tau and selection every expert runs. teacher_BLC: (B, L - 1, Cvae).
+        Without tau and selection every expert runs. teacher_BLC: (B, L - 1, Cvae). No gradients:
+        the cache is written in place.
         """
         rules = resolve_rules(tau, selection, self.config.num_scales, self.moe_scales)
+        self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
         cache = self.new_cache(labels_B.shape[0])
         slices = self.config.scale_slices

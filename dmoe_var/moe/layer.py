@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var.models.blocks import activation
-from dmoe_var.moe.experts import ExpertWeights, run_experts
+from dmoe_var.moe.experts import ExpertWeights, check_impl, run_experts
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.selection import All, SelectionRule
 
@@ -61,6 +61,9 @@ class Routing:
     counts: ExpertCounts | None = None
     noise: Callable[[int, int], Tensor] | None = None
     """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
+
+    def __post_init__(self) -> None:
+        check_impl(self.impl)
 
 
 class MoEFFN(nn.Module):

@@ -78,8 +78,9 @@ class Cumulative(SelectionRule):
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         ordered, order = scores.double().sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        needed = before < self.share * ordered.sum(-1, keepdim=True)
+        # Summed from the smallest on, so that share = 1 leaves out exactly the zeros.
+        from_here = ordered.flip(-1).cumsum(-1).flip(-1)
+        needed = from_here > (1 - self.share) * from_here[..., :1]
         needed[..., 0] = True
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, needed)
 

@@ -6,6 +6,7 @@ Legend: N images, R image side.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Samples:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(file["arr_0"], file["labels"], file["seeds"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: missing or no samples file ({error})") from error
 
 

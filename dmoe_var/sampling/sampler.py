@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated
+from functools import partial, wraps
+from typing import Annotated, ParamSpec
 
 import torch
 from pydantic import ConfigDict, Field
@@ -30,6 +30,7 @@ from dmoe_var.sampling.token_sampling import (
 )
 
 OnScale = Callable[[int, Tensor], None]
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,25 @@ def check_labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch
     return labels_B.long()
 
 
+def _in_eval_mode(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Samples without drop path, whatever mode the model is in, and leaves it in that mode."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        model = args[0] if args else kwargs["model"]
+        assert isinstance(model, torch.nn.Module)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    return wrapped
+
+
+@_in_eval_mode
 @torch.inference_mode()
 def generate(
     model: VAR | DynamicVAR,

@@ -95,7 +95,8 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     seconds = time.perf_counter() - started
     selection = config.selection.rules() if isinstance(model, DynamicVAR) else None
     rules = resolve_rules(None, selection, config.var.num_scales, model.moe_scales)
-    fixed = fixed_cost(model, bench.vqvae, config.sampling.cfg != 0)
+    guided, smooth = config.sampling.cfg != 0, config.sampling.more_smooth
+    fixed = fixed_cost(model, bench.vqvae, guided, more_smooth=smooth)
     flops = report(fixed, counts, rules, len(labels))
     metrics = {
         **flops.metrics(),

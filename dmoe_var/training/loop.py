@@ -24,6 +24,7 @@ from dmoe_var.training.tracking import MetricsLog, WandbMode
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class OptimConfig:
     lr_end: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Fraction = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     clip: Positive = 1.0
     log_every: Annotated[int, Field(gt=0)] = 20

@@ -35,7 +35,7 @@ class RouterConfig(OptimConfig):
     """
 
     null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    scales: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
 
 
 def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:

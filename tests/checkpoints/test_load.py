@@ -75,7 +75,7 @@ def test_shapes_of_the_parity_models(parity):
     "fields",
     [
         {},
-        {"attn_l2_norm": False, "width": 128},
+        {"attn_l2_norm": False, "width": 192, "num_heads": 3},
         {"shared_adaln": True},
         {"num_heads": 4},
         {"depth": 11, "width": 32},
@@ -234,7 +234,14 @@ def test_no_such_source():
     assert_refused(load_vqvae, "/nowhere/vae.pth", "no such file")
 
 
-# Published names
+# Names
+
+
+def test_the_packaged_base_models():
+    vqvae = load_vqvae("digits")
+    var = load_var("digits", vqvae)
+    assert (var.config.num_classes, var.config.patch_nums) == (10, vqvae.config.patch_nums)
+    assert not var.training
 
 
 def test_published_names_come_through_the_hub(parity, monkeypatch):

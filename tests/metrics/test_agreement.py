@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 
 from dmoe_var.errors import InputError
 from dmoe_var.metrics.agreement import LabelAgreement
-from dmoe_var.metrics.fidelity import to_uint8
+from dmoe_var.metrics.images import to_uint8
 
 NUM_TRAIN = 1437
 

@@ -17,11 +17,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import dmoe_var.data
 
 NUM_IMAGES = 40
 
 
+@functools.cache
 def few_digits(image_size, load=dmoe_var.data.load_digits):
     return tuple(
         replace(images, images=images.images[:NUM_IMAGES], labels=images.labels[:NUM_IMAGES])
@@ -55,16 +58,18 @@ def become(request):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main():
+def warm_up():
+    """Imports what a script would; AdamW's alone take seconds, at its first use."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-    for module in (
-        "_hydra",
-        "dmoe_var.stages.sweep",
-        "dmoe_var.stages.train_router",
-        "sklearn.svm",
-    ):
+    for module in ("_hydra", "dmoe_var.stages.sweep", "k_means_constrained"):
         pkgutil.resolve_name(module)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     dmoe_var.data.load_digits = few_digits
+    few_digits(8)
+
+
+def main():
+    warm_up()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

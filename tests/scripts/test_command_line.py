@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,13 +78,19 @@ def test_pipeline_skips_what_is_done(launch, tiny, undisturbed):
     assert snapshot(undisturbed) == before
 
 
-def test_multirun(launch, tiny, undisturbed):
-    """A folder a point, each with its own settings; the upstream stages are shared."""
-    finished = launch(
-        "sparsify", "-m", "sparsify.alpha=0,0.1", "sparsify.steps=1", *tiny[:-20], *tiny[-20:],
-        cwd=undisturbed,
-    )  # fmt: skip
+def test_multirun(launch, tiny, undisturbed, tmp_path):
+    """A folder a point; the stages that they build on are shared."""
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    arguments = ("-m", *tiny, "sparsify.alpha=0,0.1", "sparsify.steps=1,2")
+    finished = launch("sparsify", *arguments, cwd=tmp_path)
     assert (finished.status, finished.stderr) == (0, "")
+    assert finished.stdout.count("sparsify: runs/digits/sparsify/") == 4
+    records = [
+        json.loads(path.read_text())["config"]
+        for path in (tmp_path / "runs" / "digits" / "sparsify").glob("*/result.json")
+    ]
+    settings = sorted((r["sparsify.alpha"], r["sparsify.steps"]) for r in records)
+    assert [s for s in settings if s[1] != 6] == [(0, 1), (0, 2), (0.1, 1), (0.1, 2)]
 
 
 def test_a_stage_says_where_and_what(launch, tiny, undisturbed):
@@ -93,8 +101,6 @@ def test_a_stage_says_where_and_what(launch, tiny, undisturbed):
 
 
 def test_a_broken_checkpoint_is_one_line(launch, tiny, undisturbed, tmp_path):
-    import shutil
-
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     (path,) = (tmp_path / "runs" / "digits" / "sparsify").glob("*/checkpoint/model.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
@@ -106,9 +112,7 @@ def test_a_broken_checkpoint_is_one_line(launch, tiny, undisturbed, tmp_path):
 
 def test_divergence_is_one_line(launch, tiny, tmp_path):
     """Status 1: it is not the input that is wrong."""
-    finished = launch(
-        "train_vqvae", *tiny, "train_vqvae.lr=1e38", "train_vqvae.clip=1e30", cwd=tmp_path
-    )
+    finished = launch("train_vqvae", *tiny, "train_vqvae.lr=1e20", cwd=tmp_path)
     assert finished.status == 1
     assert finished.stderr.count("\n") == 1
     assert "at step " in finished.stderr

@@ -27,6 +27,12 @@ ComputePath = Callable[[Tensor, Tensor, ExpertWeights, nn.Module], Tensor]
 IMPLEMENTATIONS: dict[str, ComputePath] = {"reference": reference, "grouped": grouped}
 
 
+def check_impl(impl: str) -> None:
+    """ValueError for a name that is no compute path."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+
+
 def run_experts(
     x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module, impl: str
 ) -> Tensor:
@@ -35,6 +41,5 @@ def run_experts(
     The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path of IMPLEMENTATIONS;
     an unknown one raises ValueError.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    check_impl(impl)
     return IMPLEMENTATIONS[impl](x_NC, mask_NE, weights, act)
