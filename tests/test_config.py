@@ -140,8 +140,6 @@ WRONG = [
     ({"train_router.scales": [9]}, ("train_router.scales=[9]", "within 0..6")),
     ({"selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]", "1, 3, 7 values")),
     ({"selection.rule": "top_k", "selection.k": 17}, ("selection.k=17", "at most 16")),
-    ({"sweep.lists": {"ours": [0.1, 0.2]}}, ("sweep",)),
-    ({"sweep.lists.paper": [0.1, 0.2]}, ("sweep.lists.paper=[0.1, 0.2]", "1 or 3 values")),
     ({"sweep.chosen": "mine"}, ("sweep", "chosen='mine'", "paper")),
     ({"sample.classes": [3, 10]}, ("sample.classes", "10", "within 0..9")),
 ]

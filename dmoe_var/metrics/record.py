@@ -65,6 +65,9 @@ class Record:
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise DataError(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
+        for name in ("metrics", "config", "libraries", "about"):
+            if not isinstance(content.get(name, {}), dict):
+                raise DataError(f"{path}: {name} is {content[name]!r}, expected a mapping")
         try:
             return cls(**content)
         except TypeError as error:

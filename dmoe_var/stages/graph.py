@@ -76,7 +76,7 @@ def require(work: Work, stage: str) -> Record:
     ours, theirs = work.relevant(stage), Record.read(path).config
     differs = [
         f"{key} is {ours.get(key)}, there {theirs.get(key)}"
-        for key in sorted(ours.keys() | theirs.keys())
+        for key in sorted(ours)
         if ours.get(key) != theirs.get(key)
     ]
     raise InputError(
@@ -87,13 +87,13 @@ def require(work: Work, stage: str) -> Record:
 
 def prepare(work: Work) -> None:
     """Settings of the whole process: threads, determinism, TF32."""
-    config = work.config
+    config, device = work.config, work.device
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    elif work.device.type == "cuda":
+    elif device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
@@ -104,6 +104,7 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     What it builds on must be done (InputError); `run_through` does that first. `function` stands
     in for the `run` of the stage's module (a sweep shares loaded models between its points).
     """
+    work.check(stage)
     done = record_if_done(work, stage)
     if done is not None:
         (work.folder(stage) / STATE_FILE).unlink(missing_ok=True)
@@ -144,6 +145,7 @@ def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) ->
 
     `on_stage(name, done)` is called before each, done saying whether it will be skipped.
     """
+    work.check(last)
     for stage in order(work, last):
         on_stage(stage, record_if_done(work, stage) is not None)
         record = run_stage(work, stage)

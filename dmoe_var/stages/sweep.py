@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dmoe_var.checkpoints.safetensors_io import write_text
-from dmoe_var.config import EvaluateConfig, SelectionConfig, SweepConfig
+from dmoe_var.config import EvaluateConfig, SelectionConfig
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.metrics.record import Record
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
@@ -60,7 +60,6 @@ def point(work: Work, setting: Setting, seed: int) -> Work:
             evaluate=evaluated,
             selection=SelectionConfig("threshold", tau=setting.tau),
             moe=replace(config.moe, scales=setting.scales),
-            sweep=SweepConfig(),  # its lists are for the sweep's own scales
         ),
         work.baseline,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dmoe_var.config import Config
-from dmoe_var.errors import InputError
+from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.training.loop import Run
 
 DEFAULT_VARIANT = "default"
@@ -93,6 +93,18 @@ class Work:
         """The stages that a stage builds on; a dense point needs no experts."""
         dense_point = stage == "evaluate" and self.config.evaluate.model == "dense"
         return ("train_var",) if dense_point else NEEDS[stage]
+
+    def check(self, stage: str) -> None:
+        """ConfigError for what only this stage cannot do with the configuration."""
+        if stage != "sweep":
+            return
+        allowed = sorted({1, len(self.config.moe.scales)})
+        for name, taus in self.config.sweep.lists.items():
+            if len(taus) not in allowed:
+                raise ConfigError(
+                    f"sweep.lists.{name}={list(taus)} must have {' or '.join(map(str, allowed))} "
+                    "values, one for all or one for each of moe.scales"
+                )
 
     def _reads(self, stage: str, config: Config) -> tuple[str, ...]:
         if stage == "evaluate" and config.evaluate.model == "dense":

@@ -62,7 +62,8 @@ class OptimConfig:
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * num_examples / self.batch_size))
+        batch_size = min(self.batch_size, num_examples)
+        return max(1, math.ceil(self.epochs * num_examples / batch_size))
 
     def lr_at(self, step: int, num_steps: int) -> float:
         """Learning rate of step 0..num_steps - 1."""

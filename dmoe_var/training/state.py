@@ -31,7 +31,7 @@ class StateFile:
         for name, parameter in trainable(module).items():
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value
-        header = {"step": step, "fingerprint": self.fingerprint}
+        header = {"step": step, "fingerprint": self.fingerprint, "keys": sorted(tensors)}
         write_tensors(self.path, tensors, {"state": json.dumps(header)})
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -45,6 +45,7 @@ class StateFile:
         try:
             header = json.loads(metadata["state"])
             step, fingerprint = int(header["step"]), str(header["fingerprint"])
+            keys = {str(key) for key in header["keys"]}
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}: not a training state") from error
         if fingerprint != self.fingerprint:
@@ -53,9 +54,8 @@ class StateFile:
                 f"run has {self.fingerprint}); remove it to start afresh"
             )
         parameters = trainable(module)
-        wanted = {f"model/{name}" for name in changing(module)}
-        wanted |= {f"optimizer/{n}/{k}" for n in parameters for k in ("step", "exp_avg")}
-        missing = sorted(wanted - tensors.keys())
+        keys |= {f"model/{name}" for name in changing(module)}
+        missing = sorted(keys - tensors.keys())
         if missing:
             raise CheckpointError(f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}")
         with torch.no_grad():

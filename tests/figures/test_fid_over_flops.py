@@ -49,5 +49,5 @@ def test_every_setting_is_there(monkeypatch, tmp_path):
     assert {group: colour for group, (_, _, colour) in by_group.items()} == COLOURS
     red, green, blue = colors.to_rgb(COLOURS["chosen"])
     assert red > 2 * max(green, blue)
-    assert axis.get_ylabel() == "fid"
+    assert axis.get_ylabel() == "FID"
     assert {text.get_text() for text in axis.texts} == {"0.1", "0.2", "0.3"}

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from dmoe_var.errors import InputError
+from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.stages.work import NEEDS, chosen_device
 
 STAGES = tuple(NEEDS)
@@ -139,3 +139,10 @@ def test_a_device_that_is_not_there(name):
     with pytest.raises(InputError, match=f"device={name}: this machine has no .*; allowed: auto"):
         chosen_device(name)
     assert chosen_device("cpu").type == "cpu"
+
+
+def test_lists_of_another_length_are_the_sweeps_fault_alone(make_work):
+    work = make_work(changes={"sweep.lists": {"ours": [0.1, 0.2, 0.3]}, "sweep.chosen": "ours"})
+    work.check("evaluate")
+    with pytest.raises(ConfigError, match=r"sweep.lists.ours=\[0.1, 0.2, 0.3\] must have 1 or 2"):
+        work.check("sweep")
