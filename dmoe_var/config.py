@@ -11,13 +11,14 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dmoe_var.data import DataConfig
+from dmoe_var.data import NUM_CLASSES, DataConfig
 from dmoe_var.errors import ConfigError
-from dmoe_var.metrics.fidelity import FidelityConfig
+from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig
@@ -109,7 +110,7 @@ class SampleConfig:
 
     __pydantic_config__ = STRICT
 
-    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    classes: Scales | None = None
     """None: all classes, at most ten."""
     per_class: Annotated[int, Field(gt=0)] = 4
     single_pngs: bool = False
@@ -143,6 +144,10 @@ class SweepConfig:
     chosen: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("seeds", "last", "all"):
+            values = getattr(self, name)
+            if len({f"{value:g}" for value in values}) != len(values):
+                raise ValueError(f"{name}={list(values)} must be distinct to six digits")
         if self.chosen is not None and self.chosen not in self.lists:
             known = ", ".join(self.lists) or "none"
             raise ValueError(f"chosen={self.chosen!r} is not among the lists ({known})")
@@ -156,7 +161,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    run_dir: str = "runs"
+    run_dir: Annotated[str, Field(min_length=1)] = "runs"
     seed: Seed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -203,12 +208,29 @@ class Config:
             size = self.split.expert_size
             raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
         last = self.var.num_scales - 1
+        if self.var.num_classes != NUM_CLASSES[self.data.kind]:
+            raise ValueError(
+                f"var.num_classes={self.var.num_classes} must be {NUM_CLASSES[self.data.kind]}, "
+                f"the classes of data.kind={self.data.kind}"
+            )
+        if self.fidelity.backbone == "inception":
+            if self.evaluate.num_samples < ISC_SPLITS:
+                raise ValueError(
+                    f"evaluate.num_samples={self.evaluate.num_samples} must be at least "
+                    f"{ISC_SPLITS} for fidelity.backbone=inception"
+                )
+            if self.fidelity.weights and not Path(self.fidelity.weights).is_file():
+                raise ValueError(f"fidelity.weights={self.fidelity.weights}: no such file")
+        if self.name == "cache":
+            raise ValueError("name=cache is where token caches go; choose another")
         for key, scales in (
             ("moe.scales", self.moe.scales),
             ("train_router.scales", self.train_router.scales or ()),
         ):
-            if max(scales, default=0) > last or len(set(scales)) != len(scales):
-                raise ValueError(f"{key}={list(scales)} must be distinct scales within 0..{last}")
+            if max(scales, default=0) > last or list(scales) != sorted(set(scales)):
+                raise ValueError(
+                    f"{key}={list(scales)} must be distinct scales within 0..{last}, rising"
+                )
         lengths = {1, len(self.moe.scales), self.var.num_scales}
         if len(self.selection.tau) not in lengths:
             allowed = ", ".join(map(str, sorted(lengths)))
@@ -237,6 +259,9 @@ def describe(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
     if first["type"] == "unexpected_keyword_argument":
         return f"{key}: unknown key; {known_keys(first['loc'][:-1], str(first['loc'][-1]))}"
+    if first["type"].startswith("missing"):
+        given = f" in {first['input']!r}" if isinstance(first["input"], list) else ""
+        return f"{key}: missing{given}"
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}={first['input']!r}: {message}"
@@ -246,6 +271,8 @@ def known_keys(path: tuple[Any, ...], wrong: str) -> str:
     """What a section allows, the likeliest meant key first."""
     section: Any = Config
     for part in path:
+        if not dataclasses.is_dataclass(section):
+            break
         section = typing.get_type_hints(section).get(str(part), None)
     if not dataclasses.is_dataclass(section):
         return "it takes no keys"

@@ -20,7 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,6 +48,8 @@ def main(run: Callable[[Work], None]) -> None:
             run(work)
         except InputError as error:
             _stop(error, WRONG_INPUT)
+        except OSError as error:  # a folder that cannot be written, a full disk
+            _stop(InputError(f"{error.filename}: {error.strerror}"), WRONG_INPUT)
         except TrainingDiverged as error:
             _stop(error, FAILED)
 
@@ -82,7 +84,7 @@ def _check_all(script: str) -> None:
         return
     try:
         for overrides in _points(arguments.overrides, arguments.multirun):
-            _work(script, _compose(script, overrides), overrides)
+            _ = _work(script, _compose(script, overrides), overrides).device
     except InputError as error:
         _stop(error, WRONG_INPUT)
 
@@ -94,7 +96,7 @@ def _points(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_one_line(error, overrides)) from error
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(point) for batch in batches for point in batch]
 
@@ -131,6 +133,8 @@ def _plain(content: DictConfig) -> dict[str, Any]:
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's message with the key, its value and what is allowed."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {text}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         *path, last = unknown[1].split(".")

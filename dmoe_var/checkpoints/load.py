@@ -31,10 +31,21 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: refused, holds something else than plain tensors, or no state dict at all"
         ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    plain = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
+    if not plain:
         found = ", ".join(map(str, content))[:80] if isinstance(content, dict) else type(content)
         raise CheckpointError(f"{path}: not a state dict of tensors (found {found})")
     return content
@@ -62,8 +73,8 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not the shapes of a published model: {error}") from error
 
 
 def _assign(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:

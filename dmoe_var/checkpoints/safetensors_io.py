@@ -109,7 +109,7 @@ def read_config(folder: Path, kind: str) -> Any:
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: no such file; is {folder} a checkpoint?") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: cut short or no JSON file ({error})") from error

@@ -9,6 +9,9 @@ from pydantic import ConfigDict, Field
 
 from dmoe_var.data.digits import ImageSet, load_digits
 
+NUM_CLASSES = {"digits": 10}
+"""Classes of each kind of data."""
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,9 @@ def tokenize(
     """
     if vqvae.config.vocab_size > 2**16:
         raise DataError(f"vocab_size={vqvae.config.vocab_size}: the token cache holds uint16")
-    folder = cache / f"{images.key}-{weights_hash(vqvae)}"
+    shape = json.dumps(asdict(vqvae.config))
+    tokenizer = hashlib.sha256((shape + weights_hash(vqvae)).encode()).hexdigest()[:16]
+    folder = cache / f"{images.key}-{tokenizer}"
     folder.mkdir(parents=True, exist_ok=True)
     num_tokens = sum(p * p for p in vqvae.config.patch_nums)
     final = folder / "tokens.npy"
@@ -85,7 +87,7 @@ def tokenize(
                     rows.append(torch.cat(tokens, dim=1).cpu().numpy().astype(np.uint16))
                 _save(shard, np.concatenate(rows))
             shards.append(shard)
-        _save(final, np.concatenate([np.load(shard) for shard in shards]))
+        _save(final, np.concatenate([_load(shard) for shard in shards]))
         about = {"images": images.key, "num_images": len(images), "num_tokens": num_tokens}
         write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
         for shard in shards:
@@ -101,11 +103,18 @@ def _save(path: Path, array: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def _open(path: Path, shape: Sequence[int]) -> np.ndarray:
+def _load(path: Path) -> np.ndarray:
     try:
         tokens_NL: np.ndarray = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{path}: cut short or no token file ({error}); remove it") from error
+    if not isinstance(tokens_NL, np.ndarray):
+        raise DataError(f"{path}: no token file; remove it")
+    return tokens_NL
+
+
+def _open(path: Path, shape: Sequence[int]) -> np.ndarray:
+    tokens_NL = _load(path)
     if tokens_NL.shape != tuple(shape) or tokens_NL.dtype != np.uint16:
         found = f"{tokens_NL.dtype} {tokens_NL.shape}"
         raise DataError(f"{path}: holds {found}, expected uint16 {tuple(shape)}; remove it")

@@ -51,7 +51,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write folder/result.json, whole or not at all."""
-        write_text(folder / RESULT_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_text(folder / RESULT_FILE, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Record:

@@ -30,6 +30,11 @@ def activation(name: str) -> nn.Module:
     raise ValueError(f"activation: {name!r} is none of gelu, relu")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions become float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class DropPath(nn.Module):
     """Drops a whole residual branch of a sample while training."""
 
@@ -170,5 +175,5 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BLC: Tensor, mod_B12C: Tensor) -> Tensor:
         scale, shift = mod_B12C.unbind(2)
-        normed = F.layer_norm(x_BLC.float(), (self.width,), eps=self.norm_eps)
+        normed = F.layer_norm(at_least_float32(x_BLC), (self.width,), eps=self.norm_eps)
         return normed * (1 + scale) + shift

@@ -113,8 +113,10 @@ class MultiScaleQuantizer(nn.Module):
     def nearest_code(self, z_NC: Tensor) -> Tensor:
         """Indices (N,) of the codes with the least L2 distance to each row of z_NC."""
         codes_VC = self.embedding.weight
-        distance_NV = z_NC.square().sum(1, keepdim=True) + codes_VC.square().sum(1)
-        return torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2).argmin(1)
+        with torch.autocast(z_NC.device.type, enabled=False):  # 8 bits do not tell codes apart
+            z_NC = z_NC.to(codes_VC.dtype)
+            distance_NV = z_NC.square().sum(1, keepdim=True) + codes_VC.square().sum(1)
+            return torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2).argmin(1)
 
     def spread(self, code_BCpp: Tensor, si: int) -> Tensor:
         """What scale si adds to f_hat: phi(bicubic upsampling of its codes), (B, C, H, W)."""

@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from dmoe_var.models.blocks import FFN, Block, HeadNorm
+from dmoe_var.models.blocks import FFN, Block, HeadNorm, at_least_float32
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
@@ -237,9 +237,9 @@ class VAR(nn.Module):
         return self.logits(x_BlC, mod)
 
     def logits(self, x_BLC: Tensor, mod: Modulation) -> Tensor:
-        """Head norm and head, (B, L, V), float32."""
+        """Head norm and head, (B, L, V), in float32 at least."""
         out: Tensor = self.head(self.head_nm(x_BLC, mod.head).to(self.head.weight.dtype))
-        return out.float()
+        return at_least_float32(out)
 
     def drop_labels(self, labels_B: Tensor) -> Tensor:
         """Replace labels by the null class with probability `label_drop`, in train mode only."""

@@ -20,6 +20,17 @@ from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.tau_schedule import Tau, resolve_rules
 
 PAPER_MOE_SCALES = (7, 8, 9)
+SHARED_FIELDS = (
+    "depth",
+    "width",
+    "num_heads",
+    "num_classes",
+    "patch_nums",
+    "vocab_size",
+    "z_channels",
+    "attn_l2_norm",
+)
+"""What two models must have in common to share embeddings, a K/V cache and a tokenizer."""
 
 
 class DynamicVAR(nn.Module):
@@ -27,7 +38,7 @@ class DynamicVAR(nn.Module):
 
     def __init__(self, dense: VAR, moe: VAR, moe_scales: Sequence[int] = PAPER_MOE_SCALES):
         super().__init__()
-        for name in ("depth", "width", "num_heads", "num_classes", "patch_nums", "vocab_size"):
+        for name in SHARED_FIELDS:
             theirs, ours = getattr(moe.config, name), getattr(dense.config, name)
             if theirs != ours:
                 raise ValueError(f"{name}: the dense model has {ours}, the MoE model has {theirs}")

@@ -78,9 +78,10 @@ class Cumulative(SelectionRule):
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         ordered, order = scores.double().sort(-1, descending=True)
-        # Summed from the smallest on, so that share = 1 leaves out exactly the zeros.
-        from_here = ordered.flip(-1).cumsum(-1).flip(-1)
-        needed = from_here > (1 - self.share) * from_here[..., :1]
+        reached = ordered.cumsum(-1)
+        # Shifted, not reached - ordered: that would round, and share = 1 keep or drop too much.
+        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], dim=-1)
+        needed = before < self.share * reached[..., -1:]
         needed[..., 0] = True
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, needed)
 

@@ -6,6 +6,7 @@ a scale, C width, V vocabulary, Cvae latent channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -111,6 +112,7 @@ def generate(
     """
     config = model.config
     check_pair(vqvae, config)
+    _check_ranges(cfg, top_k, top_p, start_index)
     device = config_device(model)
     labels_B = check_labels(labels, config.num_classes, device)
     rules = resolve_rules(tau, selection, config.num_scales, model.moe_scales)
@@ -144,6 +146,15 @@ def generate(
             f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, si + 1)
             x_RlC = model.embed_scale(f_hat_BlC, si + 1).repeat(branches, 1, 1)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
+
+
+def _check_ranges(cfg: float, top_k: int, top_p: float, start_index: int) -> None:
+    if not (math.isfinite(cfg) and cfg >= 0):
+        raise ValueError(f"cfg={cfg} must be finite and 0 or more")
+    if top_k < 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"top_k={top_k} must be 0 or more, top_p={top_p} within [0, 1]")
+    if start_index < 0:
+        raise ValueError(f"start_index={start_index} must be 0 or more")
 
 
 def _draw_codes(

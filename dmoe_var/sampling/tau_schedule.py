@@ -44,6 +44,8 @@ def resolve_rules(
     given = selection if tau is None else tau
     if not isinstance(given, Sequence):
         per_scale = [given] * len(moe_scales)
+    elif len(given) == 1:
+        per_scale = [given[0]] * len(moe_scales)
     elif len(given) == len(moe_scales):
         per_scale = list(given)
     elif len(given) == num_scales:

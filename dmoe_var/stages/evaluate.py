@@ -89,6 +89,7 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     config = work.config
     model = bench.model(work)
     labels = balanced_labels(config.evaluate.num_samples, config.var.num_classes)
+    vqvae, fidelity, reference = bench.vqvae, bench.fidelity, bench.reference
     started = time.perf_counter()
     samples, counts = bench.draw(work, model, labels, describe(work))
     _synchronise(work.device)
@@ -96,17 +97,18 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     selection = config.selection.rules() if isinstance(model, DynamicVAR) else None
     rules = resolve_rules(None, selection, config.var.num_scales, model.moe_scales)
     guided, smooth = config.sampling.cfg != 0, config.sampling.more_smooth
-    fixed = fixed_cost(model, bench.vqvae, guided, more_smooth=smooth)
+    fixed = fixed_cost(model, vqvae, guided, more_smooth=smooth)
     flops = report(fixed, counts, rules, len(labels))
     metrics = {
         **flops.metrics(),
-        **bench.fidelity.score(samples.images, bench.reference),
+        **fidelity.score(samples.images, reference),
         "label_agreement": bench.agreement.accuracy(samples.images, samples.labels),
         "sampling_ms_per_image": 1000 * seconds / len(labels),
     }
     samples.save(work.folder("evaluate") / SAMPLES_FILE)
-    about = {"samples": SAMPLES_FILE, "fidelity": bench.fidelity.name}
-    return StageResult(metrics, num_samples=len(labels), about=about)
+    about = {"samples": SAMPLES_FILE, "fidelity": fidelity.name}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return StageResult(metrics, len(labels), about, config.evaluate.seed, dtype)
 
 
 def describe(work: Work) -> str:

@@ -32,6 +32,10 @@ class StageResult:
     metrics: Mapping[str, float]
     num_samples: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    """Where it is not the configuration's own (a sample has its own)."""
+    dtype: str | None = None
+    """Where it is not that of training."""
 
 
 StageFunction = Callable[[Work], StageResult]
@@ -47,6 +51,9 @@ def record_if_done(work: Work, stage: str) -> Record | None:
         return None
     record = Record.read(folder / RESULT_FILE)
     if record.fingerprint != work.fingerprint(stage):
+        return None
+    samples = record.about.get("samples")
+    if samples and not (folder / samples).exists():
         return None
     if record.about.get("checkpoint"):
         path = folder / "checkpoint" / "model.safetensors"
@@ -124,9 +131,9 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
         fingerprint=work.fingerprint(stage),
         metrics=result.metrics,
         config=dict(flatten(asdict(work.config))),
-        seed=work.config.seed,
+        seed=work.config.seed if result.seed is None else result.seed,
         num_samples=result.num_samples,
-        dtype=work.config.dtype,
+        dtype=result.dtype or work.config.dtype,
         started=started,
         ended=now(),
         device=device_name(work.device),

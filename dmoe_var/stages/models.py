@@ -66,7 +66,9 @@ def _var(work: Work, source: str | Path, expected: VARConfig) -> VAR:
         experts = ExpertConfig(config.experts.expert_size, default_hidden(config.C))
         config = replace(config, experts=experts)
     _check(str(source), config, expected, TRAINING_ONLY)
-    return model.to(work.device)
+    configured = VAR(expected)
+    configured.load_state_dict(model.state_dict())
+    return configured.eval().to(work.device)
 
 
 def _check(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:

@@ -41,8 +41,8 @@ class OptimConfig:
     steps: Annotated[int, Field(gt=0)] | None = None
     epochs: Positive | None = None
     batch_size: Annotated[int, Field(gt=0)] = 64
-    lr: Positive = 1e-3
-    lr_end: Annotated[float, Field(ge=0)] = 0.0
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    lr_end: Annotated[float, Field(ge=0, le=10)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Fraction = 0.0
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
@@ -195,6 +195,7 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
                 module.eval()
                 with torch.no_grad():
                     metrics = objective.validate()
+                _check_finite(metrics, done, run)
                 log.write(done, metrics)
             if done % config.checkpoint_every == 0 or last:
                 state.save(done, module, optimizer)
@@ -203,6 +204,21 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
         with torch.no_grad():
             metrics = objective.validate()
     return metrics
+
+
+def _check_finite(metrics: Mapping[str, float], done: int, run: Run) -> None:
+    """TrainingDiverged where a validation metric is not finite, before the state is saved."""
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        raise TrainingDiverged(
+            f"{run.name}: {broken[0]} is not finite after step {done}; {kept(run)}"
+        )
+
+
+def kept(run: Run) -> str:
+    """Where the last good state is, in words."""
+    path = run.folder / STATE_FILE
+    return f"the last good state is {path}" if path.exists() else "no state was saved yet"
 
 
 def _update(
@@ -218,10 +234,8 @@ def _update(
     loss.backward()
     norm = nn.utils.clip_grad_norm_(trainable(module).values(), clip)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        kept = run.folder / STATE_FILE
-        where = f"the last good state is {kept}" if kept.exists() else "no state was saved yet"
         raise TrainingDiverged(
             f"{run.name}: loss {loss.item()}, gradient norm {norm.item()} at step {step + 1}; "
-            f"{where}"
+            f"{kept(run)}"
         )
     optimizer.step()

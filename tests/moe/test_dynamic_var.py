@@ -139,3 +139,13 @@ def test_forward_needs_no_context(dense, moe, teacher):
     expected = model(LABELS, teacher, tau=0.4)
     with torch.enable_grad():
         assert torch.equal(model(LABELS, teacher, tau=0.4), expected)
+
+
+def test_all_experts_equal_the_unsplit_model_in_float64(dense, make_moe, teacher):
+    """The logits themselves, head norm and head included."""
+    relu = dense
+    split, joined = DynamicVAR(dense, make_moe(relu), (2, 3)), DynamicVAR(dense, relu, (2, 3))
+    logits = split.double()(LABELS, teacher.double(), tau=0.0)
+    expected = joined.double()(LABELS, teacher.double())
+    assert logits.dtype == torch.float64
+    assert (logits - expected).abs().max() <= 1e-12 * expected.abs().max()

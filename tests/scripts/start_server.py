@@ -59,10 +59,12 @@ def become(request):
 
 
 def warm_up():
-    """Imports what a script would; AdamW's alone take seconds, at its first use."""
+    """Imports what a script would (AdamW imports more at its first use) and fills Hydra's caches."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-    for module in ("_hydra", "dmoe_var.stages.sweep", "k_means_constrained"):
+    for module in ("dmoe_var.stages.sweep", "k_means_constrained"):
         pkgutil.resolve_name(module)
+    shared = pkgutil.resolve_name("_hydra")
+    shared._compose("pipeline", ["seed=1", "moe.scales=[1]"])
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     dmoe_var.data.load_digits = few_digits
     few_digits(8)

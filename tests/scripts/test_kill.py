@@ -19,25 +19,24 @@ def lines(folder):
 
 
 @pytest.mark.parametrize(
-    ("stage", "moment"),
+    ("stage", "moment", "stride"),
     [
-        ("train_vqvae", STEP),
-        ("train_vqvae", WRITE),
-        ("train_var", WRITE),
-        ("sparsify", STEP),
-        ("train_router", STEP),
+        ("train_vqvae", WRITE, 1),
+        ("train_var", WRITE, 2),
+        ("sparsify", STEP, 2),
+        ("train_router", STEP, 2),
     ],
 )
-def test_killed_again_and_again(launch, tiny, undisturbed, tmp_path, stage, moment):
-    """Killed before the first file it writes (or step it takes), then before the second of the
-    next start, the third of the one after it, until one start gets through."""
+def test_killed_again_and_again(launch, tiny, undisturbed, tmp_path, stage, moment, stride):
+    """Killed before the first (stride-th) file it writes or step it takes, before a later one at
+    the next start, a still later one at the one after it, until a start gets through."""
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     (expected,) = (undisturbed / "runs" / "digits" / stage).iterdir()
     ours = tmp_path / "runs" / "digits" / stage / expected.name
     shutil.rmtree(ours)
     if stage == "train_var":
         shutil.rmtree(tmp_path / "runs" / "cache")
-    for n in itertools.count(1):
+    for n in itertools.count(stride, stride):
         finished = launch(stage, *tiny, cwd=tmp_path, kill=(moment, n))
         if finished.status != -signal.SIGKILL:
             break

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from dmoe_var.data.digits import ImageSet
+from dmoe_var.metrics.images import to_uint8
 from dmoe_var.metrics.record import Record
+from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import models
 from dmoe_var.stages.evaluate import Bench, describe
@@ -87,18 +89,22 @@ def test_sample_stage(make_work, runs, images_of):
     assert Image.open(folder / "grid.png").format == "PNG"
 
 
-@pytest.mark.parametrize(("tau", "low", "high"), [([0.0], 1, 1), ([0.4, 0.8], 0.25, 0.999)])
-def test_expert_maps(make_work, runs, tau, low, high):
-    """Shares of the four experts; each scale's cells enlarged to the finest scale's four."""
-    work = make_work(runs)
-    images, maps = collect_maps(work, Bench(work), [3, 5, 6], tau, seed=0)
+@pytest.mark.parametrize("tau", [[0.0, 0.0], [0.4, 0.8]])
+def test_expert_maps(make_work, runs, tau):
+    """Shares of the four experts, for the class that was asked for (the first rows of the
+    sampler's batch), each scale's cells enlarged to the finest scale's four."""
+    work, labels, counts = make_work(runs), [3, 5, 6], ExpertCounts()
+    images, maps = collect_maps(work, Bench(work), labels, tau, seed=1)
     assert images.shape == (3, 2, 8, 8, 3)
     assert maps.shape == (3, 2, 4, 4)
-    assert low <= maps.min()
-    assert maps.mean() <= high
-    assert np.array_equal(maps * 4, (maps * 4).round())
-    coarse = maps[:, 0]
-    assert np.array_equal(coarse, coarse[:, [0, 0, 2, 3]][:, :, [0, 0, 2, 3]])
+    model, vqvae = models.dynamic(work), models.vqvae(work)
+    drawn = generate(model, vqvae, labels, seed=1, tau=tau, counts=counts)
+    assert np.array_equal(images[:, 1], to_uint8(drawn))
+    for i, (si, cells) in enumerate(((2, [0, 0, 1, 2]), (3, [0, 1, 2, 3]))):
+        side = work.config.var.patch_nums[si]
+        share = counts.per_token(si)[0, :3].view(3, side, side).numpy() / 4
+        assert np.array_equal(maps[:, i], share[:, cells][:, :, cells])
+        assert (maps[:, i] == 1).all() == (tau == [0.0, 0.0])
 
 
 def test_records_of_points_are_whole(make_work, runs):

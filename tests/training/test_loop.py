@@ -61,13 +61,13 @@ def test_learning_rate(schedule, high):
 
 
 def test_the_optimiser_gets_the_schedule(toy, run_in, tmp_path):
-    """AdamW's first step moves every weight by lr (and nothing decays)."""
-    config = OptimConfig(steps=1, lr=0.5, schedule="constant", weight_decay=0.0)
+    """AdamW's first step moves every weight by its rate, here half of lr (nothing decays)."""
+    config = OptimConfig(steps=1, lr=0.5, warmup=1.0, weight_decay=0.0)
     objective = toy()
     before = objective.module.weight.clone()
     run_in(tmp_path, objective, config)
     moved = (objective.module.weight - before).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.25), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ ALL = torch.arange(20)
 
 def naive_cross_entropy(logits_BLV, tokens_BL):
     """(B, L), token by token."""
+    logits_BLV = logits_BLV.detach()
     return torch.tensor(
         [
             [-logits_V.log_softmax(0)[token] for logits_V, token in zip(*image, strict=True)]
