@@ -23,6 +23,7 @@ def lines(folder):
     [
         ("train_vqvae", WRITE, 1),
         ("train_var", WRITE, 2),
+        ("train_var", STEP, 2),
         ("sparsify", STEP, 2),
         ("train_router", STEP, 2),
     ],

@@ -42,9 +42,17 @@ def test_round_trip(stored):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_a_half_written_successor_changes_nothing(stored):
-    stored.path.with_name(f".{stored.path.name}.tmp").write_bytes(b"cut")
+def test_a_write_that_is_cut_short_changes_nothing(stored, monkeypatch):
+    def half(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        cut_short(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dmoe_var.checkpoints.safetensors_io.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        stored.save(6, *trained())
     assert stored.load(*trained()) == 5
+    monkeypatch.undo()
     stored.save(6, *trained())
     assert stored.load(*trained()) == 6
 
