@@ -42,7 +42,7 @@ def convert_to_moe(
     seed: int = 0,
     router_hidden: int | None = None,
     labels: Sequence[Tensor] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> VAR:
     """The MoE version of a VAR: same function with all experts on, routers untrained.
 
