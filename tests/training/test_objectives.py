@@ -113,7 +113,7 @@ def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activatio
     hoyer = sum(map(naive_hoyer, made_sparse)) / len(made_sparse)
     cross_entropy = float(naive_cross_entropy(logits_BLV, batch.tokens_BL).mean())
     assert logged == pytest.approx({"ce": cross_entropy, "hoyer": hoyer, "alpha": 0.1}, rel=1e-4)
-    assert float(loss) == pytest.approx(cross_entropy + 0.1 * hoyer, rel=1e-4)
+    assert loss.item() == pytest.approx(cross_entropy + 0.1 * hoyer, rel=1e-4)
 
 
 def test_hoyer_moves_the_ffn(build):

@@ -60,7 +60,7 @@ def test_loss_is_the_mean_over_layers_of_the_squared_error(build, batch, scales)
         norms_by_layer(objective.var, labels_B, batch.teacher_BLC),
         lambda true, predicted: (true - predicted)[:, learnt].square().mean(),
     )
-    assert float(loss) == pytest.approx(naive, rel=1e-5)
+    assert loss.item() == pytest.approx(naive, rel=1e-5)
 
 
 @pytest.mark.parametrize(("share", "num_null"), [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
