@@ -38,12 +38,25 @@ class RouterConfig(OptimConfig):
     scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
 
 
+def average_ranks(norms_BLE: Tensor) -> Tensor:
+    """Rank of each expert of a token, from 0; equal norms share their mean rank."""
+    norms_BLE = norms_BLE.contiguous()
+    ordered_BLE = norms_BLE.sort(-1).values
+    below = torch.searchsorted(ordered_BLE, norms_BLE)
+    up_to = torch.searchsorted(ordered_BLE, norms_BLE, right=True)
+    return (below + up_to - 1).double() / 2
+
+
 def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:
-    """Rank correlation (B, L) over a token's experts, in [-1, 1]; needs two experts or more."""
-    num_experts = predicted_BLE.shape[-1]
-    ranks = [norms.argsort(-1).argsort(-1).double() for norms in (predicted_BLE, true_BLE)]
-    squares_BL = (ranks[0] - ranks[1]).square().sum(-1)
-    return 1 - 6 * squares_BL / (num_experts * (num_experts**2 - 1))
+    """Rank correlation (B, L) over a token's experts, in [-1, 1].
+
+    Ties count as ties: sparse experts have a norm of exactly 0. A token whose norms are all equal
+    has no order to predict and gets 0.
+    """
+    centred = [r - r.mean(-1, keepdim=True) for r in map(average_ranks, (predicted_BLE, true_BLE))]
+    covariance_BL = (centred[0] * centred[1]).sum(-1)
+    scale_BL = (centred[0].square().sum(-1) * centred[1].square().sum(-1)).sqrt()
+    return torch.where(scale_BL > 0, covariance_BL / scale_BL.clamp_min(1e-30), 0.0)
 
 
 @contextmanager

@@ -140,3 +140,13 @@ def test_rank_agreement_is_spearmans():
 def test_routers_of_a_dense_model(make_var, vqvae, tokens):
     with pytest.raises(ValueError, match="split it first"):
         RouterObjective(make_var(), vqvae, *tokens, RouterConfig(steps=1))
+
+
+def test_spearman_with_ties_is_scipys_and_no_matter_of_order():
+    true = torch.tensor([[[0.0, 0, 0, 0, 0, 0, 1, 2]]])
+    predicted = torch.tensor([[[0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 3, 4]]])
+    expected = spearmanr(predicted[0, 0], true[0, 0]).statistic
+    for flip in (False, True):
+        pair = [norms.flip(-1) if flip else norms for norms in (predicted, true)]
+        assert spearman(*pair).item() == pytest.approx(expected, abs=1e-12)
+    assert spearman(predicted, torch.zeros_like(true)).item() == 0
