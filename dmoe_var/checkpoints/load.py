@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmoe_var.checkpoints import hub, var_adapter
-from dmoe_var.checkpoints.safetensors_io import load_checkpoint, load_strictly
+from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, build_strictly, load_checkpoint
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
-
-Model = TypeVar("Model", bound=nn.Module)
 
 PACKAGED = Path(__file__).parent / "packaged"
 """Base models that this package carries, NAME/vqvae and NAME/var."""
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
-    """State dict of a .pth file: tensors only, never code."""
+    """State dict of a .pth file: tensors only, never code; memory-mapped, so that loading holds
+    the weights once (files in torch's format before 1.6 cannot be, and are read)."""
+    mapped = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, holds something else than plain tensors, or no state dict at all"
@@ -52,18 +52,24 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _locate(source: str | Path, kind: str) -> Path:
-    """The file or folder that a path or a name stands for."""
+    """The file or folder that a name or a path stands for; "./digits" is a path, "digits" a name."""
     path = Path(source)
-    if path.exists():
-        return path
-    if (PACKAGED / str(source) / kind).is_dir():
+    if (PACKAGED / str(source) / kind).is_dir() and not path.is_absolute():
         return PACKAGED / str(source) / kind
     if str(source) in hub.PUBLISHED:
         return hub.fetch(str(source))
+    if path.exists():
+        return path
     names = sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
     raise CheckpointError(
         f"{source}: no such file or folder; names are {', '.join([*names, *hub.PUBLISHED])}"
     )
+
+
+def weights_file(source: str | Path, kind: str) -> Path:
+    """The file that holds the weights of a source of `kind` "vqvae" or "var" (for its hash)."""
+    path = _locate(source, kind)
+    return path / MODEL_FILE if path.is_dir() else path
 
 
 @contextmanager
@@ -75,11 +81,6 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         raise
     except (ValueError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not the shapes of a published model: {error}") from error
-
-
-def _assign(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
-    load_strictly(model, tensors, path)
-    return model.eval()
 
 
 def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> VQVAE:
@@ -100,8 +101,8 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
         return model
     tensors = _read_pth(path)
     with _as_checkpoint_error(path):
-        vqvae = VQVAE(var_adapter.vqvae_config(tensors, patch_nums, str(path)))
-    return _assign(vqvae, tensors, path)
+        config = var_adapter.vqvae_config(tensors, patch_nums, str(path))
+        return build_strictly(lambda: VQVAE(config), tensors, path)
 
 
 def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
@@ -117,8 +118,8 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
     else:
         tensors = _read_pth(path)
         with _as_checkpoint_error(path):
-            model = VAR(var_adapter.var_config(tensors, str(path)))
-        _assign(model, tensors, path)
+            config = var_adapter.var_config(tensors, str(path))
+            model = build_strictly(lambda: VAR(config), tensors, path)
     if vqvae is not None:
         with _as_checkpoint_error(path):
             check_pair(vqvae, model.config)

@@ -6,74 +6,115 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dmoe_var.errors import CheckpointError
+from dmoe_var.files import whole_file, write_text
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 
+Model = TypeVar("Model", bound=nn.Module)
+
 FORMAT = "dmoe-var/1"
+MODEL_FILE = "model.safetensors"
 KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "vqvae": (VQVAE, VQVAEConfig),
     "var": (VAR, VARConfig),
 }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a safetensors file whole or not at all; CheckpointError where the disk refuses."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; CheckpointError where it cannot be read."""
+    """Tensors (memory-mapped) and metadata of a safetensors file; CheckpointError where it cannot be
+    read."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise CheckpointError(f"{path}: cut short or no safetensors file ({reason})") from error
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """load_state_dict that names in one line what does not fit, and where."""
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """CheckpointError that names in one line what of a state dict does not fit a module."""
+    wants = {name: tuple(t.shape) for name, t in wanted.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     problems = []
     for title, names in (
-        ("missing", sorted(wanted.keys() - given.keys())),
-        ("unexpected", sorted(given.keys() - wanted.keys())),
+        ("missing", sorted(wants.keys() - given.keys())),
+        ("unexpected", sorted(given.keys() - wants.keys())),
     ):
         if names:
             problems.append(f"{title} {len(names)} keys: {', '.join(names)}")
     shapes = [
-        f"{name} is {given[name]}, should be {wanted[name]}"
-        for name in sorted(wanted.keys() & given.keys())
-        if wanted[name] != given[name]
+        f"{name} is {given[name]}, should be {wants[name]}"
+        for name in sorted(wants.keys() & given.keys())
+        if wants[name] != given[name]
     ]
     if shapes:
         problems.append(f"{len(shapes)} wrong shapes: {'; '.join(shapes)}")
+    kinds = [
+        f"{name} is {tensors[name].dtype}, {tensors[name].layout}"
+        for name, tensor in wanted.state_dict().items()
+        if name in tensors and not _same_kind(tensor, tensors[name])
+    ]
+    if kinds:
+        problems.append(f"{len(kinds)} wrong types: {'; '.join(kinds)}")
     if problems:
         raise CheckpointError(f"{source}: {'; '.join(problems)}")
-    module.load_state_dict(tensors)
+
+
+def _same_kind(a: Tensor, b: Tensor) -> bool:
+    """Both dense, and both of floating point or both not."""
+    return a.layout == b.layout and a.is_floating_point() == b.is_floating_point()
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device it has nothing to fill, and its first normal_ there
+    would import torch's compiler (160 MB)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build_strictly(
+    build: Callable[[], Model], tensors: Mapping[str, Tensor], source: Path | str
+) -> Model:
+    """The module that `build` makes, in eval mode, with these very tensors: no copy, no second
+    set of weights (it is built on the meta device). CheckpointError where they do not fit."""
+    with torch.device("meta"), _WithoutInitialValues():
+        model = build()
+    check_fit(model, tensors, source)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
 
 
 def recover(folder: Path) -> Path:
@@ -95,7 +136,7 @@ def save_checkpoint(folder: Path, model: VAR | VQVAE) -> None:
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_tensors(temporary / "model.safetensors", model.state_dict(), {"format": FORMAT})
+    write_tensors(temporary / MODEL_FILE, model.state_dict(), {"format": FORMAT})
     config = {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(model.config)}
     write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
     if folder.exists():
@@ -128,7 +169,5 @@ def load_checkpoint(folder: Path, kind: str) -> nn.Module:
     """A model from a checkpoint folder, strictly, on the CPU, in eval mode."""
     recover(folder)
     config = read_config(folder, kind)
-    tensors, _ = read_tensors(folder / "model.safetensors")
-    model = KINDS[kind][0](config)
-    load_strictly(model, tensors, folder / "model.safetensors")
-    return model.eval()
+    tensors, _ = read_tensors(folder / MODEL_FILE)
+    return build_strictly(lambda: KINDS[kind][0](config), tensors, folder / MODEL_FILE)

@@ -76,9 +76,10 @@ def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
     vocab_size, _ = _shape(tensors, "head.weight", source, 2)
     hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source, 2)
     _shape(tensors, "lvl_1L", source, 2)
-    if tensors["lvl_1L"].is_floating_point():
-        raise CheckpointError(f"{source}: lvl_1L holds no whole numbers")
-    sides = [round(int(n) ** 0.5) for n in tensors["lvl_1L"].flatten().bincount()]
+    levels = tensors["lvl_1L"]
+    if levels.is_floating_point() or not 0 <= int(levels.min()) <= int(levels.max()) < len(levels.T):
+        raise CheckpointError(f"{source}: lvl_1L holds no scale numbers")
+    sides = [round(int(n) ** 0.5) for n in levels.flatten().bincount()]
     scale_mul = "blocks.0.attn.scale_mul_1H11"
     l2_norm = scale_mul in tensors
     return VARConfig(

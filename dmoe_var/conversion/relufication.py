@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dmoe_var.checkpoints.safetensors_io import build_strictly
 from dmoe_var.models.var import VAR
 
 
 def relufy(var: VAR) -> VAR:
     """A copy of `var` whose FFNs use ReLU; the weights are the same."""
-    relu_var = VAR(replace(var.config, activation="relu")).to(var.pos_start)
-    relu_var.load_state_dict(var.state_dict())
+    tensors = {name: tensor.clone() for name, tensor in var.state_dict().items()}
+    config = replace(var.config, activation="relu")
+    relu_var = build_strictly(lambda: VAR(config), tensors, "the dense model")
     return relu_var.train(var.training)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dmoe_var.checkpoints.safetensors_io import write_text
+from dmoe_var.files import write_text
 from dmoe_var.errors import DataError
 
 SCHEMA_VERSION = 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
@@ -140,11 +141,12 @@ class VAR(nn.Module):
         )
         self.head_nm = HeadNorm(C, config.norm_eps)
         self.head = nn.Linear(C, config.vocab_size)
-        level_L = torch.cat([torch.full((p * p,), si) for si, p in enumerate(config.patch_nums)])
-        self.register_buffer("lvl_1L", level_L[None])
-        sees_LL = level_L[:, None] >= level_L[None, :]
-        mask = torch.zeros(1, 1, L, L).masked_fill_(~sees_LL, -torch.inf)
-        self.register_buffer("attn_bias_for_masking", mask)
+        # numpy: on the meta device the first arithmetic of tensors imports torch's compiler.
+        level_L = np.repeat(np.arange(config.num_scales), [p * p for p in config.patch_nums])
+        self.register_buffer("lvl_1L", torch.from_numpy(level_L[None]))
+        sees_LL = level_L[:, None] >= level_L
+        mask_LL = np.where(sees_LL, np.float32(0), np.float32(-np.inf))
+        self.register_buffer("attn_bias_for_masking", torch.from_numpy(mask_LL[None, None]))
         self._init_weights()
 
     def _build_ffn(self) -> nn.Module:

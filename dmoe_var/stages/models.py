@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmoe_var.checkpoints import load_var, load_vqvae
+from dmoe_var.checkpoints.safetensors_io import build_strictly
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
@@ -66,9 +67,8 @@ def _var(work: Work, source: str | Path, expected: VARConfig) -> VAR:
         experts = ExpertConfig(config.experts.expert_size, default_hidden(config.C))
         config = replace(config, experts=experts)
     _check(str(source), config, expected, TRAINING_ONLY)
-    configured = VAR(expected)
-    configured.load_state_dict(model.state_dict())
-    return configured.eval().to(work.device)
+    configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
+    return configured.to(work.device)
 
 
 def _check(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:

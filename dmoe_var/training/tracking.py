@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dmoe_var.checkpoints.safetensors_io import write_text
+from dmoe_var.files import write_text
 
 WandbMode = Literal["disabled", "offline", "online"]
 
