@@ -10,13 +10,14 @@ import difflib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dmoe_var.data import NUM_CLASSES, DataConfig
+from dmoe_var.data import DataConfig
+from dmoe_var.data.class_names import class_index
 from dmoe_var.errors import ConfigError
 from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
 from dmoe_var.models.var import VARConfig
@@ -31,9 +32,9 @@ from dmoe_var.moe.selection import (
     Threshold,
     TopK,
 )
+from dmoe_var.sampling.parts import ImageFormat
 from dmoe_var.sampling.sampler import SamplingConfig
-from dmoe_var.training.loop import OptimConfig
-from dmoe_var.training.objectives import SparsifyConfig
+from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
 from dmoe_var.training.router_objective import RouterConfig
 from dmoe_var.training.tracking import WandbMode
 from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
@@ -47,12 +48,23 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _as_classes(value: Any) -> Any:
+    classes = _as_tuple((value,) if isinstance(value, str) else value)
+    if not isinstance(classes, tuple) or not classes:
+        raise ValueError(f"{value!r} must be a class or a list of classes")
+    for each in classes:
+        if isinstance(each, bool) or not isinstance(each, int | str):
+            raise ValueError(f"{each!r} must be the index or the name of a class")
+    return classes
+
+
 Taus = Annotated[
     tuple[Annotated[float, Field(ge=0, le=1)], ...],
     BeforeValidator(_as_tuple),
     Field(min_length=1),
 ]
 Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+Classes = Annotated[tuple[int | str, ...], BeforeValidator(_as_classes)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -106,25 +118,62 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """scripts/sample.py: `per_class` images of each class, dense beside dynamic."""
+    """scripts/sample.py: `per_class` images of each class under each seed."""
 
     __pydantic_config__ = STRICT
 
-    classes: Scales | None = None
-    """None: all classes, at most ten."""
-    per_class: Annotated[int, Field(gt=0)] = 4
+    classes: Classes | None = None
+    """By index or name; `Config` turns names into indices. None: all classes, at most ten."""
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+    per_class: Annotated[int, Field(gt=0)] = 1
     single_pngs: bool = False
+    model: Literal["dense", "dynamic", "both"] | None = None
+    """None: both where the experts are made, else dense alone (see stages/sample.py)."""
+    pretrained: str | None = None
+    """A DynamicVAR that `save_pretrained` wrote, a folder or a name on the hub; both models come
+    from it then."""
+    selection: Literal["stored", "given"] = "stored"
+    """With `pretrained`: the rule that is stored with it, or the one under `selection`."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} must be distinct")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """One point of a quality-cost curve: which model, how many samples, from which seed."""
+    """One point of a quality-cost curve: which model, how many samples, from which seed, and
+    whether they are left as samples.npz, as PNG files or as both."""
 
     __pydantic_config__ = STRICT
 
     model: Literal["dense", "dynamic"] = "dynamic"
     num_samples: Annotated[int, Field(ge=2)] = 1000
     seed: Seed = 0
+    format: ImageFormat = "npz"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """scripts/export.py: a repository on the hub to push the finished model to (None: none)."""
+
+    __pydantic_config__ = STRICT
+
+    push_to: Annotated[str, Field(min_length=1)] | None = None
+    private: bool = True
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """scripts/benchmark.py: rounds that count and that do not, images at once, and where a checkout
+    of the published VAR code lies, to be timed beside ours (None: ours alone)."""
+
+    __pydantic_config__ = STRICT
+
+    batch_size: Annotated[int, Field(gt=0)] = 1
+    repeats: Annotated[int, Field(gt=0)] = 5
+    warmup: Annotated[int, Field(ge=0)] = 1
+    published: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +226,8 @@ class Config:
     var: VARConfig = field(default_factory=VARConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     train_vqvae: VQVAETrainingConfig = field(default_factory=lambda: VQVAETrainingConfig(steps=1))
-    train_var: OptimConfig = field(default_factory=lambda: OptimConfig(steps=1))
+    train_var: VARTrainingConfig = field(default_factory=lambda: VARTrainingConfig(steps=1))
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
     sparsify: SparsifyConfig = field(default_factory=lambda: SparsifyConfig(steps=1))
     split: ExpertConfig = field(default_factory=ExpertConfig)
     train_router: RouterConfig = field(default_factory=lambda: RouterConfig(steps=1))
@@ -188,6 +238,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         for name in ("patch_nums", "vocab_size", "z_channels"):
@@ -208,10 +260,10 @@ class Config:
             size = self.split.expert_size
             raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
         last = self.var.num_scales - 1
-        if self.var.num_classes != NUM_CLASSES[self.data.kind]:
+        if self.data.known_classes() not in (None, self.var.num_classes):
             raise ValueError(
-                f"var.num_classes={self.var.num_classes} must be {NUM_CLASSES[self.data.kind]}, "
-                f"the classes of data.kind={self.data.kind}"
+                f"var.num_classes={self.var.num_classes} must be {self.data.known_classes()}, the "
+                f"classes of the data (data.kind={self.data.kind})"
             )
         if self.fidelity.backbone == "inception":
             if self.evaluate.num_samples < ISC_SPLITS:
@@ -221,6 +273,16 @@ class Config:
                 )
             if self.fidelity.weights and not Path(self.fidelity.weights).is_file():
                 raise ValueError(f"fidelity.weights={self.fidelity.weights}: no such file")
+        if self.fidelity.precision_recall:
+            neighbours = self.fidelity.neighbours
+            for key, number in (
+                ("evaluate.num_samples", self.evaluate.num_samples),
+                ("fidelity.reference_images", self.fidelity.reference_images),
+            ):
+                if number <= neighbours:
+                    raise ValueError(
+                        f"{key}={number} must be greater than fidelity.neighbours={neighbours}"
+                    )
         if self.name == "cache":
             raise ValueError("name=cache is where token caches go; choose another")
         for key, scales in (
@@ -238,10 +300,18 @@ class Config:
         num_experts = self.var.hidden // self.split.expert_size
         if self.selection.rule in ("top_k", "random") and self.selection.k > num_experts:
             raise ValueError(f"selection.k={self.selection.k} must be at most {num_experts}")
-        for label in self.sample.classes or ():
-            if label >= self.var.num_classes:
-                top = self.var.num_classes - 1
-                raise ValueError(f"sample.classes: {label} must be within 0..{top}")
+        self._find_classes()
+
+    def _find_classes(self) -> None:
+        """Turns the names among `sample.classes` into indices."""
+        given = self.sample.classes
+        if given is None:
+            return
+        kind, num_classes = self.data.kind, self.var.num_classes
+        found = tuple(class_index(each, kind, num_classes, "sample.classes") for each in given)
+        if len(set(found)) != len(found):
+            raise ValueError(f"sample.classes={list(given)} must be distinct classes")
+        object.__setattr__(self, "sample", replace(self.sample, classes=found))
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 CHUNK = 2**24
 ABANDONED = 3600
-"""Seconds without a write after which a temporary file is taken for that of a killed process."""
+"""Seconds without a write after which another machine's temporary file is nobody's any more."""
 
 
 @contextmanager
@@ -23,10 +23,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The temporary file is removed on an error (a full disk, an interrupt).
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if time.time() - leftover.stat().st_mtime > ABANDONED:
+    prefix = f".{path.name}."
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if _abandoned(leftover, leftover.name[len(prefix) :].removesuffix(".tmp")):
             leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    temporary = path.with_name(f"{prefix}{platform.node()}-{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -34,6 +35,22 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _abandoned(temporary: Path, owner: str) -> bool:
+    """Whether a temporary file is that of a killed process, here or (by its age) elsewhere."""
+    node, _, pid = owner.rpartition("-")
+    if node == platform.node() and pid.isdecimal():
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+    try:
+        return time.time() - temporary.stat().st_mtime > ABANDONED
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,14 +1,20 @@
 """What every script shares: Hydra composes, one conversion, one line for wrong input.
 
 A script is `main(run)` with run(work: Work). Every point of a multirun is checked before the
-first one runs.
+first one runs. Under torchrun only the main process prints.
+
+`model=NAME` without `experiment=` runs that model's own experiment, imagenet_NAME, where
+configs/experiment holds it: `model=d16` is `experiment=imagenet_d16`, which is made for it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,17 +35,27 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit.*"
 
 from dmoe_var.config import known_keys, parse_config  # noqa: E402
 from dmoe_var.errors import ConfigError, InputError, TrainingDiverged  # noqa: E402
+from dmoe_var.metrics.record import Record  # noqa: E402
 from dmoe_var.stages.graph import prepare, run_stage  # noqa: E402
 from dmoe_var.stages.work import Work  # noqa: E402
+from dmoe_var.training import distributed  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENT = re.compile(r"\+*experiment=")
 WRONG_INPUT, FAILED = 2, 1
+GRACE = 10
+"""Seconds that a process under torchrun leaves the main one to say what is wrong."""
 
 
-def main(run: Callable[[Work], None]) -> None:
-    """Run a script's function for each composed configuration."""
+def main(
+    run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] | None = None
+) -> None:
+    """Run a script's function for each composed configuration.
+
+    in_full: writes out what a script's command line has short forms for.
+    """
     script = Path(sys.argv[0]).stem
-    _check_all(script)
+    _check_all(script, _command_line(in_full or list))
 
     def task(content: DictConfig) -> None:
         try:
@@ -54,32 +70,96 @@ def main(run: Callable[[Work], None]) -> None:
             _stop(error, FAILED)
 
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=script)(task)()
+    distributed.stop()
 
 
 def stage_main(stage: str) -> None:
     """A script that runs one stage."""
+    main(lambda work: report(work, stage, run_stage(work, stage)))
 
-    def run(work: Work) -> None:
-        record = run_stage(work, stage)
-        shown = {name: value for name, value in record.metrics.items() if "scale" not in name}
-        numbers = "  ".join(f"{name}={value:.4g}" for name, value in shown.items())
-        print(f"{stage}: {work.folder(stage)}  {numbers}")
 
-    main(run)
+def report(work: Work, stage: str, record: Record) -> None:
+    """Say where a stage's results are, and its numbers."""
+    shown = {name: value for name, value in record.metrics.items() if "scale" not in name}
+    numbers = "  ".join(f"{name}={value:.4g}" for name, value in shown.items())
+    say(f"{stage}: {work.folder(stage)}  {numbers}".rstrip())
+
+
+def say(text: str) -> None:
+    """Print, in the main process."""
+    if distributed.is_main():
+        print(text, flush=True)
 
 
 def _stop(error: Exception, status: int) -> NoReturn:
-    print(" ".join(str(error).split()), file=sys.stderr)
+    """Exit with one line, which is the main process's where it fails too.
+
+    The others wait: torchrun ends all processes as soon as one has failed, and would end the main
+    one before it has spoken.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(GRACE)
+    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
-def _check_all(script: str) -> None:
+def _command_line(in_full: Callable[[list[str]], list[str]]) -> Namespace:
+    """The arguments as Hydra parses them, overrides written out; sys.argv becomes what they are.
+
+    Ends the process for what is neither an option of Hydra's nor key=value.
+    """
+    parser = get_args_parser()
+
+    def stop(message: str) -> NoReturn:
+        _stop(ConfigError(message), WRONG_INPUT)
+
+    parser.error = stop  # type: ignore[method-assign]
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        stop(f"{unknown[0]}: unknown option; settings are key=value, options --help, --cfg job, -m")
+    for override in arguments.overrides:
+        if "=" not in override and not override.startswith("~"):
+            stop(f"{override}: no setting; settings are key=value, options --help, --cfg job, -m")
+    options = list(sys.argv[1:])
+    for override in arguments.overrides:
+        options.remove(override)
+    try:
+        arguments.overrides = _own_experiment(in_full(arguments.overrides))
+    except InputError as error:
+        _stop(error, WRONG_INPUT)
+    sys.argv[1:] = [*arguments.overrides, *options]
+    return arguments
+
+
+def _own_experiment(overrides: list[str]) -> list[str]:
+    """`model=NAME` as `experiment=imagenet_NAME` where there is one and none is named.
+
+    ConfigError for a multirun over models of which only some have their own.
+    """
+    if any(EXPERIMENT.match(override) for override in overrides):
+        return overrides
+    found = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        models = value.split(",") if key == "model" else []
+        own = [f"imagenet_{model}" for model in models]
+        exist = [(CONFIGS / "experiment" / f"{name}.yaml").is_file() for name in own]
+        if any(exist) and not all(exist):
+            with_own = ", ".join(m for m, there in zip(models, exist, strict=True) if there)
+            raise ConfigError(
+                f"{override}: of these only {with_own} have an experiment of their own; give "
+                "experiment= too"
+            )
+        found.append(f"experiment={','.join(own)}" if any(exist) else override)
+    return found
+
+
+def _check_all(script: str, arguments: Namespace) -> None:
     """Compose and convert every point of the command line; exit with one line at the first error.
 
     Hydra itself would print several lines, exit with 1, and find an error in a multirun's last
     point only after running the others.
     """
-    arguments = get_args_parser().parse_args()
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         return
     try:
@@ -116,7 +196,7 @@ def _compose(script: str, overrides: Sequence[str]) -> DictConfig:
 
 def _work(script: str, content: DictConfig, overrides: Sequence[str]) -> Work:
     """The configuration, beside that of the experiment alone, which names what differs."""
-    experiment = [o for o in overrides if re.match(r"\+*experiment=", o)]
+    experiment = [override for override in overrides if EXPERIMENT.match(override)]
     baseline = _compose(script, experiment)
     return Work(config=parse_config(_plain(content)), baseline=parse_config(_plain(baseline)))
 

@@ -3,7 +3,7 @@
 What is done with the same configuration is skipped; what was interrupted goes on.
 """
 
-from _hydra import main
+from _hydra import main, say
 
 from dmoe_var.stages.graph import run_through
 from dmoe_var.stages.sweep import table_of
@@ -12,11 +12,11 @@ from dmoe_var.stages.work import Work
 
 def run(work: Work) -> None:
     def announce(stage: str, done: bool) -> None:
-        print(f"{stage}: {'done already' if done else 'running'}, {work.folder(stage)}", flush=True)
+        say(f"{stage}: {'done already' if done else 'running'}, {work.folder(stage)}")
 
     record = run_through(work, work.config.until, announce)
     if record.stage == "sweep":
-        print(table_of(record))
+        say(table_of(record))
 
 
 if __name__ == "__main__":

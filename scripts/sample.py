@@ -1,6 +1,37 @@
-"""Draw chosen classes, dense beside dynamic from the same seeds: a grid, and single PNGs."""
+"""Draw chosen classes, dense beside dynamic from the same seeds: a grid, and single PNGs.
 
-from _hydra import stage_main
+python scripts/sample.py "classes=[golden_retriever,985]" "seeds=[0,1]" tau=0.2
+"""
+
+import re
+
+from _hydra import main, report, say
+
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.sample import settled
+from dmoe_var.stages.work import Work
+
+SHORT = {"classes": "sample.classes", "seeds": "sample.seeds", "tau": "selection.tau"}
+
+
+def in_full(overrides: list[str]) -> list[str]:
+    """Overrides with the short keys written out.
+
+    A selection on the command line stands above the one that is stored with a pretrained model.
+    """
+    found = [
+        re.sub(r"^(\w+)=", lambda key: f"{SHORT.get(key[1], key[1])}=", each) for each in overrides
+    ]
+    given = any(each.startswith("selection.") for each in found)
+    return ["sample.selection=given", *found] if given else found
+
+
+def run(work: Work) -> None:
+    work, note = settled(work)
+    if note is not None:
+        say(note)
+    report(work, "sample", run_stage(work, "sample"))
+
 
 if __name__ == "__main__":
-    stage_main("sample")
+    main(run, in_full)

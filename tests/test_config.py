@@ -20,6 +20,7 @@ GOOD = [(script, ()) for script in SCRIPTS] + [
     ("pipeline", (f"{path.parent.name}={path.stem}",))
     for group in ("experiment", "sweep")
     for path in sorted((CONFIGS / group).glob("*.yaml"))
+    if path.stem != "imagenet"  # what imagenet_d16 to imagenet_d36_512 have in common
 ]
 
 
@@ -107,7 +108,7 @@ WRONG = [
     ({"train_var.betas": [0.9, 1.0]}, ("train_var.betas", "1.0")),
     ({"train_var.schedule": "step"}, ("train_var.schedule='step'", "'linear' or 'cosine'")),
     ({"sparsify.alpha": -1e-3}, ("sparsify.alpha=-0.001", "greater than or equal to 0")),
-    ({"sparsify.train": "head"}, ("sparsify.train='head'", "'blocks+head', 'ffn' or 'all'")),
+    ({"conversion.train": "head"}, ("conversion.train='head'", "'blocks+head' or 'ffn'")),
     ({"train_router.null_share": 2}, ("train_router.null_share=2", "less than or equal to 1")),
     ({"train_router.scales": []}, ("train_router.scales=[]",)),
     ({"train_vqvae.dead_below": 1}, ("train_vqvae.dead_below=1", "less than 1")),
@@ -122,6 +123,9 @@ WRONG = [
     ({"selection.rule": "best"}, ("selection.rule='best'", "'top_k'", "'oracle'")),
     ({"sampling.top_p": 1.1}, ("sampling.top_p=1.1", "less than or equal to 1")),
     ({"evaluate.num_samples": 1}, ("evaluate.num_samples=1", "greater than or equal to 2")),
+    ({"evaluate.format": "jpg"}, ("evaluate.format='jpg'", "'npz', 'png' or 'both'")),
+    ({"fidelity.neighbours": 0}, ("fidelity.neighbours=0", "greater than 0")),
+    ({"fidelity.reference_images": 0}, ("fidelity.reference_images=0", "greater than 0")),
     ({"fidelity.backbone": "clip"}, ("fidelity.backbone='clip'", "'efflite0' or 'inception'")),
     ({"data.image_size": 20}, ("data.image_size=20", "multiple of 8")),
     ({"sweep.seeds": []}, ("sweep.seeds=[]", "at least 1")),
@@ -140,6 +144,14 @@ WRONG = [
     ({"train_router.scales": [9]}, ("train_router.scales=[9]", "within 0..6")),
     ({"selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]", "1, 3, 7 values")),
     ({"selection.rule": "top_k", "selection.k": 17}, ("selection.k=17", "at most 16")),
+    (
+        {"fidelity.precision_recall": True, "fidelity.neighbours": 1000},
+        ("evaluate.num_samples=1000", "greater than fidelity.neighbours=1000"),
+    ),
+    (
+        {"fidelity.precision_recall": True, "fidelity.reference_images": 3},
+        ("fidelity.reference_images=3", "greater than fidelity.neighbours=3"),
+    ),
     ({"sweep.chosen": "mine"}, ("sweep", "chosen='mine'", "paper")),
     ({"sample.classes": [3, 10]}, ("sample.classes", "10", "within 0..9")),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from dmoe_var.errors import CheckpointError
@@ -12,6 +13,7 @@ REPOSITORY = "FoundationVision/var"
 PUBLISHED = ("var_d16", "var_d20", "var_d24", "var_d30", "var_d36", "vae_ch160v4096z32")
 
 
+@cache
 def fetch(name: str) -> Path:
     """Path of a published file in the local cache, downloaded where it is not there yet."""
     from huggingface_hub import hf_hub_download
@@ -26,7 +28,7 @@ def network_errors(what: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # The base class of the HTTP library's errors, whichever library this huggingface_hub uses.
-    http_error = HfHubHTTPError.__mro__[1]
+    http_error: type[BaseException] = HfHubHTTPError.__mro__[1]
     try:
         yield
     except (LocalEntryNotFoundError, HfHubHTTPError, http_error, OSError) as error:

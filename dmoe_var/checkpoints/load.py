@@ -52,7 +52,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _locate(source: str | Path, kind: str) -> Path:
-    """The file or folder that a name or a path stands for; "./digits" is a path, "digits" a name."""
+    """The file or folder that a name ("digits") or a path ("./digits") stands for."""
     path = Path(source)
     if (PACKAGED / str(source) / kind).is_dir() and not path.is_absolute():
         return PACKAGED / str(source) / kind

@@ -47,8 +47,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped) and metadata of a safetensors file; CheckpointError where it cannot be
-    read."""
+    """Tensors (memory-mapped) and metadata of a safetensors file, or CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
@@ -128,21 +127,37 @@ def recover(folder: Path) -> Path:
     return replaced
 
 
-def save_checkpoint(folder: Path, model: VAR | VQVAE) -> None:
-    """Write a model's checkpoint folder; an older one of that name is replaced."""
+def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
+    """Write a model's checkpoint folder; an older one of that name is replaced.
+
+    fingerprint: of the configuration that made it (`read_fingerprint`).
+    """
     kind = next(name for name, (cls, _) in KINDS.items() if isinstance(model, cls))
     temporary = folder.with_name(f".{folder.name}.tmp")
     replaced = recover(folder)
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_tensors(temporary / MODEL_FILE, model.state_dict(), {"format": FORMAT})
+    about = {"fingerprint": fingerprint}  # one entry: safetensors writes several in any order
+    write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
     config = {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(model.config)}
     write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(temporary, folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_fingerprint(folder: Path) -> str:
+    """The fingerprint that a checkpoint was saved with; CheckpointError where it is not whole."""
+    path = folder / MODEL_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint", "")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: missing, cut short or no safetensors file ({_first_line(error)})"
+        ) from error
 
 
 def read_config(folder: Path, kind: str) -> Any:

@@ -77,7 +77,8 @@ def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
     hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source, 2)
     _shape(tensors, "lvl_1L", source, 2)
     levels = tensors["lvl_1L"]
-    if levels.is_floating_point() or not 0 <= int(levels.min()) <= int(levels.max()) < len(levels.T):
+    whole = not levels.is_floating_point()
+    if not whole or not 0 <= int(levels.min()) <= int(levels.max()) < levels.numel():
         raise CheckpointError(f"{source}: lvl_1L holds no scale numbers")
     sides = [round(int(n) ** 0.5) for n in levels.flatten().bincount()]
     scale_mul = "blocks.0.attn.scale_mul_1H11"

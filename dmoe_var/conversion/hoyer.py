@@ -5,13 +5,12 @@ Legend: B batch, L tokens, H neurons of the hidden layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from dmoe_var.models.blocks import FFN
+from dmoe_var.models.products import at_least_float32
 from dmoe_var.models.var import VAR
 
 CLAMP = 10.0
@@ -19,14 +18,10 @@ CLAMP = 10.0
 
 def hoyer(a_BLH: Tensor) -> Tensor:
     """mean over (batch, tokens) of ||a||_1^2 / (||a||_2^2 + 1e-15): 1 for one active neuron, H
-    for all equally active."""
+    for all equally active. In float32 at least."""
+    a_BLH = at_least_float32(a_BLH)
     l1_BL = a_BLH.abs().sum(-1)
     return (l1_BL.square() / (a_BLH.square().sum(-1) + 1e-15)).mean()
-
-
-def hoyer_loss(activations: Sequence[Tensor]) -> Tensor:
-    """Mean over the layers of `hoyer`, in float32."""
-    return torch.stack([hoyer(a_BLH.float()) for a_BLH in activations]).mean()
 
 
 def shifted_pre_activation(z_BLH: Tensor) -> Tensor:
@@ -39,21 +34,27 @@ def inactive_share(a_BLH: Tensor, tokens: slice) -> Tensor:
     return (a_BLH[:, tokens] <= 0).float().mean()
 
 
-@contextmanager
-def record_activations(var: VAR, pre_activation: bool = False) -> Iterator[list[Tensor]]:
-    """Collects the hidden activations (or what enters the activation) of all FFNs, in order."""
-    kept: list[Tensor] = []
+class ActivationProbe:
+    """Hands the hidden activations of every FFN (or what enters the activation) to `see`.
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kept.append(inputs[0] if pre_activation else output)
+    `see(layer, a_BLH)` is called as they are computed, so that nobody has to keep them; None for
+    nobody. Under activation checkpointing the backward pass computes, and shows, them again: `see`
+    has to stay the same until it has run.
+    """
 
-    handles = []
-    for block in var.blocks:
-        ffn = block.ffn
-        assert isinstance(ffn, FFN)
-        handles.append(ffn.act.register_forward_hook(keep))
-    try:
-        yield kept
-    finally:
-        for handle in handles:
+    def __init__(self, var: VAR, pre_activation: bool = False):
+        self.see: Callable[[int, Tensor], object] | None = None
+        self.pre_activation = pre_activation
+        self._handles = [
+            block.get_submodule("ffn.act").register_forward_hook(partial(self._show, layer))
+            for layer, block in enumerate(var.blocks)
+        ]
+
+    def _show(self, layer: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.see is not None:
+            self.see(layer, inputs[0] if self.pre_activation else output)
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
             handle.remove()

@@ -5,7 +5,7 @@ Legend: H neurons of the hidden layer, C width, E experts, D neurons an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,6 +35,14 @@ def fill_experts(experts: MoEFFN, ffn: FFN, labels_H: Tensor) -> None:
     experts.b2_C.copy_(ffn.fc2.bias)
 
 
+def cluster_layer(var: VAR, layer: int, expert_size: int, seed: int = 0) -> Tensor:
+    """Expert of each FFN neuron of a layer, LongTensor (H,), by balanced k-means."""
+    ffn = var.blocks[layer].ffn
+    if not isinstance(ffn, FFN):
+        raise ValueError("the model has experts already")
+    return balanced_labels(ffn.fc1.weight, expert_size, seed)
+
+
 @torch.no_grad()
 def convert_to_moe(
     var: VAR,
@@ -42,14 +50,15 @@ def convert_to_moe(
     seed: int = 0,
     router_hidden: int | None = None,
     labels: Sequence[Tensor] | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> VAR:
     """The MoE version of a VAR: same function with all experts on, routers untrained.
 
     labels: one LongTensor (H,) a layer to use in place of balanced k-means. The activation is
-    kept (`relufy` comes before). `progress` is called with each finished layer.
+    kept (`relufy` comes before).
     """
-    if labels is not None and len(labels) != var.config.depth:
+    if labels is None:
+        labels = [cluster_layer(var, layer, expert_size, seed) for layer in range(var.config.depth)]
+    if len(labels) != var.config.depth:
         raise ValueError(f"labels are given for {len(labels)} of {var.config.depth} layers")
     experts = ExpertConfig(expert_size, router_hidden)
     devices = [var.pos_start.device] if var.pos_start.is_cuda else []
@@ -62,10 +71,5 @@ def convert_to_moe(
         ffn, target = dense_block.ffn, moe_block.ffn
         if not isinstance(ffn, FFN) or not isinstance(target, MoEFFN):
             raise ValueError("the model has experts already")
-        layer_labels = (
-            labels[i] if labels is not None else balanced_labels(ffn.fc1.weight, expert_size, seed)
-        )
-        fill_experts(target, ffn, layer_labels.to(ffn.fc1.weight.device))
-        if progress:
-            progress(i)
+        fill_experts(target, ffn, labels[i].to(ffn.fc1.weight.device))
     return moe.train(var.training)

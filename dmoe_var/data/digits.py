@@ -6,12 +6,15 @@ Legend: N images, R image side in pixels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dmoe_var.data.images import Decoded, Indices, scaled
 
 NUM_CLASSES = 10
 TEST_SHARE = 0.2
@@ -31,10 +34,17 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def tensors(self, indices: Tensor) -> Tensor:
+    def pixels(self, indices: Indices) -> np.ndarray:
+        """Images uint8 (B, R, R, 3)."""
+        return self.images[np.asarray(indices, dtype=np.int64)]
+
+    def tensors(self, indices: Indices) -> Tensor:
         """Images (B, 3, R, R) in [-1, 1], float32."""
-        chosen = torch.from_numpy(self.images[indices.numpy()])
-        return chosen.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return scaled(torch.from_numpy(self.pixels(indices)))
+
+    def decode(self, indices: Sequence[int]) -> Decoded:
+        """Images uint8 (B, R, R, 3); none is unreadable."""
+        return Decoded(self.pixels(indices), [])
 
 
 def load_digits(image_size: int) -> tuple[ImageSet, ImageSet]:

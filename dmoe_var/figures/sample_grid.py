@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from dmoe_var.figures.style import plt, save
+
+SMALLEST, LARGEST = 0.7, 1.7
+"""Side of a picture in inches."""
+MOST = 20
+"""Width and height of a panel, in inches."""
+GAP = 0.2
+"""Between panels, in inches."""
 
 
 def tile(images_NRR3: np.ndarray, columns: int) -> np.ndarray:
@@ -20,11 +29,41 @@ def tile(images_NRR3: np.ndarray, columns: int) -> np.ndarray:
     return canvas
 
 
-def draw(panels: dict[str, np.ndarray], columns: int, path: Path) -> None:
-    """Draw one grid a panel, side by side; panels: title -> uint8 (N, R, R, 3)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False)
-    for axis, (title, images) in zip(axes[0], panels.items(), strict=True):
+def draw(
+    panels: dict[str, np.ndarray],
+    columns: int,
+    path: Path,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> None:
+    """Draw one grid a panel, side by side; panels: title -> uint8 (N, R, R, 3).
+
+    Rows are named beside the first panel, columns above each. Small pictures are enlarged; large
+    ones keep their pixels where a panel does not grow beyond 20 inches.
+    """
+    num, side = next(iter(panels.values())).shape[:2]
+    rows = -(-num // columns)
+    inches = min(max(side / plt.rcParams["figure.dpi"], SMALLEST), LARGEST)
+    inches = min(inches, MOST / max(rows, columns))
+    width, height = inches * columns, inches * rows
+    whole = width * len(panels) + GAP * (len(panels) - 1)
+    figure = plt.figure(figsize=(whole, height))  # titles and names lie outside, see `save`
+    for i, (title, images) in enumerate(panels.items()):
+        axis = figure.add_axes((i * (width + GAP) / whole, 0, width / whole, 1))
         axis.imshow(tile(images, columns), interpolation="nearest")
         axis.set_title(title, fontsize=9)
-        axis.axis("off")
+        _name_cells(axis, side, row_names if i == 0 else (), column_names)
     save(figure, path)
+
+
+def _name_cells(
+    axis: Axes, side: int, row_names: Sequence[str], column_names: Sequence[str]
+) -> None:
+    """Names at the middle of each row and column, and no lines at all."""
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelsize=8, top=False, labeltop=True, labelbottom=False)
+    axis.set_xticks(
+        [i * (side + 1) + (side - 1) / 2 for i in range(len(column_names))], column_names
+    )
+    axis.set_yticks([i * (side + 1) + (side - 1) / 2 for i in range(len(row_names))], row_names)

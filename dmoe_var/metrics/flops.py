@@ -8,7 +8,7 @@ where cfg is not 0. Legend: B images of a batch, N images, R rows (branches x im
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
@@ -149,46 +149,52 @@ def count_flops(
 ) -> FlopReport:
     """FLOPs of sampling these labels with these options of `generate` (cfg, seed, tau, ...).
 
-    Where a selection rule is given the images are sampled, `batch_size` at a time, and the experts
-    that ran are counted; without one every expert runs, no router does, and nothing has to be
-    sampled. An oracle's pass over the true norms is left out, as in the paper. Raises what
-    `generate` raises, and UnknownOperatorError for an operator of unknown cost.
+    Where a selection rule is given, or the model has its own, the images are sampled, `batch_size`
+    at a time, and the experts that ran are counted; without one every expert runs, no router does,
+    and nothing has to be sampled. An oracle's pass over the true norms is left out, as in the
+    paper. Raises what `generate` raises, and UnknownOperatorError for an operator of unknown cost.
     """
     call = inspect.signature(generate).bind(model, vqvae, labels, **generate_options)
     call.apply_defaults()
     options = call.arguments
     config = model.config
-    rules = resolve_rules(options["tau"], options["selection"], config.num_scales, model.moe_scales)
+    given = (options["tau"], options["selection"])
+    rules = resolve_rules(*given, config.num_scales, model.moe_scales, model.selection)
     labels_N = check_labels(labels, config.num_classes, config_device(model))
     fixed = fixed_cost(
         model, vqvae, options["cfg"] != 0, options["adaln_every_scale"], options["more_smooth"]
     )
     first = generate_options.pop("start_index", options["start_index"])
-    batches = []
-    for start in range(0, len(labels_N), batch_size) if rules else ():
-        batches.append(ExpertCounts())
-        batch_B = labels_N[start : start + batch_size]
-        place: dict[str, Any] = {"start_index": first + start, "counts": batches[-1]}
-        generate(model, vqvae, batch_B, **place, **generate_options)
-    return report(fixed, batches, rules, len(labels_N))
+
+    def batches() -> Iterator[ExpertCounts]:
+        for start in range(0, len(labels_N), batch_size) if rules else ():
+            counts, batch_B = ExpertCounts(), labels_N[start : start + batch_size]
+            place: dict[str, Any] = {"start_index": first + start, "counts": counts}
+            generate(model, vqvae, batch_B, **place, **generate_options)
+            yield counts
+
+    pairs = pairs_per_image(batches(), rules, fixed.branches)
+    return report(fixed, pairs, rules, len(labels_N))
 
 
 def report(
     fixed: FixedCost,
-    batches: Iterable[ExpertCounts],
+    pairs: Mapping[int, Sequence[int]],
     rules: Mapping[int, SelectionRule],
     num_images: int,
 ) -> FlopReport:
     """The report of images that `generate` has drawn, `num_images` in all.
 
-    batches: what `generate` counted, one a batch; read one after the other, so that a generator
-    need not keep them. rules: those of the run, by scale, from `resolve_rules`. Raises ValueError
-    where the counts are not of these rules, this many images or this `fixed`.
+    pairs: the (token, expert) pairs that ran, by scale and image, from `pairs_per_image`. rules:
+    those of the run, by scale, from `resolve_rules`. Raises ValueError where the pairs are not of
+    these rules, this many images or this `fixed`.
     """
-    pairs = _pairs_per_image(batches, rules, fixed.branches)
+    if sorted(pairs) != sorted(rules):
+        raise ValueError(_other_scales(sorted(pairs), rules))
+    counted = {si: tuple(of_scale) for si, of_scale in pairs.items()}
     if not rules:
-        pairs = {si: (cost.num_pairs,) * num_images for si, cost in fixed.experts.items()}
-    for si, pairs_N in pairs.items():
+        counted = {si: (cost.num_pairs,) * num_images for si, cost in fixed.experts.items()}
+    for si, pairs_N in counted.items():
         if len(pairs_N) != num_images:
             raise ValueError(
                 f"experts were counted for {len(pairs_N)} images of {num_images}, at "
@@ -197,20 +203,27 @@ def report(
         if si not in fixed.experts or max(pairs_N) > fixed.experts[si].num_pairs:
             raise ValueError(f"the counts of scale {si} are not those of this model")
     routers = tuple(si for si, rule in rules.items() if rule.uses_scores and not rule.true_norms)
-    return FlopReport(fixed, num_images, pairs, routers)
+    return FlopReport(fixed, num_images, counted, routers)
 
 
-def _pairs_per_image(
+def pairs_per_image(
     batches: Iterable[ExpertCounts], rules: Mapping[int, SelectionRule], branches: int
 ) -> dict[int, tuple[int, ...]]:
-    """(token, expert) pairs that ran, by scale and image: all layers, rows and tokens of it."""
+    """(token, expert) pairs that ran, by scale and image: all layers, rows and tokens of it.
+
+    batches: what `generate` counted, one a batch; read one after the other, so that none need be
+    kept. branches: rows an image, 2 with guidance and else 1. Raises ValueError where scales were
+    counted that have no rule, or the other way round.
+    """
     pairs: dict[int, list[int]] = {si: [] for si in rules}
     for counts in batches:
         if counts.scales != sorted(rules):
-            raise ValueError(
-                f"experts were counted at scales {counts.scales}, the rules are for {sorted(rules)}"
-            )
+            raise ValueError(_other_scales(counts.scales, rules))
         for si, of_scale in pairs.items():
             per_row_R = counts.per_token(si).sum((0, 2), dtype=torch.int64)
             of_scale += per_row_R.view(branches, -1).sum(0).tolist()
     return {si: tuple(of_scale) for si, of_scale in pairs.items()}
+
+
+def _other_scales(counted: Sequence[int], rules: Mapping[int, SelectionRule]) -> str:
+    return f"experts were counted at scales {counted}, the rules are for {sorted(rules)}"

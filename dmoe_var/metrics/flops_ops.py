@@ -69,7 +69,8 @@ COUNTED: Mapping[str, Handle] = {
 FREE = (
     # one or a few operations an element
     "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "exp", "pow",
-    "square", "sqrt", "rsqrt", "clamp_min", "clamp_max", "gelu", "silu", "sigmoid", "tanh",
+    "addcmul", "square", "sqrt", "rsqrt", "clamp_min", "clamp_max", "gelu", "silu", "silu_",
+    "sigmoid", "tanh",
     # reductions and norms
     "sum", "mean", "amax", "softmax", "norm", "linalg_vector_norm", "layer_norm", "group_norm",
     # resizing

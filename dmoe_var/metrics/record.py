@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from dmoe_var.files import write_text
 from dmoe_var.errors import DataError
+from dmoe_var.files import write_text
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "fvcore", "torch-fidelity")
@@ -45,6 +45,9 @@ class Record:
     threads: int
     git_commit: str
     libraries: Mapping[str, str]
+    processes: int = 1
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the files that base models came from, by configuration key."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What is not a number: file names, tau lists, sources of weights."""
     schema_version: int = SCHEMA_VERSION
@@ -65,7 +68,7 @@ class Record:
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise DataError(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
-        for name in ("metrics", "config", "libraries", "about"):
+        for name in ("metrics", "config", "libraries", "weights", "about"):
             if not isinstance(content.get(name, {}), dict):
                 raise DataError(f"{path}: {name} is {content[name]!r}, expected a mapping")
         try:

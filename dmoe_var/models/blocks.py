@@ -7,13 +7,14 @@ order gamma1, gamma2, scale1, scale2, shift1, shift2.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.products import Linear, at_least_float32, linear
 
 if TYPE_CHECKING:
     from dmoe_var.moe.layer import Routing
@@ -30,23 +31,35 @@ def activation(name: str) -> nn.Module:
     raise ValueError(f"activation: {name!r} is none of gelu, relu")
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions become float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class Rows(NamedTuple):
+    """Where a part lies in a whole batch: rows start, start + 1, ... of `total`.
+
+    Whatever is drawn at random for a row is drawn for the whole batch and cut, so that neither
+    gradient accumulation nor the number of processes changes what a row gets.
+    """
+
+    start: int
+    total: int
+
+
+def whole(num_rows: int) -> Rows:
+    """The rows of a batch that is not cut."""
+    return Rows(0, num_rows)
 
 
 class DropPath(nn.Module):
-    """Drops a whole residual branch of a sample while training."""
+    """Drops a whole residual branch of a sample while training, by its gain gamma (B, 1, C)."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
+    def forward(self, gamma_B1C: Tensor, rows: Rows | None) -> Tensor:
         if self.rate == 0 or not self.training:
-            return x_BLC
-        keep_B11 = x_BLC.new_empty(x_BLC.shape[0], 1, 1).bernoulli_(1 - self.rate)
-        return x_BLC * keep_B11 / (1 - self.rate)
+            return gamma_B1C
+        start, total = rows or whole(len(gamma_B1C))
+        keep = gamma_B1C.new_empty(total, 1, 1).bernoulli_(1 - self.rate)
+        return gamma_B1C * keep[start : start + len(gamma_B1C)] / (1 - self.rate)
 
 
 class FFN(nn.Module):
@@ -54,9 +67,9 @@ class FFN(nn.Module):
 
     def __init__(self, width: int, hidden: int, act: str):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = Linear(width, hidden)
         self.act = activation(act)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(x_BLC)))
@@ -75,18 +88,18 @@ class SelfAttention(nn.Module):
         self.l2_norm = l2_norm
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(
         self, x_BLC: Tensor, layer: int, mask_11LL: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, L, C = x_BLC.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x_BLC, self.mat_qkv.weight, bias)
+        qkv = linear(x_BLC, self.mat_qkv.weight, bias)
         q, k, v = qkv.view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         scale = 0.25 / math.sqrt(self.head_dim)
         if self.l2_norm:
@@ -127,9 +140,10 @@ class Block(nn.Module):
         self.ffn = ffn
         self.drop_path = DropPath(drop_path)
         if shared_adaln:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+            ada_gss = nn.init.normal_(torch.empty(1, 1, 6, width), std=width**-0.5)
+            self.ada_gss = nn.Parameter(ada_gss)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
         """AdaLN chunks (B, 1, 6, C); they depend on the class alone, not on the scale."""
@@ -149,14 +163,15 @@ class Block(nn.Module):
         mask_11LL: Tensor | None = None,
         cache: KVCache | None = None,
         routing: Routing | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
-        h_BLC = self._norm(x_BLC) * (1 + scale1) + shift1
+        h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
         attended = self.attn(h_BLC, layer, mask_11LL, cache)
-        x_BLC = x_BLC + self.drop_path(attended * gamma1)
-        h_BLC = self._norm(x_BLC) * (1 + scale2) + shift2
+        x_BLC = torch.addcmul(x_BLC, attended, self.drop_path(gamma1, rows))
+        h_BLC = torch.addcmul(shift2, self._norm(x_BLC), 1 + scale2)
         fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
-        return x_BLC + self.drop_path(fed * gamma2)
+        return torch.addcmul(x_BLC, fed, self.drop_path(gamma2, rows))
 
 
 class HeadNorm(nn.Module):
@@ -166,7 +181,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.width = width
         self.norm_eps = norm_eps
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
         """scale and shift, (B, 1, 2, C)."""

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe_var.models.products import Conv2d, at_least_float32
 
-class Phi(nn.Conv2d):
+
+class Phi(Conv2d):
     """phi(h) = (1 - r) h + r conv3x3(h): smooths an upsampled code map."""
 
     def __init__(self, channels: int, ratio: float):
@@ -22,7 +24,8 @@ class Phi(nn.Conv2d):
         self.ratio = ratio
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
-        return h_BCHW * (1 - self.ratio) + super().forward(h_BCHW) * self.ratio
+        smooth_BCHW = super().forward(h_BCHW.to(self.weight.dtype))
+        return h_BCHW * (1 - self.ratio) + smooth_BCHW * self.ratio
 
 
 def nearest_tick(num_phi: int, si: int, num_scales: int) -> int:
@@ -128,9 +131,13 @@ class MultiScaleQuantizer(nn.Module):
         return out
 
     def lookup(self, tokens_Bl: Tensor, si: int) -> Tensor:
-        """Code vectors (B, C, p, p) of one scale's tokens (B, p*p)."""
+        """Code vectors (B, C, p, p), float32 at least, of one scale's tokens (B, p*p).
+
+        A model in half precision sums them in float32: ten roundings of f_hat would show.
+        """
         p = self.patch_nums[si]
-        return self.embedding(tokens_Bl).transpose(1, 2).reshape(-1, self.channels, p, p)
+        codes_BlC = at_least_float32(self.embedding(tokens_Bl))
+        return codes_BlC.transpose(1, 2).reshape(-1, self.channels, p, p)
 
     def next_input(self, f_hat_BCHW: Tensor, si: int) -> Tensor:
         """What the transformer reads at scale si: f_hat area-downsampled, (B, p*p, C)."""

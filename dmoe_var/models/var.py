@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dmoe_var.models.blocks import FFN, Block, HeadNorm, at_least_float32
+from dmoe_var.models.blocks import FFN, Block, HeadNorm, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.products import Linear, at_least_float32
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 
@@ -112,18 +114,20 @@ class VAR(nn.Module):
     pos_start: nn.Parameter
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
+    selection: ClassVar[None] = None
+    """A VAR has no selection rule of its own: where none is given every expert runs."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
         self.config = config
         C, L, first_l = config.C, config.num_tokens, config.patch_nums[0] ** 2
-        self.word_embed = nn.Linear(config.z_channels, C)
+        self.word_embed = Linear(config.z_channels, C)
         self.class_emb = nn.Embedding(config.num_classes + 1, C)
         self.pos_start = nn.Parameter(torch.empty(1, first_l, C))
         self.pos_1LC = nn.Parameter(torch.empty(1, L, C))
         self.lvl_embed = nn.Embedding(config.num_scales, C)
         self.shared_ada_lin = (
-            nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C)) if config.shared_adaln else nn.Identity()
+            nn.Sequential(nn.SiLU(), Linear(C, 6 * C)) if config.shared_adaln else nn.Identity()
         )
         assert config.drop_path is not None
         drop_path = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
@@ -140,7 +144,7 @@ class VAR(nn.Module):
             for i in range(config.depth)
         )
         self.head_nm = HeadNorm(C, config.norm_eps)
-        self.head = nn.Linear(C, config.vocab_size)
+        self.head = Linear(C, config.vocab_size)
         # numpy: on the meta device the first arithmetic of tensors imports torch's compiler.
         level_L = np.repeat(np.arange(config.num_scales), [p * p for p in config.patch_nums])
         self.register_buffer("lvl_1L", torch.from_numpy(level_L[None]))
@@ -243,11 +247,13 @@ class VAR(nn.Module):
         out: Tensor = self.head(self.head_nm(x_BLC, mod.head).to(self.head.weight.dtype))
         return at_least_float32(out)
 
-    def drop_labels(self, labels_B: Tensor) -> Tensor:
+    def drop_labels(self, labels_B: Tensor, rows: Rows | None = None) -> Tensor:
         """Replace labels by the null class with probability `label_drop`, in train mode only."""
         if not self.training or self.config.label_drop == 0:
             return labels_B
-        drop_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_drop
+        start, total = rows or whole(len(labels_B))
+        drop = torch.rand(total, device=labels_B.device) < self.config.label_drop
+        drop_B = drop[start : start + len(labels_B)]
         return torch.where(drop_B, self.config.num_classes, labels_B)
 
     def check_teacher(self, labels_B: Tensor, teacher_BLC: Tensor) -> None:
@@ -258,20 +264,32 @@ class VAR(nn.Module):
         if tuple(teacher_BLC.shape) != expected:
             raise ValueError(f"teacher_BLC must be {expected}, got {tuple(teacher_BLC.shape)}")
 
-    def forward(self, labels_B: Tensor, teacher_BLC: Tensor) -> Tensor:
+    def forward(
+        self,
+        labels_B: Tensor,
+        teacher_BLC: Tensor,
+        rows: Rows | None = None,
+        activation_checkpointing: bool = False,
+    ) -> Tensor:
         """Teacher-forced logits (B, L, V) of all scales, float32.
 
         teacher_BLC: (B, L - 1, Cvae), from `VQVAE.teacher_input` (scale 0 has no input but the
-        class, so a first scale of several tokens takes that many off L).
+        class, so a first scale of several tokens takes that many off L). rows: where these lie in
+        the whole batch, for what training draws at random. activation_checkpointing: blocks run
+        again in the backward pass instead of storing what it needs.
         """
         self.check_teacher(labels_B, teacher_BLC)
         rest = slice(self.config.scale_slices[0].stop, None)
-        cond_BC = self.condition(self.drop_labels(labels_B))
+        cond_BC = self.condition(self.drop_labels(labels_B, rows))
         words_BLC = self.word_embed(teacher_BLC.to(self.word_embed.weight.dtype))
         x_BLC = torch.cat([self.embed_start(cond_BC), words_BLC + self._position(rest)], dim=1)
         mod = self.modulation(cond_BC)
         for i, block in enumerate(self.blocks):
-            x_BLC = block(x_BLC, mod.blocks[i], i, mask_11LL=self.attn_bias_for_masking)
+            given = (x_BLC, mod.blocks[i], i, self.attn_bias_for_masking, None, None, rows)
+            if activation_checkpointing:
+                x_BLC = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x_BLC = block(*given)
         return self.logits(x_BLC, mod)
 
 

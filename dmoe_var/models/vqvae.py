@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from dmoe_var.models.products import Conv2d, at_least_float32
 from dmoe_var.models.quantizer import MultiScaleQuantizer
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -72,24 +73,29 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
+def silu(x: Tensor) -> Tensor:
+    """In place: at full size every fresh feature map costs more than the function itself."""
+    return F.silu(x, inplace=True)
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus a (1x1 where channels change) shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x_BCHW)))
+        h = self.conv2(silu(self.norm2(h)))
         shortcut: Tensor = self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW
-        return shortcut + h
+        return h.add_(shortcut)
 
 
 class AttnBlock(nn.Module):
@@ -98,8 +104,8 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
@@ -112,7 +118,7 @@ class AttnBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out: Tensor = self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
@@ -122,7 +128,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
@@ -167,7 +173,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
-        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_in = Conv2d(3, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         last = len(widths) - 1
         for i, width in enumerate(widths):
@@ -179,13 +185,13 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(widths[-1], config.attention)
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x_B3RR: Tensor) -> Tensor:
         h = self.conv_in(x_B3RR)
         for level in self.down:
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        out: Tensor = self.conv_out(silu(self.norm_out(self.mid(h))))
         return out
 
 
@@ -196,7 +202,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.attention)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
@@ -207,13 +213,13 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z_BCHW))
         for level in reversed(self.up):
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(silu(self.norm_out(h)))
         return out
 
 
@@ -234,8 +240,8 @@ class VQVAE(nn.Module):
             config.phi_ratio,
         )
         kernel, z = config.conv_kernel, config.z_channels
-        self.quant_conv = nn.Conv2d(z, z, kernel, padding=kernel // 2)
-        self.post_quant_conv = nn.Conv2d(z, z, kernel, padding=kernel // 2)
+        self.quant_conv = Conv2d(z, z, kernel, padding=kernel // 2)
+        self.post_quant_conv = Conv2d(z, z, kernel, padding=kernel // 2)
 
     def features(self, images_B3RR: Tensor) -> Tensor:
         """Encoder output after quant_conv, (B, Cvae, H, W)."""
@@ -258,8 +264,10 @@ class VQVAE(nn.Module):
 
     def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] of an accumulated code map; any scale's partial sum will do."""
-        out: Tensor = self.decoder(self.post_quant_conv(f_hat_BCHW))
-        return out.clamp(-1, 1)
+        dtype = self.post_quant_conv.weight.dtype
+        z_BCHW = f_hat_BCHW.to(dtype, memory_format=torch.channels_last)
+        out: Tensor = self.decoder(self.post_quant_conv(z_BCHW))
+        return at_least_float32(out).clamp(-1, 1)
 
     @torch.no_grad()
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:

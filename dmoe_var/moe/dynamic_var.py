@@ -8,16 +8,22 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dmoe_var.checkpoints.safetensors_io import build_strictly
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.moe.layer import ExpertCounts, Routing
-from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.tau_schedule import Tau, resolve_rules
+
+if TYPE_CHECKING:
+    from dmoe_var.metrics.record import Record
 
 PAPER_MOE_SCALES = (7, 8, 9)
 SHARED_FIELDS = (
@@ -31,12 +37,40 @@ SHARED_FIELDS = (
     "attn_l2_norm",
 )
 """What two models must have in common to share embeddings, a K/V cache and a tokenizer."""
+EMBEDDINGS = (
+    "word_embed.",
+    "class_emb.",
+    "pos_start",
+    "pos_1LC",
+    "lvl_embed.",
+    "lvl_1L",
+    "attn_bias_for_masking",
+)
+"""Beginnings of the names of those tensors that are the dense model's whatever the other holds."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DynamicVAR(nn.Module):
-    """Joins a dense VAR and its expert version (or, to compare with, an unsplit ReLU version)."""
+    """Joins a dense VAR and its expert version (or, to compare with, an unsplit ReLU version).
 
-    def __init__(self, dense: VAR, moe: VAR, moe_scales: Sequence[int] = PAPER_MOE_SCALES):
+    What the two have in common is held once: the embeddings, which are the dense model's, and
+    every tensor of `moe` that equals the dense one of its name bit by bit (what was not
+    fine-tuned). `dense` is held as it is; `moe` is another VAR than the one given, over the same
+    memory, so that the given one keeps its own tensors, device and dtype. Conversions (`.to`,
+    `.half`) keep what is shared shared. A shared parameter is one parameter, with the dense
+    model's `requires_grad`: train both models before they are joined.
+
+    selection: the rule or rules that run where a call gives neither tau nor selection; None runs
+    every expert. ValueError for models, scales or rules that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dense: VAR,
+        moe: VAR,
+        moe_scales: Sequence[int] = PAPER_MOE_SCALES,
+        selection: Selection = None,
+    ):
         super().__init__()
         for name in SHARED_FIELDS:
             theirs, ours = getattr(moe.config, name), getattr(dense.config, name)
@@ -47,8 +81,9 @@ class DynamicVAR(nn.Module):
         if not scales or scales[0] < 0 or scales[-1] > last:
             raise ValueError(f"moe_scales={tuple(moe_scales)}: each must be within 0..{last}")
         self.dense = dense
-        self.moe = moe
+        self.moe = _over_common_tensors(dense, moe)
         self._scales = scales
+        self.selection = selection
 
     @property
     def config(self) -> VARConfig:
@@ -64,6 +99,16 @@ class DynamicVAR(nn.Module):
     def moe_scales(self) -> tuple[int, ...]:
         """Scales at which experts are selected (none if the second model is not split)."""
         return self._scales if self.moe.config.experts else ()
+
+    @property
+    def selection(self) -> Selection:
+        """What runs where a call gives neither tau nor selection; ValueError where it cannot."""
+        return self._selection
+
+    @selection.setter
+    def selection(self, selection: Selection) -> None:
+        resolve_rules(None, selection, self.config.num_scales, self.moe_scales)
+        self._selection = selection
 
     def backbone_at(self, si: int) -> VAR:
         """The backbone that runs scale si."""
@@ -87,20 +132,23 @@ class DynamicVAR(nn.Module):
         labels_B: Tensor,
         teacher_BLC: Tensor,
         tau: Tau = None,
-        selection: SelectionRule | Sequence[SelectionRule] | None = None,
+        selection: Selection = None,
         impl: str = "grouped",
         counts: ExpertCounts | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.
 
-        Without tau and selection every expert runs. teacher_BLC: (B, L - 1, Cvae). No gradients:
-        the cache is written in place.
+        Without tau and selection the model's own selection runs, and without that every expert.
+        teacher_BLC: (B, L - 1, Cvae). No gradients: the cache is written in place.
         """
-        rules = resolve_rules(tau, selection, self.config.num_scales, self.moe_scales)
+        config = self.config
+        rules = resolve_rules(
+            tau, selection, config.num_scales, self.moe_scales, default=self.selection
+        )
         self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
         cache = self.new_cache(labels_B.shape[0])
-        slices = self.config.scale_slices
+        slices = config.scale_slices
         modulations = {id(m): m.modulation(cond_BC) for m in (self.dense, self.moe)}
         logits = []
         for si, tokens in enumerate(slices):
@@ -113,3 +161,117 @@ class DynamicVAR(nn.Module):
             backbone = self.backbone_at(si)
             logits.append(backbone.step(x_BlC, modulations[id(backbone)], cache, routing))
         return torch.cat(logits, dim=1)
+
+    @property
+    def shared_names(self) -> tuple[str, ...]:
+        """Names, without "dense." or "moe.", of the tensors that are held once."""
+        dense = _tensors(self.dense)
+        return tuple(n for n, tensor in _tensors(self.moe).items() if tensor is dense.get(n))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicVAR:
+        """What `.to`, `.half`, `.cuda` call: torch converts buffers one by one, and where it
+        cannot change a parameter in place that too, so that shared ones have to be joined again."""
+        shared = self.shared_names
+        super()._apply(fn, recurse)
+        dense = _tensors(self.dense)
+        for name in shared:
+            _put(self.moe, name, dense[name])
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; ValueError for two values for a tensor that is held once."""
+        pairs = {name: (f"dense.{name}", f"moe.{name}") for name in self.shared_names}
+        differ = [
+            name
+            for name, (ours, theirs) in pairs.items()
+            if ours in state_dict
+            and theirs in state_dict
+            and not _same_bits(state_dict[ours], state_dict[theirs])
+        ]
+        if differ and not assign:
+            raise ValueError(
+                f"{', '.join(differ)}: held once, but given with one value for the dense and "
+                "another for the MoE model; join the two models anew"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(
+        self, folder: str | Path, records: Sequence[Record | str | Path] = ()
+    ) -> None:
+        """See `checkpoints.pretrained.save_pretrained`."""
+        from dmoe_var.checkpoints import pretrained
+
+        pretrained.save_pretrained(self, folder, records)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> DynamicVAR:
+        """See `checkpoints.pretrained.from_pretrained`."""
+        from dmoe_var.checkpoints import pretrained
+
+        return pretrained.from_pretrained(source, revision, cache_dir, local_files_only, token)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a DynamicVAR",
+        records: Sequence[Record | str | Path] = (),
+    ) -> str:
+        """See `checkpoints.pretrained.push_to_hub`."""
+        from dmoe_var.checkpoints import pretrained
+
+        return pretrained.push_to_hub(self, repo_id, private, token, commit_message, records)
+
+
+def _over_common_tensors(dense: VAR, moe: VAR) -> VAR:
+    """A VAR like `moe`, modes and all, over its memory and, for what is common, dense's own
+    tensors. Nothing is copied, and neither model is changed."""
+    theirs, own = _tensors(dense), _tensors(moe)
+    common = {
+        name: theirs[name]
+        for name, tensor in own.items()
+        if name.startswith(EMBEDDINGS) or (name in theirs and _same_bits(tensor, theirs[name]))
+    }
+    # Detached, as load_state_dict sets requires_grad of the parameters that it is given.
+    memory = {name: tensor.detach() for name, tensor in {**own, **common}.items()}
+    joined = build_strictly(lambda: VAR(moe.config), memory, "the MoE model")
+    for name, parameter in joined.named_parameters():
+        parameter.requires_grad_(own[name].requires_grad)
+    for name, tensor in common.items():
+        _put(joined, name, tensor)
+    for new, old in zip(joined.modules(), moe.modules(), strict=True):
+        new.training = old.training
+    return joined
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in the state dict: the objects themselves."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits (so 0 and -0 differ, and NaN may equal NaN)."""
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    if a is b or a.is_meta:  # a tensor without values equals itself alone
+        return a is b
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    bits = BITS[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))

@@ -10,6 +10,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe_var.models.products import Linear
+
 PUBLISHED_HIDDEN = 128
 
 
@@ -23,8 +25,8 @@ class Router(nn.Module):
 
     def __init__(self, width: int, hidden: int, num_experts: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, num_experts, bias=False)
+        self.fc1 = Linear(width, hidden, bias=False)
+        self.fc2 = Linear(hidden, num_experts, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

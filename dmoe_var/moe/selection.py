@@ -6,16 +6,21 @@ norms, or true ones for a rule with `true_norms`. Legend: E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SelectionRule:
     """Base of all rules."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     true_norms: ClassVar[bool] = False
     """The rule reads the experts' true norms; the pass that computes them is not counted."""
@@ -116,6 +121,65 @@ class All(SelectionRule):
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
+
+
+Selection = SelectionRule | Sequence[SelectionRule] | None
+"""One rule for all scales with experts, a list of rules (see `resolve_rules`), or none."""
+
+RULES: dict[str, type[SelectionRule]] = {
+    "threshold": Threshold,
+    "oracle": Oracle,
+    "top_k": TopK,
+    "random": Random,
+    "cumulative": Cumulative,
+    "all": All,
+}
+"""The rules by the names that configurations and stored models have for them."""
+
+
+def selection_to_json(selection: Selection) -> Any:
+    """Rules as plain values: {"rule": name, ...}, a list of such, or None.
+
+    ValueError for a rule that is none of `RULES`, or that holds something else than plain numbers.
+    """
+    if selection is None:
+        return None
+    if isinstance(selection, Sequence):
+        return [selection_to_json(rule) for rule in selection]
+    name = next((name for name, rule in RULES.items() if type(selection) is rule), None)
+    if name is None:
+        raise ValueError(f"selection={selection!r}: its rule is none of {', '.join(RULES)}")
+    values = asdict(selection)  # type: ignore[call-overload]
+    for key, value in values.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"selection={selection!r}: {key} is not a plain number")
+    return {"rule": name, **values}
+
+
+def selection_from_json(content: Any) -> Selection:
+    """The rules that `selection_to_json` wrote; ValueError, in one line, for anything else."""
+    if content is None:
+        return None
+    if isinstance(content, list):
+        return [_rule_from_json(item) for item in content]
+    return _rule_from_json(content)
+
+
+def _rule_from_json(content: Any) -> SelectionRule:
+    name = content.get("rule") if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not isinstance(name, str) or name not in RULES:
+        raise ValueError(f"selection.rule={name!r} is none of {', '.join(RULES)}")
+    values = {key: value for key, value in content.items() if key != "rule"}
+    try:
+        # From JSON text, where strict still takes an object for a dataclass.
+        rule: SelectionRule = TypeAdapter(RULES[name]).validate_json(
+            json.dumps(values), strict=True
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("selection", *first["loc"]))
+        raise ValueError(f"{where} of rule {name}: {first['msg']}") from error
+    return rule
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:

@@ -1,98 +1,134 @@
-"""Draws many labelled images batch by batch, and stores them as the ADM evaluator reads them.
+"""Many labelled images: how they are drawn batch by batch, and how they are read back.
 
-Legend: N images, R image side.
+Legend: N images, B images of a batch, R image side.
 """
 
 from __future__ import annotations
 
-import os
-import zipfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from dmoe_var.arrays import map_npz, read_npz
 from dmoe_var.errors import DataError
+from dmoe_var.metrics.flops import pairs_per_image
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import ExpertCounts
-from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.sampling.sampler import SamplingConfig, generate
+from dmoe_var.sampling.tau_schedule import resolve_rules
 
 SAMPLES_FILE = "samples.npz"
+
+Pairs = Mapping[int, Sequence[int]]
+"""By scale with a selection rule and by image: (token, expert) pairs that ran."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """images: uint8 (N, R, R, 3). Image i is drawn for labels[i] from stream i of seeds[i]:
-    `generate(..., labels=[labels[i]], seed=seeds[i], start_index=i)` draws it again."""
+    """images: uint8 (N, R, R, 3); labels, seeds: int64 (N,).
+
+    Of stored samples image i was drawn for labels[i] from stream i of seeds[i]:
+    `generate(..., labels=[labels[i]], seed=seeds[i], start_index=i)` draws it again.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     seeds: np.ndarray
 
-    def save(self, path: Path) -> None:
-        """Write arr_0, labels and seeds, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, arr_0=self.images, labels=self.labels, seeds=self.seeds)
-        os.replace(temporary, path)
-
     @classmethod
     def load(cls, path: Path) -> Samples:
-        """Stored samples; DataError where the file is missing or broken."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(file["arr_0"], file["labels"], file["seeds"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: missing or no samples file ({error})") from error
+        """Stored samples; the images stay on the disk, and are read as they are used.
+
+        Raises DataError where the file is missing or broken.
+        """
+        images = map_npz(path, "arr_0")
+        labels, seeds = read_npz(path, ["labels", "seeds"])
+        if images.dtype != np.uint8 or images.ndim != 4 or len(labels) != len(images):
+            got = f"arr_0 {images.dtype} {images.shape}, labels {labels.shape}"
+            raise DataError(f"{path}: expected images uint8 (N, R, R, 3) and N labels; got {got}")
+        return cls(images, labels, seeds)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the images of a drawing."""
+
+    samples: Samples
+    pairs: Pairs
+    seconds: float
+    """What drawing them took."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a set of labelled images is drawn: image i for labels[i] from stream i of the seed, so
+    that in float32 neither the batch nor the process that draws it moves it but by rounding."""
+
+    model: VAR | DynamicVAR
+    vqvae: VQVAE
+    labels: np.ndarray
+    """int64 (N,)."""
+    seed: int
+    sampling: SamplingConfig
+    selection: Selection = None
+    impl: str = "grouped"
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.labels) // self.sampling.batch_size)
+
+    @property
+    def image_size(self) -> int:
+        """R."""
+        return self.vqvae.config.image_size
+
+    @cached_property
+    def rules(self) -> dict[int, SelectionRule]:
+        """The selection rule of each scale that has one."""
+        model = self.model
+        num_scales, sparse = model.config.num_scales, model.moe_scales
+        return resolve_rules(None, self.selection, num_scales, sparse, model.selection)
+
+    def labels_of(self, number: int) -> np.ndarray:
+        """Labels (B,) of a batch, counted from 0."""
+        start = number * self.sampling.batch_size
+        return self.labels[start : start + self.sampling.batch_size]
+
+    def batch(self, number: int) -> Batch:
+        """Draw one batch."""
+        sampling, counts, labels = self.sampling, ExpertCounts(), self.labels_of(number)
+        started = time.perf_counter()
+        drawn = generate(
+            self.model,
+            self.vqvae,
+            torch.from_numpy(labels),
+            cfg=sampling.cfg,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=self.seed,
+            selection=self.selection,
+            start_index=number * sampling.batch_size,
+            more_smooth=sampling.more_smooth,
+            impl=self.impl,
+            counts=counts,
+        )
+        images = to_uint8(drawn)  # on the CPU: what a GPU was given to do is done
+        seconds = time.perf_counter() - started
+        counted = [counts] if self.rules else []
+        pairs = pairs_per_image(counted, self.rules, branches=2 if sampling.cfg != 0 else 1)
+        seeds = np.full(len(labels), self.seed, dtype=np.int64)
+        return Batch(Samples(images, labels, seeds), pairs, seconds)
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     """Class of each image, int64 (N,): the classes in turn, so that all are as frequent."""
     return np.arange(num_samples, dtype=np.int64) % num_classes
-
-
-def draw_samples(
-    model: VAR | DynamicVAR,
-    vqvae: VQVAE,
-    labels: np.ndarray,
-    seed: int,
-    sampling: SamplingConfig,
-    selection: SelectionRule | Sequence[SelectionRule] | None = None,
-    impl: str = "grouped",
-    progress: str | None = None,
-) -> tuple[Samples, list[ExpertCounts]]:
-    """Images of the given labels, and the experts run, one ExpertCounts a batch.
-
-    `progress` names the bar; None shows none.
-    """
-    images, counts = [], []
-    starts = range(0, len(labels), sampling.batch_size)
-    for start in tqdm(starts, progress, unit="batch", leave=False, disable=progress is None):
-        batch = torch.from_numpy(labels[start : start + sampling.batch_size])
-        batch_counts = ExpertCounts()
-        drawn = generate(
-            model,
-            vqvae,
-            batch,
-            cfg=sampling.cfg,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=seed,
-            selection=selection,
-            start_index=start,
-            more_smooth=sampling.more_smooth,
-            impl=impl,
-            counts=batch_counts,
-        )
-        images.append(to_uint8(drawn))
-        counts.append(batch_counts)
-    seeds = np.full(len(labels), seed, dtype=np.int64)
-    return Samples(np.concatenate(images), labels, seeds), counts

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Annotated, ParamSpec
+from typing import Annotated, Literal, ParamSpec
 
 import torch
 from pydantic import ConfigDict, Field
@@ -37,7 +37,7 @@ P = ParamSpec("P")
 @dataclass(frozen=True)
 class SamplingConfig:
     """How images are drawn; the defaults are the published ones. batch_size moves an image by
-    rounding only."""
+    rounding only; dtype is that of the models' weights and products."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -46,6 +46,12 @@ class SamplingConfig:
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
     more_smooth: bool = False
     batch_size: Annotated[int, Field(gt=0)] = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
 def check_labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
@@ -105,17 +111,18 @@ def generate(
     the batch, so that neither batch size nor sharding changes an image but by rounding; with
     `generator` all draws come from that one generator in the published order.
 
-    tau, selection: see `resolve_rules`; without both every expert runs. cfg = 0 switches guidance
-    off, and with it the unconditional branch. adaln_every_scale recomputes AdaLN's projections at
-    each scale, as the published sampler does, instead of once an image. `counts` collects the
-    experts run; `on_scale(si, f_hat_BCHW)` sees what has been drawn after each scale.
+    tau, selection: see `resolve_rules`; without both the model's own `selection`, and without that
+    every expert runs. cfg = 0 switches guidance off, and with it the unconditional branch.
+    adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
+    instead of once an image. `counts` collects the experts run; `on_scale(si, f_hat_BCHW)` sees
+    what has been drawn after each scale.
     """
     config = model.config
     check_pair(vqvae, config)
     _check_ranges(cfg, top_k, top_p, start_index)
     device = config_device(model)
     labels_B = check_labels(labels, config.num_classes, device)
-    rules = resolve_rules(tau, selection, config.num_scales, model.moe_scales)
+    rules = resolve_rules(tau, selection, config.num_scales, model.moe_scales, model.selection)
     guided = cfg != 0
     branches = 2 if guided else 1
     null_B = torch.full_like(labels_B, config.num_classes)

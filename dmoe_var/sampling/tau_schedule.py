@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dmoe_var.moe.selection import SelectionRule, Threshold
+from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 
 Tau = float | Sequence[float] | None
 
@@ -23,17 +23,21 @@ def from_published(published: Sequence[float]) -> tuple[float, ...]:
 
 def resolve_rules(
     tau: Tau,
-    selection: SelectionRule | Sequence[SelectionRule] | None,
+    selection: Selection,
     num_scales: int,
     moe_scales: Sequence[int],
+    default: Selection = None,
 ) -> dict[int, SelectionRule]:
-    """The rule of each scale in `moe_scales`; empty where neither tau nor selection is given.
+    """The rule of each scale in `moe_scales`: by tau, by selection, or else by `default`, which is
+    the model's own; empty, so that every expert runs, where none of them is given.
 
     `tau` and `selection` are one value for all those scales, a list of one value for each of them,
     or a list of one value for every scale of the model, of which those at scales without experts
     have nothing to act on. Raises ValueError for both at once, a model without experts, a list of
     another length, or a tau outside [0, 1].
     """
+    if tau is None and selection is None:
+        selection = default
     if tau is None and selection is None:
         return {}
     if tau is not None and selection is not None:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import torch
-
 from dmoe_var.data import load_data
-from dmoe_var.data.digits import ImageSet
+from dmoe_var.data.images import Images
 from dmoe_var.metrics.agreement import LabelAgreement
-from dmoe_var.metrics.fidelity import Fidelity, Statistics
+from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
+from dmoe_var.metrics.image_sets import ImageArray, ImageFolder, Pixels, all_pixels
+from dmoe_var.metrics.reference import Reference, load_reference
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts
-from dmoe_var.sampling.draw import SAMPLES_FILE, Samples, balanced_labels, draw_samples
-from dmoe_var.sampling.tau_schedule import resolve_rules
+from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
+from dmoe_var.sampling.parts import Drawn, StoredDrawing
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
+from dmoe_var.training.distributed import from_main, is_main
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,18 @@ class Bench:
 
     @cached_property
     def vqvae(self) -> VQVAE:
-        return models.vqvae(self.work)
+        return models.vqvae(self.work).to(self.work.config.sampling.torch_dtype)
 
     @cached_property
     def dense(self) -> VAR:
-        return models.dense(self.work)
+        return models.dense(self.work).to(self.work.config.sampling.torch_dtype)
 
     @cached_property
     def experts(self) -> VAR:
-        return models.split(self.work)
+        return models.split(self.work).to(self.work.config.sampling.torch_dtype)
 
     @cached_property
-    def training_images(self) -> ImageSet:
+    def training_images(self) -> Images:
         return load_data(self.work.config.data)[0]
 
     @cached_property
@@ -52,13 +50,22 @@ class Bench:
         return Fidelity(self.work.config.fidelity, self.work.device)
 
     @cached_property
-    def reference(self) -> Statistics:
-        images = self.training_images
-        return self.fidelity.reference(images.images, self.work.cache / "fidelity", images.key)
+    def reference(self) -> Reference:
+        config = self.work.config
+        return load_reference(
+            self.fidelity,
+            lambda: self.training_images,
+            config.data.image_size,
+            self.work.cache / "fidelity",
+            progress=config.progress,
+        )
 
     @cached_property
-    def agreement(self) -> LabelAgreement:
-        return LabelAgreement(self.training_images.images, self.training_images.labels)
+    def agreement(self) -> LabelAgreement | None:
+        """The classifier of digits; None for other data, of which it knows nothing."""
+        if self.work.config.data.kind != "digits":
+            return None
+        return LabelAgreement(all_pixels(self.training_images), self.training_images.labels)
 
     def model(self, work: Work) -> VAR | DynamicVAR:
         """The model of a point: the dense VAR, or dense and experts joined at its scales."""
@@ -66,49 +73,75 @@ class Bench:
             return self.dense
         return DynamicVAR(self.dense, self.experts, work.config.moe.scales)
 
-    def draw(
-        self, work: Work, model: VAR | DynamicVAR, labels: np.ndarray, name: str
-    ) -> tuple[Samples, list[ExpertCounts]]:
-        """Samples of a model under the work's sampling and, where it has experts, selection."""
+    def drawing(self, work: Work) -> Drawing:
+        """How a point's images are drawn: as many of each class, from its seed."""
         config = work.config
-        return draw_samples(
+        model = self.model(work)
+        return Drawing(
             model,
             self.vqvae,
-            labels,
+            balanced_labels(config.evaluate.num_samples, config.var.num_classes),
             config.evaluate.seed,
             config.sampling,
             config.selection.rules() if isinstance(model, DynamicVAR) else None,
             config.moe.impl,
-            progress=name if config.progress else None,
         )
 
 
 def run(work: Work, bench: Bench | None = None) -> StageResult:
-    """Draw, measure, store the samples. `bench` is shared by the points of a sweep."""
+    """Draw with all processes, measure with the main one; the result is every process's.
+
+    `bench` is shared by the points of a sweep.
+    """
     bench = bench or Bench(work)
     config = work.config
-    model = bench.model(work)
-    labels = balanced_labels(config.evaluate.num_samples, config.var.num_classes)
-    vqvae, fidelity, reference = bench.vqvae, bench.fidelity, bench.reference
-    started = time.perf_counter()
-    samples, counts = bench.draw(work, model, labels, describe(work))
-    _synchronise(work.device)
-    seconds = time.perf_counter() - started
-    selection = config.selection.rules() if isinstance(model, DynamicVAR) else None
-    rules = resolve_rules(None, selection, config.var.num_scales, model.moe_scales)
-    guided, smooth = config.sampling.cfg != 0, config.sampling.more_smooth
-    fixed = fixed_cost(model, vqvae, guided, more_smooth=smooth)
-    flops = report(fixed, counts, rules, len(labels))
+    if is_main():
+        _ = bench.reference  # what is wrong with it ends the run before images are drawn
+    stored = StoredDrawing(
+        bench.drawing(work),
+        work.folder("evaluate"),
+        work.fingerprint("evaluate"),
+        config.evaluate.format,
+    )
+    drawn = stored.draw(describe(work) if config.progress else None)
+    result = from_main(_measure(work, bench, stored, drawn) if is_main() else None)
+    assert result is not None
+    return result
+
+
+def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:
+    config, drawing, reference = work.config, stored.drawing, bench.reference
+    num_images, guided = len(drawing.labels), config.sampling.cfg != 0
+    fixed = fixed_cost(drawing.model, drawing.vqvae, guided)
+    flops = report(fixed, drawn.pairs, drawing.rules, num_images)
+    images = _stored_images(stored)
+    fidelity = bench.fidelity.score(
+        images, reference.statistics, reference.features_MD, progress=config.progress
+    )
     metrics = {
         **flops.metrics(),
-        **fidelity.score(samples.images, reference),
-        "label_agreement": bench.agreement.accuracy(samples.images, samples.labels),
-        "sampling_ms_per_image": 1000 * seconds / len(labels),
+        **fidelity,
+        "sampling_ms_per_image": 1000 * drawn.seconds / num_images,
     }
-    samples.save(work.folder("evaluate") / SAMPLES_FILE)
-    about = {"samples": SAMPLES_FILE, "fidelity": fidelity.name}
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return StageResult(metrics, len(labels), about, config.evaluate.seed, dtype)
+    if bench.agreement is not None:
+        seen = bench.agreement.accuracy(all_pixels(images), drawing.labels)
+        metrics["label_agreement"] = seen
+    about = {
+        "samples": stored.place,
+        "fidelity": bench.fidelity.name,
+        "fidelity_weights_sha256": bench.fidelity.weights_sha256,
+        **reference.about,
+    }
+    dtype = str(next(drawing.model.parameters()).dtype).removeprefix("torch.")
+    return StageResult(metrics, num_images, about, config.evaluate.seed, dtype)
+
+
+def _stored_images(stored: StoredDrawing) -> Pixels:
+    """The images that were drawn, read from the disk as they are used."""
+    if stored.format == "png":
+        files = tuple(stored.png_path(index) for index in range(len(stored.drawing.labels)))
+        return ImageFolder(stored.folder, stored.drawing.image_size, files)
+    return ImageArray(Samples.load(stored.folder / stored.place).images)
 
 
 def describe(work: Work) -> str:
@@ -128,8 +161,3 @@ def describe(work: Work) -> str:
     shown = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
     scales = ",".join(str(si) for si in config.moe.scales)
     return f"{rule} {shown} at scales {scales} seed {config.evaluate.seed}"
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

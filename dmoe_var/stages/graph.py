@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 
-from dmoe_var.checkpoints.safetensors_io import write_text
+from dmoe_var.checkpoints.safetensors_io import read_fingerprint
 from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.files import write_text
 from dmoe_var.metrics.record import (
     RESULT_FILE,
     Record,
@@ -22,6 +22,7 @@ from dmoe_var.metrics.record import (
     now,
 )
 from dmoe_var.stages.work import NEEDS, Work, flatten
+from dmoe_var.training.distributed import barrier, from_main, is_main, start, world_size
 from dmoe_var.training.state import STATE_FILE
 
 
@@ -56,16 +57,16 @@ def record_if_done(work: Work, stage: str) -> Record | None:
     if samples and not (folder / samples).exists():
         return None
     if record.about.get("checkpoint"):
-        path = folder / "checkpoint" / "model.safetensors"
         try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            found = read_fingerprint(folder / "checkpoint")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove {folder} to make it again") from error
+        if found != record.fingerprint:
             raise CheckpointError(
-                f"{path}: missing, cut short or no safetensors file ({reason}); remove "
-                f"{folder} to make it again"
-            ) from error
+                f"{folder / 'checkpoint'}: belongs to another configuration (fingerprint "
+                f"{found or 'none'}, its record has {record.fingerprint}); remove {folder} to make "
+                "it again"
+            )
     return record
 
 
@@ -93,7 +94,7 @@ def require(work: Work, stage: str) -> Record:
 
 
 def prepare(work: Work) -> None:
-    """Settings of the whole process: threads, determinism, TF32."""
+    """Settings of the whole process: threads, determinism, TF32; joins torchrun's others."""
     config, device = work.config, work.device
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -103,6 +104,9 @@ def prepare(work: Work) -> None:
     elif device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    start(device)
 
 
 def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> Record:
@@ -112,20 +116,40 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     in for the `run` of the stage's module (a sweep shares loaded models between its points).
     """
     work.check(stage)
-    done = record_if_done(work, stage)
-    if done is not None:
-        (work.folder(stage) / STATE_FILE).unlink(missing_ok=True)
-        return done
-    for upstream in work.needs(stage):
-        require(work, upstream)
     folder = work.folder(stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
-    write_text(folder / "config.yaml", settings)
+    done = from_main(record_if_done(work, stage) if is_main() else None)
+    if done is not None:
+        if is_main():
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        return done
+    _require_upstream(work, stage)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+        settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
+        write_text(folder / "config.yaml", settings)
+    barrier()
     started = now()
     result = (function or _function(stage))(work)
-    record = Record(
+    record = from_main(_record(work, stage, result, started))
+    if is_main():
+        record.write(folder)
+        (folder / STATE_FILE).unlink(missing_ok=True)
+    barrier()
+    return record
+
+
+def _require_upstream(work: Work, stage: str) -> None:
+    """InputError where a model that the stage builds on is neither given nor made."""
+    for upstream in work.needs(stage):
+        if work.is_given(upstream):
+            _require_upstream(work, upstream)
+        else:
+            require(work, upstream)
+
+
+def _record(work: Work, stage: str, result: StageResult, started: str) -> Record:
+    return Record(
         stage=stage,
         variant=work.variant(stage),
         fingerprint=work.fingerprint(stage),
@@ -137,14 +161,13 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
         started=started,
         ended=now(),
         device=device_name(work.device),
+        processes=world_size(),
         threads=torch.get_num_threads(),
         git_commit=git_commit(),
         libraries=library_versions(),
+        weights=work.weights(stage),
         about=result.about,
     )
-    record.write(folder)
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    return record
 
 
 def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) -> Record:
@@ -154,7 +177,7 @@ def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) ->
     """
     work.check(last)
     for stage in order(work, last):
-        on_stage(stage, record_if_done(work, stage) is not None)
+        on_stage(stage, from_main(is_main() and record_if_done(work, stage) is not None))
         record = run_stage(work, stage)
     return record
 

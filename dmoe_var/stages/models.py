@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmoe_var.checkpoints import load_var, load_vqvae
-from dmoe_var.checkpoints.safetensors_io import build_strictly
+from dmoe_var.checkpoints.safetensors_io import build_strictly, save_checkpoint
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
@@ -14,6 +14,7 @@ from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.router import default_hidden
 from dmoe_var.stages.work import Work
+from dmoe_var.training.distributed import is_main
 
 TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
 """Fields that shape training, not the function: published files do not hold them."""
@@ -21,6 +22,12 @@ TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
 
 def checkpoint(work: Work, stage: str) -> Path:
     return work.folder(stage) / "checkpoint"
+
+
+def save(work: Work, stage: str, model: VAR | VQVAE) -> None:
+    """Write a stage's checkpoint, by the main process, with the fingerprint it belongs to."""
+    if is_main():
+        save_checkpoint(checkpoint(work, stage), model, work.fingerprint(stage))
 
 
 def vqvae(work: Work) -> VQVAE:

@@ -1,34 +1,260 @@
-"""Pictures to look at: chosen classes, dense beside dynamic from the same seeds."""
+"""Pictures to look at: chosen classes and seeds, dense beside dynamic.
+
+The j-th of `sample.per_class` pictures of class c under seed s is what
+`generate(labels=[c], seed=s, start_index=j)` draws, whatever else is drawn beside it. Pictures
+stand in the order of classes, then seeds, then j. Legend: N pictures, R picture side.
+"""
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from dmoe_var.config import Config, SelectionConfig
+from dmoe_var.data.class_names import class_names, slug, title
+from dmoe_var.errors import CheckpointError, InputError
 from dmoe_var.figures import sample_grid
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.sampling.draw import SAMPLES_FILE
-from dmoe_var.stages.evaluate import Bench
-from dmoe_var.stages.graph import StageResult
+from dmoe_var.files import whole_file
+from dmoe_var.metrics.images import to_uint8
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
+from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
+from dmoe_var.sampling.sampler import generate
+from dmoe_var.sampling.tau_schedule import resolve_rules
+from dmoe_var.stages import models
+from dmoe_var.stages.graph import StageResult, require
 from dmoe_var.stages.work import Work
+from dmoe_var.training.distributed import gathered, is_main, rank, world_size
 
 MOST_CLASSES = 10
+SAMPLES_FILE = "samples.npz"
+GRID_FILE = "grid.png"
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A model as it is drawn from, and what its pictures are titled."""
+
+    model: VAR | DynamicVAR
+    selection: Selection
+    title: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is drawn: every class under every seed, `per_class` times."""
+
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+    per_class: int
+    names: tuple[str, ...] | None
+    """Of all classes, where they are known."""
+
+    @classmethod
+    def of(cls, config: Config) -> Pictures:
+        sample, num_classes = config.sample, config.var.num_classes
+        first = range(min(MOST_CLASSES, num_classes))
+        # Config has turned names into indices.
+        labels = tuple(int(label) for label in sample.classes or first)
+        names = class_names(config.data.kind, num_classes)
+        return cls(labels, sample.seeds, sample.per_class, names)
+
+    @property
+    def columns(self) -> int:
+        """Pictures of a class: the columns of the grid."""
+        return len(self.seeds) * self.per_class
+
+    @property
+    def row_names(self) -> list[str]:
+        """One a class."""
+        return [title(self.names, label) for label in self.labels]
+
+    @property
+    def column_names(self) -> list[str]:
+        """One a column; a seed's first picture bears its name."""
+        rest = [""] * (self.per_class - 1)
+        return [name for seed in self.seeds for name in (f"seed {seed}", *rest)]
+
+    @property
+    def cells(self) -> list[tuple[int, int, int]]:
+        """Label, seed and index of each picture, in order."""
+        return list(itertools.product(self.labels, self.seeds, range(self.per_class)))
+
+    @property
+    def file_names(self) -> list[str]:
+        """Of each picture, in order: class207_golden_retriever_seed0_1.png."""
+        names = self.names or [str(label) for label in range(max(self.labels) + 1)]
+        named = {c: "" if names[c] == str(c) else f"_{slug(names[c])}" for c in self.labels}
+        return [f"class{c}{named[c]}_seed{seed}_{j}.png" for c, seed, j in self.cells]
+
+
+def settled(work: Work) -> tuple[Work, str | None]:
+    """What `sample.model` null stands for here, and a line that says so where it is not both.
+
+    Where the experts are not made yet, the dense model is drawn alone. InputError where what is
+    asked for is not there, which says so if the dense model is.
+    """
+    sample = work.config.sample
+    if sample.pretrained is None:
+        work = _changed(work, selection="stored")  # without effect; it shall not name a folder
+    asked, dense = _changed(work, model=sample.model or "both"), _changed(work, model="dense")
+    reason = _missing(asked)
+    if reason is None:
+        return asked, None
+    if sample.pretrained is not None or _missing(dense) is not None:
+        raise reason
+    if sample.model is not None:
+        raise InputError(f"{reason}, or give sample.model=dense") from reason
+    return dense, f"sample: the dense model alone, there is no dynamic one yet: {reason}"
+
+
+def _missing(work: Work) -> InputError | None:
+    """Why the pictures cannot be drawn yet; CheckpointError for a stage that is done but broken."""
+    for stage in work.needs("sample"):
+        try:
+            require(work, stage)
+        except CheckpointError:
+            raise
+        except InputError as error:
+            return error
+    return None
+
+
+def _changed(work: Work, **fields: str) -> Work:
+    """The work with another `sample` section; the experiment's own draws both models."""
+    config, own = work.config, work.baseline.sample
+    return Work(
+        replace(config, sample=replace(config.sample, **fields)),  # type: ignore[arg-type]
+        replace(work.baseline, sample=replace(own, model=own.model or "both")),
+    )
 
 
 def run(work: Work) -> StageResult:
-    """Writes samples.npz of each model, grid.png, and single PNGs where asked."""
-    config, bench = work.config, Bench(work)
-    classes = config.sample.classes or range(min(MOST_CLASSES, config.var.num_classes))
-    labels = np.tile(np.array(classes, dtype=np.int64), config.sample.per_class)
-    dynamic = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
-    folder = work.folder("sample")
+    """Writes grid.png and, a folder a model, samples.npz and single PNGs where asked.
+
+    samples.npz: arr_0 uint8 (N, R, R, 3); labels, seeds and start_indices (N,), with which
+    `generate` draws each picture again.
+    """
+    config, folder = work.config, work.folder("sample")
+    pictures = Pictures.of(config)
+    vqvae = models.vqvae(work).to(config.sampling.torch_dtype)
     panels = {}
-    for name, model in (("dense", bench.dense), ("dynamic", dynamic)):
-        samples, _ = bench.draw(work, model, labels, name)
-        samples.save(folder / name / SAMPLES_FILE)
-        if config.sample.single_pngs:
-            for i, image in enumerate(samples.images):
-                Image.fromarray(image).save(folder / name / f"{i:05d}_class{labels[i]}.png")
-        panels[name] = samples.images
-    sample_grid.draw(panels, len(classes), folder / "grid.png")
-    return StageResult({}, num_samples=len(labels), about={"grid": "grid.png"})
+    about: dict[str, object] = {"grid": GRID_FILE, "seeds": list(pictures.seeds)}
+    for name, drawer in _drawers(work).items():
+        images = _draw(work, drawer, vqvae, pictures, name)
+        panels[drawer.title] = images
+        about[name] = drawer.title
+        about.setdefault("samples", f"{name}/{SAMPLES_FILE}")
+        if is_main():
+            _write(images, pictures, folder / name, config.sample.single_pngs)
+    if is_main():
+        sample_grid.draw(
+            panels, pictures.columns, folder / GRID_FILE, pictures.row_names, pictures.column_names
+        )
+    return StageResult({}, len(pictures.cells), about, pictures.seeds[0], config.sampling.dtype)
+
+
+def _drawers(work: Work) -> dict[str, Drawer]:
+    """The models to draw from, by the name of their folder."""
+    config, sample = work.config, work.config.sample
+    given: Selection = config.selection.rules()
+    dtype = config.sampling.torch_dtype
+    if sample.pretrained is not None:
+        dynamic = _pretrained(sample.pretrained, config).to(work.device, dtype)
+        dense = dynamic.dense
+        given = dynamic.selection if sample.selection == "stored" else given
+    else:
+        dense = models.dense(work).to(dtype)
+        if sample.model != "dense":
+            dynamic = DynamicVAR(dense, models.split(work).to(dtype), config.moe.scales)
+    drawers = {}
+    if sample.model != "dynamic":
+        drawers["dense"] = Drawer(dense, None, "dense VAR")
+    if sample.model != "dense":
+        drawers["dynamic"] = Drawer(dynamic, given, f"DMoE-VAR, {describe(given)}")
+    return drawers
+
+
+def _pretrained(source: str, config: Config) -> DynamicVAR:
+    """The stored model; CheckpointError where it is not of the configured shape."""
+    model = DynamicVAR.from_pretrained(source)
+    for name in SHARED_FIELDS:
+        theirs, ours = getattr(model.config, name), getattr(config.var, name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{source}: {name} is {theirs}, the configuration says var.{name}={ours}"
+            )
+    if config.sample.selection == "given":
+        _check_selection(source, model, config.selection)
+    return model
+
+
+def _check_selection(source: str, model: DynamicVAR, selection: SelectionConfig) -> None:
+    """CheckpointError for a rule that the stored model cannot run."""
+    try:
+        resolve_rules(None, selection.rules(), model.config.num_scales, model.moe_scales)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    assert model.moe.config.experts is not None
+    num_experts = model.moe.config.hidden // model.moe.config.experts.expert_size
+    if selection.rule in ("top_k", "random") and selection.k > num_experts:
+        raise CheckpointError(f"{source}: selection.k={selection.k}, it has {num_experts} experts")
+
+
+def describe(selection: Selection) -> str:
+    """A selection in a few words."""
+    if selection is None:
+        return "all experts"
+    rules = [selection] if isinstance(selection, SelectionRule) else list(selection)
+    if all(isinstance(rule, Threshold) for rule in rules):
+        prefix = "oracle tau" if isinstance(rules[0], Oracle) else "tau"
+        return f"{prefix} {', '.join(f'{rule.tau:g}' for rule in rules)}"  # type: ignore[attr-defined]
+    return ", ".join(dict.fromkeys(map(str, rules)))
+
+
+def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: str) -> np.ndarray:
+    """All pictures, uint8 (N, R, R, 3), in every process; each draws its share of them."""
+    sampling = work.config.sampling
+    starts = range(0, pictures.per_class, sampling.batch_size)
+    batches = list(itertools.product(pictures.labels, pictures.seeds, starts))
+    ours = range(rank(), len(batches), world_size())
+    drawn = {}
+    for i in tqdm(ours, name, unit="batch", leave=False, disable=not work.progress):
+        label, seed, start = batches[i]
+        images_B3RR = generate(
+            drawer.model,
+            vqvae,
+            [label] * min(sampling.batch_size, pictures.per_class - start),
+            cfg=sampling.cfg,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=seed,
+            selection=drawer.selection,
+            start_index=start,
+            more_smooth=sampling.more_smooth,
+            impl=work.config.moe.impl,
+        )
+        drawn[i] = to_uint8(images_B3RR)
+    everything = {i: images for part in gathered(drawn) for i, images in part.items()}
+    return np.concatenate([everything[i] for i in range(len(batches))])
+
+
+def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bool) -> None:
+    """One model's folder, made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    labels, seeds, start_indices = np.array(pictures.cells, dtype=np.int64).T
+    with whole_file(folder / SAMPLES_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images, labels=labels, seeds=seeds, start_indices=start_indices)
+    if not single_pngs:
+        return
+    for image, file_name in zip(images, pictures.file_names, strict=True):
+        with whole_file(folder / file_name) as temporary:
+            Image.fromarray(image).save(temporary, format="PNG")

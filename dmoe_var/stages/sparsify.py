@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
@@ -18,7 +17,9 @@ def run(work: Work) -> StageResult:
     var = models.dense(work)
     if config.activation == "relu":
         var = relufy(var)
-    objective = SparsifyObjective(var, vqvae, *token_sets(work, vqvae), config)
+    objective = SparsifyObjective(
+        var, vqvae, *token_sets(work, vqvae), config, work.config.conversion
+    )
     metrics = train(objective, config, work.training_run("sparsify"))
-    save_checkpoint(models.checkpoint(work, "sparsify"), var)
+    models.save(work, "sparsify", var)
     return StageResult(metrics, about={"checkpoint": "checkpoint"})

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from tqdm import tqdm
 
-from dmoe_var.checkpoints.safetensors_io import save_checkpoint
-from dmoe_var.conversion.to_moe import convert_to_moe
+from dmoe_var.conversion.to_moe import cluster_layer, convert_to_moe
+from dmoe_var.models.var import VAR
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
+from dmoe_var.training.distributed import gathered, is_main, rank, world_size
 
 
 def run(work: Work) -> StageResult:
     config = work.config
     var = models.sparse(work)
-    with tqdm(total=config.var.depth, desc="split", disable=not config.progress) as bar:
+    labels = cluster(work, var)
+    if is_main():
         moe = convert_to_moe(
-            var,
-            config.split.expert_size,
-            config.seed,
-            config.split.router_hidden,
-            progress=lambda _: bar.update(),
+            var, config.split.expert_size, config.seed, config.split.router_hidden, labels
         )
-    save_checkpoint(models.checkpoint(work, "split"), moe)
+        models.save(work, "split", moe)
     num_experts = config.var.hidden // config.split.expert_size
     metrics = {"num_experts": num_experts, "expert_size": config.split.expert_size}
     return StageResult(metrics, about={"checkpoint": "checkpoint"})
+
+
+def cluster(work: Work, var: VAR) -> list[Tensor]:
+    """Expert of each neuron, (H,), of every layer; each process does its share of the layers."""
+    config = work.config
+    mine = range(config.var.depth)[rank() :: world_size()]
+    shown = tqdm(mine, desc="split", unit="layer", disable=not work.progress)
+    found = {
+        layer: cluster_layer(var, layer, config.split.expert_size, config.seed) for layer in shown
+    }
+    by_layer = {layer: labels for part in gathered(found) for layer, labels in part.items()}
+    return [by_layer[layer] for layer in range(config.var.depth)]

@@ -9,19 +9,24 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dmoe_var.checkpoints.safetensors_io import write_text
-from dmoe_var.config import EvaluateConfig, SelectionConfig
+from dmoe_var.config import SelectionConfig
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
+from dmoe_var.files import whole_file, write_text
 from dmoe_var.metrics.record import Record
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.graph import StageResult, run_stage
 from dmoe_var.stages.pictures import collect_maps
 from dmoe_var.stages.work import DEFAULT_VARIANT, Work
+from dmoe_var.training.distributed import barrier, is_main
 
 GRID_CLASSES = 10
 GRID_ROWS = 6
 MAP_IMAGES = 4
+COLUMNS = ("inception_score_mean", "precision", "recall", "label_agreement")
+"""How the names of metrics begin that stand in the table, where they were measured."""
+OTHER_MEASURES = (*COLUMNS, "experts_share_")
+"""How the names of metrics begin whose mean over the seeds is kept."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def settings(work: Work) -> list[Setting]:
 def point(work: Work, setting: Setting, seed: int) -> Work:
     """The configuration of one setting and seed, as the evaluate stage runs it."""
     config = work.config
-    evaluated = EvaluateConfig(setting.model, config.evaluate.num_samples, seed)  # type: ignore[arg-type]
+    evaluated = replace(config.evaluate, model=setting.model, seed=seed)  # type: ignore[arg-type]
     if setting.model == "dense":
         return Work(replace(config, evaluate=evaluated), work.baseline)
     return Work(
@@ -71,17 +76,19 @@ def run(work: Work) -> StageResult:
     bench = evaluate.Bench(work)
     planned = [(setting, seed) for setting in settings(work) for seed in sweep.seeds]
     records: dict[tuple[str, str], list[Record]] = {}
-    for setting, seed in tqdm(planned, desc="sweep", disable=not work.config.progress):
+    hidden = not (work.config.progress and is_main())
+    for setting, seed in tqdm(planned, desc="sweep", disable=hidden):
         each = point(work, setting, seed)
         record = run_stage(each, "evaluate", lambda w: evaluate.run(w, bench))
         records.setdefault((setting.group, setting.label), []).append(record)
     rows = [_join(setting, records[setting.group, setting.label]) for setting in settings(work)]
     _add_savings(rows)
-    _draw(work, bench, rows)
-    metrics = _headline(rows)
-    fid_name = bench.fidelity.name
+    fid_name = records["dense", "dense"][0].about["fidelity"]
+    if is_main():
+        _draw(work, bench, rows, fid_name)
+    barrier()
     about = {"settings": rows, "fidelity": fid_name, "seeds": list(sweep.seeds)}
-    return StageResult(metrics, num_samples=work.config.evaluate.num_samples, about=about)
+    return StageResult(_headline(rows), work.config.evaluate.num_samples, about)
 
 
 def _join(setting: Setting, records: list[Record]) -> dict[str, Any]:
@@ -102,11 +109,10 @@ def _join(setting: Setting, records: list[Record]) -> dict[str, Any]:
         "fid_by_seed": fid.tolist(),
         "flops_gmac": mean("flops_gmac"),
         "flops_gmac_std_over_images": mean("flops_gmac_std"),
-        "label_agreement": mean("label_agreement"),
         "points": [f"evaluate/{record.variant}" for record in records],
     }
-    shares = {k: mean(k) for k in records[0].metrics if k.startswith("experts_share_")}
-    return {**row, **shares}
+    others = {k: mean(k) for k in records[0].metrics if k.startswith(OTHER_MEASURES)}
+    return {**row, **others}
 
 
 def _add_savings(rows: list[dict[str, Any]]) -> None:
@@ -120,7 +126,7 @@ def _add_savings(rows: list[dict[str, Any]]) -> None:
 def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The dense model's and the operating point's numbers, flat."""
     names = {"dense": "dense", "chosen": "operating_point"}
-    keys = ("fid_mean", "fid_std", "flops_gmac", "flops_saved", "fid_change", "label_agreement")
+    keys = ("fid_mean", "fid_std", "flops_gmac", "flops_saved", "fid_change", *_columns(rows))
     return {
         f"{names[row['group']]}_{key}": row[key]
         for row in rows
@@ -129,15 +135,20 @@ def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]]) -> None:
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Metrics beside FLOPs and FID that stand in the table."""
+    return [key for start in COLUMNS for key in rows[0] if key.startswith(start)]
+
+
+def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_name: str) -> None:
     folder = work.folder("sweep")
     config = work.config
     title = (
         f"{config.name}: {config.evaluate.num_samples} images a point, "
         f"{len(config.sweep.seeds)} seed(s), cfg {config.sampling.cfg:g}"
     )
-    fid_over_flops.draw(rows, bench.fidelity.name, title, folder / "fid_over_flops.png")
-    write_text(folder / "table.md", table(rows, bench.fidelity.name) + "\n")
+    fid_over_flops.draw(rows, fid_name, title, folder / "fid_over_flops.png")
+    write_text(folder / "table.md", table(rows, fid_name) + "\n")
     seed = config.sweep.seeds[0]
     dense = point(work, settings(work)[0], seed)
     chosen = next((s for s in settings(work) if s.group == "chosen"), None)
@@ -176,29 +187,38 @@ def _publish_samples(work: Work, point_work: Work, name: str) -> None:
     target = (work.root if own else work.folder("sweep")) / name
     target.mkdir(parents=True, exist_ok=True)
     for file in (SAMPLES_FILE, "result.json"):
-        temporary = target / f".{file}.tmp"
-        shutil.copyfile(point_work.folder("evaluate") / file, temporary)
-        temporary.replace(target / file)
+        with whole_file(target / file) as temporary:
+            shutil.copyfile(point_work.folder("evaluate") / file, temporary)
 
 
 def table(rows: list[dict[str, Any]], fid_name: str) -> str:
     """The sweep as a Markdown table."""
-    fid = fid_over_flops.display_name(fid_name)
-    lines = [
-        f"| setting | tau | GMAC | saved | {fid} | against dense | label agreement |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = _columns(rows)
+    titles = [column.removesuffix("_mean").replace("_", " ") for column in columns]
+    heads = ["setting", "tau", "GMAC", "saved", fid_over_flops.display_name(fid_name)]
+    heads += ["against dense", *titles]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         tau = ", ".join(f"{value:g}" for value in row["tau"]) or "-"
         names = {"last": "last scales", "all": "all scales", "lists": row["label"]}
         name = names.get(row["group"], row["group"])
         name = f"**{row['label']}** (operating point)" if row["group"] == "chosen" else name
-        lines.append(
-            f"| {name} | {tau} | {row['flops_gmac']:.4f} | {row['flops_saved']:.1%} | "
-            f"{row['fid_mean']:.3f} ± {row['fid_std']:.3f} | {row['fid_change']:+.2%} | "
-            f"{row['label_agreement']:.1%} |"
-        )
+        cells = [
+            name,
+            tau,
+            f"{row['flops_gmac']:.4f}",
+            f"{row['flops_saved']:.1%}",
+            f"{row['fid_mean']:.3f} ± {row['fid_std']:.3f}",
+            f"{row['fid_change']:+.2%}",
+            *(_cell(column, row[column]) for column in columns),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(column: str, value: float) -> str:
+    """A score as such, a share in percent."""
+    return f"{value:.2f}" if column.startswith("inception_score") else f"{value:.1%}"
 
 
 def table_of(record: Record) -> str:

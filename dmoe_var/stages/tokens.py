@@ -1,18 +1,49 @@
-"""Tokens of the experiment's images, from the cache."""
+"""Tokens of the experiment's images, from the cache, and what it took to make them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dmoe_var.data import load_data
 from dmoe_var.data.token_cache import TokenSet, tokenize
+from dmoe_var.data.token_shards import Seconds
+from dmoe_var.errors import DataError
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.stages.work import Work
 
 
 def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
-    """Training and held-out tokens."""
-    training, held_out = load_data(work.config.data)
-    cache, progress = work.cache / "tokens", work.config.progress
-    return (
-        tokenize(training, vqvae, cache, progress=progress),
-        tokenize(held_out, vqvae, cache, progress=progress),
-    )
+    """Training and held-out tokens. DataError where the images have other classes than the VAR."""
+    config = work.config
+    training, held_out = load_data(config.data)
+    if training.num_classes != config.var.num_classes:
+        raise DataError(
+            f"data.root={config.data.root}: {training.num_classes} classes, expected "
+            f"var.num_classes={config.var.num_classes}"
+        )
+    tokens = [
+        tokenize(
+            images,
+            vqvae,
+            work.cache / "tokens",
+            batch_size=config.data.encode_batch,
+            workers=config.data.workers,
+            unreadable=config.data.unreadable,
+            progress=config.progress,
+        )
+        for images in (training, held_out)
+    ]
+    return tokens[0], tokens[1]
+
+
+def token_metrics(sets: Sequence[TokenSet]) -> dict[str, float]:
+    """Images with tokens, pictures left out as unreadable, and the images a second that decoders
+    and encoder of one process did alone when the sets were made (see `Seconds`)."""
+    images = sum(tokens.about.images for tokens in sets)
+    seconds = sum((tokens.about.seconds for tokens in sets), Seconds())
+    return {
+        "tokens_images": images,
+        "tokens_unreadable": sum(tokens.about.unreadable for tokens in sets),
+        "tokens_decode_images_per_s": images / seconds.decode,
+        "tokens_encode_images_per_s": images / seconds.encode,
+    }

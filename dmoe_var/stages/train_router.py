@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.tokens import token_sets
@@ -17,5 +16,5 @@ def run(work: Work) -> StageResult:
     moe = models.split(work, "split")
     objective = RouterObjective(moe, vqvae, *token_sets(work, vqvae), config)
     metrics = train(objective, config, work.training_run("train_router"))
-    save_checkpoint(models.checkpoint(work, "train_router"), moe)
+    models.save(work, "train_router", moe)
     return StageResult(metrics, about={"checkpoint": "checkpoint"})

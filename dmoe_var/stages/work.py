@@ -11,22 +11,42 @@ from typing import Any
 
 import torch
 
+from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.safetensors_io import MODEL_FILE
 from dmoe_var.config import Config
 from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.files import sha256_of
+from dmoe_var.training.distributed import is_main, launched_processes, local_rank
 from dmoe_var.training.loop import Run
 
 DEFAULT_VARIANT = "default"
 MAX_NAME = 60
 
+EXPERTS = ("moe", "selection")
+"""Sections that say nothing about a dense model."""
+
+POINTS = ("evaluate.num_samples", "evaluate.format")
+"""What a sweep says about all of its points."""
+
 READS: dict[str, tuple[str, ...]] = {
     "train_vqvae": ("seed", "dtype", "data", "vqvae", "base.vqvae", "train_vqvae"),
     "train_var": ("var", "base.var", "train_var"),
-    "sparsify": ("sparsify",),
+    "sparsify": ("sparsify", "conversion"),
     "split": ("split",),
     "train_router": ("train_router",),
-    "sample": ("moe", "selection", "sampling", "sample", "evaluate.seed"),
-    "evaluate": ("moe", "selection", "sampling", "evaluate", "fidelity"),
-    "sweep": ("moe", "sampling", "evaluate.num_samples", "fidelity", "sweep"),
+    "sample": (*EXPERTS, "sampling", "sample", "vqvae", "base.vqvae", "var", "base.var"),
+    "evaluate": (*EXPERTS, "sampling", "evaluate", "fidelity"),
+    "export": (*EXPERTS, "export"),
+    "benchmark": (
+        "vqvae",
+        "base.vqvae",
+        "var",
+        "base.var",
+        "sampling",
+        "evaluate.seed",
+        "benchmark",
+    ),
+    "sweep": ("moe", "sampling", *POINTS, "fidelity", "sweep"),
 }
 """The configuration keys that each stage reads itself."""
 
@@ -39,11 +59,16 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sample": ("train_router",),
     "evaluate": ("train_router",),
     "sweep": ("train_router",),
+    "benchmark": (),
+    "export": ("train_router",),
 }
 """The stages that each builds on."""
 
-HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
-"""Keys of training sections that do not change a result."""
+HOUSEKEEPING = (
+    "log_every", "validate_every", "checkpoint_every",
+    "micro_batch_size", "activation_checkpointing", "workers", "encode_batch",
+)  # fmt: skip
+"""Keys that change no result, or only its rounding: a run may go on with others."""
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -59,12 +84,14 @@ def chosen_device(name: str) -> torch.device:
     """The device of a configuration; "auto" takes CUDA, then MPS, then the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", local_rank())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device={name}: this machine has no CUDA device; allowed: auto, cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise InputError("device=mps: this machine has no MPS device; allowed: auto, cpu")
+    if name == "cuda" and launched_processes() > 1:
+        return torch.device("cuda", local_rank())
     return torch.device(name)
 
 
@@ -89,15 +116,43 @@ class Work:
     def device(self) -> torch.device:
         return chosen_device(self.config.device)
 
+    @property
+    def progress(self) -> bool:
+        """Whether this process shows how far it is."""
+        return self.config.progress and is_main()
+
     def needs(self, stage: str) -> tuple[str, ...]:
         """The stages that a stage builds on; a dense point needs no experts."""
+        if stage == "sample":
+            return self._needs_of_pictures()
         dense_point = stage == "evaluate" and self.config.evaluate.model == "dense"
         return ("train_var",) if dense_point else NEEDS[stage]
 
+    def is_given(self, stage: str) -> bool:
+        """Whether a stage only validates a base model that is given: others do without it."""
+        given = {"train_vqvae": self.config.base.vqvae, "train_var": self.config.base.var}
+        return given.get(stage) is not None
+
+    def _needs_of_pictures(self) -> tuple[str, ...]:
+        """Nothing is validated for pictures: models that are given need no stage."""
+        base, sample = self.config.base, self.config.sample
+        if sample.pretrained is None and sample.model != "dense":
+            return NEEDS["sample"]
+        if sample.pretrained is None and base.var is None:
+            return ("train_var",)
+        return ("train_vqvae",) if base.vqvae is None else ()
+
     def check(self, stage: str) -> None:
         """ConfigError for what only this stage cannot do with the configuration."""
+        if stage in ("evaluate", "sweep"):
+            self._check_measured()
         if stage != "sweep":
             return
+        if self.config.evaluate.format == "png":
+            raise ConfigError(
+                "evaluate.format=png: a sweep's figures are drawn from samples.npz; allowed: npz, "
+                "both"
+            )
         allowed = sorted({1, len(self.config.moe.scales)})
         for name, taus in self.config.sweep.lists.items():
             if len(taus) not in allowed:
@@ -106,10 +161,26 @@ class Work:
                     "values, one for all or one for each of moe.scales"
                 )
 
+    def _check_measured(self) -> None:
+        """ConfigError for what fidelity cannot be measured with."""
+        if self.config.sampling.more_smooth:
+            raise ConfigError(
+                "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "
+                "measured on images that were drawn without it; allowed here: false"
+            )
+        reference = self.config.fidelity.reference
+        if reference is not None and not Path(reference).exists():
+            raise ConfigError(
+                f"fidelity.reference={reference}: no such file or folder; allowed: null, an .npz "
+                "reference file, a folder of images"
+            )
+
     def _reads(self, stage: str, config: Config) -> tuple[str, ...]:
-        if stage == "evaluate" and config.evaluate.model == "dense":
-            return tuple(key for key in READS[stage] if key not in ("moe", "selection"))
-        return READS[stage]
+        models = {"evaluate": config.evaluate.model, "sample": config.sample.model}
+        unread: tuple[str, ...] = EXPERTS if models.get(stage) == "dense" else ()
+        if stage == "sample" and self.config.sample.pretrained is not None:
+            unread += ("var", "base.var")
+        return tuple(key for key in READS[stage] if key not in unread)
 
     def relevant(self, stage: str, config: Config | None = None) -> dict[str, Any]:
         """Every key that a stage's result depends on, its own and those of what it builds on."""
@@ -126,8 +197,24 @@ class Work:
         return keys
 
     def fingerprint(self, stage: str) -> str:
-        """Hash of all that a stage's result depends on."""
-        return _hash(self.relevant(stage))
+        """Hash of all that a stage's result depends on, the content of given weights included."""
+        return _hash({**self.relevant(stage), "weights": self.weights(stage)})
+
+    def weights(self, stage: str) -> dict[str, str]:
+        """SHA-256 of the files of the models that a stage depends on, where they are given, by
+        configuration key. CheckpointError where a base model cannot be found or fetched."""
+        given = {"vqvae": self.config.base.vqvae, "var": self.config.base.var}
+        keys = self.relevant(stage)
+        found = {
+            f"base.{kind}": sha256_of(weights_file(source, kind))
+            for kind, source in given.items()
+            if source is not None and f"base.{kind}" in keys
+        }
+        pretrained = self.config.sample.pretrained
+        if stage == "sample" and pretrained is not None and Path(pretrained).is_dir():
+            stored = Path(pretrained) / MODEL_FILE  # a name on the hub stands for its content
+            found |= {"sample.pretrained": sha256_of(stored)} if stored.is_file() else {}
+        return found
 
     def variant(self, stage: str) -> str:
         """`default`, or a short name with a hash of what differs from the experiment's own."""
@@ -163,7 +250,7 @@ class Work:
             amp_dtype=getattr(torch, config.dtype),
             wandb=config.wandb,
             config=self.relevant(stage),
-            progress=config.progress,
+            progress=self.progress,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one: the main process alone may measure fidelity for hours."""
 BUCKET = 2**25
 """Elements that are summed over processes in one call."""
 
@@ -46,7 +49,8 @@ def launched_processes() -> int:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
     if launched_processes() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def stop() -> None:

@@ -19,12 +19,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmoe_var.errors import TrainingDiverged
+from dmoe_var.models.blocks import Rows
+from dmoe_var.training.distributed import (
+    gathered,
+    is_main,
+    rank,
+    sum_over_processes,
+    world_size,
+)
+from dmoe_var.training.rehearsal import rehearse
 from dmoe_var.training.state import STATE_FILE, StateFile, trainable
 from dmoe_var.training.tracking import MetricsLog, WandbMode
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+LONG_RUN = 20
+"""Steps from which a run is rehearsed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class OptimConfig:
 
     The length is `steps`, or `epochs` of the training set where steps is None. The learning rate
     rises linearly over `warmup` (a share of all steps), then goes from `lr` to `lr_end` along
-    `schedule`.
+    `schedule`. `batch_size` is that of a step, over all processes; each handles
+    `micro_batch_size` examples at once (None: its whole share) and adds up the gradients.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -41,6 +53,7 @@ class OptimConfig:
     steps: Annotated[int, Field(gt=0)] | None = None
     epochs: Positive | None = None
     batch_size: Annotated[int, Field(gt=0)] = 64
+    micro_batch_size: Annotated[int, Field(gt=0)] | None = None
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-3
     lr_end: Annotated[float, Field(ge=0, le=10)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -85,9 +98,16 @@ class Objective(Protocol):
     module: nn.Module
     """Its parameters with requires_grad are trained."""
     num_examples: int
+    repeatable: bool
+    """Whether `loss` changes nothing, so that it can be tried before the run."""
 
-    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a batch of training examples, and what to log beside it."""
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Mean loss of some training examples, and what to log beside it.
+
+        rows: where they lie in the step's batch, for what is drawn at random.
+        """
         ...
 
     def after_step(self, step: int, num_steps: int) -> None:
@@ -160,50 +180,110 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
     the last good step.
     """
     module = objective.module
-    device = next(module.parameters()).device
     groups = parameter_groups(module, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     state = StateFile(run.folder / STATE_FILE, run.fingerprint)
     num_steps = config.num_steps(objective.num_examples)
     order = BatchOrder(objective.num_examples, config.batch_size, run.seed)
     first = state.load(module, optimizer)
+    step_gradients = StepGradients(objective, config, run, num_steps)
+    if run.progress and objective.repeatable and num_steps - first >= LONG_RUN:
+        examples, steps = objective.num_examples, num_steps - first
+        module.train()
+        tqdm.write(str(rehearse(step_gradients, config, examples, steps, run.name)))
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with (
-        MetricsLog(run.folder, first, run.wandb, run.name, run.config) as log,
+        MetricsLog(run.folder, first, run.wandb, run.name, run.config, is_main()) as log,
         tqdm(total=num_steps, initial=first, desc=run.name, disable=not run.progress) as bar,
     ):
         for step in range(first, num_steps):
             module.train()
-            torch.manual_seed(step_seed(run.seed, step))
             lr = config.lr_at(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            enabled = run.amp_dtype != torch.float32
-            with torch.autocast(device.type, run.amp_dtype, enabled=enabled):
-                loss, logged = objective.loss(order.batch(step), step, num_steps)
-            _update(loss, module, optimizer, config.clip, step, run)
+            optimizer.zero_grad(set_to_none=True)
+            logged = step_gradients.compute(order.batch(step), step)
+            _update(logged["loss"], module, optimizer, config.clip, step, run)
             objective.after_step(step, num_steps)
             done = step + 1
             bar.update()
             last = done == num_steps
             if done % config.log_every == 0 or last:
                 seconds = (time.perf_counter() - started) / (done - first)
-                log.write(done, {"loss": loss.item(), "lr": lr, "step_s": seconds, **logged})
-                bar.set_postfix(loss=f"{loss.item():.4f}")
+                loss, *others = logged.items()
+                log.write(done, dict([loss, ("lr", lr), ("step_s", seconds), *others]))
+                bar.set_postfix(loss=f"{logged['loss']:.4f}")
             if done % config.validate_every == 0 or last:
                 module.eval()
                 with torch.no_grad():
                     metrics = objective.validate()
                 _check_finite(metrics, done, run)
                 log.write(done, metrics)
-            if done % config.checkpoint_every == 0 or last:
+            if (done % config.checkpoint_every == 0 or last) and is_main():
                 state.save(done, module, optimizer)
     module.eval()
     if not metrics:  # killed after its last step: the weights are there, the metrics are not
         with torch.no_grad():
             metrics = objective.validate()
     return metrics
+
+
+class StepGradients:
+    """Gradients of a step: micro-batch by micro-batch, process by process, summed.
+
+    Micro-batch j of a step goes to process j mod (number of processes).
+    """
+
+    def __init__(self, objective: Objective, config: OptimConfig, run: Run, num_steps: int):
+        self.objective = objective
+        self.run = run
+        self.num_steps = num_steps
+        self.micro_batch_size = config.micro_batch_size
+        self.device = next(objective.module.parameters()).device
+
+    def compute(self, indices_B: Tensor, step: int) -> dict[str, float]:
+        """Leave the gradient of a step's mean loss in the parameters; `loss` and all else that is
+        logged, as means over the step's examples."""
+        total = len(indices_B)
+        size = self.micro_batch_size or math.ceil(total / world_size())
+        logged: dict[str, float] = {}
+        for start in range(0, total, size)[rank() :: world_size()]:
+            part = indices_B[start : start + size]
+            share = len(part) / total
+            for name, value in self.add(part, step, Rows(start, total), share).items():
+                logged[name] = logged.get(name, 0.0) + share * value
+        self._sum_gradients()
+        return _summed(logged)
+
+    def add(self, part: Tensor, step: int, rows: Rows, share: float) -> dict[str, float]:
+        """Add one micro-batch's gradient, times its share of the step."""
+        torch.manual_seed(step_seed(self.run.seed, step))
+        amp_dtype = self.run.amp_dtype
+        with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            loss, logged = self.objective.loss(part, step, self.num_steps, rows)
+        (loss * share).backward()
+        return {"loss": loss.item(), **logged}
+
+    def _sum_gradients(self) -> None:
+        """Over the processes; what has a gradient in none of them stays without."""
+        if world_size() == 1:
+            return
+        parameters = list(trainable(self.objective.module).values())
+        used = torch.tensor([p.grad is not None for p in parameters], device=self.device)
+        used = used.to(torch.float32)
+        sum_over_processes([used])
+        chosen = [p for p, count in zip(parameters, used.tolist(), strict=True) if count]
+        for parameter in chosen:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_over_processes(p.grad for p in chosen if p.grad is not None)
+
+
+def _summed(logged: dict[str, float]) -> dict[str, float]:
+    """Sums over the processes, by name; the first process always has a micro-batch."""
+    by_process = gathered(logged)
+    return {name: sum(values.get(name, 0.0) for values in by_process) for name in by_process[0]}
 
 
 def _check_finite(metrics: Mapping[str, float], done: int, run: Run) -> None:
@@ -222,7 +302,7 @@ def kept(run: Run) -> str:
 
 
 def _update(
-    loss: Tensor,
+    loss: float,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     clip: float,
@@ -230,12 +310,9 @@ def _update(
     run: Run,
 ) -> None:
     """One optimiser step, refused where the loss or its gradient is not finite."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(trainable(module).values(), clip)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+    norm = nn.utils.clip_grad_norm_(trainable(module).values(), clip).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingDiverged(
-            f"{run.name}: loss {loss.item()}, gradient norm {norm.item()} at step {step + 1}; "
-            f"{kept(run)}"
+            f"{run.name}: loss {loss}, gradient norm {norm} at step {step + 1}; {kept(run)}"
         )
     optimizer.step()

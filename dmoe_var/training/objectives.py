@@ -5,33 +5,45 @@ Legend: B batch, L tokens of all scales, V vocabulary, H neurons of an FFN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var.conversion.hoyer import (
-    hoyer_loss,
+    ActivationProbe,
+    hoyer,
     inactive_share,
-    record_activations,
     shifted_pre_activation,
 )
 from dmoe_var.data.token_cache import TokenSet
-from dmoe_var.models.var import VAR
+from dmoe_var.models.blocks import Rows
+from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.training.distributed import gathered, rank, world_size
 from dmoe_var.training.loop import OptimConfig
 
 VALIDATION_BATCH = 128
+"""Held-out images at once, where `micro_batch_size` does not say how many fit."""
 
 
 class TokenObjective:
     """What the token-level objectives share: batches of tokens, teacher inputs, validation."""
 
-    def __init__(self, var: VAR, vqvae: VQVAE, training: TokenSet, held_out: TokenSet):
+    repeatable = True
+
+    def __init__(
+        self,
+        var: VAR,
+        vqvae: VQVAE,
+        training: TokenSet,
+        held_out: TokenSet,
+        config: OptimConfig,
+    ):
         self.module: nn.Module = var
         self.var = var
         self.vqvae = vqvae
@@ -39,6 +51,7 @@ class TokenObjective:
         self.held_out = held_out
         self.num_examples = len(training)
         self.device = var.pos_start.device
+        self.validation_batch = config.micro_batch_size or VALIDATION_BATCH
 
     def batch(self, tokens: TokenSet, indices_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (B, L), labels (B,), teacher input (B, L - 1, Cvae)."""
@@ -48,8 +61,9 @@ class TokenObjective:
         return tokens_BL, labels_B, teacher_BLC
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All held-out images in order."""
-        for indices_B in torch.arange(len(self.held_out)).split(VALIDATION_BATCH):
+        """All held-out images in order; every process gets its share of the batches."""
+        batches = torch.arange(len(self.held_out)).split(self.validation_batch)
+        for indices_B in batches[rank() :: world_size()]:
             yield self.batch(self.held_out, indices_B)
 
     def after_step(self, step: int, num_steps: int) -> None:
@@ -57,7 +71,7 @@ class TokenObjective:
 
 
 class Mean:
-    """Running means by name, weighted by a count."""
+    """Running means by name, weighted by a count, over all processes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -68,16 +82,46 @@ class Mean:
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def result(self) -> dict[str, float]:
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+        """The means; every process has to ask for them."""
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for of_process in gathered((self._sums, self._weights)):
+            for target, given in zip((sums, weights), of_process, strict=True):
+                for name, value in given.items():
+                    target[name] = target.get(name, 0.0) + value
+        return {name: total / weights[name] for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class VARTrainingConfig(OptimConfig):
+    """Training of a whole transformer. activation_checkpointing: its blocks run again in the
+    backward pass, a third more work, instead of storing their activations."""
+
+    activation_checkpointing: bool = False
 
 
 class VARObjective(TokenObjective):
     """Cross-entropy of the next scale's tokens, each token weighted 1 / L (base training)."""
 
-    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
+    def __init__(
+        self,
+        var: VAR,
+        vqvae: VQVAE,
+        training: TokenSet,
+        held_out: TokenSet,
+        config: VARTrainingConfig,
+    ):
+        super().__init__(var, vqvae, training, held_out, config)
+        self.activation_checkpointing = config.activation_checkpointing
+        self.learnt_tokens: Tensor | slice = slice(None)
+
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
+    ) -> tuple[Tensor, dict[str, float]]:
         tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        logits_BLV = self.var(labels_B, teacher_BLC)
-        return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten()), {}
+        logits_BLV = self.var(labels_B, teacher_BLC, rows, self.activation_checkpointing)
+        logits_BlV, tokens_Bl = logits_BLV[:, self.learnt_tokens], tokens_BL[:, self.learnt_tokens]
+        return F.cross_entropy(logits_BlV.flatten(0, 1), tokens_Bl.flatten()), {}
 
     def validate(self) -> dict[str, float]:
         """Cross-entropy and accuracy on held-out images, over all tokens and by scale."""
@@ -98,11 +142,36 @@ class VARObjective(TokenObjective):
             mean.add(f"val_accuracy_scale{si}", hit_BL[:, scale].mean(), rows)
 
 
+Scale = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
-class SparsifyConfig(OptimConfig):
+class ConversionConfig:
+    """What sparse fine-tuning changes of the model, and what for.
+
+    train: "blocks+head" as in the paper, or "ffn", the FFNs alone: the dynamic model then shares
+    all else with the dense one. scales: those whose tokens the loss is made of; "all" as in the
+    paper, "last3", or a list: where the sparse model will be used.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    train: Literal["blocks+head", "ffn"] = "blocks+head"
+    scales: Literal["all", "last3"] | tuple[Scale, ...] = "all"
+
+    def scale_numbers(self, num_scales: int) -> tuple[int, ...]:
+        """The scales that the loss is made of."""
+        if self.scales == "all":
+            return tuple(range(num_scales))
+        if self.scales == "last3":
+            return tuple(range(num_scales))[-3:]
+        return tuple(self.scales)
+
+
+@dataclass(frozen=True)
+class SparsifyConfig(VARTrainingConfig):
     """Sparse fine-tuning (DMoE-VAR, Eq. 1): CE + alpha * Hoyer.
 
-    train: what trains; "blocks+head" as in the paper, "ffn" the FFNs alone, "all" everything.
     alpha rises linearly from 0 over `alpha_warmup` (a share of all steps). activation "gelu" is the
     ablation without ReLUfication: Hoyer on clamped and shifted pre-activations.
     """
@@ -110,7 +179,6 @@ class SparsifyConfig(OptimConfig):
     alpha: Annotated[float, Field(ge=0)] = 1e-4
     alpha_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
     activation: Literal["relu", "gelu"] = "relu"
-    train: Literal["blocks+head", "ffn", "all"] = "blocks+head"
 
     def alpha_at(self, step: int, num_steps: int) -> float:
         """alpha of step 0..num_steps - 1."""
@@ -119,17 +187,23 @@ class SparsifyConfig(OptimConfig):
 
 
 def select_trainable(var: VAR, what: str) -> None:
-    """Set requires_grad for `SparsifyConfig.train`."""
-    prefixes = {"blocks+head": ("blocks.", "head"), "all": ("",)}
+    """Set requires_grad for `ConversionConfig.train`."""
     for name, parameter in var.named_parameters():
-        if what == "ffn":
-            parameter.requires_grad_(".ffn." in name)
-        else:
-            parameter.requires_grad_(name.startswith(prefixes[what]))
+        in_ffn = ".ffn." in name
+        in_blocks_or_head = name.startswith(("blocks.", "head"))
+        parameter.requires_grad_(in_ffn if what == "ffn" else in_blocks_or_head)
+
+
+def tokens_of(config: VARConfig, scales: Sequence[int]) -> Tensor | slice:
+    """Index of the tokens of some scales among all L."""
+    if len(scales) == config.num_scales:
+        return slice(None)
+    slices = [config.scale_slices[si] for si in scales]
+    return torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in slices])
 
 
 class SparsifyObjective(VARObjective):
-    """Cross-entropy plus alpha times the Hoyer measure of the FFN activations."""
+    """Cross-entropy plus alpha times the Hoyer measure of the FFN activations, mean of layers."""
 
     def __init__(
         self,
@@ -138,21 +212,26 @@ class SparsifyObjective(VARObjective):
         training: TokenSet,
         held_out: TokenSet,
         config: SparsifyConfig,
+        conversion: ConversionConfig,
     ):
-        super().__init__(var, vqvae, training, held_out)
+        super().__init__(var, vqvae, training, held_out, config)
         self.config = config
-        self.pre_activation = config.activation == "gelu"
-        select_trainable(var, config.train)
+        self.learnt_tokens = tokens_of(var.config, conversion.scale_numbers(var.config.num_scales))
+        self.probe = ActivationProbe(var, pre_activation=config.activation == "gelu")
+        select_trainable(var, conversion.train)
 
-    def _sparsity(self, activations: list[Tensor]) -> Tensor:
-        if self.pre_activation:
-            activations = [shifted_pre_activation(z_BLH) for z_BLH in activations]
-        return hoyer_loss(activations)
+    def _hoyer(self, a_BLH: Tensor) -> Tensor:
+        a_BlH = a_BLH[:, self.learnt_tokens]
+        return hoyer(shifted_pre_activation(a_BlH) if self.probe.pre_activation else a_BlH)
 
-    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
-        with record_activations(self.var, self.pre_activation) as activations:
-            cross_entropy, _ = super().loss(indices_B, step, num_steps)
-        sparsity = self._sparsity(activations)
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
+    ) -> tuple[Tensor, dict[str, float]]:
+        by_layer: dict[int, Tensor] = {}
+        # The first time counts: checkpointed blocks are seen once more in the backward pass.
+        self.probe.see = lambda layer, a_BLH: by_layer.setdefault(layer, self._hoyer(a_BLH))
+        cross_entropy, _ = super().loss(indices_B, step, num_steps, rows)
+        sparsity = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).mean()
         alpha = self.config.alpha_at(step, num_steps)
         logged = {"ce": cross_entropy.item(), "hoyer": sparsity.item(), "alpha": alpha}
         return cross_entropy + alpha * sparsity, logged
@@ -161,15 +240,17 @@ class SparsifyObjective(VARObjective):
         """As for VAR, with the Hoyer measure and the share of inactive neurons by layer and
         scale."""
         mean = Mean()
+
+        def see(layer: int, a_BLH: Tensor) -> None:
+            rows = len(a_BLH)
+            mean.add("val_hoyer", self._hoyer(a_BLH), rows)
+            mean.add("val_inactive", inactive_share(a_BLH, slice(None)), rows)
+            for si, scale in enumerate(self.var.config.scale_slices):
+                share = inactive_share(a_BLH, scale)
+                mean.add(f"val_inactive_layer{layer}_scale{si}", share, rows)
+
+        self.probe.see = see
         for tokens_BL, labels_B, teacher_BLC in self.held_out_batches():
-            with record_activations(self.var, self.pre_activation) as activations:
-                logits_BLV = self.var(labels_B, teacher_BLC)
-            self._add_scores(mean, logits_BLV, tokens_BL)
-            rows = len(tokens_BL)
-            mean.add("val_hoyer", self._sparsity(activations), rows)
-            for layer, a_BLH in enumerate(activations):
-                mean.add("val_inactive", inactive_share(a_BLH, slice(None)), rows)
-                for si, scale in enumerate(self.var.config.scale_slices):
-                    share = inactive_share(a_BLH, scale)
-                    mean.add(f"val_inactive_layer{layer}_scale{si}", share, rows)
+            self._add_scores(mean, self.var(labels_B, teacher_BLC), tokens_BL)
+        self.probe.see = None
         return mean.result()

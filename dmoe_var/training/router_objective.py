@@ -16,11 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.training.loop import OptimConfig
-from dmoe_var.training.objectives import Mean, TokenObjective
+from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
 
 BRANCHES = ("cond", "null")
 
@@ -97,17 +98,14 @@ class RouterObjective(TokenObjective):
         held_out: TokenSet,
         config: RouterConfig,
     ):
-        super().__init__(moe, vqvae, training, held_out)
+        super().__init__(moe, vqvae, training, held_out, config)
         self.ffns = expert_ffns(moe)
         self.routers = nn.ModuleList(ffn.router for ffn in self.ffns)
         self.module = self.routers
         self.config = config
         self.constants_LE: list[Tensor] | None = None
-        slices = moe.config.scale_slices
-        learnt = range(len(slices)) if config.scales is None else config.scales
-        self.learnt_tokens = torch.cat(
-            [torch.arange(slices[si].start, slices[si].stop) for si in learnt]
-        )
+        learnt = config.scales or range(moe.config.num_scales)
+        self.learnt_tokens = tokens_of(moe.config, learnt)
         moe.requires_grad_(False).eval()
         self.routers.requires_grad_(True)
 
@@ -121,10 +119,13 @@ class RouterObjective(TokenObjective):
             self.var(labels_B, teacher_BLC)
         return inputs
 
-    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
+    ) -> tuple[Tensor, dict[str, float]]:
         _, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        num_null = round(self.config.null_share * len(labels_B))
-        labels_B = torch.cat([self._null(labels_B[:num_null]), labels_B[num_null:]])
+        num_null = round(self.config.null_share * rows.total)
+        is_null_B = rows.start + torch.arange(len(labels_B), device=self.device) < num_null
+        labels_B = torch.where(is_null_B, self._null(labels_B), labels_B)
         inputs = self._inputs(labels_B, teacher_BLC)
         losses = []
         for ffn, x_BLC in zip(self.ffns, inputs, strict=True):
@@ -142,7 +143,7 @@ class RouterObjective(TokenObjective):
         """
         totals: list[Tensor] = []
         indices = torch.arange(min(num_images, self.num_examples))
-        chunks = indices.split(64)
+        chunks = indices.split(min(64, self.validation_batch))
         for chunk in chunks:
             _, labels_B, teacher_BLC = self.batch(self.training, chunk)
             for labels in (labels_B, self._null(labels_B)):

@@ -64,7 +64,7 @@ class StateFile:
         for name, parameter in parameters.items():
             prefix = f"optimizer/{name}/"
             optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device if value.ndim else "cpu")
+                key.removeprefix(prefix): value.to(parameter.device)
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }

@@ -25,11 +25,16 @@ class MetricsLog:
         wandb_mode: WandbMode = "disabled",
         run_name: str = "",
         config: Mapping[str, Any] | None = None,
+        enabled: bool = True,
     ):
+        """`enabled` is False for the processes of a run that do not log."""
+        self.enabled = enabled
+        self._wandb = None
         self.path = folder / "metrics.jsonl"
+        if not enabled:
+            return
         kept = [line for line in read_lines(self.path) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._wandb = None
         if wandb_mode != "disabled":
             import wandb
 
@@ -43,6 +48,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics of a step; step counts finished steps, from 1."""
+        if not self.enabled:
+            return
         line = {"step": step, **metrics}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmoe_var.data.digits import ImageSet
+from dmoe_var.data.images import Images
+from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.training.loop import OptimConfig
 from dmoe_var.training.objectives import Mean
@@ -38,6 +39,14 @@ class VQVAETrainingConfig(OptimConfig):
     restart_every: Annotated[int, Field(gt=0)] = 25
     restart_until: Annotated[float, Field(ge=0, le=1)] = 0.8
     dead_below: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batch_size is not None:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must be null: codes are counted and "
+                "restarted on whole batches"
+            )
 
 
 class PerceptualDistance(nn.Module):
@@ -76,8 +85,10 @@ class PerceptualDistance(nn.Module):
 class VQVAEObjective:
     """Reconstruction and quantisation losses; counts codes, restarts dead ones."""
 
+    repeatable = False
+
     def __init__(
-        self, vqvae: VQVAE, training: ImageSet, held_out: ImageSet, config: VQVAETrainingConfig
+        self, vqvae: VQVAE, training: Images, held_out: Images, config: VQVAETrainingConfig
     ):
         self.module: nn.Module = vqvae
         self.vqvae = vqvae
@@ -91,7 +102,9 @@ class VQVAEObjective:
             self.perceptual = PerceptualDistance(config.perceptual_size).to(self.device)
         self._last_batch: Tensor | None = None
 
-    def loss(self, indices_B: Tensor, step: int, num_steps: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
+    ) -> tuple[Tensor, dict[str, float]]:
         images_B3RR = self.training.tensors(indices_B).to(self.device)
         if step == 0:
             self._restart(images_B3RR, torch.ones_like(self._hits(), dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Hoyer's measure in closed form and by loops; activations as recorded from the model."""
+"""Hoyer's measure in closed form and by loops; activations as the model shows them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from dmoe_var.conversion.hoyer import (
+    ActivationProbe,
     hoyer,
-    hoyer_loss,
     inactive_share,
-    record_activations,
     shifted_pre_activation,
 )
 
@@ -43,17 +42,19 @@ def test_mean_over_tokens_by_loops():
     assert_close(hoyer(7 * a_BLH), hoyer(a_BLH))
 
 
-def test_loss_is_the_mean_over_layers_in_float32():
-    layers = [random_activations(2, n, H).bfloat16() for n in (3, 5)]
-    expected = (naive_hoyer(layers[0].double()) + naive_hoyer(layers[1].double())) / 2
-    loss = hoyer_loss(layers)
-    assert loss.dtype == torch.float32
-    assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2],
+)
+def test_half_precisions_are_measured_in_float32(dtype, expected):
+    a_BLH = random_activations(2, 5, H).to(dtype)
+    assert hoyer(a_BLH).dtype == expected
+    assert_close(hoyer(a_BLH).double(), naive_hoyer(a_BLH.double()), rtol=1e-6, atol=0)
 
 
 def test_gradient_is_finite_for_a_silent_token():
     a_BLH = torch.zeros(1, 2, H).requires_grad_()
-    hoyer_loss([a_BLH]).backward()
+    hoyer(a_BLH).backward()
     assert a_BLH.grad.isfinite().all()
 
 
@@ -71,32 +72,39 @@ def test_inactive_share_counts_the_given_tokens():
 
 @torch.no_grad()
 @pytest.mark.parametrize("pre_activation", [False, True])
-def test_recorded_activations(make_var, make_teacher, pre_activation):
-    var, entering = make_var(activation="relu"), []
+def test_the_probe_shows_activations(make_var, make_teacher, pre_activation):
+    """Layer by layer, as they are computed, until it is taken off."""
+    var, entering, shown = make_var(activation="relu"), [], []
     inputs = torch.tensor([1, 2]), make_teacher(var)
     for block in var.blocks:
         block.ffn.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-    with record_activations(var, pre_activation) as kept:
-        var(*inputs)
-    assert len(kept) == len(entering) == 2
-    for block, x_BLC, found in zip(var.blocks, entering, kept, strict=True):
+    probe = ActivationProbe(var, pre_activation)
+    unseen = var(*inputs)
+    assert shown == []
+    entering.clear()
+    probe.see = lambda layer, a_BLH: shown.append((layer, a_BLH))
+    assert torch.equal(var(*inputs), unseen)
+    assert [layer for layer, _ in shown] == [0, 1]
+    for block, x_BLC, (_, found) in zip(var.blocks, entering, shown, strict=True):
         z_BLH = x_BLC @ block.ffn.fc1.weight.T + block.ffn.fc1.bias
         assert_close(found, z_BLH if pre_activation else z_BLH.clamp_min(0), rtol=0, atol=1e-5)
+    probe.remove()
     var(*inputs)
-    assert len(kept) == 2
+    assert len(shown) == 2
 
 
-def test_recording_ends_with_an_error_too(make_var, make_teacher):
+def test_what_the_probe_is_given_back_changes_nothing(make_var, make_teacher):
+    """A hook that returned something would replace the activation."""
     var = make_var()
-    with pytest.raises(ZeroDivisionError), record_activations(var) as kept:
-        raise ZeroDivisionError
+    inputs = torch.tensor([1, 2]), make_teacher(var)
+    expected = var(*inputs)
+    ActivationProbe(var).see = lambda layer, a_BLH: torch.zeros_like(a_BLH)
+    assert torch.equal(var(*inputs), expected)
+
+
+def test_gradient_flows_through_shown_activations(make_var, make_teacher):
+    var, measures = make_var(activation="relu"), []
+    ActivationProbe(var).see = lambda layer, a_BLH: measures.append(hoyer(a_BLH))
     var(torch.tensor([1, 2]), make_teacher(var))
-    assert kept == []
-
-
-def test_gradient_flows_through_recorded_activations(make_var, make_teacher):
-    var = make_var(activation="relu")
-    with record_activations(var) as kept:
-        var(torch.tensor([1, 2]), make_teacher(var))
-    hoyer_loss(kept).backward()
+    torch.stack(measures).mean().backward()
     assert all(block.ffn.fc1.weight.grad.any() for block in var.blocks)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dmoe_var import All, Threshold, convert_to_moe
-from dmoe_var.conversion.to_moe import fill_experts
+from dmoe_var.conversion.to_moe import cluster_layer, fill_experts
 from dmoe_var.models.blocks import FFN
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 
@@ -96,10 +96,18 @@ def test_the_seed_decides(make_var):
     )
 
 
-def test_router_width_and_progress(make_var):
-    var, done = make_var(), []
-    moe = convert_to_moe(var, 128, router_hidden=5, progress=done.append)
-    assert done == [0, 1]
+def test_layers_are_clustered_one_by_one(make_var):
+    """As the whole model is: whoever clusters a layer, its experts are the same."""
+    var = make_var()
+    labels = [cluster_layer(var, layer, 64, seed=1) for layer in (1, 0)][::-1]
+    assert not torch.equal(labels[0], labels[1])
+    ours = convert_to_moe(var, 64, seed=1, labels=labels).state_dict()
+    theirs = convert_to_moe(var, 64, seed=1).state_dict()
+    assert all(torch.equal(ours[k], t) for k, t in theirs.items())
+
+
+def test_router_width(make_var):
+    moe = convert_to_moe(make_var(), 128, router_hidden=5)
     assert moe.blocks[0].ffn.router.fc1.weight.shape == (5, 64)
 
 
@@ -131,5 +139,7 @@ def test_labels_of_too_few_layers_raise(make_var):
 
 
 def test_a_split_model_cannot_be_split(make_var, make_moe):
-    with pytest.raises(ValueError, match="has experts already"):
-        convert_to_moe(make_moe(make_var()), 64)
+    moe, labels = make_moe(make_var()), [random_labels(256, 64, 0)] * 2
+    for given in (None, labels):
+        with pytest.raises(ValueError, match="has experts already"):
+            convert_to_moe(moe, 64, labels=given)

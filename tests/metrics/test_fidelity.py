@@ -1,7 +1,9 @@
-"""FID against closed forms, hand-called networks and torch-fidelity's own entry point."""
+"""FID, precision and recall against closed forms, brute force, hand-called networks and
+torch-fidelity's own entry point."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +21,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.metrics.efflite0 import EFFLITE0
-from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig, Statistics, frechet_distance
+from dmoe_var.metrics.fidelity import (
+    ROWS,
+    Fidelity,
+    FidelityConfig,
+    Moments,
+    Statistics,
+    frechet_distance,
+    precision_recall,
+)
 from dmoe_var.metrics.images import to_uint8
 
 CONFIG = FidelityConfig(input_size=32, batch_size=16)
@@ -77,10 +87,97 @@ def test_statistics_are_summed_in_float64():
     assert statistics.num_images == 20_000
 
 
+@pytest.mark.parametrize("num_images", [2, ROWS - 1, ROWS + 1, 3 * ROWS])
+def test_running_statistics_are_those_of_all_features(num_images):
+    """Batches of any length, about the boundary at which they are merged."""
+    rng = np.random.default_rng(3)
+    features = (rng.standard_normal((num_images, 4)) @ rng.standard_normal((4, 4)) + 100).astype(
+        np.float32
+    )
+    moments = Moments()
+    for batch in np.array_split(features, min(num_images, 7)):
+        moments.add(batch)
+    statistics = moments.statistics()
+    exact = features.astype(np.float64)
+    np.testing.assert_allclose(statistics.mu, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.sigma, np.cov(exact.T), rtol=1e-8, atol=1e-10)
+    assert statistics.num_images == num_images
+
+
 def test_statistics_of_other_networks_do_not_compare():
     a, b = Statistics(np.zeros(3), np.eye(3), 9), Statistics(np.zeros(4), np.eye(4), 9)
     with pytest.raises(InputError, match="of 3 and of 4 features"):
         frechet_distance(a, b)
+
+
+# Precision and recall
+
+
+def brute_force(generated, reference, k):
+    """By the definition: one distance at a time, in float64."""
+    x, y = generated.astype(np.float64), reference.astype(np.float64)
+
+    def share_within_reach(points, centres):
+        reach = [np.sort(np.linalg.norm(centres - c, axis=1))[k] for c in centres]
+        near = [
+            any(np.linalg.norm(p - c) <= r for c, r in zip(centres, reach, strict=True))
+            for p in points
+        ]
+        return float(np.mean(near))
+
+    return share_within_reach(x, y), share_within_reach(y, x)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize(("num_generated", "num_reference"), [(40, 25), (12, 33)])
+def test_precision_and_recall_are_their_definition(k, num_generated, num_reference, monkeypatch):
+    """Also where the distances are taken piece by piece; a narrower sample is more precise and
+    recalls less."""
+    monkeypatch.setattr("dmoe_var.metrics.fidelity.DISTANCE_ROWS", 10)
+    rng = np.random.default_rng(k)
+    reference = rng.standard_normal((num_reference, 6)).astype(np.float32)
+    for width in (0.3, 1, 2):
+        generated = (width * rng.standard_normal((num_generated, 6))).astype(np.float32)
+        found = precision_recall(generated, reference, k)
+        assert found == pytest.approx(brute_force(generated, reference, k), abs=1e-6)
+    narrow = precision_recall((0.3 * generated / width).astype(np.float32), reference, 1)
+    assert narrow[0] > narrow[1]
+
+
+def test_precision_and_recall_of_equal_and_of_far_sets():
+    features = np.random.default_rng(0).standard_normal((30, 5)).astype(np.float32)
+    assert precision_recall(features, features[::-1].copy(), 3) == (1, 1)
+    assert precision_recall(features, features + 100, 3) == (0, 0)
+
+
+def test_near_neighbours_of_large_features_are_told_apart():
+    """Distances of 1e-3 between vectors of length 1e3: float32 loses them."""
+    rng = np.random.default_rng(0)
+    base = np.full(64, 128, np.float32)
+    reference = base + (1e-3 * rng.standard_normal((40, 64))).astype(np.float32)
+    generated = base + (1.2e-3 * rng.standard_normal((40, 64))).astype(np.float32)
+    expected = brute_force(generated, reference, 3)
+    assert precision_recall(generated, reference, 3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("sizes", "which"), [((3, 9), "generated"), ((9, 3), "reference")])
+def test_too_few_images_have_no_neighbours(sizes, which):
+    a, b = (np.zeros((n, 2), np.float32) for n in sizes)
+    with pytest.raises(InputError, match=f"more than 3 {which} images; got 3"):
+        precision_recall(a, b, 3)
+
+
+def test_score_measures_precision_and_recall_on_its_own_features(images, tmp_path):
+    config = replace(CONFIG, precision_recall=True, neighbours=2, reference_images=10)
+    fidelity, others = Fidelity(config), random_images(30, seed=1)
+    features = fidelity.reference_features(others, tmp_path, "a")
+    score = fidelity.score(images, fidelity.statistics(others), features)
+    expected = brute_force(fidelity.features(images), fidelity.features(others)[::3], 2)
+    assert features.shape == (10, 1280)
+    assert set(score) == {f"{m}_efflite0_32px" for m in ("fid", "precision", "recall")}
+    found = (score["precision_efflite0_32px"], score["recall_efflite0_32px"])
+    assert found == pytest.approx(expected)
+    assert 0 < sum(found) < 2
 
 
 # EfficientNet-Lite0
@@ -174,6 +271,28 @@ def test_identical_sets_have_distance_zero(fidelity, images):
     assert score["fid_efflite0_32px"] == pytest.approx(0, abs=1e-3)
 
 
+class OnDemand:
+    """Images that give no more than a batch at a time."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def pixels(self, indices):
+        assert len(indices) <= CONFIG.batch_size
+        return self.images[indices.numpy()]
+
+
+def test_sets_are_read_batch_by_batch(fidelity, images):
+    ours, theirs = fidelity.statistics(OnDemand(images)), fidelity.statistics(images)
+    np.testing.assert_array_equal(ours.sigma, theirs.sigma)
+    assert fidelity.score(OnDemand(images), theirs) == fidelity.score(images, theirs)
+    with pytest.raises(InputError, match="at least 2 images are needed; got 1"):
+        fidelity.score(OnDemand(images[:1]), theirs)
+
+
 def test_name_says_which_network_and_size(fidelity):
     assert fidelity.name == "fid_efflite0_32px"
     assert FidelityConfig().input_size == 64
@@ -184,12 +303,15 @@ def test_name_says_which_network_and_size(fidelity):
 
 def test_reference_is_computed_once(fidelity, images, tmp_path, monkeypatch):
     first = fidelity.reference(images, tmp_path / "cache", "digits/train")
-    monkeypatch.setattr(Fidelity, "features", lambda *_, **__: pytest.fail("computed again"))
+    features = fidelity.reference_features(images, tmp_path / "cache", "digits/train")
+    monkeypatch.setattr(Fidelity, "_layers", lambda *_, **__: pytest.fail("computed again"))
     second = fidelity.reference(images, tmp_path / "cache", "digits/train")
+    again = fidelity.reference_features(images, tmp_path / "cache", "digits/train")
+    np.testing.assert_array_equal(features, again)
     np.testing.assert_array_equal(first.mu, second.mu)
     np.testing.assert_array_equal(first.sigma, second.sigma)
     assert second.num_images == 40
-    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npz"]
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npz"] * 2
 
 
 def test_cached_reference_is_the_sets_statistics(fidelity, images, tmp_path):
@@ -217,12 +339,21 @@ def test_broken_cache_file_is_named(fidelity, images, tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_cached_features_of_another_set_are_noticed(fidelity, images, tmp_path):
+    fidelity.reference_features(images, tmp_path, "a")
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(DataError, match=rf"{path}: features are float32 \(40, 1280\)"):
+        fidelity.reference_features(images[:30], tmp_path, "a")
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
         {"mu": np.zeros(3)},
         {"mu": np.zeros(3), "sigma": np.eye(4)},
         {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
+        {"mu": np.array(["a", "b", "c"]), "sigma": np.eye(3)},
+        {"mu": np.zeros((1, 3)), "sigma": np.eye(3)},
     ],
 )
 def test_file_with_other_content_is_named(tmp_path, arrays):
@@ -244,11 +375,11 @@ def test_cache_does_not_hide_bad_images(fidelity, images, tmp_path):
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(file, **_):
+    def fail(file, *_, **__):
         file.write(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
     with pytest.raises(OSError, match="disk full"):
         Statistics(np.zeros(3), np.eye(3), 9).save(tmp_path / "a.npz")
     assert list(tmp_path.iterdir()) == []
@@ -292,8 +423,6 @@ def test_inception_gives_fid_and_inception_score(inception_weights):
     images = random_images(12, seed=0)
     reference = Statistics(np.zeros(2048), np.zeros((2048, 2048)), 9)
 
-    score = fidelity.score(images, reference)
-
     network = FeatureExtractorInceptionV3(
         "inception",
         ["2048", "logits_unbiased"],
@@ -301,12 +430,19 @@ def test_inception_gives_fid_and_inception_score(inception_weights):
     )
     with torch.no_grad():
         features, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
+    score = fidelity.score(images, reference, features[:6].numpy())
     p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(12)]
     bounds = [i * 12 // 10 for i in range(11)]
     parts = [p[a:b] for a, b in pairwise(bounds)]
     scores = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in parts]
     assert fidelity.name == "fid"
-    assert set(score) == {"fid", "inception_score_mean", "inception_score_std"}
+    assert set(score) == {
+        "fid", "inception_score_mean", "inception_score_std", "precision", "recall",
+    }  # fmt: skip
+    assert score["precision"] >= 0.5
+    assert score["recall"] == 1
+    assert fidelity.num_features == features.shape[1]
+    assert fidelity.weights_sha256 == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
     to_origin = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert score["fid"] == pytest.approx(to_origin.item(), rel=1e-4)
     assert score["inception_score_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
@@ -418,6 +554,8 @@ def test_bad_images_are_one_clear_line(fidelity, tmp_path, images, message):
         {"backbone": "vgg"},
         {"inputsize": 64},
         {"input_size": float("nan")},
+        {"neighbours": 0},
+        {"reference_images": 0},
     ],
 )
 def test_configuration_out_of_range_is_refused(values):

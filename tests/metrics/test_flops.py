@@ -23,7 +23,7 @@ from dmoe_var import (
     convert_to_moe,
     generate,
 )
-from dmoe_var.metrics.flops import SAMPLER_PARTS, count_flops, report
+from dmoe_var.metrics.flops import SAMPLER_PARTS, count_flops, pairs_per_image, report
 from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost, fixed_cost
 from dmoe_var.metrics.flops_ops import UnknownOperatorError, count_macs
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
@@ -205,7 +205,7 @@ def test_published_d16():
     assert round(once.total_gmac, 2) == 298.48
     assert once.fixed.decoder_macs == decoder_macs(vqvae.config)
     assert round(sum(every.macs["adaln"]) / 1e9, 2) == 2.01
-    published = report(every, [], {}, num_images=1)
+    published = report(every, {}, {}, num_images=1)
     assert round(published.total_gmac, 2) == 300.29
     assert round(sum(published.by_part_and_scale_gmac["ffn"][-3:]), 2) == 140.93
     assert once.fixed.macs["ffn"] == tuple(sampler_macs(16, 1024, 4096, PATCH_NUMS_256, 2)["ffn"])
@@ -390,6 +390,12 @@ def counts_of(*experts_by_row):
     return counts
 
 
+def report_of(batches, rules, num_images):
+    """The report of HAND_MADE from batches of counts, read one after the other."""
+    pairs = pairs_per_image(iter(batches), rules, HAND_MADE.branches)
+    return report(HAND_MADE, pairs, rules, num_images)
+
+
 HAND_MADE = FixedCost(
     branches=2,
     macs=dict.fromkeys(("qkv_proj", "attention", "ffn", "adaln", "other"), (0, 0))
@@ -406,7 +412,7 @@ def test_mean_and_spread_over_images_of_different_counts():
         counts_of([1, 2], [4, 4], [0, 1], [4, 3]),  # images of 1+2+0+1 = 4 and 4+4+4+3 = 15 pairs
         counts_of([1, 1], [1, 1]),  # an image of 4
     ]
-    flops = report(HAND_MADE, iter(batches), {1: Threshold(0.5)}, num_images=3)
+    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
 
     pairs = np.array([4, 15, 4])
     assert flops.pairs == {1: tuple(pairs)}
@@ -421,7 +427,7 @@ def test_mean_and_spread_over_images_of_different_counts():
 
 def test_metrics_are_flat_and_name_their_unit():
     batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
-    flops = report(HAND_MADE, batches, {1: Threshold(0.5)}, num_images=2)
+    flops = report_of(batches, {1: Threshold(0.5)}, num_images=2)
     metrics = flops.metrics()
     assert metrics == pytest.approx({
         "flops_gmac": 15.5, "flops_gmac_std": 5.5, "flops_gflop": 31,
@@ -450,13 +456,13 @@ def test_metrics_are_flat_and_name_their_unit():
 def test_counts_of_another_run_are_refused(num_images, rules):
     batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
     with pytest.raises(ValueError, match="experts were counted"):
-        report(HAND_MADE, batches, rules, num_images)
+        report_of(batches, rules, num_images)
 
 
 def test_counts_of_another_model_are_refused():
     batches = [counts_of([4, 4, 4], [4, 4, 4])]
     with pytest.raises(ValueError, match="not those of this model"):
-        report(HAND_MADE, batches, {1: Threshold(0.5)}, num_images=1)
+        report_of(batches, {1: Threshold(0.5)}, num_images=1)
 
 
 # Options

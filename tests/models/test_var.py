@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from dmoe_var import VAR, VARConfig, VQVAEConfig, build_models
-from dmoe_var.models.blocks import Block, DropPath, SelfAttention, activation
+from dmoe_var.models.blocks import Block, DropPath, Rows, SelfAttention, activation, whole
 from dmoe_var.models.var import check_pair
 from dmoe_var.moe.layer import ExpertConfig
 
@@ -275,9 +275,47 @@ def test_drop_path_rises_over_the_blocks(make_var):
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropped = DropPath(0.25).train()(torch.ones(4000, 2, 3))
-    assert_close(dropped, dropped[:, :1, :1].expand_as(dropped))
+    dropped = DropPath(0.25).train()(torch.ones(4000, 1, 3), None)
+    assert_close(dropped, dropped[:, :, :1].expand_as(dropped))
     share = (dropped == 0).float().mean().item()
     assert share == pytest.approx(0.25, abs=0.03)
     assert_close(dropped.max(), torch.tensor(1 / 0.75))
     assert torch.equal(dropped.unique(), torch.tensor([0, 1 / 0.75]))
+
+
+@pytest.mark.parametrize("part", [Rows(0, 40), Rows(39, 40), Rows(13, 40)])
+def test_a_part_draws_what_its_rows_of_the_batch_do(part):
+    size = min(17, part.total - part.start)
+    gamma_B1C = torch.randn(40, 1, 3)
+    mine = slice(part.start, part.start + size)
+    drop_path = DropPath(0.5).train()
+    torch.manual_seed(1)
+    whole_B1C, following = drop_path(gamma_B1C, whole(40)), torch.rand(1)
+    torch.manual_seed(1)
+    part_B1C = drop_path(gamma_B1C[mine], part)
+    assert torch.equal(part_B1C, whole_B1C[mine])
+    assert torch.equal(torch.rand(1), following)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_training_draws_of_a_part(make_var, make_teacher, start):
+    """Labels and residual branches of rows 3.. of eight are dropped as in the whole batch."""
+    var = make_var(label_drop=0.5, drop_path=0.5).double().train()
+    labels, teacher = torch.arange(8) % 5, make_teacher(var, 8)
+    torch.manual_seed(2)
+    expected = var(labels, teacher)
+    torch.manual_seed(2)
+    logits = var(labels[start:], teacher[start:], Rows(start, 8))
+    assert_close(logits, expected[start:], rtol=0, atol=1e-12)
+    if start:
+        torch.manual_seed(2)
+        alone = var(labels[start:], teacher[start:])
+        assert (alone - expected[start:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_without_training_rows_mean_nothing(make_var, make_teacher):
+    var = make_var(label_drop=0.5, drop_path=0.5)
+    inputs = torch.tensor([1, 4]), make_teacher(var)
+    assert torch.equal(var(*inputs, Rows(3, 9)), var(*inputs))

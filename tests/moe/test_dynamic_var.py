@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var import VAR, DynamicVAR, Oracle, Threshold, TopK
+from dmoe_var import VAR, All, DynamicVAR, Oracle, Threshold, TopK, VARConfig, count_flops, generate
 from dmoe_var.conversion.relufication import relufy
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.dynamic_var import EMBEDDINGS
+from dmoe_var.moe.layer import ExpertConfig, ExpertCounts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -45,10 +47,12 @@ def teacher(dense, make_teacher):
 def test_tau_0_is_the_unsplit_relu_model(
     dense, relu, moe, teacher, head_inputs, moe_scales, options
 ):
-    with head_inputs(dense, moe) as split_h:
-        split = DynamicVAR(dense, moe, moe_scales)(LABELS, teacher, **options)
-    with head_inputs(dense, relu) as unsplit_h:
-        unsplit = DynamicVAR(dense, relu, moe_scales)(LABELS, teacher)
+    split, unsplit = DynamicVAR(dense, moe, moe_scales), DynamicVAR(dense, relu, moe_scales)
+    with head_inputs(split.dense, split.moe) as split_h:
+        split = split(LABELS, teacher, **options)
+    with head_inputs(unsplit.dense, unsplit.moe) as unsplit_h:
+        unsplit = unsplit(LABELS, teacher)
+    assert len(split_h) == len(unsplit_h) == LAST + 1
     assert_close(split_h, unsplit_h, rtol=0, atol=1e-12)
     assert_close(split, unsplit, rtol=0, atol=1e-5)
 
@@ -149,3 +153,190 @@ def test_all_experts_equal_the_unsplit_model_in_float64(dense, make_moe, teacher
     expected = joined.double()(LABELS, teacher.double())
     assert logits.dtype == torch.float64
     assert (logits - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def memory(model):
+    """Bytes of a model's tensors, each place in memory counted once."""
+    places = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+    return sum(places.values())
+
+
+def places(model):
+    return {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+
+def names_held_once(model):
+    """By address, whatever the model itself says."""
+    dense, moe = places(model.dense), places(model.moe)
+    return {name for name in moe if moe[name] == dense.get(name)}
+
+
+@pytest.fixture
+def tuned(make_var, make_moe):
+    """Dense, its FFNs fine-tuned, and those as experts: the rest equals the dense model's."""
+    dense = make_var(seed=0)
+    relu = relufy(deepcopy(dense))
+    for block in relu.blocks:
+        for parameter in block.ffn.parameters():
+            parameter.mul_(1.5)
+    return dense, relu, make_moe(relu)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["experts", "unsplit"])
+def test_what_was_not_fine_tuned_is_held_once(tuned, split):
+    dense, relu, experts = tuned
+    moe = experts if split else relu
+    model = DynamicVAR(dense, moe, (2, 3))
+    rest = {name for name in moe.state_dict() if ".ffn." not in name}
+    assert names_held_once(model) == rest == set(model.shared_names)
+    own = sum(t.numel() * 4 for name, t in moe.state_dict().items() if name not in rest)
+    assert memory(model) == memory(dense) + own
+    assert len(list(model.parameters())) == len(list(dense.parameters())) + sum(
+        ".ffn." in name for name, _ in moe.named_parameters()
+    )
+    prefixed = {f"dense.{n}" for n in dense.state_dict()} | {f"moe.{n}" for n in moe.state_dict()}
+    assert set(model.state_dict()) == prefixed
+
+
+def test_nothing_is_copied_and_neither_model_changes(tuned):
+    dense, _, moe = tuned
+    before = [places(dense), places(moe)]
+    values = deepcopy([dense.state_dict(), moe.state_dict()])
+    model = DynamicVAR(dense, moe, (2, 3))
+    joined = places(model.moe)
+    assert {p for n, p in joined.items() if ".ffn." in n} == {
+        p for n, p in before[1].items() if ".ffn." in n
+    }
+    assert set(joined.values()) <= set(before[0].values()) | set(before[1].values())
+    model.double()
+    assert places(moe) == before[1]
+    assert all(t.dtype in (torch.float32, torch.int64) for t in moe.state_dict().values())
+    for now, then in zip((dense.float(), moe), values, strict=True):
+        assert all(torch.equal(now.state_dict()[name], tensor) for name, tensor in then.items())
+
+
+def test_embeddings_are_the_dense_models_whatever_the_other_holds(dense, moe):
+    model = DynamicVAR(dense, moe, (2, 3))
+    embeddings = {name for name in dense.state_dict() if name.startswith(EMBEDDINGS)}
+    assert len(embeddings) == 8
+    assert embeddings <= names_held_once(model)
+    assert not torch.equal(moe.class_emb.weight, model.moe.class_emb.weight)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.to(torch.float64),
+        lambda model: model.half(),
+        lambda model: model.to(torch.bfloat16).float(),
+        lambda model: model.to("meta").to_empty(device="cpu"),
+        deepcopy,
+    ],
+    ids=["float64", "half", "there and back", "device", "deepcopy"],
+)
+def test_conversions_keep_it_shared(tuned, convert):
+    dense, _, moe = tuned
+    model = DynamicVAR(dense, moe, (2, 3))
+    names = names_held_once(model)
+    assert {"attn_bias_for_masking", "blocks.0.attn.zero_k_bias", "lvl_1L"} <= names
+    converted = convert(model)
+    assert names_held_once(converted) == names
+    for name in names:
+        ours, theirs = (
+            m.state_dict(keep_vars=True)[name] for m in (converted.dense, converted.moe)
+        )
+        assert ours is theirs
+    kinds = {t.dtype for t in converted.state_dict().values() if t.is_floating_point()}
+    assert len(kinds) == 1
+
+
+def test_conversion_gives_the_same_logits_as_converting_first(tuned, teacher):
+    dense, _, moe = tuned
+    first = DynamicVAR(deepcopy(dense).double(), deepcopy(moe).double(), (2, 3))
+    later = DynamicVAR(dense, moe, (2, 3)).double()
+    assert torch.equal(first(LABELS, teacher, tau=0.4), later(LABELS, teacher, tau=0.4))
+
+
+def test_equal_means_bit_by_bit(tuned):
+    dense, relu, _ = tuned
+    dense.head.bias[0], relu.head.bias[0] = 0.0, -0.0
+    dense.blocks[0].attn.proj.bias[0] = relu.blocks[0].attn.proj.bias[0] = torch.nan
+    held = names_held_once(DynamicVAR(dense, relu, (2, 3)))
+    assert "head.bias" not in held
+    assert {"head.weight", "blocks.0.attn.proj.bias"} <= held
+
+
+def test_modes_and_gradients_stay(tuned):
+    dense, _, moe = tuned
+    dense.train()
+    dense.head.requires_grad_(False)
+    moe.eval()
+    moe.blocks[1].ffn.train()
+    moe.blocks[0].ffn.w1_EDC.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in moe.named_parameters()}
+    model = DynamicVAR(dense, moe, (2, 3))
+    assert {name: p.requires_grad for name, p in moe.named_parameters()} == flags
+    assert model.dense.training
+    assert [m.training for m in model.moe.modules()] == [m.training for m in moe.modules()]
+    assert not model.moe.head.weight.requires_grad
+    assert not model.moe.blocks[0].ffn.w1_EDC.requires_grad
+    assert model.moe.blocks[1].ffn.w1_EDC.requires_grad
+    assert model.moe.blocks[0].attn.proj.weight.requires_grad
+
+
+def test_a_d16_with_fine_tuned_ffns_takes_1_46_of_the_dense_model():
+    """Sizes of all tensors, on the meta device: what is not in an FFN is there once."""
+    config = VARConfig(depth=16)
+    with torch.device("meta"):
+        dense = VAR(config)
+        moe = VAR(replace(config, activation="relu", experts=ExpertConfig(128)))
+    size = {n: t.numel() * t.element_size() for n, t in dense.state_dict().items()}
+    own = [t.numel() * t.element_size() for n, t in moe.state_dict().items() if ".ffn." in n]
+    neurons, width = 4 * 1024, 1024
+    ffns = 16 * 4 * (2 * neurons * width + neurons + width)
+    routers = 16 * 4 * (width * 128 + 128 * 32)
+    assert sum(own) == ffns + routers
+    ratio = 1 + sum(own) / sum(size.values())
+    assert 1.43 < ratio <= 1.46
+
+
+def test_two_values_for_what_is_held_once_raise(tuned):
+    dense, _, moe = tuned
+    model = DynamicVAR(dense, moe, (2, 3))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    state["moe.head.bias"] += 1
+    with pytest.raises(ValueError, match=r"head\.bias: held once"):
+        model.load_state_dict(state)
+    assert torch.equal(model.dense.head.bias, state["dense.head.bias"])
+
+
+def test_a_model_runs_its_own_selection(dense, moe, teacher, make_vqvae):
+    vqvae = make_vqvae().double()
+    plain = DynamicVAR(dense, moe, (2, 3))
+    model = DynamicVAR(dense, moe, (2, 3), selection=[Threshold(0.4), TopK(2)])
+    given = {"selection": [Threshold(0.4), TopK(2)]}
+    for run in (
+        lambda m, **kw: m(LABELS, teacher, **kw),
+        lambda m, **kw: generate(m, vqvae, LABELS, **kw),
+    ):
+        expected = run(plain, **given)
+        assert torch.equal(run(model), expected)
+        assert not torch.equal(run(plain), expected)
+        assert torch.equal(run(model, selection=All()), run(plain))
+        assert torch.equal(run(model, tau=0.9), run(plain, tau=0.9))
+    counted = count_flops(model, vqvae, LABELS)
+    assert counted.metrics() == count_flops(plain, vqvae, LABELS, **given).metrics()
+    assert counted.total_gmac < count_flops(plain, vqvae, LABELS).total_gmac
+
+
+def test_own_selection_can_be_set_and_is_checked(dense, relu, moe):
+    model = DynamicVAR(dense, moe, (2, 3))
+    assert model.selection is None
+    model.selection = TopK(2)
+    assert model.selection == TopK(2)
+    with pytest.raises(ValueError, match="selection has 3 values"):
+        model.selection = [TopK(2)] * 3
+    assert model.selection == TopK(2)
+    with pytest.raises(ValueError, match="no experts"):
+        DynamicVAR(dense, relu, (2, 3), selection=TopK(2))

@@ -5,10 +5,13 @@ Scores, tau and shares are multiples of 1/8, so that ties and equalities are exa
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
+from dmoe_var.moe.selection import selection_from_json, selection_to_json
 
 E = 8
 RULES = [Threshold(0.5), Oracle(0.5), TopK(3), Cumulative(0.5), Random(3), All()]
@@ -136,3 +139,41 @@ def test_values_out_of_range_raise(rule_type, value):
 def test_more_experts_than_there_are_raise(rule_type):
     with pytest.raises(ValueError, match="k=9 is more than the 8 experts"):
         rule_type(E + 1)(SCORES)
+
+
+@pytest.mark.parametrize("selection", [None, *RULES, RULES, [], Threshold(1 / 3)], ids=str)
+def test_rules_come_back_from_json(selection):
+    stored = json.loads(json.dumps(selection_to_json(selection)))
+    assert selection_from_json(stored) == selection
+
+
+def test_names_are_those_of_configurations():
+    names = [content["rule"] for content in selection_to_json(RULES)]
+    assert names == ["threshold", "oracle", "top_k", "cumulative", "random", "all"]
+
+
+@pytest.mark.parametrize("rule", [Threshold(torch.tensor(0.5)), 0.5, [0.5]], ids=str)
+def test_what_is_no_plain_rule_is_not_stored(rule):
+    with pytest.raises(ValueError, match="selection="):
+        selection_to_json(rule)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rule": "best"}, r"selection\.rule='best' is none of threshold, oracle"),
+        ("threshold", "none of"),
+        (["threshold"], "none of"),
+        ({"rule": ["all"]}, "none of"),
+        ({"tau": 0.5}, "rule=None is none of"),
+        ({"rule": "threshold"}, r"selection\.tau of rule threshold: Field required"),
+        ({"rule": "threshold", "tau": 1.5}, r"tau=1\.5 is not within \[0, 1\]"),
+        ({"rule": "threshold", "tau": True}, r"selection\.tau .*valid number"),
+        ({"rule": "top_k", "k": 2.5}, r"selection\.k .*valid integer"),
+        ({"rule": "random", "k": 2, "tau": 1}, r"selection\.tau .*Unexpected"),
+    ],
+)
+def test_other_json_is_refused_in_one_line(content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        selection_from_json(content)
+    assert "\n" not in str(caught.value)

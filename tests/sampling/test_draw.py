@@ -6,43 +6,60 @@ import numpy as np
 import pytest
 import torch
 
-from dmoe_var import DynamicVAR, Threshold, generate
+from dmoe_var import Threshold, count_flops, generate
+from dmoe_var.arrays import write_npz
 from dmoe_var.errors import DataError
-from dmoe_var.sampling.draw import Samples, balanced_labels, draw_samples
+from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.sampler import SamplingConfig
 
 SAMPLING = {"cfg": 2.0, "top_k": 20, "top_p": 0.9}
 LABELS = np.array([0, 1, 2, 3, 4, 2, 2])
 
 
-@pytest.fixture(scope="module")
-def models(make_var, make_moe, make_vqvae):
-    dynamic = DynamicVAR(make_var(seed=0), make_moe(make_var(seed=1, activation="relu")), (2, 3))
-    return dynamic, make_vqvae()
-
-
-def drawn(models, batch_size):
-    sampling = SamplingConfig(batch_size=batch_size, **SAMPLING)
-    return draw_samples(*models, LABELS, 5, sampling, selection=Threshold(0.3))
+def drawing_of(models, batch_size, **options):
+    sampling = SamplingConfig(batch_size=batch_size, **{**SAMPLING, **options})
+    return Drawing(*models, LABELS, 5, sampling, Threshold(0.3))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_images_are_the_samplers_whatever_the_batch(models, batch_size):
-    samples, counts = drawn(models, batch_size)
-    images = generate(*models, torch.from_numpy(LABELS), seed=5, tau=0.3, **SAMPLING)
+def test_images_are_the_samplers_whatever_the_batch(tiny_models, batch_size):
+    drawing = drawing_of(tiny_models, batch_size)
+    assert drawing.num_batches == -(-len(LABELS) // batch_size)
+    batches = [drawing.batch(i).samples for i in range(drawing.num_batches)]
+    images = generate(*tiny_models, torch.from_numpy(LABELS), seed=5, tau=0.3, **SAMPLING)
     expected = (images * 255).permute(0, 2, 3, 1).numpy()
-    assert samples.images.dtype == np.uint8
-    assert np.abs(samples.images - expected).max() < 0.51  # rounded, not cut off
-    assert np.array_equal(samples.labels, LABELS)
-    assert samples.seeds.tolist() == [5] * len(LABELS)
-    assert len(counts) == -(-len(LABELS) // batch_size)
-    assert sum(c.per_token(3).shape[1] for c in counts) == 2 * len(LABELS)
+    drawn = np.concatenate([batch.images for batch in batches])
+    assert drawn.dtype == np.uint8
+    assert drawn.shape[1] == drawing.image_size
+    assert np.abs(drawn - expected).max() < 0.51  # rounded, not cut off
+    assert np.concatenate([batch.labels for batch in batches]).tolist() == LABELS.tolist()
+    assert np.concatenate([batch.seeds for batch in batches]).tolist() == [5] * len(LABELS)
 
 
-def test_one_image_can_be_drawn_again(models):
-    samples, _ = drawn(models, 4)
-    again = generate(*models, [4], seed=5, start_index=4, tau=0.3, **SAMPLING)
-    assert np.abs(samples.images[4] - (again[0] * 255).permute(1, 2, 0).numpy()).max() < 0.51
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+@pytest.mark.parametrize("batch_size", [3, 7])
+def test_experts_are_counted_by_image(tiny_models, batch_size, cfg):
+    """The same as what `count_flops` finds, with and without the unconditional rows."""
+    drawing = drawing_of(tiny_models, batch_size, cfg=cfg)
+    batches = [drawing.batch(i) for i in range(drawing.num_batches)]
+    counted = count_flops(
+        *tiny_models, LABELS.tolist(), seed=5, tau=0.3, **{**SAMPLING, "cfg": cfg}
+    )
+    for si in (2, 3):
+        pairs = [n for batch in batches for n in batch.pairs[si]]
+        assert tuple(pairs) == counted.pairs[si]
+    assert all(batch.seconds > 0 for batch in batches)
+
+
+def test_without_a_rule_nothing_is_counted(tiny_models):
+    sampling = SamplingConfig(batch_size=4, **SAMPLING)
+    assert Drawing(*tiny_models, LABELS, 5, sampling).batch(0).pairs == {}
+
+
+def test_one_image_can_be_drawn_again(tiny_models):
+    images = drawing_of(tiny_models, 3).batch(1).samples.images
+    again = generate(*tiny_models, [4], seed=5, start_index=4, tau=0.3, **SAMPLING)
+    assert np.abs(images[1] - (again[0] * 255).permute(1, 2, 0).numpy()).max() < 0.51
 
 
 @pytest.mark.parametrize("num_samples", [10, 13])
@@ -52,24 +69,36 @@ def test_labels_are_balanced(num_samples):
     assert counts.max() - counts.min() <= 1
 
 
-def test_files_keep_everything(models, tmp_path):
-    samples, _ = drawn(models, 7)
-    samples.save(tmp_path / "new" / "samples.npz")
-    loaded = Samples.load(tmp_path / "new" / "samples.npz")
-    assert np.array_equal(loaded.images, samples.images)
-    assert np.array_equal(loaded.labels, samples.labels)
-    assert np.array_equal(loaded.seeds, samples.seeds)
-    with np.load(tmp_path / "new" / "samples.npz") as file:  # as the ADM evaluator reads it
-        assert np.array_equal(file["arr_0"], samples.images)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npz"]
+STORED = {
+    "arr_0": np.arange(384, dtype=np.int64).reshape(2, 8, 8, 3).astype(np.uint8),
+    "labels": np.array([3, 1]),
+    "seeds": np.array([7, 7]),
+}
+
+
+def test_stored_samples_stay_on_the_disk(tmp_path):
+    write_npz(tmp_path / "samples.npz", STORED)
+    samples = Samples.load(tmp_path / "samples.npz")
+    assert isinstance(samples.images, np.memmap)
+    for found, stored in zip(vars(samples).values(), STORED.values(), strict=True):
+        assert np.array_equal(found, stored)
 
 
 @pytest.mark.parametrize("left", [None, 0, 10, 200, -1], ids=str)
 def test_broken_files_are_one_line(tmp_path, left):
     path = tmp_path / "samples.npz"
     if left is not None:
-        Samples(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2), np.arange(2)).save(path)
+        write_npz(path, STORED)
         path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(DataError, match=str(path)) as caught:
         Samples.load(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"arr_0": np.zeros((2, 8, 8, 3))}, {"labels": np.arange(3)}, {"arr_0": np.eye(2)}]
+)
+def test_other_files_are_refused(tmp_path, changes):
+    write_npz(tmp_path / "samples.npz", {**STORED, **changes})
+    with pytest.raises(DataError, match=r"samples\.npz: expected images"):
+        Samples.load(tmp_path / "samples.npz")

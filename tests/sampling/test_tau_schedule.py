@@ -58,6 +58,30 @@ def test_nothing_given_is_no_routing(moe_scales):
 
 
 @pytest.mark.parametrize(
+    ("tau", "selection", "expected"),
+    [
+        (None, None, [TopK(1), TopK(2), TopK(3)]),
+        (0.2, None, [Threshold(0.2)] * 3),
+        (0.0, None, [Threshold(0.0)] * 3),
+        (None, Oracle(0.5), [Oracle(0.5)] * 3),
+    ],
+)
+def test_what_is_given_goes_before_the_models_own(tau, selection, expected):
+    own = [TopK(1), TopK(2), TopK(3)]
+    rules = resolve_rules(tau, selection, 10, MOE, own)
+    assert rules == dict(zip(MOE, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("own", "moe_scales", "message"),
+    [([TopK(1)] * 4, MOE, "selection has 4 values"), (TopK(1), (), "no experts")],
+)
+def test_a_models_own_selection_is_checked(own, moe_scales, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_rules(None, None, 10, moe_scales, own)
+
+
+@pytest.mark.parametrize(
     ("tau", "selection", "moe_scales", "message"),
     [
         (0.1, TopK(1), MOE, "both given"),

@@ -18,14 +18,29 @@ WRONG = [
     ("sparsify", ["no.such.section=1"], ("no.such.section", "unknown key")),
     ("train_vqvae", ["train_vqvae.steps=many"], ("train_vqvae.steps='many'", "integer")),
     ("pipeline", ["sparsify.alpha=-1"], ("sparsify.alpha=-1", "greater than or equal to 0")),
-    ("sample", ["experiment=imagenet"], ("experiment=imagenet", "allowed: digits, digits_base")),
+    ("sample", ["experiment=imagination"], ("experiment=imagination", "allowed: digits, digits")),
     ("evaluate", ["moe=huge"], ("moe=huge", "allowed: mini")),
     ("split", ["split.expert_size=48"], ("split.expert_size=48", "512")),
     ("sweep", ["sweep.seeds=["], ("sweep.seeds",)),
-    ("train_router", ["lr"], ("lr",)),
+    ("train_router", ["lr"], ("lr: no setting", "key=value")),
+    ("train_router", ["--steps", "5"], ("--steps: unknown option", "key=value", "--help")),
+    ("train_router", ["seed=1", "--steps=5"], ("--steps=5: unknown option", "key=value")),
+    ("train_var", ["--cfg", "nonsense"], ("--cfg", "nonsense", "'job'")),
+    ("train_var", ["seed=0", "-m", "train_var.lr=-1"], ("train_var.lr=-1", "greater than")),
+    ("evaluate", ["tau=0.3"], ("tau=0.3: unknown key", "data, vqvae")),
+    ("sample", ["tau=1.5"], ("selection.tau", "1.5", "less than or equal to 1")),
+    ("sample", ["seeds=[1,1]"], ("seeds=[1, 1]", "distinct")),
+    ("sample", ["seeds=-1"], ("sample.seeds", "-1", "greater than or equal to 0")),
+    ("sample", ["classes=[3,'3']"], ("sample.classes=[3, '3']", "distinct")),
+    ("sample", ["classes=[]"], ("sample.classes", "[] must be a class or a list of classes")),
+    ("sample", ["classes=[1.5]"], ("sample.classes", "1.5 must be the index or the name")),
+    ("sample", ["classes=golden_retriever"], ("'golden_retriever' is no class", "0..9")),
+    ("sample", ["-m", "classes=3,10"], ("sample.classes: 10 must be within 0..9",)),
+    ("sample", ["sample.model=sparse"], ("sample.model='sparse'", "'dense', 'dynamic' or 'both'")),
+    ("sample", ["sample.model=both"], ("train_router is not done", "sample.model=dense")),
     ("train_var", ["-m", "seed=0,1", "train_var.lr=1e-3,-1"], ("train_var.lr=-1", "greater than")),
     ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: digits")),
-    ("train_var", [], ("train_vqvae is not done", "scripts/train_vqvae.py")),
+    ("split", [], ("sparsify is not done", "scripts/sparsify.py")),
 ]
 NO_DEVICE = [
     ("train_vqvae", ["device=cuda"], ("device=cuda", "allowed: auto, cpu")),
@@ -56,6 +71,32 @@ def test_wrong_command_line_in_a_fresh_python(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     parts = ("sampling.cfg=-1", "greater than or equal to 0")
     assert_refused(done.returncode, done.stdout, done.stderr, parts, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job", "tau=0.3"]])
+def test_what_hydra_shows(launch, tmp_path, arguments):
+    finished = launch("sample", *arguments, cwd=tmp_path)
+    assert (finished.status, finished.stderr) == (0, "")
+    assert "per_class: 4" in finished.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_without_experts(launch, tmp_path):
+    """Of a fresh checkout: the base models that the package carries, by the short keys."""
+    arguments = ("seeds=[0,5]", "tau=0.3", "classes=[8,3]", "sample.single_pngs=true", "device=cpu")
+    finished = launch("sample", *arguments, "progress=false", "threads=1", cwd=tmp_path)
+    assert (finished.status, finished.stderr) == (0, "")
+    note, where = finished.stdout.splitlines()
+    assert "there is no dynamic one yet: train_router is not done in runs/digits" in note
+    assert where.startswith("sample: runs/digits/sample/")
+    folder = tmp_path / where.removeprefix("sample: ")
+    record = json.loads((folder / "result.json").read_text())
+    config = {key: record["config"][key] for key in ("sample.classes", "sample.seeds")}
+    assert config == {"sample.classes": [8, 3], "sample.seeds": [0, 5]}
+    assert record["config"]["selection.tau"] == [0.3]
+    found = {path.name for path in (folder / "dense").glob("*.png")}
+    assert found == {f"class{c}_seed{s}_{j}.png" for c in (3, 8) for s in (0, 5) for j in range(4)}
+    assert (folder / "grid.png").exists()
 
 
 def snapshot(folder):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from PIL import Image
 
 from dmoe_var.data.digits import ImageSet
+from dmoe_var.errors import ConfigError, DataError
+from dmoe_var.metrics.fidelity import Fidelity, precision_recall
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.metrics.record import Record
 from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.sampling.draw import Drawing, Samples
+from dmoe_var.sampling.parts import StoredDrawing
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import models
+from dmoe_var.stages import evaluate, models
 from dmoe_var.stages.evaluate import Bench, describe
-from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.graph import StageResult, run_stage
 from dmoe_var.stages.pictures import collect_maps
+from dmoe_var.stages.work import Work
 
 
 def test_a_point(make_work, runs):
@@ -22,7 +28,13 @@ def test_a_point(make_work, runs):
     work = make_work(runs, {"selection.tau": [0.3, 0.6], "evaluate.seed": 4})
     record = run_stage(work, "evaluate")
     assert record.num_samples == 20
-    assert record.about == {"samples": "samples.npz", "fidelity": "fid_fake"}
+    assert record.about == {
+        "samples": "samples.npz",
+        "fidelity": "fid_fake",
+        "fidelity_weights_sha256": "0" * 64,
+        "reference": f"training images ({Bench(work).training_images.key})",
+        "reference_images": 40,
+    }
     assert 0 <= record.metrics["label_agreement"] <= 1
     assert 0 < record.metrics["experts_share_scale3"] < 1
     with np.load(work.folder("evaluate") / "samples.npz") as samples:
@@ -52,7 +64,115 @@ def test_the_reference_is_the_training_set(make_work, runs):
     bench = Bench(make_work(runs))
     assert isinstance(bench.training_images, ImageSet)
     assert bench.training_images.key.startswith("digits-train-8")
-    assert bench.reference == bench.training_images.images.mean()
+    assert bench.reference.statistics == bench.training_images.images.mean()
+
+
+@pytest.mark.parametrize(("format", "places"), [("png", ["png"]), ("both", ["png", "samples.npz"])])
+def test_formats_measure_the_same(make_work, runs, format, places):
+    """The samples that the record names are there, and the numbers are those of the arrays."""
+    changes = {"evaluate.format": format}
+    arrays, files = make_work(runs), make_work(runs, changes)
+    assert files.fingerprint("evaluate") != arrays.fingerprint("evaluate")
+    expected, record = run_stage(arrays, "evaluate").metrics, run_stage(files, "evaluate")
+    assert record.about["samples"] == places[-1]
+    folder = files.folder("evaluate")
+    names = {"config.yaml", "result.json", "drawn.npz", *places}
+    assert {path.name for path in folder.iterdir()} == names
+    assert len(list((folder / "png").iterdir())) == 20
+    for name in ("fid_fake", "label_agreement", "flops_gmac", "flops_gmac_std"):
+        assert record.metrics[name] == expected[name]
+
+
+@pytest.fixture
+def drawn_batches(monkeypatch):
+    """The numbers of the batches that were drawn."""
+    numbers, batch = [], Drawing.batch
+
+    def counted(self, number):
+        numbers.append(number)
+        return batch(self, number)
+
+    monkeypatch.setattr(Drawing, "batch", counted)
+    return numbers
+
+
+def test_images_outlive_a_failed_measurement(make_work, runs, drawn_batches, monkeypatch):
+    """Nothing is drawn again, and the time that drawing took is kept."""
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Fidelity, "score", fail)
+        with pytest.raises(MemoryError):
+            run_stage(make_work(runs), "evaluate")
+    assert drawn_batches == [0, 1, 2]
+    record = run_stage(make_work(runs), "evaluate")
+    assert drawn_batches == [0, 1, 2]
+    assert record.metrics["sampling_ms_per_image"] > 0
+    assert 0 < record.metrics["experts_share_scale3"] <= 1
+
+
+def test_a_wrong_reference_ends_the_run_before_it_draws(make_work, runs, drawn_batches, tmp_path):
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(7))
+    work = make_work(runs, {"fidelity.reference": str(tmp_path / "reference.npz")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "Fidelity", Fidelity)
+        with pytest.raises(DataError, match=r"reference\.npz"):
+            run_stage(work, "evaluate")
+    assert drawn_batches == []
+
+
+def test_precision_and_recall_are_recorded(make_work, runs, monkeypatch):
+    """With the real network, against half of the training images."""
+    monkeypatch.setattr(evaluate, "Fidelity", Fidelity)
+    fields = {"input_size": 32, "precision_recall": True, "neighbours": 2, "reference_images": 20}
+    work = make_work(runs, {f"fidelity.{name}": value for name, value in fields.items()})
+    record = run_stage(work, "evaluate")
+    for name in ("precision_efflite0_32px", "recall_efflite0_32px"):
+        assert 0 <= record.metrics[name] <= 1
+    assert record.about["precision_recall"] == "2 nearest neighbours, 20 reference images"
+    images = Bench(work).training_images
+    network = Fidelity(work.config.fidelity)
+    found = network.features(Samples.load(work.folder("evaluate") / "samples.npz").images)
+    expected = precision_recall(found, network.features(images.images[::2]), 2)
+    assert record.metrics["precision_efflite0_32px"] == expected[0]
+    assert record.metrics["recall_efflite0_32px"] == expected[1]
+
+
+def test_other_processes_draw_and_do_not_measure(make_work, runs, monkeypatch):
+    """They return what the main one found."""
+    theirs = StageResult({"fid_fake": 1.0})
+    monkeypatch.setattr(evaluate, "is_main", lambda: False)
+    monkeypatch.setattr(evaluate, "from_main", lambda value: theirs if value is None else value)
+    drawn = []
+    monkeypatch.setattr(StoredDrawing, "draw", lambda self, progress: drawn.append(self))
+    monkeypatch.setattr(evaluate, "Fidelity", lambda *_: pytest.fail("measures"))
+    assert evaluate.run(make_work(runs)) is theirs
+    assert len(drawn) == 1
+
+
+def test_digits_alone_have_a_classifier(make_work, runs):
+    work = make_work(runs)
+    assert Bench(work).agreement is not None
+    pictures = replace(work.config.data, kind="image_folder", root="pictures")
+    other = Work(replace(work.config, data=pictures), work.baseline)
+    assert Bench(other).agreement is None
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "sweep"])
+def test_what_cannot_be_measured_is_refused(make_work, no_work, stage):
+    for changes, parts in (
+        ({"sampling.more_smooth": True}, ("sampling.more_smooth=true", "pictures", "false")),
+        ({"fidelity.reference": "gone.npz"}, ("fidelity.reference=gone.npz", "no such")),
+    ):
+        work = make_work(changes=changes)
+        with pytest.raises(ConfigError) as caught:
+            run_stage(work, stage)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert [part for part in parts if part not in message] == [], message
+        work.check("sample")
 
 
 @pytest.mark.parametrize(
@@ -70,23 +190,6 @@ def test_description(make_work, changes, text):
         changes = {**changes, "selection.k": 4}
         text = text.replace("top_k 8", "top_k 4")
     assert describe(make_work(changes=changes)) == text
-
-
-def test_sample_stage(make_work, runs, images_of):
-    """Chosen classes, dense beside dynamic from the same seeds."""
-    changes = {"sample.classes": [7, 3], "sample.per_class": 2, "sample.single_pngs": True}
-    work = make_work(runs, {**changes, "selection.tau": 1.0})
-    record = run_stage(work, "sample")
-    assert record.num_samples == 4
-    folder = work.folder("sample")
-    grids = [images_of(folder / name / "samples.npz") for name in ("dense", "dynamic")]
-    assert not np.array_equal(*grids)
-    assert np.load(folder / "dense" / "samples.npz")["labels"].tolist() == [7, 3, 7, 3]
-    for images, name in zip(grids, ("dense", "dynamic"), strict=True):
-        singles = sorted((folder / name).glob("*.png"))
-        assert [p.stem.rpartition("class")[2] for p in singles] == ["7", "3", "7", "3"]
-        assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in singles]), images)
-    assert Image.open(folder / "grid.png").format == "PNG"
 
 
 @pytest.mark.parametrize("tau", [[0.0, 0.0], [0.4, 0.8]])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.metrics.record import Record
@@ -156,9 +160,12 @@ def test_broken_checkpoint_of_a_done_stage(make_work, runs, harm):
 
 
 def without_a_key(folder):
-    tensors = load_file(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
     del tensors["head.bias"]
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, file, about)
 
 
 def without_config(folder):
@@ -234,6 +241,34 @@ def test_models_go_from_stage_to_stage(make_work, runs):
     assert moved == {name for name in before if ".router." in name}
 
 
+def without_speeds(metrics):
+    return {name: value for name, value in metrics.items() if not name.endswith("_per_s")}
+
+
+def test_other_weights_behind_a_name_are_noticed(make_work, runs, tmp_path):
+    """The content of a given file counts, not its name alone."""
+    folder = tmp_path / "var"
+    shutil.copytree(make_work(runs).folder("train_var") / "checkpoint", folder)
+    work = make_work(tmp_path / "new", {"base.var": str(folder)})
+    before = work.fingerprint("sparsify")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.bias"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    assert work.fingerprint("sparsify") != before
+
+
+def test_a_checkpoint_of_another_configuration_is_noticed(make_work, runs, tmp_path):
+    """Same shapes, another alpha: only the fingerprint in the file tells."""
+    ours, other = (make_work(runs, c) for c in ({}, {"sparsify.alpha": 0.5}))
+    through(other, "sparsify")
+    shutil.rmtree(ours.folder("sparsify") / "checkpoint")
+    shutil.copytree(
+        other.folder("sparsify") / "checkpoint", ours.folder("sparsify") / "checkpoint"
+    )
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        run_stage(ours, "sparsify")
+
+
 def test_base_models_may_be_given(make_work, runs, tmp_path):
     """Then they are validated, not trained, and are what later stages read."""
     given = {
@@ -246,7 +281,10 @@ def test_base_models_may_be_given(make_work, runs, tmp_path):
         record = Record.read(work.folder(stage) / "result.json")
         assert record.about == {"source": given[f"base.{kind}"]}
         trained = Record.read(make_work(runs).folder(stage) / "result.json").metrics
-        assert record.metrics == pytest.approx(dict(trained), rel=1e-5)
+        assert without_speeds(record.metrics) == pytest.approx(without_speeds(trained), rel=1e-5)
+        file = weights_file(given[f"base.{kind}"], kind)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert record.weights[f"base.{kind}"] == digest
         assert not (work.folder(stage) / "checkpoint").exists()
     expected, found = (models.sparse(w).state_dict() for w in (make_work(runs), work))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmoe_var.errors import ConfigError
 from dmoe_var.metrics.record import Record
+from dmoe_var.sampling.parts import StoredDrawing
 from dmoe_var.stages import evaluate, sweep
 from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.sweep import point, settings, table
@@ -123,17 +125,17 @@ def test_both_grids_beside_a_list(make_work, runs):
 @pytest.mark.usefixtures("no_figures")
 def test_an_interrupted_sweep_goes_on(make_work, runs, points_run, monkeypatch):
     """The points that are there are not measured again."""
-    work, draw = make_work(runs), evaluate.draw_samples
+    work, draw = make_work(runs), StoredDrawing.draw
 
-    def draw_four(*args, **kwargs):
+    def draw_four(*args):
         if len(points_run) == 5:
             raise KeyboardInterrupt
-        return draw(*args, **kwargs)
+        return draw(*args)
 
-    monkeypatch.setattr(evaluate, "draw_samples", draw_four)
+    monkeypatch.setattr(StoredDrawing, "draw", draw_four)
     with pytest.raises(KeyboardInterrupt):
         run_stage(work, "sweep")
-    monkeypatch.setattr(evaluate, "draw_samples", draw)
+    monkeypatch.setattr(StoredDrawing, "draw", draw)
     assert not (work.folder("sweep") / "result.json").exists()
     interrupted = points_run.pop()
     run_stage(work, "sweep")
@@ -183,3 +185,28 @@ def test_table():
         "| paper | 0.18161, 0.5 | 1.0000 | 0.0% | 10.000 ± 0.250 | +0.00% | 99.5% |",
         "| **ours** (operating point) | 0.3 | 1.0000 | 0.0% | 9.900 ± 0.250 | -1.00% | 99.5% |",
     ]
+
+
+def test_table_of_what_was_measured():
+    """No column for the classifier of digits with other data; published measures where there."""
+    measured = {"inception_score_mean": 274.416, "precision": 0.8349, "recall": 0.561}
+    plain = row("dense", "dense", [], **measured)
+    del plain["label_agreement"]
+    header, _, line = table([plain], "fid").splitlines()
+    assert header == (
+        "| setting | tau | GMAC | saved | FID | against dense | inception score | precision | "
+        "recall |"
+    )
+    assert line == (
+        "| dense | - | 1.0000 | 0.0% | 10.000 ± 0.250 | +0.00% | 274.42 | 83.5% | 56.1% |"
+    )
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_points_keep_the_format(make_work, runs):
+    changes = {"evaluate.format": "both", "sweep.last": [], "sweep.seeds": [0]}
+    work = make_work(runs, changes)
+    rows = run_stage(work, "sweep").about["settings"]
+    assert all((work.root / at / "png").is_dir() for row in rows for at in row["points"])
+    with pytest.raises(ConfigError, match=r"evaluate.format=png: .*allowed: npz, both"):
+        run_stage(make_work(runs, {"evaluate.format": "png"}), "sweep")

@@ -62,10 +62,10 @@ READ_BY = [
     ({"moe.impl": "reference"}, {"sample", "evaluate", "sweep"}),
     ({"sampling.cfg": 2}, {"sample", "evaluate", "sweep"}),
     ({"selection.tau": 0.5}, {"sample", "evaluate"}),
-    ({"evaluate.seed": 1}, {"sample", "evaluate"}),
+    ({"evaluate.seed": 1}, {"evaluate"}),
     ({"evaluate.num_samples": 30}, {"evaluate", "sweep"}),
     ({"fidelity.input_size": 96}, {"evaluate", "sweep"}),
-    ({"sample.per_class": 1}, {"sample"}),
+    ({"sample.per_class": 2}, {"sample"}),
     ({"sweep.last": [0.2]}, {"sweep"}),
     ({"sweep.lists.more": [0.2]}, {"sweep"}),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,16 +11,24 @@ import torch
 
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.token_cache import tokenize
-from dmoe_var.training.loop import OptimConfig, Run, train
-from dmoe_var.training.objectives import SparsifyConfig, SparsifyObjective, VARObjective
+from dmoe_var.models.blocks import whole
+from dmoe_var.training.loop import BatchOrder, Run, parameter_groups, step_seed, train
+from dmoe_var.training.objectives import (
+    ConversionConfig,
+    SparsifyConfig,
+    SparsifyObjective,
+    VARObjective,
+    VARTrainingConfig,
+)
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective
 from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
 
 NUM_TRAINING, NUM_HELD_OUT = 20, 10
+SEED = 3
 EVERY_STEP = {"batch_size": 8, "log_every": 1, "validate_every": 2, "checkpoint_every": 3}
 CONFIGS = {
     "vqvae": VQVAETrainingConfig,
-    "var": OptimConfig,
+    "var": VARTrainingConfig,
     "sparsify": SparsifyConfig,
     "router": RouterConfig,
 }
@@ -48,19 +57,23 @@ def tokens(digits, vqvae, tmp_path_factory):
 
 @pytest.fixture
 def build(digits, tokens, vqvae, make_vqvae, make_var, make_moe):
-    """build(kind, **fields of its configuration) -> objective (a fresh model), config."""
+    """build(kind, dtype, conversion, **fields of its configuration) -> objective (a fresh model),
+    config. conversion: fields of a ConversionConfig; var: fields of the VARConfig."""
 
-    def build(kind, **fields):
+    def build(kind, dtype=torch.float32, conversion=None, var=None, **fields):
         config = CONFIGS[kind](**{"steps": 6, **EVERY_STEP, **fields})
         if kind == "vqvae":
             return VQVAEObjective(make_vqvae(seed=1), *digits, config), config
         act = "gelu" if getattr(config, "activation", "relu") == "gelu" else "relu"
-        var = make_var(num_classes=10, activation=act, drop_path=0.2, label_drop=0.3)
+        shape = {"num_classes": 10, "drop_path": 0.2, "label_drop": 0.3, **(var or {})}
+        model = make_var(activation=act, **shape)
+        given = (copy.deepcopy(vqvae).to(dtype), *tokens, config)
+        if kind == "router":
+            return RouterObjective(make_moe(model).to(dtype), *given), config
+        model = model.to(dtype)
         if kind == "var":
-            return VARObjective(var, vqvae, *tokens), config
-        if kind == "sparsify":
-            return SparsifyObjective(var, vqvae, *tokens, config), config
-        return RouterObjective(make_moe(var), vqvae, *tokens, config), config
+            return VARObjective(model, *given), config
+        return SparsifyObjective(model, *given, ConversionConfig(**conversion or {})), config
 
     return build
 
@@ -69,6 +82,7 @@ class Toy:
     """A linear model that learns noise: the smallest Objective."""
 
     num_examples = 10
+    repeatable = False
 
     def __init__(self, bad_step=None, spoil=None):
         generator = torch.Generator().manual_seed(0)
@@ -79,7 +93,7 @@ class Toy:
         self.data = torch.randn(self.num_examples, 4, generator=generator)
         self.bad_step, self.spoil = bad_step, spoil
 
-    def loss(self, indices_B, step, num_steps):
+    def loss(self, indices_B, step, num_steps, rows):
         loss = (self.module(self.data[indices_B]) - torch.randn(3)).square().mean()
         return (self.spoil(loss, self.module) if step == self.bad_step else loss), {}
 
@@ -98,14 +112,44 @@ def toy():
 
 @pytest.fixture
 def run_in():
-    """run_in(folder, objective, config, fingerprint=) -> metrics of a training run."""
+    """run_in(folder, objective, config, **fields of Run) -> metrics of a training run."""
 
-    def run_in(folder, objective, config, fingerprint="ours"):
+    def run_in(folder, objective, config, **fields):
         folder.mkdir(exist_ok=True)
-        run = Run(folder, fingerprint, name="test", seed=3, progress=False)
-        return train(objective, config, run)
+        about = {"fingerprint": "ours", "name": "test", "seed": SEED, "progress": False, **fields}
+        return train(objective, config, Run(folder, **about))
 
     return run_in
+
+
+@pytest.fixture(scope="session")
+def plain_run():
+    """plain_run(objective, config): the same training in a few lines, on whole batches, with the
+    optimiser that torch implements tensor by tensor."""
+
+    def plain_run(objective, config):
+        module = objective.module
+        groups = parameter_groups(module, config.weight_decay)
+        options = {"betas": config.betas, "fused": False, "foreach": False}
+        optimizer = torch.optim.AdamW(groups, **options)
+        order = BatchOrder(objective.num_examples, config.batch_size, SEED)
+        for step in range(config.steps):
+            module.train()
+            torch.manual_seed(step_seed(SEED, step))
+            indices_B = order.batch(step)
+            optimizer.zero_grad()
+            loss, _ = objective.loss(indices_B, step, config.steps, whole(len(indices_B)))
+            loss.backward()
+            trained = [p for group in groups for p in group["params"] if p.grad is not None]
+            norm = sum(float(p.grad.square().sum()) for p in trained) ** 0.5
+            for parameter in trained:
+                parameter.grad *= min(1.0, config.clip / (norm + 1e-6))
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step, config.steps)
+            optimizer.step()
+        return module
+
+    return plain_run
 
 
 @pytest.fixture

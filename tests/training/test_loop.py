@@ -23,10 +23,10 @@ def stop_before(objective, stop):
     """Makes the objective raise at that step."""
     loss = objective.loss
 
-    def until(indices_B, step, num_steps):
+    def until(indices_B, step, num_steps, rows):
         if step == stop:
             raise Interrupted
-        return loss(indices_B, step, num_steps)
+        return loss(indices_B, step, num_steps, rows)
 
     objective.loss = until
     return objective
@@ -212,9 +212,8 @@ def within_blocks_and_head(name):
 @pytest.mark.parametrize(
     ("kind", "fields", "trains"),
     [
-        ("sparsify", {"train": "ffn"}, lambda name: ".ffn." in name),
-        ("sparsify", {"train": "blocks+head"}, within_blocks_and_head),
-        ("sparsify", {"train": "all"}, lambda name: True),
+        ("sparsify", {"conversion": {"train": "ffn"}}, lambda name: ".ffn." in name),
+        ("sparsify", {"conversion": {"train": "blocks+head"}}, within_blocks_and_head),
         ("router", {}, lambda name: ".router." in name),
     ],
 )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dmoe_var.training.objectives import SparsifyConfig
+from dmoe_var.models.blocks import whole
+from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig
 
 ALL = torch.arange(20)
 
@@ -55,7 +56,7 @@ def held_out(tokens, vqvae):
 
 def test_cross_entropy_weighs_all_tokens_alike(build, batch):
     objective, _ = build("var")
-    loss, _ = objective.loss(ALL, 0, 6)
+    loss, _ = objective.loss(ALL, 0, 6, whole(20))
     logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
     naive = naive_cross_entropy(logits_BLV, batch.tokens_BL).sum() / batch.tokens_BL.numel()
     torch.testing.assert_close(loss.detach(), naive)
@@ -101,19 +102,97 @@ def test_alpha_warms_up(warmup, expected):
     assert [config.alpha_at(step, 4) for step in range(4)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("scales", ["all", "last3", (0, 2)])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activation):
-    """Hoyer on ReLU's output; without ReLU on the clamped and shifted pre-activations."""
-    objective, _ = build("sparsify", alpha=0.3, alpha_warmup=0.5, activation=activation)
+def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activation, scales):
+    """Of the tokens of some scales (1, 4, 9 and 16 tokens there are). Hoyer on ReLU's output;
+    without ReLU on the clamped and shifted pre-activations."""
+    learnt = {"all": range(30), "last3": range(1, 30), (0, 2): [0, *range(5, 14)]}[scales]
+    objective, _ = build(
+        "sparsify",
+        alpha=0.3,
+        alpha_warmup=0.5,
+        activation=activation,
+        conversion={"scales": scales},
+    )
     with torch.no_grad(), pre_activations(objective.var) as layers:
-        loss, logged = objective.loss(ALL, 0, 6)
+        loss, logged = objective.loss(ALL, 0, 6, whole(20))
         logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
-    z = [z_BLH * 1 for z_BLH in layers[: objective.var.config.depth]]
+    z = [z_BLH[:, list(learnt)] for z_BLH in layers[: objective.var.config.depth]]
     made_sparse = [a.clamp(min=0) if activation == "relu" else a.clamp(min=-10) + 10 for a in z]
     hoyer = sum(map(naive_hoyer, made_sparse)) / len(made_sparse)
-    cross_entropy = float(naive_cross_entropy(logits_BLV, batch.tokens_BL).mean())
+    cross_entropy_BL = naive_cross_entropy(logits_BLV, batch.tokens_BL)
+    cross_entropy = float(cross_entropy_BL[:, list(learnt)].mean())
     assert logged == pytest.approx({"ce": cross_entropy, "hoyer": hoyer, "alpha": 0.1}, rel=1e-4)
     assert loss.item() == pytest.approx(cross_entropy + 0.1 * hoyer, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_scales", [2, 3, 10])
+def test_names_of_scales(num_scales):
+    every = tuple(range(num_scales))
+    assert ConversionConfig(scales="all").scale_numbers(num_scales) == every
+    last = tuple(si for si in every if si >= num_scales - 3)
+    assert ConversionConfig(scales="last3").scale_numbers(num_scales) == last
+    assert ConversionConfig(scales=(1,)).scale_numbers(num_scales) == (1,)
+
+
+def test_fine_tuning_drops_labels_and_validation_does_not(build, run_in, tmp_path):
+    objective, config = build("sparsify", var={"label_drop": 0.5})
+    var, seen = objective.var, {True: [], False: []}
+    var.class_emb.register_forward_pre_hook(lambda _, args: seen[var.training].append(args[0]))
+    run_in(tmp_path, objective, config)
+    share = {mode: float((torch.cat(s) == 10).float().mean()) for mode, s in seen.items()}
+    assert share[True] == pytest.approx(0.5, abs=0.2)
+    assert share[False] == 0
+
+
+CHECKPOINTED = [
+    ("var", {}),
+    ("sparsify", {"alpha": 0.5}),
+    ("sparsify", {"alpha": 0.5, "activation": "gelu", "conversion": {"scales": "last3"}}),
+    ("sparsify", {"alpha": 0.5, "conversion": {"train": "ffn"}}),
+]
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "fields"), CHECKPOINTED)
+def test_activation_checkpointing_gives_the_same_gradients(kind, fields, amp_dtype, build):
+    """Bitwise; half of the residual branches and of the labels are dropped."""
+    found = []
+    for checkpointed in (False, True):
+        shape = {"drop_path": 0.5, "label_drop": 0.5}
+        objective, _ = build(kind, activation_checkpointing=checkpointed, var=shape, **fields)
+        objective.module.train()
+        torch.manual_seed(7)
+        with torch.autocast("cpu", amp_dtype, enabled=amp_dtype != torch.float32):
+            loss, _ = objective.loss(ALL[:8], 0, 6, whole(8))
+        (loss * 0.25).backward()
+        named = objective.module.named_parameters()
+        found.append({name: p.grad for name, p in named if p.grad is not None})
+        found.append(loss.detach())
+    assert found[0]
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
+    assert torch.equal(found[3], found[1])
+
+
+def bytes_kept(objective):
+    """What a loss keeps for its backward pass, net of all that was freed on the way."""
+    objective.module.train()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss, _ = objective.loss(ALL, 0, 6, whole(20))
+    assert loss.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+def test_activation_checkpointing_keeps_less(build):
+    """Beside the inputs of eight blocks: what one of them keeps is many times its input."""
+    kept = [
+        bytes_kept(build("sparsify", var={"depth": 8}, activation_checkpointing=on)[0])
+        for on in (False, True)
+    ]
+    inputs = 8 * 20 * 30 * 64 * 4
+    assert kept[0] > 15 * inputs
+    assert inputs < kept[1] < 4 * inputs, kept
 
 
 def test_hoyer_moves_the_ffn(build):
@@ -121,7 +200,7 @@ def test_hoyer_moves_the_ffn(build):
     gradients = []
     for alpha in (0.0, 1.0):
         objective, _ = build("sparsify", alpha=alpha)
-        objective.loss(ALL, 0, 6)[0].backward()
+        objective.loss(ALL, 0, 6, whole(20))[0].backward()
         gradients.append(objective.var.blocks[0].ffn.fc1.weight.grad)
     assert (gradients[1] - gradients[0]).abs().max() > 1e-4
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from dmoe_var.models.blocks import whole
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective, spearman
 
 ALL = torch.arange(20)
@@ -41,7 +42,7 @@ def labels_seen(objective, indices_B):
     """The loss of a batch and the labels that the model ran with."""
     seen = []
     hook = objective.var.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    loss, _ = objective.loss(indices_B, 0, 6)
+    loss, _ = objective.loss(indices_B, 0, 6, whole(len(indices_B)))
     hook.remove()
     return loss, seen[0]
 

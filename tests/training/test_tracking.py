@@ -49,3 +49,14 @@ def test_wandb_gets_the_same_lines(tmp_path, monkeypatch, mode):
         log.write(4, {"val": 2.0})
     assert sent == [*written(tmp_path), "finished"]
     assert (given["mode"], given["name"], given["config"]) == (mode, "stage", {"lr": 1})
+
+
+def test_a_process_that_does_not_log(tmp_path, monkeypatch):
+    """It leaves the file of the one that does alone, and wandb too."""
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 0.5})
+    fake = SimpleNamespace(init=lambda **options: pytest.fail("wandb was started"))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    with MetricsLog(tmp_path, wandb_mode="offline", enabled=False) as log:
+        log.write(2, {"loss": 0.25})
+    assert written(tmp_path) == [{"step": 1, "loss": 0.5}]

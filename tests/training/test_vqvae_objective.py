@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmoe_var.training.vqvae_objective import PerceptualDistance, VQVAEObjective
+from dmoe_var.models.blocks import whole
+from dmoe_var.training.vqvae_objective import (
+    PerceptualDistance,
+    VQVAEObjective,
+    VQVAETrainingConfig,
+)
 
 ALL = torch.arange(20)
 
@@ -34,7 +39,7 @@ def are_among(rows, candidates):
 def test_loss(objective, digits):
     """mse * MSE + l1 * L1 + the quantiser's."""
     images = digits[0].tensors(ALL)
-    loss, logged = objective.loss(ALL, 1, 10)
+    loss, logged = objective.loss(ALL, 1, 10, whole(20))
     out, quantisation, _ = objective.vqvae(images)
     mse, l1 = (out - images).square().mean(), (out - images).abs().mean()
     torch.testing.assert_close(loss, 2 * mse + 0.5 * l1 + quantisation)
@@ -44,7 +49,7 @@ def test_loss(objective, digits):
 
 def test_codes_are_counted_by_scale(objective, digits):
     tokens = objective.vqvae.encode(digits[0].tensors(ALL))
-    _, logged = objective.loss(ALL, 1, 10)
+    _, logged = objective.loss(ALL, 1, 10, whole(20))
     hits_SV = objective.vqvae.quantize.ema_vocab_hit_SV
     for si, tokens_Bl in enumerate(tokens):
         counts = [0.1 * tokens_Bl.eq(code).sum() for code in range(hits_SV.shape[1])]
@@ -55,13 +60,13 @@ def test_codes_are_counted_by_scale(objective, digits):
 def test_codebook_starts_on_vectors_of_the_first_batch(objective, digits):
     candidates = vectors(objective, digits[0].tensors(ALL))
     assert not are_among(codes(objective), candidates)
-    objective.loss(ALL, 0, 10)
+    objective.loss(ALL, 0, 10, whole(20))
     assert are_among(codes(objective), candidates)
 
 
 def test_dead_codes_move_and_live_ones_do_not(objective, digits):
     """Dead: hit less than dead_below (0.1) times the mean, over all scales."""
-    objective.loss(ALL, 1, 10)
+    objective.loss(ALL, 1, 10, whole(20))
     hits_SV = objective.vqvae.quantize.ema_vocab_hit_SV
     totals_V = torch.ones(hits_SV.shape[1])
     totals_V[[3, 5, 7, 9]] = torch.tensor([0.0, 0.0, 0.08, 0.1])  # of a mean of 0.88
@@ -81,7 +86,7 @@ def test_dead_codes_move_and_live_ones_do_not(objective, digits):
     ("step", "restarts"), [(0, False), (1, True), (2, False), (4, False), (5, False), (3, True)]
 )
 def test_restarts_are_due_every_so_often_until_a_share_of_the_steps(objective, step, restarts):
-    objective.loss(ALL, 1, 10)
+    objective.loss(ALL, 1, 10, whole(20))
     objective.vqvae.quantize.ema_vocab_hit_SV.zero_()[0, 0] = 1.0
     before = codes(objective)
     objective.after_step(step, 10)
@@ -108,12 +113,17 @@ def test_perceptual_term(objective, digits):
     assert not any(parameter.requires_grad for parameter in distance.parameters())
     assert float(distance(images, images)) == 0
     assert float(distance(images, -images)) > 0.01
-    plain, _ = objective.loss(ALL[:4], 1, 10)
+    plain, _ = objective.loss(ALL[:4], 1, 10, whole(4))
     config = type(objective.config)(
         **{**vars(objective.config), "perceptual": 3.0, "perceptual_size": 32}
     )
     sets = objective.training, objective.held_out
-    loss, logged = VQVAEObjective(objective.vqvae, *sets, config).loss(ALL[:4], 1, 10)
+    loss, logged = VQVAEObjective(objective.vqvae, *sets, config).loss(ALL[:4], 1, 10, whole(4))
     assert float(loss - plain) == pytest.approx(3 * logged["perceptual"], rel=1e-4)
     loss.backward()
     assert objective.vqvae.encoder.conv_in.weight.grad.abs().max() > 0
+
+
+def test_codes_are_counted_on_whole_batches():
+    with pytest.raises(ValueError, match="micro_batch_size=4 must be null"):
+        VQVAETrainingConfig(steps=1, micro_batch_size=4)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dmoe_var.models.products import linear
 
 if TYPE_CHECKING:
     from dmoe_var.moe.experts import ExpertWeights
@@ -24,6 +25,6 @@ def grouped(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Modul
     for expert, rows_n in enumerate(tokens_P.split(counts_E)):
         if rows_n.numel() == 0:
             continue
-        h_nD = act(F.linear(x_NC[rows_n], weights.w1_EDC[expert], weights.b1_ED[expert]))
-        out_NC.index_add_(0, rows_n, h_nD @ weights.w2_EDC[expert])
+        h_nD = act(linear(x_NC[rows_n], weights.w1_EDC[expert], weights.b1_ED[expert]))
+        out_NC.index_add_(0, rows_n, linear(h_nD, weights.w2_EDC[expert].T).to(out_NC.dtype))
     return out_NC

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dmoe_var.models.products import linear
 
 if TYPE_CHECKING:
     from dmoe_var.moe.experts import ExpertWeights
@@ -17,6 +18,6 @@ if TYPE_CHECKING:
 def reference(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `run_experts`."""
     num_experts, size, _ = weights.w1_EDC.shape
-    h_NH = act(F.linear(x_NC, weights.w1_EDC.flatten(0, 1), weights.b1_ED.flatten()))
+    h_NH = act(linear(x_NC, weights.w1_EDC.flatten(0, 1), weights.b1_ED.flatten()))
     h_NED = h_NH.view(-1, num_experts, size) * mask_NE[..., None]
-    return h_NED.flatten(1) @ weights.w2_EDC.flatten(0, 1) + weights.b2_C
+    return linear(h_NED.flatten(1), weights.w2_EDC.flatten(0, 1).T, weights.b2_C)

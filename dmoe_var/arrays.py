@@ -1,0 +1,145 @@
+"""Arrays in .npz files: written piece by piece and whole or not at all, read without loading them.
+
+50,000 images of 256 px are 10 GB; neither writing nor reading them may take that much memory.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoe_var.errors import DataError
+from dmoe_var.files import whole_file
+
+Array = npt.NDArray[Any]
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    RuntimeError,  # encrypted, or compressed by a method that Python lacks
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a broken .npz file raises."""
+LOCAL_HEADER = 30
+"""Bytes before a zip member's name, which ends with the lengths of the name and the extra field."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An array that arrives in pieces: arrays of `dtype` that together, along the first axis, have
+    this shape."""
+
+    shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+    pieces: Iterable[Array]
+
+
+def write_npz(path: Path, arrays: Mapping[str, Array | Rows]) -> None:
+    """Write an uncompressed .npz file, whole or not at all; equal arrays give equal bytes.
+
+    Raises ValueError where the pieces of `Rows` are not of its dtype or shape.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            info = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed: 1980
+            with archive.open(info, "w", force_zip64=True) as member:
+                if isinstance(array, Rows):
+                    _write_rows(member, name, array)
+                else:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _write_rows(member: Any, name: str, rows: Rows) -> None:
+    dtype, written = np.dtype(rows.dtype), 0
+    header = {"descr": dtype.str, "fortran_order": False, "shape": rows.shape}
+    np.lib.format.write_array_header_1_0(member, header)
+    for piece in rows.pieces:
+        if piece.dtype != dtype or piece.shape[1:] != rows.shape[1:]:
+            got = f"{piece.dtype} {piece.shape}"
+            raise ValueError(f"{name}: a piece is {got}, the array is {dtype} {rows.shape}")
+        member.write(np.ascontiguousarray(piece).data)
+        written += len(piece)
+    if written != rows.shape[0]:
+        raise ValueError(f"{name}: the pieces have {written} rows, the array is {rows.shape}")
+
+
+def read_npz(path: Path, names: Iterable[str]) -> list[Array]:
+    """Arrays of an .npz file by name, in memory, their checksums compared.
+
+    Raises DataError, naming the file, where it is missing or broken or lacks one.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except UNREADABLE as error:
+        raise _broken(path, error) from error
+
+
+def map_npz(path: Path, name: str) -> Array:
+    """One array of an .npz file, read from the disk as it is used; a compressed one is loaded.
+
+    Raises DataError, naming the file, where it is missing or broken or lacks the array.
+    """
+    try:
+        layout = _layout(path, name)
+        if layout is not None and 0 not in layout[0]:
+            shape, fortran, dtype, start = layout
+            return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+    except UNREADABLE as error:
+        raise _broken(path, error) from error
+    return read_npz(path, [name])[0]
+
+
+def _layout(path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int] | None:
+    """Shape, order, dtype and first byte of an array that can be mapped, else None."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            if info.compress_type != zipfile.ZIP_STORED or version != (1, 0):
+                return None
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            header = member.tell()
+    if dtype.hasobject:
+        return None
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        lengths = struct.unpack("<HH", file.read(LOCAL_HEADER)[-4:])
+    return shape, fortran, dtype, info.header_offset + LOCAL_HEADER + sum(lengths) + header
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the arrays in an .npz file; DataError where it is missing or broken."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except UNREADABLE as error:
+        raise _broken(path, error) from error
+
+
+def is_intact(path: Path) -> bool:
+    """True where every array of an .npz file is there and matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except UNREADABLE:
+        return False
+
+
+def _broken(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return DataError(f"{path}: missing or no readable .npz file ({reason})")

@@ -1,0 +1,298 @@
+"""Whole dynamic models as folders that the Hugging Face Hub can hold, and back.
+
+A folder holds model.safetensors (tensors by their state-dict names; what both models share is
+there once, and the file's metadata names each left-out tensor's twin, as safetensors' own
+save_model does), config.json (both shapes, the scales, the selection rules) and README.md, the
+model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from dmoe_var.checkpoints.hub import network_errors
+from dmoe_var.checkpoints.model_card import model_card
+from dmoe_var.checkpoints.safetensors_io import (
+    FORMAT,
+    MODEL_FILE,
+    build_strictly,
+    read_tensors,
+    recover,
+    write_tensors,
+)
+from dmoe_var.errors import CheckpointError
+from dmoe_var.metrics.record import Record
+from dmoe_var.models.var import VAR, VARConfig
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.selection import selection_from_json, selection_to_json
+
+KIND = "dynamic_var"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE)
+FRAMEWORK = {"format": "pt"}
+"""What the hub's tools look for in a file's metadata; all else there names shared tensors."""
+
+Records = Sequence[Record | str | Path]
+
+
+@dataclass(frozen=True)
+class DynamicVARConfig:
+    """What config.json says of a DynamicVAR. selection: plain values, see `selection_to_json`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    dense: VARConfig
+    moe: VARConfig
+    moe_scales: tuple[int, ...]
+    selection: Any = None
+
+
+def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()) -> None:
+    """Write a model's folder whole or not at all; in a run of several processes, from one of them.
+
+    records: what was measured of it, as records or paths to result.json files; they fill the model
+    card, which without any says that nothing was measured. An existing folder is replaced only if
+    it is empty or holds such a model and nothing else. CheckpointError otherwise, and for what
+    cannot be written; DataError for a record that is broken or of another model.
+    """
+    place = Path(folder).resolve()
+    _write_folder(model, place, str(folder), place.name, records)
+
+
+def from_pretrained(
+    source: str | Path,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> DynamicVAR:
+    """A model in eval mode on the CPU, its weights memory-mapped, from a folder or from the hub.
+
+    source: a folder of `save_pretrained`, or a hub repository ("owner/name"), of which `revision`
+    names a branch, tag or commit. cache_dir, local_files_only and token are huggingface_hub's.
+    Only numbers are read, strictly: CheckpointError, in one line, for anything missing, unexpected,
+    cut short or out of range, and for a hub that cannot be reached.
+    """
+    local = Path(source)
+    if local.name:
+        recover(local)
+    if local.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision}: {source} is a folder; a revision is for hub repositories"
+            )
+        return _load_folder(local)
+    return _load_folder(_download(str(source), revision, cache_dir, local_files_only, token))
+
+
+def push_to_hub(
+    model: DynamicVAR,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Add a DynamicVAR",
+    records: Records = (),
+) -> str:
+    """Upload what `save_pretrained` writes, in one commit; the commit's address.
+
+    The repository is made where there is none (`private`: None means the owner's default).
+    CheckpointError, in one line, where the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        _write_folder(model, folder, str(folder), repo_id, records)
+        with _hub_errors(f"{repo_id}: cannot be uploaded"):
+            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=made.repo_id, folder_path=folder, commit_message=commit_message
+            )
+    return str(commit.commit_url)
+
+
+def _write_folder(
+    model: DynamicVAR, folder: Path, shown: str, load_as: str, records: Records
+) -> None:
+    """Write beside `folder`, then rename. shown: its name in messages; load_as: in the card."""
+    config = json.dumps(_config(model), indent=2, allow_nan=False) + "\n"
+    card = model_card(model, load_as, records)
+    replaced = recover(folder)
+    _check_replaceable(folder, shown)
+    temporary = folder.with_name(f".{folder.name}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors, twins = _without_twins(model.state_dict())
+        write_tensors(temporary / MODEL_FILE, tensors, FRAMEWORK | twins)
+        (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise CheckpointError(f"{shown}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _config(model: DynamicVAR) -> dict[str, Any]:
+    try:
+        selection = selection_to_json(model.selection)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    scales = model.replaced_scales
+    stored = DynamicVARConfig(model.dense.config, model.moe.config, scales, selection)
+    about = {"format": FORMAT, "kind": KIND, "library_version": _version()}
+    return {**about, "config": asdict(stored)}
+
+
+def _version() -> str:
+    """This library's version; "unknown" where it is not installed."""
+    try:
+        return metadata.version("dmoe-var")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _check_replaceable(folder: Path, shown: str) -> None:
+    """CheckpointError for a folder whose content saving would destroy."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{shown}: is a file; a model needs a folder")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+    if others:
+        raise CheckpointError(
+            f"{shown}: not replaced, it holds other files than a saved model's: {others[0]}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+        )
+    if any(folder.iterdir()):
+        try:
+            _read_config(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{shown}: not replaced, no saved model ({error})") from error
+
+
+def _without_twins(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor under the first of its names, and that name by every other one."""
+    first: dict[object, str] = {}
+    twins: dict[str, str] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        kept = first.setdefault(memory if tensor.numel() else name, name)
+        if kept != name:
+            twins[name] = kept
+    return {name: tensor for name, tensor in tensors.items() if name not in twins}, twins
+
+
+def _with_twins(
+    tensors: Mapping[str, Tensor], about: Mapping[str, str], path: Path
+) -> dict[str, Tensor]:
+    """The reverse of `_without_twins`; a name whose twin is not there stays missing."""
+    twins = {name: kept for name, kept in about.items() if name not in FRAMEWORK}
+    both = sorted(twins.keys() & tensors.keys())
+    if both:
+        raise CheckpointError(f"{path}: {', '.join(both)}: there, and said to be left out")
+    found = {name: tensors[kept] for name, kept in twins.items() if kept in tensors}
+    return {**tensors, **found}
+
+
+def _load_folder(folder: Path) -> DynamicVAR:
+    config = _read_config(folder)
+    path = folder / MODEL_FILE
+    tensors = _with_twins(*read_tensors(path), path)
+    both = build_strictly(
+        lambda: nn.ModuleDict({"dense": VAR(config.dense), "moe": VAR(config.moe)}), tensors, path
+    )
+    dense, moe = both["dense"], both["moe"]
+    assert isinstance(dense, VAR)
+    assert isinstance(moe, VAR)
+    try:
+        selection = selection_from_json(config.selection)
+        return DynamicVAR(dense, moe, config.moe_scales, selection).eval()
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: config: {error}") from error
+
+
+def _read_config(folder: Path) -> DynamicVARConfig:
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cut short or no JSON file ({error})") from error
+    about = content if isinstance(content, dict) else {}
+    if (about.get("format"), about.get("kind")) != (FORMAT, KIND):
+        raise CheckpointError(
+            f"{path}: format={about.get('format')!r}, kind={about.get('kind')!r}; expected "
+            f"{FORMAT!r} and {KIND!r}"
+        )
+    try:
+        # From JSON text, where strict still takes a list for a tuple.
+        stored: DynamicVARConfig = TypeAdapter(DynamicVARConfig).validate_json(
+            json.dumps(about.get("config")), strict=True
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("config", *first["loc"]))
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
+    return stored
+
+
+def _download(
+    repo_id: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    """Folder, in the cache, of one commit's weights and configuration, and nothing else."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(f"{repo_id}: no such folder, and cannot be fetched from the hub"):
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=[MODEL_FILE, CONFIG_FILE],
+            )
+        )
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """As `network_errors`, and for what can be no name of a repository."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        with network_errors(what):
+            yield
+    except HFValidationError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{what} ({reason})") from error

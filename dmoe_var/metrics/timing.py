@@ -1,0 +1,144 @@
+"""Timing of samplers side by side: in turn, each in a process of its own, the first calls dropped.
+
+A process of its own gives each its own peak of memory, and keeps what one library changes in torch
+away from the other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Call = Callable[[], Tensor]
+"""Does what is timed; what it returns is compared."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of a call in milliseconds, one value a run, and the process's peak memory."""
+
+    runs_ms: tuple[float, ...]
+    peak_memory_bytes: int
+    output: np.ndarray
+    """What the last call returned, float32."""
+
+    def percentile(self, q: float) -> float:
+        return float(np.percentile(self.runs_ms, q))
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Median, 10th and 90th percentile, fastest run, peak memory; flat, for a record."""
+        return {
+            f"{name}_ms_median": self.percentile(50),
+            f"{name}_ms_p10": self.percentile(10),
+            f"{name}_ms_p90": self.percentile(90),
+            f"{name}_ms_min": min(self.runs_ms),
+            f"{name}_peak_memory_mb": self.peak_memory_bytes / 1e6,
+        }
+
+
+def time_in_turn(
+    builders: Mapping[str, tuple[Callable[..., Call], tuple[Any, ...]]],
+    device: torch.device,
+    threads: int,
+    repeats: int,
+    warmup: int = 1,
+    progress: bool = False,
+) -> dict[str, Timing]:
+    """Time calls A B A B ..., after `warmup` rounds that do not count.
+
+    builders: by name, a function of a module and its arguments that builds the call in its
+    process. RuntimeError, with what it said, where a process fails.
+    """
+    context = mp.get_context("spawn")
+    with ExitStack() as stack:
+        workers = {}
+        for name, (build, arguments) in builders.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, str(device), threads, build, arguments), daemon=True
+            )
+            process.start()
+            theirs.close()
+            stack.callback(process.terminate)
+            workers[name] = ours
+        for name, worker in workers.items():
+            _answer(name, worker)
+        runs: dict[str, list[float]] = {name: [] for name in workers}
+        for round_ in tqdm(range(warmup + repeats), desc="benchmark", disable=not progress):
+            for name, worker in workers.items():
+                worker.send("run")
+                milliseconds = _answer(name, worker)
+                if round_ >= warmup:
+                    runs[name].append(milliseconds)
+        timings = {}
+        for name, worker in workers.items():
+            worker.send("report")
+            peak, output = _answer(name, worker)
+            timings[name] = Timing(tuple(runs[name]), peak, output)
+    return timings
+
+
+def _answer(name: str, worker: Connection) -> Any:
+    try:
+        kind, value = worker.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{name}: its process died (out of memory?)") from error
+    if kind == "error":
+        raise RuntimeError(f"{name}: {value}")
+    return value
+
+
+def _serve(
+    pipe: Connection,
+    device_name: str,
+    threads: int,
+    build: Callable[..., Call],
+    arguments: tuple[Any, ...],
+) -> None:
+    """The loop of a process: builds its call, then runs it as often as it is told to."""
+    try:
+        device = torch.device(device_name)
+        torch.set_num_threads(threads)
+        call = build(*arguments)
+        pipe.send(("ready", None))
+        output = torch.empty(0)
+        while True:
+            if pipe.recv() == "run":
+                _synchronise(device)
+                started = time.perf_counter()
+                output = call()
+                _synchronise(device)
+                pipe.send(("ms", 1000 * (time.perf_counter() - started)))
+            else:
+                pipe.send(("report", (_peak_memory(device), output.float().cpu().numpy())))
+    except EOFError:
+        return
+    except Exception as error:  # noqa: BLE001 - handed over to the parent, which raises it
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the device's allocator on CUDA, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)

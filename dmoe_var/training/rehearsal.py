@@ -1,0 +1,109 @@
+"""What a run will take, measured before it starts: one micro-batch forward and backward."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dmoe_var.errors import ConfigError
+from dmoe_var.models.blocks import Rows
+from dmoe_var.training.distributed import world_size
+from dmoe_var.training.state import trainable
+
+if TYPE_CHECKING:
+    from dmoe_var.training.loop import OptimConfig, StepGradients
+
+ADAM_BYTES = 8
+"""AdamW's two float32 moments, per trained parameter."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """memory_bytes: peak of this process on its device (on a CPU: of its whole memory)."""
+
+    name: str
+    device: torch.device
+    memory_bytes: int
+    device_bytes: int | None
+    num_trained: int
+    steps: int
+    micro_batches: int
+    micro_batch: int
+    micro_seconds: float
+
+    @property
+    def hours(self) -> float:
+        """Of all steps, without validation and without the optimiser's own time."""
+        return self.steps * self.micro_batches * self.micro_seconds / 3600
+
+    def __str__(self) -> str:
+        of_all = f" of {self.device_bytes / 1e9:.1f}" if self.device_bytes else ""
+        duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
+        return (
+            f"{self.name}: about {self.memory_bytes / 1e9:.1f}{of_all} GB on {self.device} and "
+            f"{duration} for {self.steps:,} steps, validation left out ({self.micro_batches} "
+            f"micro-batches of {self.micro_batch} a step in each of {world_size()} processes, "
+            f"{self.micro_seconds:.2f} s each; {self.num_trained / 1e6:.1f} M parameters train)"
+        )
+
+
+def rehearse(
+    gradients: StepGradients, config: OptimConfig, num_examples: int, steps: int, name: str
+) -> Estimate:
+    """Run a micro-batch twice (the second is timed), and forget its gradients.
+
+    ConfigError where it does not fit into the device's memory.
+    """
+    device = gradients.device
+    parameters = list(trainable(gradients.objective.module).values())
+    batch = min(config.batch_size, num_examples)
+    size = min(config.micro_batch_size or math.ceil(batch / world_size()), batch)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for _ in range(2):
+            started = time.perf_counter()
+            gradients.add(torch.arange(size), 0, Rows(0, batch), share=size / batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{name}.micro_batch_size={size}: does not fit into {device}'s memory; allowed: "
+            f"smaller ones{_hint(config)}"
+        ) from error
+    for parameter in parameters:
+        parameter.grad = None
+    num_trained = sum(p.numel() for p in parameters)
+    memory, of_device = _memory(device)
+    return Estimate(
+        name,
+        device,
+        memory + ADAM_BYTES * num_trained,
+        of_device,
+        num_trained,
+        steps,
+        math.ceil(math.ceil(batch / size) / world_size()),
+        size,
+        seconds,
+    )
+
+
+def _hint(config: OptimConfig) -> str:
+    possible = getattr(config, "activation_checkpointing", None) is False
+    return ", or activation_checkpointing=true" if possible else ""
+
+
+def _memory(device: torch.device) -> tuple[int, int | None]:
+    """Peak so far, and what the device has, in bytes."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device), total
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), None

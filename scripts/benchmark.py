@@ -1,0 +1,6 @@
+"""Time the sampler, beside the published one where its checkout is given."""
+
+from _hydra import stage_main
+
+if __name__ == "__main__":
+    stage_main("benchmark")

@@ -1,0 +1,581 @@
+"""Saved dynamic models: bitwise round trips, shared tensors once, one clear line for what is wrong,
+a card that says what records say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file, save_model
+
+from dmoe_var import (
+    All,
+    Cumulative,
+    DynamicVAR,
+    Oracle,
+    Random,
+    Threshold,
+    TopK,
+    generate,
+    load_var,
+)
+from dmoe_var.checkpoints import pretrained
+from dmoe_var.conversion.relufication import relufy
+from dmoe_var.errors import CheckpointError, DataError
+from dmoe_var.metrics.record import SCHEMA_VERSION, Record
+from dmoe_var.moe.selection import SelectionRule
+
+SCALES = (1, 3)
+RULES = [Threshold(0.3), TopK(2)]
+
+
+@pytest.fixture(scope="module")
+def make_model(make_var, make_moe):
+    """(selection, split) -> a DynamicVAR of which only the FFNs were fine-tuned."""
+
+    def make(selection=None, split=True, dtype=torch.float32, **fields):
+        dense = make_var(**fields)
+        tuned = relufy(deepcopy(dense))
+        with torch.no_grad():
+            for block in tuned.blocks:
+                for parameter in block.ffn.parameters():
+                    parameter.mul_(1.5)
+        moe = make_moe(tuned) if split else tuned
+        return DynamicVAR(dense, moe, SCALES, selection).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(RULES)
+
+
+@pytest.fixture(scope="module")
+def vqvae(make_vqvae):
+    return make_vqvae()
+
+
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory):
+    """A saved model; tests damage copies of it."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "model")
+
+
+def about(folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.metadata()
+
+
+def held_once(model):
+    dense, moe = model.dense.state_dict(), model.moe.state_dict()
+    return {n for n in moe if n in dense and moe[n].data_ptr() == dense[n].data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        None,
+        Threshold(0.3),
+        [Threshold(0.1 + 0.2), Oracle(1)],
+        Cumulative(0.7),
+        [Random(3, 5)] * 4,
+        All(),
+        (TopK(1), TopK(2)),
+    ],
+    ids=str,
+)
+def test_round_trip_is_bitwise(make_model, vqvae, tmp_path, selection):
+    model = make_model(selection)
+    model.save_pretrained(tmp_path / "new" / "model")
+    loaded = DynamicVAR.from_pretrained(tmp_path / "new" / "model")
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (loaded.dense.config, loaded.moe.config) == (model.dense.config, model.moe.config)
+    assert (loaded.moe_scales, loaded.replaced_scales) == (SCALES, SCALES)
+    as_list = list(selection) if isinstance(selection, tuple) else selection
+    assert loaded.selection == as_list
+    assert not loaded.training
+    for options in ({}, {"tau": 0.2}):
+        images = generate(loaded, vqvae, [0, 3], **options)
+        assert torch.equal(images, generate(model, vqvae, [0, 3], **options))
+
+
+@pytest.mark.parametrize("fields", [{"shared_adaln": True}, {"attn_l2_norm": False}], ids=str)
+@pytest.mark.parametrize("split", [True, False], ids=["experts", "unsplit"])
+def test_other_shapes(make_model, tmp_path, fields, split):
+    model = make_model(split=split, **fields)
+    model.save_pretrained(tmp_path / "model")
+    loaded = DynamicVAR.from_pretrained(str(tmp_path / "model"))
+    assert loaded.moe_scales == (SCALES if split else ())
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def test_shared_tensors_lie_in_the_file_once(model, written, tmp_path):
+    stored = load_file(written / "model.safetensors")
+    shared = {name for name in model.moe.state_dict() if ".ffn." not in name}
+    assert held_once(DynamicVAR.from_pretrained(written)) == held_once(model) == shared
+    left_out = {key: kept for key, kept in about(written).items() if key != "format"}
+    assert left_out == {f"moe.{name}": f"dense.{name}" for name in shared}
+    assert stored.keys() == model.state_dict().keys() - left_out.keys()
+    data = sum(t.numel() * t.element_size() for t in stored.values())
+    assert data <= (written / "model.safetensors").stat().st_size < data + 20_000
+
+    save_model(model, str(tmp_path / "theirs.safetensors"), {"format": "pt"})
+    with safe_open(tmp_path / "theirs.safetensors", framework="pt") as file:
+        assert file.metadata() == about(written)
+        assert set(file.keys()) == stored.keys()
+
+
+def test_half_precision_stays(make_model, tmp_path):
+    model = make_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    kinds = {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()}
+    assert kinds == {torch.bfloat16, torch.int64}
+    loaded = DynamicVAR.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    assert {t.dtype for t in loaded.values()} == kinds
+
+
+def test_a_loaded_model_can_be_saved_over_itself(written, folder):
+    loaded = DynamicVAR.from_pretrained(folder)
+    loaded.selection = Threshold(0.9)
+    loaded.save_pretrained(folder)
+    again = DynamicVAR.from_pretrained(folder)
+    assert again.selection == Threshold(0.9)
+    first, last = (load_file(f / "model.safetensors") for f in (written, folder))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_config_says_all(written):
+    config = json.loads((written / "config.json").read_text())
+    assert config["format"] == "dmoe-var/1"
+    assert config["kind"] == "dynamic_var"
+    assert config["library_version"]
+    assert config["config"]["moe_scales"] == [1, 3]
+    assert config["config"]["moe"]["experts"]["expert_size"] == 32
+    assert config["config"]["selection"] == [
+        {"rule": "threshold", "tau": 0.3},
+        {"rule": "top_k", "k": 2},
+    ]
+
+
+def refused(source, *said, **options):
+    with pytest.raises(CheckpointError) as caught:
+        DynamicVAR.from_pretrained(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(text in message for text in said), message
+
+
+@pytest.mark.parametrize("left", [0, 7, 5000, -1])
+def test_a_truncated_file_is_refused(folder, left):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    refused(folder, str(path), "cut short or no safetensors file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    refused(folder, str(folder / name))
+
+
+def rewrite(folder, change, change_about=lambda content: None):
+    path, content = folder / "model.safetensors", about(folder)
+    tensors = load_file(path)
+    change(tensors)
+    change_about(content)
+    save_file({name: t.clone() for name, t in tensors.items()}, path, content)
+
+
+def test_all_that_does_not_fit_is_named_in_one_line(folder):
+    def damage(tensors):
+        del tensors["dense.head.bias"]
+        tensors["moe.extra"] = torch.zeros(1)
+        tensors["moe.blocks.0.ffn.b2_C"] = torch.zeros(3)
+
+    rewrite(folder, damage)
+    refused(
+        folder,
+        str(folder / "model.safetensors"),
+        "missing 2 keys: dense.head.bias, moe.head.bias",
+        "unexpected 1 keys: moe.extra",
+        "moe.blocks.0.ffn.b2_C is (3,), should be (64,)",
+    )
+
+
+def test_a_twin_that_is_not_there_is_missing(folder):
+    rewrite(folder, lambda tensors: None, lambda about: about.pop("moe.head.bias"))
+    refused(folder, "missing 1 keys: moe.head.bias")
+
+
+def test_a_twin_beside_its_tensor_is_refused(folder):
+    rewrite(folder, lambda tensors: tensors.update({"moe.head.bias": torch.zeros(32)}))
+    refused(folder, "moe.head.bias: there, and said to be left out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (["format"], "dmoe-var/2", "format='dmoe-var/2'"),
+        (["kind"], "var", "kind='var'"),
+        (["config"], None, "config: "),
+        (["config", "dense", "depth"], -1, "config.dense.depth: "),
+        (["config", "dense", "depth"], "2", "config.dense.depth: "),
+        (["config", "dense", "depth"], 3, "missing"),
+        (["config", "dense", "num_classes"], 6, "wrong shapes"),
+        (["config", "moe", "unknown"], 1, "config.moe.unknown: "),
+        (["config", "moe", "experts", "expert_size"], 48, "expert_size=48 does not divide"),
+        (["config", "moe", "norm_eps"], float("nan"), "config.moe.norm_eps: "),
+        (["config", "moe", "patch_nums"], [1, 2, 3, 5], "wrong shapes"),
+        (["config", "moe", "attn_l2_norm"], False, "unexpected"),
+        (["config", "moe_scales"], [1, 4], "each must be within 0..3"),
+        (["config", "moe_scales"], [], "each must be within 0..3"),
+        (["config", "moe_scales"], "13", "config.moe_scales: "),
+        (["config", "selection", 0, "rule"], "best", "selection.rule='best' is none of threshold"),
+        (["config", "selection", 0, "tau"], 1.5, "tau=1.5 is not within [0, 1]"),
+        (["config", "selection", 0, "tau"], float("nan"), "tau"),
+        (["config", "selection", 0, "tau"], "0.2", "selection.tau of rule threshold"),
+        (["config", "selection", 0, "share"], 0.2, "selection.share of rule threshold"),
+        (["config", "selection", 1, "k"], 0, "k=0 is not within [1"),
+        (["config", "selection"], [{"rule": "all"}] * 3, "selection has 3 values"),
+        (["config", "selection"], "all", "selection.rule='all'"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(folder, keys, value, said):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(content))
+    refused(folder, str(folder), said)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"dmoe-var/1"'])
+def test_a_broken_configuration_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    refused(folder, str(folder / "config.json"))
+
+
+def test_other_loaders_refuse_it(folder):
+    with pytest.raises(CheckpointError, match=r"config\.json: kind='dynamic_var', expected"):
+        load_var(folder)
+
+
+def test_rules_of_others_cannot_be_saved(make_model, tmp_path):
+    class Odd(SelectionRule):
+        pass
+
+    with pytest.raises(CheckpointError, match="its rule is none of threshold"):
+        make_model(Odd()).save_pretrained(tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_folder_is_filled(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(pretrained.FILES)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git", "weights"])
+def test_a_folder_with_other_files_is_not_replaced(model, folder, name):
+    (folder / name).write_text("mine")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=f"not replaced, it holds other files.*: {name}"):
+        model.save_pretrained(folder)
+    assert (folder / name).read_text() == "mine"
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_no_saved_model_is_not_replaced(model, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(CheckpointError, match="not replaced, no saved model"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        model.save_pretrained(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize("at", ["weights", "rename"])
+def test_a_failed_save_leaves_the_older_model(make_model, folder, monkeypatch, at):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    replace_file, renames = os.replace, []
+
+    def second_fails(source, target):
+        renames.append(target)
+        return full() if len(renames) == 2 else replace_file(source, target)
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if at == "weights":
+        monkeypatch.setattr(pretrained, "write_tensors", full)
+    else:
+        monkeypatch.setattr(pretrained, "write_tensors", lambda *_: None)
+        monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(CheckpointError, match=r"model: cannot be written \(No space left"):
+        make_model().save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_kill_between_the_renames_loses_nothing(folder):
+    os.replace(folder, folder.with_name(".model.old"))
+    assert DynamicVAR.from_pretrained(folder).selection == RULES
+
+
+class FakeHub:
+    """What `push_to_hub` calls, kept in a folder."""
+
+    def __init__(self, root, error=None):
+        self.root, self.error, self.calls = root, error, []
+
+    def __call__(self, token=None):
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.calls.append(("create_repo", repo_id, private, exist_ok))
+        if self.error:
+            raise self.error
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.calls.append(("upload_folder", repo_id, commit_message))
+        shutil.copytree(folder_path, self.root / repo_id)
+        return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
+
+
+def test_push_then_pull(model, vqvae, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    url = model.push_to_hub("mine", private=True, token="secret", commit_message="First")
+    assert url == "hub/someone/mine/commit/1"
+    assert hub.calls == [
+        ("token", "secret"),
+        ("create_repo", "mine", True, True),
+        ("upload_folder", "someone/mine", "First"),
+    ]
+    pushed = tmp_path / "someone" / "mine"
+    assert {path.name for path in pushed.iterdir()} == set(pretrained.FILES)
+    assert 'from_pretrained("mine")' in (pushed / "README.md").read_text()
+    asked = {}
+
+    def snapshot(repo_id, **options):
+        asked.update(options, repo_id=repo_id)
+        return str(pushed)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    options = {
+        "revision": "v1",
+        "cache_dir": tmp_path / "c",
+        "local_files_only": True,
+        "token": "t",
+    }
+    loaded = DynamicVAR.from_pretrained("someone/mine", **options)
+    files = {"model.safetensors", "config.json"}
+    assert set(asked.pop("allow_patterns")) == files
+    assert asked == {**options, "repo_id": "someone/mine"}
+    assert torch.equal(generate(loaded, vqvae, [1]), generate(model, vqvae, [1]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HfHubHTTPError("403 Forbidden\nmore", response=SimpleNamespace(headers={}, request=None)),
+        OSError("403 Forbidden: no token"),
+    ],
+)
+def test_a_hub_that_refuses_is_one_line(model, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub(tmp_path, error))
+    with pytest.raises(CheckpointError) as caught:
+        model.push_to_hub("someone/mine")
+    assert str(caught.value).startswith("someone/mine: cannot be uploaded (403 Forbidden")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_network_is_one_line(tmp_path, monkeypatch):
+    said = "someone/mine: no such folder, and cannot be fetched from the hub"
+    refused("someone/mine", said, cache_dir=tmp_path, local_files_only=True)
+
+    def unreachable(*_, **__):
+        raise LocalEntryNotFoundError("cannot find it\nand no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    refused("someone/mine", said, "(cannot find it)")
+
+
+def test_what_is_no_name_is_one_line(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere: no such folder")
+    refused("two words", "two words: no such folder")
+
+
+def test_a_revision_of_a_folder_is_refused(folder):
+    refused(folder, "revision=main", "is a folder", revision="main")
+
+
+CONFIG = {
+    "var.depth": 2,
+    "var.width": 64,
+    "var.patch_nums": [1, 2, 3, 4],
+    "base.var": "var_d16",
+    "base.vqvae": "vae_ch160v4096z32",
+    "sparsify.alpha": 0.001,
+    "sparsify.log_every": 10,
+    "split.expert_size": 32,
+    "train_router.lr": 0.01,
+    "sampling.cfg": 1.5,
+    "moe.scales": [1, 3],
+    "selection.rule": "threshold",
+    "selection.tau": [0.3, 0.4],
+    "evaluate.model": "dynamic",
+}
+POINT = Record(
+    stage="evaluate",
+    variant="default",
+    fingerprint="f",
+    metrics={"flops_gmac": 0.75, "fid_efflite0_64px": 12.5, "recall": 0.25, "sampling_ms": 5.0},
+    config=CONFIG,
+    seed=7,
+    num_samples=1000,
+    dtype="float32",
+    started="2026-01-01T00:00:00+00:00",
+    ended="2026-01-01T01:00:00+00:00",
+    device="a | b",
+    threads=1,
+    git_commit="c0ffee",
+    libraries={"torch": "2.6"},
+    about={"base_sha256": "abc123", "reference": {"sha256": "def456"}},
+)
+DENSE = replace(
+    POINT,
+    config=CONFIG | {"evaluate.model": "dense"},
+    metrics={"flops_gmac": 1.0, "fid_efflite0_64px": 12.0},
+)
+SWEEP = replace(
+    POINT,
+    stage="sweep",
+    about={
+        "fidelity": "fid",
+        "seeds": [0, 1, 2],
+        "settings": [
+            {"group": group, "tau": tau, "scales": [1, 3], "fid_mean": fid, "fid_std": 0.5}
+            | {"flops_gmac": gmac, "flops_saved": 1 - gmac, "label_agreement": 0.99}
+            for group, tau, fid, gmac in [
+                ("dense", [], 10.0, 1.0),
+                ("last", [0.1], 11.0, 0.9),
+                ("chosen", [0.3, 0.4], 10.5, 0.8),
+            ]
+        ],
+    },
+)
+
+
+def card_of(make_model, tmp_path, records):
+    model = make_model([Threshold(0.3), Threshold(0.4)])
+    model.save_pretrained(tmp_path / "card", records)
+    return ModelCard.load(tmp_path / "card" / "README.md")
+
+
+def test_a_card_without_records_says_so(make_model, tmp_path):
+    card = card_of(make_model, tmp_path, [])
+    assert card.data.library_name == "dmoe-var"
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert "Nothing was measured" in card.text
+    assert "GMAC" not in card.text
+    assert "scale 1: Threshold tau 0.3; scale 3: Threshold tau 0.4" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0].splitlines()
+    assert len(code) == 3
+    assert 'DynamicVAR.from_pretrained("card")' in code[1]
+
+
+def test_a_card_shows_what_records_say(make_model, tmp_path):
+    POINT.write(tmp_path)
+    card = card_of(make_model, tmp_path, [tmp_path / "result.json", DENSE, SWEEP])
+    assert card.data.license == "mit"
+    assert card.data.base_model == "FoundationVision/var"
+    rows = [line for line in card.text.splitlines() if line.startswith("| ")]
+    mine = "(this model's rule and scales)"
+    assert rows[1:5] == [
+        f"| **threshold** {mine} | 0.3, 0.4 | 1, 3 | 1000 | 7 | 0.7500 | 25.0% | "
+        "fid_efflite0_64px 12.5; recall 0.25 |",
+        "| dense | - | - | 1000 | 7 | 1.0000 | 0.0% | fid_efflite0_64px 12 |",
+        "| dense | - | 1, 3 | 1000 | 0, 1, 2 | 1.0000 | 0.0% | "
+        "fid 10 ± 0.5; label_agreement 0.99 |",
+        f"| **operating point** {mine} | 0.3, 0.4 | 1, 3 | 1000 | 0, 1, 2 | 0.8000 | 20.0% | "
+        "fid 10.5 ± 0.5; label_agreement 0.99 |",
+    ]
+    for text in (
+        "| sparsify.alpha | 0.001 |",
+        "| split.expert_size | 32 |",
+        "| train_router.lr | 0.01 |",
+        "base model: var_d16",
+        "base_sha256 `abc123`",
+        "reference.sha256 `def456`",
+        "float32 on a \\| b, commit `c0ffee`",
+        'load_vqvae("vae_ch160v4096z32")',
+    ):
+        assert text in card.text
+    assert "log_every" not in card.text
+    assert "Nothing was measured" not in card.text
+
+
+def test_a_path_on_this_machine_is_not_shown(make_model, tmp_path):
+    config = CONFIG | {"base.var": "/home/me/var_d16", "base.vqvae": "/home/me/vae.pth"}
+    card = card_of(make_model, tmp_path, [replace(POINT, config=config)])
+    assert "/home/me" not in str(card)
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert "licence: not recorded" in card.text
+
+
+def test_savings_need_a_dense_model_under_the_same_guidance(make_model, tmp_path):
+    unguided = replace(DENSE, config=DENSE.config | {"sampling.cfg": 0.0})
+    card = card_of(make_model, tmp_path, [POINT, unguided])
+    assert "| 0.7500 | - |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (replace(POINT, config=CONFIG | {"var.depth": 3}), "var.depth is 3, this model has 2"),
+        (replace(POINT, metrics={}), "lacks 'flops_gmac'"),
+        (replace(SWEEP, about={"fidelity": "fid", "seeds": 3}), "record of sweep"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(make_model, tmp_path, record, said):
+    with pytest.raises(DataError, match=said):
+        card_of(make_model, tmp_path, [record])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_record_is_refused(make_model, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"schema_version": SCHEMA_VERSION}))
+    with pytest.raises(DataError, match=r"result\.json"):
+        card_of(make_model, tmp_path, [path])

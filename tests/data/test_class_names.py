@@ -1,0 +1,88 @@
+"""Classes by name: every name finds its index however it is spelled, all else is one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmoe_var.data.class_names import class_index, class_names, imagenet_names, slug, title
+from dmoe_var.errors import ConfigError
+
+KNOWN = {0: "tench", 207: "golden retriever", 985: "daisy", 999: "toilet tissue"}
+"""Of ImageNet's classes, whose order is that of the WordNet numbers."""
+SAME_BUT_FOR_CASE = {"Cardigan": 264, "cardigan": 474}
+SPELLINGS = [
+    str,
+    str.lower,
+    str.upper,
+    str.title,
+    lambda name: name.replace(" ", "_"),
+    lambda name: name.replace(" ", "-"),
+    lambda name: name.replace("-", "_").replace("'", ""),
+    lambda name: f" {name.replace(' ', '  ')} ",
+]
+
+
+def find(given, num_classes=1000, kind="image_folder"):
+    return class_index(given, kind, num_classes, "sample.classes")
+
+
+def test_imagenet():
+    names = class_names("image_folder", 1000)
+    assert len(set(names)) == 1000
+    assert {i: names[i] for i in KNOWN} == KNOWN
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS)
+def test_every_name_finds_its_class(spelled):
+    for i, name in enumerate(imagenet_names()):
+        if name not in SAME_BUT_FOR_CASE:
+            assert find(spelled(name)) == i
+
+
+def test_names_that_differ_in_case_alone():
+    assert {name: find(name) for name in SAME_BUT_FOR_CASE} == SAME_BUT_FOR_CASE
+    with pytest.raises(ConfigError, match=r"'CARDIGAN' may be 'Cardigan' \(264\) or 'cardigan'"):
+        find("CARDIGAN")
+
+
+@pytest.mark.parametrize("given", [207, "207", 0, 999])
+def test_indices(given):
+    assert find(given) == int(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "parts"),
+    [
+        ("golden retreiver", (), ("'golden retreiver'", "golden retriever (207)", "0..999")),
+        ("retriever", (), ("golden retriever (207)", "Labrador retriever (208)", "205", "206")),
+        ("xyzzy", (), ("'xyzzy' is no class; allowed: an index within 0..999",)),
+        ("", (), ("'' is no class; allowed",)),
+        (1000, (), ("1000 must be within 0..999",)),
+        (-1, (), ("-1 must be within 0..999",)),
+        ("-1", (), ("-1 must be within 0..999",)),
+        ("cat", (10,), ("'cat'", "no known names", "0..9")),
+        ("ten", (10, "digits"), ("'ten' is no class", "0..9")),
+        (10, (10, "digits"), ("10 must be within 0..9",)),
+    ],
+)
+def test_what_is_no_class(given, arguments, parts):
+    with pytest.raises(ConfigError) as caught:
+        find(given, *arguments)
+    message = str(caught.value)
+    assert message.startswith("sample.classes: ")
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_digits():
+    names = class_names("digits", 10)
+    assert [find(name, 10, "digits") for name in names] == list(range(10))
+    assert title(names, 3) == "3"
+
+
+def test_titles_and_file_names():
+    assert title(class_names("image_folder", 10), 3) == "class 3"
+    assert title(imagenet_names(), 207) == "golden retriever"
+    slugs = [slug(name) for name in imagenet_names()]
+    assert slugs[207] == "golden_retriever"
+    assert all(slug.replace("_", "").isalnum() and slug.isascii() for slug in slugs)

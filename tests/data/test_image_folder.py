@@ -1,0 +1,380 @@
+"""Folders of pictures: which, in what order, cut as published, and what is told of broken ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmoe_var.data.image_folder import Cut, balanced, list_pictures
+from dmoe_var.errors import ConfigError, DataError
+
+CENTRE = Cut(image_size=32, resize_ratio=1.125, random=False, augmentations=1, seed=0)
+RANDOM = replace(CENTRE, random=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, make_folder):
+    """Three classes of 2, 1 and 3 training pictures, and 2, 4 and 1 held-out ones."""
+    return make_folder(tmp_path_factory.mktemp("pictures"), train=(2, 1, 3), val=(2, 4, 1))
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return shutil.copytree(root, tmp_path / "copy")
+
+
+def rgb(path):
+    return Image.open(path).convert("RGB")
+
+
+def noise(seed, width, height, channels):
+    shape = (height, width, channels)[: 3 if channels > 1 else 2]
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# The published transform
+
+
+def by_hand(path, size=36, side=32):
+    """The published transform in exact arithmetic: shorter side to `size`, the centre of `side`."""
+    picture = rgb(path)
+    shorter = min(picture.size)
+    width, height = (int(Fraction(size * pixels, shorter)) for pixels in picture.size)
+    resized = np.asarray(picture.resize((width, height), Image.LANCZOS))
+    top, left = (round(Fraction(pixels - side, 2)) for pixels in (height, width))
+    return resized[top : top + side, left : left + side]
+
+
+def saved_as(kind, path):
+    """A picture of an unusual kind."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned: the published transform does not turn it
+    grey16 = np.random.default_rng(0).integers(0, 2**16, (50, 41), dtype=np.uint16)
+    pictures = {
+        "tall.png": lambda: Image.fromarray(noise(1, 41, 97, 3)).save(path),
+        "wide.bmp": lambda: Image.fromarray(noise(2, 111, 37, 3)).save(path),
+        "small.webp": lambda: Image.fromarray(noise(3, 20, 9, 3)).save(path),
+        "as_resized.png": lambda: Image.fromarray(noise(4, 36, 45, 3)).save(path),
+        "grey.JPEG": lambda: Image.fromarray(noise(5, 50, 41, 1)).save(path),
+        "cmyk.jpg": lambda: Image.fromarray(noise(6, 50, 41, 4), "CMYK").save(path),
+        "palette.png": lambda: Image.fromarray(noise(7, 50, 41, 3)).quantize(9).save(path),
+        "alpha.png": lambda: Image.fromarray(noise(8, 50, 41, 4), "RGBA").save(path),
+        "grey16.png": lambda: Image.fromarray(grey16).save(path),
+        "turned.jpg": lambda: Image.fromarray(noise(9, 50, 41, 3)).save(path, exif=exif),
+    }
+    pictures[kind]()
+
+
+KINDS = ["tall.png", "wide.bmp", "small.webp", "as_resized.png", "grey.JPEG", "cmyk.jpg"]
+KINDS += ["palette.png", "alpha.png", "grey16.png", "turned.jpg"]
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter")
+@pytest.mark.parametrize("kind", KINDS)
+def test_centre_crop_is_the_published_one(tmp_path, kind):
+    saved_as(kind, tmp_path / kind)
+    ours = CENTRE.cropped(CENTRE.opened(tmp_path / kind), 0, 0)
+    assert ours.dtype == np.uint8
+    assert np.array_equal(ours, by_hand(tmp_path / kind))
+
+
+def test_centre_crop_is_torchvisions(tmp_path):
+    """The library that the published code uses, on sides that leave odd and even rests."""
+    from torchvision import transforms
+
+    published = transforms.Compose(
+        [
+            transforms.Resize(36, interpolation=transforms.InterpolationMode.LANCZOS),
+            transforms.CenterCrop((32, 32)),
+        ]
+    )
+    for seed, size in enumerate([(41, 97), (97, 41), (50, 51), (36, 37), (36, 39), (9, 20)]):
+        path = tmp_path / "p.png"
+        Image.fromarray(noise(seed, *size, 3)).save(path)
+        ours = CENTRE.cropped(CENTRE.opened(path), 0, 0)
+        assert np.array_equal(ours, np.asarray(published(rgb(path)))), size
+
+
+def coordinates(width, height):
+    """A picture whose pixels say where they are."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+
+
+def places(cut, picture, drawn):
+    """(left, top) of crops that are whole squares of the picture."""
+    for index, augmentation in drawn:
+        crop = cut.cropped(picture, index, augmentation).astype(int)
+        left, top = crop[0, 0, :2]
+        expected = np.asarray(picture)[top : top + 32, left : left + 32]
+        assert np.array_equal(crop, expected)
+        yield int(left), int(top)
+
+
+def test_random_crops_are_uniform():
+    """All 5 x 8 places, about as often; chi-square with 39 degrees of freedom stays below 85
+    in all but 3 of 100,000 cases (the draws are fixed, so this one does or does not)."""
+    drawn = [(index, k) for index in range(500) for k in range(8)]
+    counts = Counter(places(RANDOM, coordinates(36, 39), drawn))
+    assert set(counts) == {(left, top) for left in range(5) for top in range(8)}
+    expected = len(drawn) / 40
+    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 85
+
+
+def test_a_crop_follows_from_seed_picture_and_augmentation():
+    picture = coordinates(180, 180)
+    drawn = [(index, k) for index in range(4) for k in range(4)]
+    first = list(places(RANDOM, picture, drawn))
+    assert len(set(first)) > 12
+    assert list(places(RANDOM, picture, drawn[::-1])) == first[::-1]
+    assert list(places(replace(RANDOM, seed=1), picture, drawn)) != first
+
+
+def test_images_are_crops_of_their_pictures(root, folder_images):
+    training, held_out = folder_images(root, augmentations=3, seed=5)
+    assert (len(training), len(held_out)) == (18, 7)
+    for index, pixels in enumerate(training.pixels(torch.arange(18))):
+        path = training.path(index)
+        assert path == root / "train" / training.classes[training.labels[index]] / path.name
+        picture, k = training.cut.opened(path), index % 3
+        assert np.array_equal(pixels, training.cut.cropped(picture, index // 3, k))
+    ours = held_out.pixels(torch.tensor([4]))[0]
+    assert np.array_equal(ours, by_hand(root / "val" / "b" / "02.png", 9, 8))
+    assert len({pixels.tobytes() for pixels in training.pixels(np.arange(18))}) > 12
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_neither_batches_nor_threads_matter(root, folder_images, workers):
+    whole = folder_images(root, augmentations=2)[0].pixels(torch.arange(12))
+    images = folder_images(root, augmentations=2, workers=workers)[0]
+    order = torch.tensor([11, 0, 5, 4, 4])
+    assert np.array_equal(images.pixels(order), whole[order.numpy()])
+    assert np.array_equal(images.decode(range(3, 9)).pixels_BRR3, whole[3:9])
+    assert images.pixels(torch.arange(0)).shape == (0, 8, 8, 3)
+
+
+def test_augmentations_of_a_picture_cost_one_decoding(root, folder_images, monkeypatch):
+    images, opened, times = folder_images(root, augmentations=4)[0], Cut.opened, []
+    monkeypatch.setattr(Cut, "opened", lambda cut, path: times.append(path) or opened(cut, path))
+    images.decode(range(24))
+    assert len(times) == 6
+
+
+def test_tensors_lie_in_minus_one_to_one(root, folder_images):
+    images, indices = folder_images(root)[1], torch.tensor([3, 0])
+    x_B3RR = images.tensors(indices)
+    assert (x_B3RR.dtype, x_B3RR.shape) == (torch.float32, (2, 3, 8, 8))
+    expected = images.pixels(indices).transpose(0, 3, 1, 2) / 255 * 2 - 1
+    assert np.allclose(x_B3RR, expected, atol=1e-6, rtol=0)
+
+
+# Which pictures
+
+
+def test_what_is_a_picture(tmp_path):
+    names = ["b.JPG", "a.jpeg", "c.PnG", "d.webp", "e.bmp"]
+    others = ["notes.txt", ".hidden.jpg", "jpg", "f.gif", "g.jpg.part"]
+    for folder in ("dogs", "cats", ".thumbnails"):
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(names + others):
+            (tmp_path / folder / name).write_bytes(b"x" * number)
+    (tmp_path / "list.jpg").touch()
+    sizes = [("a.jpeg", 1), ("b.JPG", 0), ("c.PnG", 2), ("d.webp", 3), ("e.bmp", 4)]
+    listing = list_pictures(tmp_path)
+    assert list(listing.items()) == [("cats", sizes), ("dogs", sizes)]
+
+
+def test_labels_are_places_of_sorted_names(root, folder_images):
+    training, held_out = folder_images(root, augmentations=2, num_classes=3)
+    assert training.classes == held_out.classes == ("a", "b", "c")
+    assert training.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 6
+    assert held_out.labels.tolist() == [0, 0, 1, 1, 1, 1, 2]
+    assert training.labels.dtype == np.int64
+    assert training.num_classes == 3
+
+
+def test_one_folder_may_be_both(root, folder_images):
+    training, held_out = folder_images(root, train="val", val="val")
+    assert [training.path(i) for i in range(7)] == [held_out.path(i) for i in range(7)]
+    assert training.key != held_out.key
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_held_out_pictures_are_balanced(root, folder_images, number):
+    """Turn by turn, by brute force: a class gets its next picture where it still has one."""
+    left, taken = {"a": 2, "b": 4, "c": 1}, Counter()
+    while taken.total() < number:
+        for name in left:
+            if taken[name] < left[name] and taken.total() < number:
+                taken[name] += 1
+    images = folder_images(root, held_out=number)[1]
+    names = [images.path(i).relative_to(root / "val").as_posix() for i in range(number)]
+    assert names == [f"{name}/{i:02d}.png" for name in "abc" for i in range(taken[name])]
+    assert len(images) == number
+
+
+def test_keys_name_the_content(root, copy, folder_images):
+    """Other names, sizes, order or cuts have another key; another place or more workers do not."""
+    base = folder_images(root)
+    same = folder_images(copy, workers=4, encode_batch=3, unreadable="skip")
+    assert [images.key for images in same] == [images.key for images in base]
+    keys = [images.key for images in base]
+    for fields in ({"seed": 1}, {"augmentations": 2}, {"resize_ratio": 1.25}, {"image_size": 16}):
+        keys.append(folder_images(root, **fields)[0].key)
+    keys += [folder_images(root, image_size=16)[1].key, folder_images(root, held_out=3)[1].key]
+    (copy / "train" / "a" / "00.png").rename(copy / "train" / "a" / "0.png")
+    keys.append(folder_images(copy)[0].key)
+    with (copy / "train" / "a" / "0.png").open("ab") as file:
+        file.write(b"x")
+    keys.append(folder_images(copy)[0].key)
+    assert len(set(keys)) == len(keys)
+    assert folder_images(root, seed=1, augmentations=2)[1].key == base[1].key
+
+
+def one_line(caught, *parts):
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_root_is_needed_where_it_is_used(folder_images):
+    from dmoe_var.data import DataConfig, load_data
+
+    config = DataConfig(kind="image_folder", train="a", val="b")
+    with pytest.raises(ConfigError) as caught:
+        load_data(config)
+    one_line(caught, "data.root=null", "holds a/ and b/")
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        (
+            {"train": "training"},
+            ("training: no readable image folder", "No such file", "data.root"),
+        ),
+        ({"val": "train/a/00.png"}, ("00.png: no readable image folder", "Not a directory")),
+        ({"val": "train/a"}, ("train/a: holds no folders", ".jpg")),
+        ({"num_classes": 1000}, ("train: found 3 class folders, expected data.num_classes=1000",)),
+        ({"held_out": 8}, ("val: holds 7 pictures", "data.held_out=8")),
+    ],
+)
+def test_wrong_folders(root, folder_images, fields, parts):
+    with pytest.raises(DataError) as caught:
+        folder_images(root, **fields)
+    one_line(caught, *parts)
+
+
+def test_classes_must_be_the_same(copy, folder_images):
+    shutil.rmtree(copy / "train" / "b")
+    for name in "vwxyz":
+        shutil.copytree(copy / "train" / "a", copy / "train" / name)
+    with pytest.raises(DataError) as caught:
+        folder_images(copy)
+    one_line(caught, f"{copy}/train alone has v, w, x, ... (5 in all)", f"{copy}/val alone has b")
+
+
+def test_empty_class(copy, folder_images):
+    shutil.rmtree(copy / "val" / "b")
+    (copy / "val" / "b").mkdir()
+    with pytest.raises(DataError) as caught:
+        folder_images(copy)
+    one_line(caught, f"{copy}/val: 1 class folders hold no picture", ": b")
+
+
+def test_balanced_keeps_empty_classes_in_place(tmp_path):
+    listing = {"a": [("x", 1)], "b": [("y", 1), ("z", 1)]}
+    assert balanced(listing, 1, tmp_path, "data.limit") == {"a": [("x", 1)], "b": []}
+
+
+# Broken pictures
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def no_picture(path):
+    path.write_text("<html>Not Found</html>")
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def link_to_nothing(path):
+    path.unlink()
+    path.symlink_to("gone")
+
+
+def bad_header(path):
+    """A PNG whose first chunk is broken: Pillow raises a SyntaxError of sorts."""
+    content = bytearray(path.read_bytes())
+    content[16:24] = b"\0" * 8
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", [cut_short, no_picture, emptied, link_to_nothing, bad_header])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures(copy, folder_images, harm, workers):
+    path = copy / "train" / "c" / "01.png"
+    harm(path)
+    images = folder_images(copy, augmentations=2, workers=workers)[0]
+    with pytest.raises(DataError) as caught:
+        images.pixels(torch.arange(12))
+    one_line(caught, f"{path}: unreadable picture (")
+    with pytest.raises(DataError):
+        images.tensors(torch.tensor([9]))
+    decoded = images.decode(range(12))
+    assert [item.index for item in decoded.unreadable] == [8, 9]
+    assert {item.path for item in decoded.unreadable} == {str(path)}
+    assert all(item.reason for item in decoded.unreadable)
+    readable = torch.tensor([i for i in range(12) if i not in (8, 9)])
+    assert np.array_equal(decoded.pixels_BRR3, images.pixels(readable))
+    assert images.decode([8]).pixels_BRR3.shape == (0, 8, 8, 3)
+
+
+def test_names_that_are_not_text(copy, folder_images):
+    broken = os.fsencode(copy / "train" / "a") + b"/\xff\n.png"
+    try:
+        os.close(os.open(broken, os.O_CREAT | os.O_WRONLY))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (item,) = folder_images(copy)[0].decode(range(7)).unreadable
+    assert item.path == f"{copy}/train/a/\\udcff\\n.png"
+
+
+# Real pictures
+
+
+def test_real_imagenet(real_pictures, folder_images):
+    wnids = ("n01440764", "n01443537", "n02123045", "n04037443")
+    root = real_pictures(
+        "imagenet-one-per-class-288.tar", lambda name: name.split("/")[1] in wnids, len(wnids)
+    )
+    training, held_out = folder_images(root, train="val", image_size=256, num_classes=4)
+    assert training.classes == wnids
+    for index, pixels in enumerate(held_out.pixels(torch.arange(4))):
+        assert min(rgb(held_out.path(index)).size) == 288
+        assert np.array_equal(pixels, by_hand(held_out.path(index), 288, 256))
+    assert training.pixels(torch.arange(4)).shape == (4, 256, 256, 3)
+
+
+def test_real_cifar(real_pictures, folder_images):
+    root = real_pictures(
+        "cifar10-imagefolder.tar.gz", lambda name: name.endswith(("/0000.jpg", "/0001.jpg")), 4
+    )
+    training, held_out = folder_images(root, train="test", val="test", image_size=32)
+    assert len(training) == len(held_out) == 4
+    for index, pixels in enumerate(held_out.pixels(torch.arange(4))):
+        assert rgb(held_out.path(index)).size == (32, 32)
+        assert np.array_equal(pixels, by_hand(held_out.path(index)))

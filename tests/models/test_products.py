@@ -1,0 +1,156 @@
+"""Products and convolutions in bfloat16, against float64 of the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dmoe_var.models import products
+from dmoe_var.models.products import FEW_ROWS, Conv2d, Linear, at_least_float32, linear
+
+HALF_ULP = 2.0**-8
+"""Largest relative error of one rounding to bfloat16 (7 stored bits)."""
+
+
+@pytest.fixture(params=[True, False], ids=["emulated", "native"])
+def emulated(request, monkeypatch):
+    monkeypatch.setattr(products, "emulates_bfloat16", lambda: request.param)
+    return request.param
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def exact_linear(x, weight, bias):
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+def error(found, exact):
+    return (found.double() - exact).norm() / exact.norm()
+
+
+CONV = {
+    "plain": ({"kernel_size": 3, "padding": 1}, (3, 6, 7, 7)),
+    "strided": ({"kernel_size": 3, "stride": 2, "bias": False}, (3, 6, 8, 8)),
+    "by one pixel": ({"kernel_size": 1}, (1, 6, 2, 2)),
+}
+
+
+def conv(fields):
+    torch.manual_seed(0)
+    return Conv2d(6, 5, **fields)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(FEW_ROWS, 96), (FEW_ROWS + 1, 96), (2, 40, 96), (1, 96)])
+def test_linear_is_exact_to_bfloat16(emulated, shape, with_bias):
+    x, weight = random(*shape), random(33, 96, seed=1)
+    bias = random(33, seed=2) if with_bias else None
+    exact = exact_linear(x, weight, bias)
+    found = linear(x, weight, bias)
+    assert (found.dtype, found.shape) == (torch.bfloat16, (*shape[:-1], 33))
+    # A product of 96 terms that cancel is exact to its largest terms, then rounded once.
+    largest = exact_linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    assert ((found.double() - exact).abs() <= HALF_ULP * exact.abs() + 1e-6 * largest).all()
+    assert error(found, exact) <= 1.001 * error(F.linear(x, weight, bias), exact)
+
+
+@torch.no_grad()
+def test_many_rows_are_computed_in_float32(monkeypatch):
+    """Rounded once, so bitwise the rounded product of float32; few rows are left to torch."""
+    monkeypatch.setattr(products, "emulates_bfloat16", lambda: True)
+    dtypes, plain = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: dtypes.append(x.dtype) or plain(x, *rest))
+    weight, bias = random(33, 96, seed=1), random(33, seed=2)
+    for rows in (FEW_ROWS, FEW_ROWS + 1):
+        found = linear(random(rows, 96), weight, bias)
+    expected = plain(random(rows, 96).float(), weight.float(), bias.float()).bfloat16()
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONV)
+def test_convolution_is_exact_to_bfloat16(emulated, name):
+    fields, shape = CONV[name]
+    ours, x = conv(fields).bfloat16(), random(*shape)
+    theirs = torch.nn.Conv2d(6, 5, **fields).bfloat16()
+    theirs.load_state_dict(ours.state_dict())
+    exact_conv = torch.nn.Conv2d(6, 5, **fields).double()
+    exact_conv.load_state_dict(ours.state_dict())
+    exact = exact_conv(x.double())
+    found = ours(x)
+    assert found.dtype == torch.bfloat16
+    assert error(found, exact) <= HALF_ULP
+    assert error(found, exact) <= 1.001 * error(theirs(x), exact)
+    if not emulated:
+        assert torch.equal(found, theirs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_precisions_are_torchs_own(emulated, dtype):
+    """Bitwise, gradients too."""
+    x = random(2, 40, 96).to(dtype).requires_grad_()
+    images = random(3, 6, 7, 7).to(dtype).requires_grad_()
+    torch.manual_seed(0)
+    ours = Linear(96, 33).to(dtype), conv(CONV["plain"][0]).to(dtype)
+    torch_conv = torch.nn.Conv2d(6, 5, **CONV["plain"][0])
+    theirs = torch.nn.Linear(96, 33).to(dtype), torch_conv.to(dtype)
+    for our, their, given in zip(ours, theirs, (x, images), strict=True):
+        their.load_state_dict(our.state_dict())
+        out, expected = our(given), their(given)
+        assert torch.equal(out, expected)
+        gradients = [
+            torch.autograd.grad(o.square().sum(), (given, *m.parameters()))
+            for o, m in ((out, our), (expected, their))
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradients_in_bfloat16(emulated):
+    """Of the linear layer and the convolution, within bfloat16's rounding of float64's."""
+    for module, shape in ((Linear(96, 33), (2, 40, 96)), (conv(CONV["plain"][0]), (3, 6, 7, 7))):
+        module.bfloat16()
+        exact = type(module).__mro__[1]
+        twin = exact(96, 33) if exact is torch.nn.Linear else exact(6, 5, **CONV["plain"][0])
+        twin.double().load_state_dict(module.state_dict())
+        found = []
+        for layer, dtype in ((module, torch.bfloat16), (twin, torch.float64)):
+            x = random(*shape).to(dtype).requires_grad_()
+            ahead = random(*layer(x).shape, seed=3).to(dtype)
+            found.append(torch.autograd.grad(layer(x), (x, *layer.parameters()), ahead))
+        for ours, theirs in zip(*found, strict=True):
+            assert ours.dtype == torch.bfloat16
+            assert error(ours, theirs) <= HALF_ULP
+
+
+def test_at_least_float32():
+    wanted = {
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float32,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
+    for dtype, expected in wanted.items():
+        assert at_least_float32(torch.ones(2, dtype=dtype)).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "bf16", "amx", "emulates"),
+    [
+        ("x86_64", False, False, True),
+        ("AMD64", False, False, True),
+        ("x86_64", True, False, False),
+        ("x86_64", False, True, False),
+        ("aarch64", False, False, False),
+        ("arm64", False, False, False),
+    ],
+)
+def test_which_processors_emulate(monkeypatch, machine, bf16, amx, emulates):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert products.emulates_bfloat16.__wrapped__() == emulates

@@ -1,0 +1,308 @@
+"""Pictures of chosen classes and seeds, on the tiny experiment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmoe_var.config import DataConfig
+from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.metrics.images import to_uint8
+from dmoe_var.moe.selection import Cumulative, Oracle, Threshold
+from dmoe_var.sampling.sampler import generate
+from dmoe_var.stages import models, sample
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.sample import Pictures, describe, settled
+
+CHOSEN = {"sample.classes": [7, 3], "sample.seeds": [5, 1], "sample.per_class": 3}
+TAU = {"selection.tau": [0.9, 1.0]}
+
+
+def stored(folder):
+    with np.load(folder / "samples.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def base_of(make_work, runs):
+    """Options that name the trained base models by their folders."""
+    work = make_work(runs)
+    folders = {name: work.folder(f"train_{name}") / "checkpoint" for name in ("vqvae", "var")}
+    return {f"base.{name}": str(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_every_picture_can_be_drawn_alone(make_work, runs, batch_size):
+    """As documented: class c, seed s, j-th: generate(labels=[c], seed=s, start_index=j)."""
+    changes = {**CHOSEN, **TAU, "sampling.batch_size": batch_size}
+    work = make_work(runs, changes)
+    record = run_stage(work, "sample")
+    assert (record.num_samples, record.seed, record.dtype) == (12, 5, "float32")
+    vqvae, dynamic = models.vqvae(work), models.dynamic(work)
+    cells = [(c, s, j) for c in (7, 3) for s in (5, 1) for j in range(3)]
+    shown = {}
+    for name, model, tau in (("dense", dynamic.dense, None), ("dynamic", dynamic, [0.9, 1.0])):
+        found = stored(work.folder("sample") / name)
+        assert found["arr_0"].shape == (12, 8, 8, 3)
+        keys = zip(
+            *(found[key].tolist() for key in ("labels", "seeds", "start_indices")), strict=True
+        )
+        assert list(keys) == cells
+        for image, (label, seed, index) in zip(found["arr_0"], cells, strict=True):
+            alone = generate(model, vqvae, [label], seed=seed, start_index=index, tau=tau)
+            assert np.abs(to_uint8(alone)[0].astype(int) - image).max() <= 1
+        shown[name] = found["arr_0"]
+    assert not np.array_equal(shown["dense"], shown["dynamic"])
+    assert record.about["dynamic"] == "DMoE-VAR, tau 0.9, 1"
+    assert Image.open(work.folder("sample") / "grid.png").format == "PNG"
+
+
+def test_single_pngs(make_work, runs):
+    """Named by class and seed; those of an earlier configuration do not stay."""
+    changes = {"sample.single_pngs": True, "sample.per_class": 2}
+    for seeds in ([3], [4, 0]):
+        work = make_work(runs, edited={**changes, "sample.classes": [6], "sample.seeds": seeds})
+        run_stage(work, "sample")
+        for name in ("dense", "dynamic"):
+            images = stored(work.folder("sample") / name)["arr_0"]
+            files = [f"class6_seed{seed}_{j}.png" for seed in seeds for j in range(2)]
+            found = {path.name: path for path in (work.folder("sample") / name).glob("*.png")}
+            assert sorted(found) == sorted(files)
+            singles = np.stack([np.asarray(Image.open(found[file])) for file in files])
+            assert np.array_equal(singles, images)
+
+
+def test_names_of_imagenet(make_work):
+    config = make_work(changes={"sample.seeds": [0, 2], "sample.per_class": 2}).config
+    pictures = replace(Pictures.of(config), names=("tench", "great white shark"), labels=(1,))
+    assert pictures.row_names == ["great white shark"]
+    assert pictures.column_names == ["seed 0", "", "seed 2", ""]
+    assert pictures.file_names[1:3] == [
+        "class1_great_white_shark_seed0_1.png",
+        "class1_great_white_shark_seed2_0.png",
+    ]
+    unnamed = replace(pictures, names=None)
+    assert (unnamed.row_names, unnamed.file_names[0]) == (["class 1"], "class1_seed0_0.png")
+
+
+def test_ten_classes_where_none_are_named(make_work):
+    assert Pictures.of(make_work().config).labels == tuple(range(10))
+
+
+@pytest.mark.parametrize("model", [None, "both", "dynamic", "dense"])
+def test_models(make_work, runs, model):
+    changes = {"sample.classes": [1]} | ({} if model is None else {"sample.model": model})
+    work, note = settled(make_work(runs, edited=changes))
+    assert note is None
+    run_stage(work, "sample")
+    folder = work.folder("sample")
+    found = {name for name in ("dense", "dynamic") if (folder / name).exists()}
+    assert found == ({"dense", "dynamic"} if model in (None, "both") else {model})
+    assert folder.name == "default"
+
+
+def test_no_experts_yet(make_work, runs):
+    """The dense model is drawn alone, which a line says; in its own folder, so that both models
+    are drawn once there are experts."""
+    routers = make_work(runs).folder("train_router") / "result.json"
+    record = routers.read_text()
+    routers.unlink()
+    work, note = settled(make_work(runs))
+    assert note.startswith("sample: the dense model alone")
+    assert "train_router is not done" in note
+    assert "scripts/train_router.py" in note
+    assert "\n" not in note
+    run_stage(work, "sample")
+    alone = work.folder("sample")
+    assert (alone / "dense" / "samples.npz").exists()
+    assert not (alone / "dynamic").exists()
+    assert settled(make_work(runs, {"sample.model": "dense"}))[0].folder("sample") == alone
+    for model in ("both", "dynamic"):
+        with pytest.raises(InputError, match=r"train_router is not done .*sample.model=dense$"):
+            settled(make_work(runs, {"sample.model": model}))
+    routers.write_text(record)
+    work, note = settled(make_work(runs))
+    assert (note, work.folder("sample").name) == (None, "default")
+    run_stage(work, "sample")
+    dense = [stored(folder / "dense")["arr_0"] for folder in (alone, work.folder("sample"))]
+    assert np.array_equal(*dense)
+
+
+def test_broken_experts_are_not_taken_for_missing_ones(make_work, runs):
+    path = make_work(runs).folder("train_router") / "checkpoint" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: missing, cut short"):
+        settled(make_work(runs))
+
+
+def test_nothing_is_there(make_work, tmp_path):
+    with pytest.raises(InputError, match="train_router is not done"):
+        settled(make_work(tmp_path))
+    with pytest.raises(InputError, match="train_var is not done"):
+        run_stage(make_work(tmp_path, {"sample.model": "dense"}), "sample")
+
+
+def test_given_base_models_need_no_stage_and_no_data(make_work, runs, tmp_path, monkeypatch):
+    def no_data(config: DataConfig):
+        raise AssertionError("data are loaded")
+
+    for module in ("tokens", "evaluate", "train_vqvae"):
+        monkeypatch.setattr(f"dmoe_var.stages.{module}.load_data", no_data, raising=False)
+    base = base_of(make_work, runs)
+    work, note = settled(make_work(tmp_path / "new", {**CHOSEN, **base}))
+    assert work.needs("sample") == ()
+    assert "no dynamic one yet" in note
+    run_stage(work, "sample")
+    trained = make_work(runs, {**CHOSEN, "sample.model": "dense"})
+    run_stage(trained, "sample")
+    ours, theirs = (stored(w.folder("sample") / "dense")["arr_0"] for w in (work, trained))
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({}, ("train_router",)),
+        ({"sample.model": "dynamic", "base.var": "x", "base.vqvae": "y"}, ("train_router",)),
+        ({"sample.model": "dense"}, ("train_var",)),
+        ({"sample.model": "dense", "base.vqvae": "y"}, ("train_var",)),
+        ({"sample.model": "dense", "base.var": "x"}, ("train_vqvae",)),
+        ({"sample.model": "dense", "base.var": "x", "base.vqvae": "y"}, ()),
+        ({"sample.pretrained": "x"}, ("train_vqvae",)),
+        ({"sample.pretrained": "x", "base.vqvae": "y"}, ()),
+    ],
+)
+def test_needs(make_work, changes, needs):
+    assert make_work(changes=changes).needs("sample") == needs
+
+
+@pytest.mark.parametrize("key", ["base.var", "base.vqvae", "var.shared_adaln", "vqvae.phi_ratio"])
+def test_dense_pictures_depend_on_their_models(make_work, key):
+    given = {"sample.model": "dense", "base.var": "x", "base.vqvae": "y"}
+    value = {"var.shared_adaln": True, "vqvae.phi_ratio": 0.25}.get(key, "z")
+    plain, work = (make_work(changes={**given, **more}) for more in ({}, {key: value}))
+    assert work.relevant("sample") != plain.relevant("sample")
+    other = make_work(changes={**given, "selection.tau": 0.9, "moe.scales": [3]})
+    assert other.relevant("sample") == plain.relevant("sample")
+
+
+@pytest.fixture
+def pretrained(make_work, runs, tmp_path):
+    """Options that name the tiny DynamicVAR, stored with a selection of its own."""
+    model = models.dynamic(make_work(runs))
+    model.selection = [Threshold(0.9), Threshold(0.8)]
+    model.save_pretrained(tmp_path / "stored")
+    vqvae = base_of(make_work, runs)["base.vqvae"]
+    return {"sample.pretrained": str(tmp_path / "stored"), "base.vqvae": vqvae, **CHOSEN}
+
+
+@pytest.mark.parametrize(("selection", "tau"), [("stored", [0.9, 0.8]), ("given", [0.2])])
+def test_pretrained(make_work, pretrained, tmp_path, runs, selection, tau):
+    """Both models come from it, with its own selection or the given one; no stage is needed."""
+    work, note = settled(make_work(tmp_path, {**pretrained, "sample.selection": selection}))
+    assert (note, work.needs("sample")) == (None, ())
+    assert (
+        run_stage(work, "sample").about["dynamic"]
+        == f"DMoE-VAR, {describe([*map(Threshold, tau)])}"
+    )
+    ours = make_work(runs, {**CHOSEN, "selection.tau": tau})
+    run_stage(ours, "sample")
+    for name in ("dense", "dynamic"):
+        found = [stored(each.folder("sample") / name)["arr_0"] for each in (work, ours)]
+        assert np.array_equal(*found)
+
+
+def test_pretrained_pictures_depend_on_its_content(make_work, runs, tmp_path):
+    """And not on the base VAR, which need not be there."""
+    base = {"base.vqvae": base_of(make_work, runs)["base.vqvae"], "base.var": "not there"}
+    found = set()
+    for content in (b"some weights", b"other weights"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        work = make_work(tmp_path, {**base, "sample.pretrained": str(tmp_path)})
+        found.add(work.fingerprint("sample"))
+        assert set(work.weights("sample")) == {"base.vqvae", "sample.pretrained"}
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"var.depth": 2}, r"stored: depth is 1, the configuration says var.depth=2"),
+        (
+            {"sample.selection": "given", "selection.rule": "top_k", "split.expert_size": 8},
+            r"stored: selection.k=8, it has 4 experts",
+        ),
+        (
+            {"sample.selection": "given", "moe.scales": [1, 2, 3], "selection.tau": [0, 0.1, 0.2]},
+            r"stored: selection has 3 values",
+        ),
+    ],
+)
+def test_pretrained_that_does_not_fit(make_work, pretrained, tmp_path, changes, message):
+    work, _ = settled(make_work(tmp_path, {**pretrained, **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        run_stage(work, "sample")
+
+
+@pytest.mark.parametrize(
+    ("selection", "text"),
+    [
+        (None, "all experts"),
+        (Threshold(0.25), "tau 0.25"),
+        ([Threshold(0.1), Threshold(0.2)], "tau 0.1, 0.2"),
+        (Oracle(0.5), "oracle tau 0.5"),
+        ([Cumulative(0.5), Cumulative(0.5)], "Cumulative(share=0.5)"),
+    ],
+)
+def test_description(selection, text):
+    assert describe(selection) == text
+
+
+def test_processes_share_the_work(make_work, runs, monkeypatch):
+    """Two processes draw half of the batches each, and both get all of them."""
+    work = make_work(runs, CHOSEN)
+    vqvae, pictures = models.vqvae(work), Pictures.of(work.config)
+    drawer = sample.Drawer(models.dense(work), None, "")
+
+    def drawn(number, gathered):
+        monkeypatch.setattr(sample, "rank", lambda: number)
+        monkeypatch.setattr(sample, "world_size", lambda: 2)
+        monkeypatch.setattr(sample, "gathered", gathered)
+        return sample._draw(work, drawer, vqvae, pictures, "")
+
+    shares = []
+    with pytest.raises(KeyError):  # what the other process draws is not there yet
+        drawn(1, lambda share: [shares.append(share) or share])
+    together = drawn(0, lambda share: [shares.append(share) or share, shares[0]])
+    assert [len(share) for share in shares] == [2, 2]
+    monkeypatch.undo()
+    assert np.array_equal(together, sample._draw(work, drawer, vqvae, pictures, ""))
+
+
+def test_half_precision(make_work, runs):
+    """The models are drawn from in sampling.dtype."""
+    shown = []
+    for dtype in ("float32", "bfloat16"):
+        work = make_work(runs, {"sample.per_class": 4, "sampling.dtype": dtype})
+        assert run_stage(work, "sample").dtype == dtype
+        drawers = sample._drawers(work)
+        assert {str(p.dtype) for p in drawers["dynamic"].model.parameters()} == {f"torch.{dtype}"}
+        shown.append(stored(work.folder("sample") / "dynamic")["arr_0"])
+    assert not np.array_equal(*shown)
+
+
+def test_what_the_record_says(make_work, runs):
+    """The file that its `samples` names must be there for the stage to be done."""
+    work = make_work(runs, {"sample.classes": [2], "sample.model": "dynamic"})
+    about = run_stage(work, "sample").about
+    assert about == {
+        "grid": "grid.png",
+        "seeds": [0],
+        "dynamic": "DMoE-VAR, tau 0.2",
+        "samples": "dynamic/samples.npz",
+    }
+    content = json.loads((work.folder("sample") / "result.json").read_text())
+    assert content["config"]["sample.classes"] == [2]

@@ -1,0 +1,199 @@
+"""Two processes train and validate as one does; float64, so that only wrong sums show."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.training.state import STATE_FILE
+
+PROGRAM = Path(__file__).with_name("two_processes.py")
+SECONDS = 300
+REHEARSED = 2
+"""Micro-batches that the main process tries before a run."""
+LENGTH = {
+    "steps": 4,
+    "batch_size": 8,
+    "log_every": 1,
+    "validate_every": 2,
+    "checkpoint_every": 2,
+}
+FINE_TUNING = {"alpha": 0.1, "alpha_warmup": 0.5}
+CASES = {
+    "sparsify-halves": ("sparsify", {**FINE_TUNING}),
+    "sparsify-3": ("sparsify", {**FINE_TUNING, "micro_batch_size": 3}),
+    "sparsify-8": ("sparsify", {**FINE_TUNING, "micro_batch_size": 8}),
+    "sparsify-ffn": (
+        "sparsify",
+        {
+            **FINE_TUNING,
+            "micro_batch_size": 3,
+            "activation_checkpointing": True,
+            "conversion": {"train": "ffn", "scales": "last3"},
+        },
+    ),
+    "router-halves": ("router", {"batch_size": 7}),
+    "router-3": ("router", {"micro_batch_size": 3}),
+    "router-8": ("router", {"micro_batch_size": 8}),
+}
+KILLED = "sparsify-killed"
+"""Before its fourth step, when two are stored; its micro-batches are those of sparsify-3."""
+MICRO_BATCHES = {
+    "sparsify-halves": (1, 1),
+    "sparsify-3": (2, 1),
+    "sparsify-8": (1, 0),
+    "sparsify-ffn": (2, 1),
+    "router-halves": (1, 1),
+    "router-3": (2, 1),
+    "router-8": (1, 0),
+}
+"""Of each process in a step."""
+
+
+@pytest.fixture(scope="module")
+def var(make_var):
+    return make_var(num_classes=10, activation="relu", drop_path=0.2, label_drop=0.3)
+
+
+@pytest.fixture(scope="module")
+def folder(var, vqvae, tokens, make_moe, tmp_path_factory):
+    """What every case left behind, after all ran in two processes of their own."""
+    folder = tmp_path_factory.mktemp("processes")
+    for name, model in (("vqvae", vqvae), ("var", var), ("moe", make_moe(var))):
+        save_checkpoint(folder / name, model)
+    stored = {}
+    for name, tokens_of in zip(("training", "held_out"), tokens, strict=True):
+        tokens_BL, labels_B = tokens_of.batch(torch.arange(len(tokens_of)))
+        stored |= {f"{name}.tokens": tokens_BL, f"{name}.labels": labels_B}
+    save_file(stored, folder / "tokens.safetensors")
+    cases = [
+        {"name": name, "kind": kind, "fields": {**LENGTH, **fields}, "stop": None}
+        for name, (kind, fields) in CASES.items()
+    ]
+    kind, fields = CASES["sparsify-3"]
+    cases.append({"name": KILLED, "kind": kind, "fields": {**LENGTH, **fields}, "stop": 3})
+    (folder / "cases.json").write_text(json.dumps(cases))
+    run_processes(folder)
+    return folder
+
+
+def run_processes(folder):
+    """They end with their kill; a traceback before that fails here, and so do processes that wait
+    for each other."""
+    with subprocess.Popen(
+        [sys.executable, PROGRAM, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        try:
+            out, said = program.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(program.pid, signal.SIGKILL)
+            raise
+    assert all((folder / name / "1" / "metrics.json").exists() for name in CASES), said
+    assert json.loads(out.splitlines()[-1])[0] == -signal.SIGKILL, said
+
+
+@pytest.fixture
+def left(folder):
+    """left(case, rank) -> its folder, weights, metrics and the number of micro-batches."""
+
+    def left(case, rank):
+        mine = folder / case / str(rank)
+        num, metrics = json.loads((mine / "metrics.json").read_text())
+        weights = load_file(mine / "weights.safetensors")
+        return SimpleNamespace(run=mine / "run", weights=weights, metrics=metrics, num=num)
+
+    return left
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Runs of one process by case, made once."""
+    return {}
+
+
+@pytest.fixture
+def in_one(alone, build, run_in, tmp_path):
+    """in_one(case) -> weights, metrics and lines of the same run in one process, whole batches."""
+
+    def in_one(case):
+        kind, fields = CASES[case]
+        config = {**LENGTH, **fields, "micro_batch_size": None, "activation_checkpointing": False}
+        if kind == "router":
+            del config["activation_checkpointing"]
+        key = json.dumps([kind, config], sort_keys=True)
+        if key not in alone:
+            objective, config = build(kind, dtype=torch.float64, **config)
+            metrics = run_in(tmp_path, objective, config)
+            weights = {n: t.clone() for n, t in objective.module.state_dict().items()}
+            alone[key] = SimpleNamespace(weights=weights, metrics=metrics, lines=lines(tmp_path))
+        return alone[key]
+
+    return in_one
+
+
+def lines(folder):
+    """metrics.jsonl without the times."""
+    text = (folder / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    return [{name: value for name, value in line.items() if name != "step_s"} for line in found]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_end_with_the_weights_of_one(case, left, in_one):
+    """Also where one has more micro-batches than the other, or the other none at all."""
+    first, second = left(case, 0), left(case, 1)
+    num = [LENGTH["steps"] * of_step for of_step in MICRO_BATCHES[case]]
+    assert [first.num, second.num] == [REHEARSED + num[0], num[1]]
+    assert_close(second.weights, first.weights, rtol=0, atol=0)
+    assert_close(first.weights, in_one(case).weights, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_measure_what_one_does(case, left, in_one):
+    """In validation, of which one process may have no share, and at every logged step."""
+    first, second, expected = left(case, 0), left(case, 1), in_one(case)
+    assert first.metrics == second.metrics
+    assert first.metrics == pytest.approx(expected.metrics, rel=1e-6)
+    written = lines(first.run)
+    assert [line["step"] for line in written] == [1, 2, 2, 3, 4, 4]
+    for ours, theirs in zip(written, expected.lines, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_main_process_alone_writes(case, left):
+    names = sorted(path.name for path in left(case, 0).run.iterdir())
+    assert names == ["metrics.jsonl", STATE_FILE]
+    assert list(left(case, 1).run.iterdir()) == []
+
+
+def test_two_killed_processes_go_on_in_one(folder, in_one, build, run_in):
+    """From the second of four steps, though three were made, with other micro-batches."""
+    run = folder / KILLED / "0" / "run"
+    assert lines(run)[-1]["step"] == 3
+    kind, fields = CASES["sparsify-3"]
+    given = {**LENGTH, **fields, "micro_batch_size": 5}
+    objective, config = build(kind, dtype=torch.float64, **given)
+    steps, loss = [], objective.loss
+    objective.loss = lambda *args: steps.append(args[1]) or loss(*args)
+    metrics = run_in(run, objective, config)
+    expected = in_one("sparsify-3")
+    assert sorted(set(steps)) == [2, 3]
+    assert_close(objective.module.state_dict(), expected.weights, rtol=0, atol=1e-9)
+    assert metrics == pytest.approx(expected.metrics, rel=1e-6)
+    assert [line["step"] for line in lines(run)] == [1, 2, 2, 3, 4, 4]
