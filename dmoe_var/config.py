@@ -288,6 +288,7 @@ class Config:
         for key, scales in (
             ("moe.scales", self.moe.scales),
             ("train_router.scales", self.train_router.scales or ()),
+            ("conversion.scales", self.conversion.scale_numbers(self.var.num_scales)),
         ):
             if max(scales, default=0) > last or list(scales) != sorted(set(scales)):
                 raise ValueError(

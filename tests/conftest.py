@@ -92,6 +92,23 @@ def head_inputs():
     return record
 
 
+@pytest.fixture(scope="session")
+def full_disk():
+    """with full_disk(size): a file cannot grow beyond `size` bytes, as where a disk is full."""
+    resource = pytest.importorskip("resource", reason="file sizes cannot be limited here")
+
+    @contextmanager
+    def limit(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
 @pytest.fixture
 def no_grad():
     with torch.no_grad():

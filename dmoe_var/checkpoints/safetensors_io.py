@@ -36,8 +36,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write a safetensors file whole or not at all; CheckpointError where the disk refuses."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(contiguous, temporary, metadata)
+            temporary.chmod(mode)  # safetensors leaves files that the owner alone can read
         except SafetensorError as error:
             raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
 

@@ -45,16 +45,9 @@ class ActivationProbe:
     def __init__(self, var: VAR, pre_activation: bool = False):
         self.see: Callable[[int, Tensor], object] | None = None
         self.pre_activation = pre_activation
-        self._handles = [
+        for layer, block in enumerate(var.blocks):
             block.get_submodule("ffn.act").register_forward_hook(partial(self._show, layer))
-            for layer, block in enumerate(var.blocks)
-        ]
 
     def _show(self, layer: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.see is not None:
             self.see(layer, inputs[0] if self.pre_activation else output)
-
-    def remove(self) -> None:
-        """Take the hooks off again."""
-        for handle in self._handles:
-            handle.remove()

@@ -125,7 +125,7 @@ def _serve(
                 pipe.send(("report", (_peak_memory(device), output.float().cpu().numpy())))
     except EOFError:
         return
-    except Exception as error:  # noqa: BLE001 - handed over to the parent, which raises it
+    except Exception as error:
         pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 

@@ -32,16 +32,27 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _in_float32(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and emulates_bfloat16()
+def _emulated(x: Tensor) -> bool:
+    """Whether torch would emulate a bfloat16 product of x: its own dtype's, or autocast's."""
+    if x.device.type != "cpu" or not emulates_bfloat16():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.is_floating_point()
+    return x.dtype == torch.bfloat16
+
+
+def _rounded(x: Tensor | None) -> Tensor | None:
+    """Values of bfloat16 in float32."""
+    return x if x is None else x.bfloat16().float()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype."""
-    if not _in_float32(x) or x.numel() <= FEW_ROWS * x.shape[-1]:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype (or autocast's)."""
+    if not _emulated(x) or x.numel() <= FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    bias = bias if bias is None else bias.float()
-    return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+    with torch.autocast("cpu", enabled=False):
+        out = F.linear(_rounded(x), _rounded(weight), _rounded(bias))  # type: ignore[arg-type]
+        return out.bfloat16()
 
 
 class Linear(nn.Linear):
@@ -55,8 +66,9 @@ class Conv2d(nn.Conv2d):
     """torch's Conv2d; see the top of this file."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if not _in_float32(x_BCHW):
+        if not _emulated(x_BCHW):
             return super().forward(x_BCHW)
-        bias = self.bias if self.bias is None else self.bias.float()
-        out: Tensor = self._conv_forward(x_BCHW.float(), self.weight.float(), bias)
-        return out.to(x_BCHW.dtype)
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = _rounded(self.weight), _rounded(self.bias)
+            out: Tensor = self._conv_forward(_rounded(x_BCHW), weight, bias)  # type: ignore[arg-type]
+            return out.bfloat16()

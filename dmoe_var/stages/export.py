@@ -1,4 +1,4 @@
-"""The finished model as one folder to share: DynamicVAR.save_pretrained, and the hub where asked."""
+"""The finished model as one folder to share: DynamicVAR.save_pretrained; the hub where asked."""
 
 from __future__ import annotations
 

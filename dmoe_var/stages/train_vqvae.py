@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from dmoe_var.data import load_data
-from dmoe_var.errors import InputError
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import world_size
 from dmoe_var.training.loop import train
 from dmoe_var.training.vqvae_objective import VQVAEObjective
 
@@ -22,8 +20,6 @@ def run(work: Work) -> StageResult:
         objective = VQVAEObjective(models.vqvae(work), training, held_out, config.train_vqvae)
         with torch.no_grad():
             return StageResult(objective.validate(), about={"source": config.base.vqvae})
-    if world_size() > 1:
-        raise InputError(f"train_vqvae runs in one process, torchrun started {world_size()}")
     torch.manual_seed(config.seed)
     vqvae = VQVAE(config.vqvae).to(work.device)
     objective = VQVAEObjective(vqvae, training, held_out, config.train_vqvae)

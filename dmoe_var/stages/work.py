@@ -86,6 +86,8 @@ def chosen_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name.startswith("cuda:") and launched_processes() > 1:
+        raise InputError(f"device={name}: torchrun gives each process its own; allowed: auto, cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device={name}: this machine has no CUDA device; allowed: auto, cpu")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -144,6 +146,11 @@ class Work:
 
     def check(self, stage: str) -> None:
         """ConfigError for what only this stage cannot do with the configuration."""
+        if stage == "train_vqvae" and not self.is_given(stage) and launched_processes() > 1:
+            raise ConfigError(
+                f"train_vqvae trains in one process, torchrun started {launched_processes()}: run "
+                "it by itself first, or give base.vqvae"
+            )
         if stage in ("evaluate", "sweep"):
             self._check_measured()
         if stage != "sweep":

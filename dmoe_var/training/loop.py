@@ -7,6 +7,7 @@ again ends with bitwise the weights of one that was left alone.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmoe_var.errors import TrainingDiverged
+from dmoe_var.errors import CheckpointError, TrainingDiverged
 from dmoe_var.models.blocks import Rows
 from dmoe_var.training.distributed import (
     gathered,
@@ -186,11 +187,16 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
     num_steps = config.num_steps(objective.num_examples)
     order = BatchOrder(objective.num_examples, config.batch_size, run.seed)
     first = state.load(module, optimizer)
+    if len(set(gathered(first))) > 1:
+        raise CheckpointError(
+            f"{state.path}: the processes found different states: {gathered(first)}"
+        )
     step_gradients = StepGradients(objective, config, run, num_steps)
-    if run.progress and objective.repeatable and num_steps - first >= LONG_RUN:
-        examples, steps = objective.num_examples, num_steps - first
+    if is_main() and objective.repeatable and num_steps - first >= LONG_RUN:
         module.train()
-        tqdm.write(str(rehearse(step_gradients, config, examples, steps, run.name)))
+        estimate = rehearse(step_gradients, order.batch_size, first, run.name)
+        if run.progress:
+            tqdm.write(str(estimate), file=sys.stderr)
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with (
@@ -242,11 +248,16 @@ class StepGradients:
         self.micro_batch_size = config.micro_batch_size
         self.device = next(objective.module.parameters()).device
 
+    def size(self, total: int) -> int:
+        """Examples of a micro-batch of a step of `total`; no process shall go without."""
+        share = math.ceil(total / world_size())
+        return min(self.micro_batch_size or share, share)
+
     def compute(self, indices_B: Tensor, step: int) -> dict[str, float]:
         """Leave the gradient of a step's mean loss in the parameters; `loss` and all else that is
         logged, as means over the step's examples."""
         total = len(indices_B)
-        size = self.micro_batch_size or math.ceil(total / world_size())
+        size = self.size(total)
         logged: dict[str, float] = {}
         for start in range(0, total, size)[rank() :: world_size()]:
             part = indices_B[start : start + size]

@@ -57,7 +57,8 @@ class TokenObjective:
         """tokens (B, L), labels (B,), teacher input (B, L - 1, Cvae)."""
         tokens_BL, labels_B = tokens.batch(indices_B)
         tokens_BL, labels_B = tokens_BL.to(self.device), labels_B.to(self.device)
-        teacher_BLC = self.vqvae.teacher_input(tokens.by_scale(tokens_BL))
+        with torch.autocast(self.device.type, enabled=False):  # as in validation and sampling
+            teacher_BLC = self.vqvae.teacher_input(tokens.by_scale(tokens_BL))
         return tokens_BL, labels_B, teacher_BLC
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -157,7 +158,7 @@ class ConversionConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     train: Literal["blocks+head", "ffn"] = "blocks+head"
-    scales: Literal["all", "last3"] | tuple[Scale, ...] = "all"
+    scales: Literal["all", "last3"] | Annotated[tuple[Scale, ...], Field(min_length=1)] = "all"
 
     def scale_numbers(self, num_scales: int) -> tuple[int, ...]:
         """The scales that the loss is made of."""
@@ -237,8 +238,8 @@ class SparsifyObjective(VARObjective):
         return cross_entropy + alpha * sparsity, logged
 
     def validate(self) -> dict[str, float]:
-        """As for VAR, with the Hoyer measure and the share of inactive neurons by layer and
-        scale."""
+        """As for VAR, with the share of inactive neurons by layer and scale, and the Hoyer measure,
+        which alone is of the tokens that the loss is made of."""
         mean = Mean()
 
         def see(layer: int, a_BLH: Tensor) -> None:

@@ -17,7 +17,7 @@ from dmoe_var.training.distributed import world_size
 from dmoe_var.training.state import trainable
 
 if TYPE_CHECKING:
-    from dmoe_var.training.loop import OptimConfig, StepGradients
+    from dmoe_var.training.loop import StepGradients
 
 ADAM_BYTES = 8
 """AdamW's two float32 moments, per trained parameter."""
@@ -53,17 +53,15 @@ class Estimate:
         )
 
 
-def rehearse(
-    gradients: StepGradients, config: OptimConfig, num_examples: int, steps: int, name: str
-) -> Estimate:
-    """Run a micro-batch twice (the second is timed), and forget its gradients.
+def rehearse(gradients: StepGradients, batch: int, first: int, name: str) -> Estimate:
+    """Run a micro-batch of the run's steps twice (the second is timed), and forget its gradients.
 
-    ConfigError where it does not fit into the device's memory.
+    batch: examples of a step. first: steps that are done already. ConfigError where the
+    micro-batch does not fit into the device's memory.
     """
     device = gradients.device
     parameters = list(trainable(gradients.objective.module).values())
-    batch = min(config.batch_size, num_examples)
-    size = min(config.micro_batch_size or math.ceil(batch / world_size()), batch)
+    size = gradients.size(batch)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -76,7 +74,7 @@ def rehearse(
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{name}.micro_batch_size={size}: does not fit into {device}'s memory; allowed: "
-            f"smaller ones{_hint(config)}"
+            "smaller ones, and activation_checkpointing=true where the stage has it"
         ) from error
     for parameter in parameters:
         parameter.grad = None
@@ -85,19 +83,14 @@ def rehearse(
     return Estimate(
         name,
         device,
-        memory + ADAM_BYTES * num_trained,
+        memory + (0 if first else ADAM_BYTES * num_trained),
         of_device,
         num_trained,
-        steps,
+        gradients.num_steps - first,
         math.ceil(math.ceil(batch / size) / world_size()),
         size,
         seconds,
     )
-
-
-def _hint(config: OptimConfig) -> str:
-    possible = getattr(config, "activation_checkpointing", None) is False
-    return ", or activation_checkpointing=true" if possible else ""
 
 
 def _memory(device: torch.device) -> tuple[int, int | None]:

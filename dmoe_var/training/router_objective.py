@@ -5,9 +5,10 @@ Legend: B batch, L tokens of all scales, C width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -61,16 +62,19 @@ def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:
 
 
 @contextmanager
-def record_ffn_inputs(var: VAR) -> Iterator[list[Tensor]]:
-    """Collects what enters every expert FFN (the hidden state after AdaLN), in order."""
-    kept: list[Tensor] = []
+def shown_ffn_inputs(var: VAR, see: Callable[[int, Tensor], object]) -> Iterator[None]:
+    """Calls see(layer, x_BLC) with what enters each expert FFN (the hidden state after AdaLN), as
+    it is computed: nobody has to keep those of all layers."""
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept.append(inputs[0])
+    def show(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        see(layer, inputs[0])
 
-    handles = [ffn.register_forward_pre_hook(keep) for ffn in expert_ffns(var)]
+    handles = [
+        ffn.register_forward_pre_hook(partial(show, layer))
+        for layer, ffn in enumerate(expert_ffns(var))
+    ]
     try:
-        yield kept
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -113,11 +117,12 @@ class RouterObjective(TokenObjective):
         return torch.full_like(labels_B, self.var.config.num_classes)
 
     @torch.no_grad()
-    def _inputs(self, labels_B: Tensor, teacher_BLC: Tensor) -> list[Tensor]:
-        """FFN inputs (B, L, C) of every layer with all experts on."""
-        with record_ffn_inputs(self.var) as inputs:
+    def _run(
+        self, labels_B: Tensor, teacher_BLC: Tensor, see: Callable[[int, Tensor], object]
+    ) -> None:
+        """Run all experts, for the sake of what enters them."""
+        with shown_ffn_inputs(self.var, see):
             self.var(labels_B, teacher_BLC)
-        return inputs
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
@@ -126,13 +131,15 @@ class RouterObjective(TokenObjective):
         num_null = round(self.config.null_share * rows.total)
         is_null_B = rows.start + torch.arange(len(labels_B), device=self.device) < num_null
         labels_B = torch.where(is_null_B, self._null(labels_B), labels_B)
-        inputs = self._inputs(labels_B, teacher_BLC)
-        losses = []
-        for ffn, x_BLC in zip(self.ffns, inputs, strict=True):
-            x_BLC = x_BLC[:, self.learnt_tokens]
-            with torch.no_grad():
-                true_BLE = ffn.true_norms(x_BLC)
-            losses.append(F.mse_loss(ffn.router(x_BLC), true_BLE))
+        losses: list[Tensor] = []
+
+        def learn(layer: int, x_BLC: Tensor) -> None:
+            x_BlC, ffn = x_BLC[:, self.learnt_tokens], self.ffns[layer]
+            true_BlE = ffn.true_norms(x_BlC)
+            with torch.enable_grad():
+                losses.append(F.mse_loss(ffn.router(x_BlC), true_BlE))
+
+        self._run(labels_B, teacher_BLC, learn)
         return torch.stack(losses).mean(), {}
 
     @torch.no_grad()
@@ -141,18 +148,17 @@ class RouterObjective(TokenObjective):
 
         Over both branches of the first training images, equally.
         """
-        totals: list[Tensor] = []
+        totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
         indices = torch.arange(min(num_images, self.num_examples))
-        chunks = indices.split(min(64, self.validation_batch))
-        for chunk in chunks:
+
+        def add(layer: int, x_BLC: Tensor) -> None:
+            norms_BlE = self.ffns[layer].true_norms(x_BLC[:, self.learnt_tokens])
+            totals[layer] += norms_BlE.mean((0, 1)) * len(x_BLC)
+
+        for chunk in indices.split(min(64, self.validation_batch)):
             _, labels_B, teacher_BLC = self.batch(self.training, chunk)
             for labels in (labels_B, self._null(labels_B)):
-                inputs = self._inputs(labels, teacher_BLC)
-                sums = [
-                    ffn.true_norms(x_BLC[:, self.learnt_tokens]).mean((0, 1)) * len(chunk)
-                    for ffn, x_BLC in zip(self.ffns, inputs, strict=True)
-                ]
-                totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+                self._run(labels, teacher_BLC, add)
         return [total / (2 * len(indices)) for total in totals]
 
     def validate(self) -> dict[str, float]:
@@ -163,12 +169,10 @@ class RouterObjective(TokenObjective):
         mean = Mean()
         for _, labels_B, teacher_BLC in self.held_out_batches():
             for branch, labels in zip(BRANCHES, (labels_B, self._null(labels_B)), strict=True):
-                inputs = self._inputs(labels, teacher_BLC)
-                for layer, x_BLC in enumerate(inputs):
-                    self._add_layer(mean, layer, x_BLC, branch)
+                self._run(labels, teacher_BLC, partial(self._add_layer, mean, branch))
         return mean.result()
 
-    def _add_layer(self, mean: Mean, layer: int, x_BLC: Tensor, branch: str) -> None:
+    def _add_layer(self, mean: Mean, branch: str, layer: int, x_BLC: Tensor) -> None:
         assert self.constants_LE is not None
         ffn, constant_E = self.ffns[layer], self.constants_LE[layer]
         true_BLE, predicted_BLE = ffn.true_norms(x_BLC), ffn.router(x_BLC)

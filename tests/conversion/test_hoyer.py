@@ -73,7 +73,7 @@ def test_inactive_share_counts_the_given_tokens():
 @torch.no_grad()
 @pytest.mark.parametrize("pre_activation", [False, True])
 def test_the_probe_shows_activations(make_var, make_teacher, pre_activation):
-    """Layer by layer, as they are computed, until it is taken off."""
+    """Layer by layer, as they are computed, until nobody looks."""
     var, entering, shown = make_var(activation="relu"), [], []
     inputs = torch.tensor([1, 2]), make_teacher(var)
     for block in var.blocks:
@@ -88,7 +88,7 @@ def test_the_probe_shows_activations(make_var, make_teacher, pre_activation):
     for block, x_BLC, (_, found) in zip(var.blocks, entering, shown, strict=True):
         z_BLH = x_BLC @ block.ffn.fc1.weight.T + block.ffn.fc1.bias
         assert_close(found, z_BLH if pre_activation else z_BLH.clamp_min(0), rtol=0, atol=1e-5)
-    probe.remove()
+    probe.see = None
     var(*inputs)
     assert len(shown) == 2
 

@@ -262,9 +262,7 @@ def test_a_checkpoint_of_another_configuration_is_noticed(make_work, runs, tmp_p
     ours, other = (make_work(runs, c) for c in ({}, {"sparsify.alpha": 0.5}))
     through(other, "sparsify")
     shutil.rmtree(ours.folder("sparsify") / "checkpoint")
-    shutil.copytree(
-        other.folder("sparsify") / "checkpoint", ours.folder("sparsify") / "checkpoint"
-    )
+    shutil.copytree(other.folder("sparsify") / "checkpoint", ours.folder("sparsify") / "checkpoint")
     with pytest.raises(CheckpointError, match="belongs to another configuration"):
         run_stage(ours, "sparsify")
 

@@ -127,9 +127,10 @@ def test_bfloat16_products_train_float32_weights(kind, build, run_in, plain_run,
 @pytest.mark.parametrize("kind", ["var", "sparsify", "router"])
 def test_rehearsing_changes_nothing(kind, build, run_in, monkeypatch, tmp_path, capfd):
     """A run that was rehearsed ends with bitwise the weights of one that was not."""
-    monkeypatch.setattr("dmoe_var.training.loop.LONG_RUN", STEPS)
     quiet, config = build(kind, **LENGTH)
     run_in(tmp_path / "quiet", quiet, config)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("dmoe_var.training.loop.LONG_RUN", STEPS)
     shown, config = build(kind, **LENGTH)
     run_in(tmp_path / "shown", shown, config, progress=True)
     text = "".join(capfd.readouterr())
@@ -145,25 +146,18 @@ def test_estimate(size, expected, build):
     objective, config = build("router", micro_batch_size=size)
     run = Run(folder=None, fingerprint="ours", name="train_router", seed=3)
     gradients = StepGradients(objective, config, run, STEPS)
-    estimate = rehearse(gradients, config, objective.num_examples, 100, run.name)
+    estimate = rehearse(gradients, config.batch_size, 0, run.name)
     assert (estimate.micro_batches, estimate.micro_batch) == expected
     assert estimate.num_trained == sum(p.numel() for p in objective.module.parameters())
-    assert estimate.hours == pytest.approx(100 * expected[0] * estimate.micro_seconds / 3600)
+    assert estimate.hours == pytest.approx(STEPS * expected[0] * estimate.micro_seconds / 3600)
     assert estimate.memory_bytes > 8 * estimate.num_trained
     assert all(parameter.grad is None for parameter in objective.module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("fields", "hint"),
-    [
-        ({}, "smaller ones, or activation_checkpointing=true"),
-        ({"activation_checkpointing": True}, "smaller ones"),
-    ],
-)
-def test_a_micro_batch_that_does_not_fit_is_a_wrong_setting(fields, hint, build, monkeypatch):
+def test_a_micro_batch_that_does_not_fit_is_a_wrong_setting(build, monkeypatch):
     from dmoe_var.errors import ConfigError
 
-    objective, config = build("var", micro_batch_size=3, **fields)
+    objective, config = build("var", micro_batch_size=3)
 
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -172,6 +166,5 @@ def test_a_micro_batch_that_does_not_fit_is_a_wrong_setting(fields, hint, build,
     run = Run(folder=None, fingerprint="ours", name="train_var", seed=3)
     gradients = StepGradients(objective, config, run, STEPS)
     with pytest.raises(ConfigError, match=r"^train_var\.micro_batch_size=3: ") as caught:
-        rehearse(gradients, config, objective.num_examples, 100, run.name)
-    assert str(caught.value).endswith(hint)
+        rehearse(gradients, config.batch_size, 0, run.name)
     assert "\n" not in str(caught.value)

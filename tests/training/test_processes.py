@@ -34,6 +34,7 @@ CASES = {
     "sparsify-halves": ("sparsify", {**FINE_TUNING}),
     "sparsify-3": ("sparsify", {**FINE_TUNING, "micro_batch_size": 3}),
     "sparsify-8": ("sparsify", {**FINE_TUNING, "micro_batch_size": 8}),
+    "sparsify-1": ("sparsify", {**FINE_TUNING, "batch_size": 1}),
     "sparsify-ffn": (
         "sparsify",
         {
@@ -52,11 +53,12 @@ KILLED = "sparsify-killed"
 MICRO_BATCHES = {
     "sparsify-halves": (1, 1),
     "sparsify-3": (2, 1),
-    "sparsify-8": (1, 0),
+    "sparsify-8": (1, 1),
+    "sparsify-1": (1, 0),
     "sparsify-ffn": (2, 1),
     "router-halves": (1, 1),
     "router-3": (2, 1),
-    "router-8": (1, 0),
+    "router-8": (1, 1),
 }
 """Of each process in a step."""
 

@@ -1,0 +1,247 @@
+"""Files that appear whole or not at all; hashes that follow the content."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dmoe_var import files
+from dmoe_var.files import sha256_of, whole_file, write_text
+from dmoe_var.metrics.record import Record
+
+HOUR = 3600
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    return path
+
+
+def record(note):
+    return Record(
+        stage="train_var", variant="default", fingerprint="f", metrics={"loss": 1.0},
+        config={"note": note}, seed=0, num_samples=0, dtype="float32", started="s", ended="e",
+        device="cpu", threads=1, git_commit="unknown", libraries={},
+    )  # fmt: skip
+
+
+# Whole or not at all
+
+
+def test_a_file_appears_when_its_block_ends(tmp_path):
+    path = tmp_path / "file.bin"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # a rename across file systems would copy
+    assert os.listdir(tmp_path) == ["file.bin"]
+    assert path.read_bytes() == b"half"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize("written", [True, False])
+def test_an_error_leaves_the_old_file_and_no_temporary_one(old_file, error, written):
+    with pytest.raises(type(error)), whole_file(old_file) as temporary:
+        if written:
+            temporary.write_text("half")
+        raise error
+    assert old_file.read_text() == "old"
+    assert os.listdir(old_file.parent) == ["file.txt"]
+
+
+def test_a_block_that_writes_nothing_is_an_error(old_file):
+    with pytest.raises(OSError, match=r"file\.txt"), whole_file(old_file):
+        pass
+    assert old_file.read_text() == "old"
+
+
+def test_what_cannot_be_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder") as caught:
+        write_text(tmp_path / "folder", "text")
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 9999])
+def test_a_full_disk(old_file, full_disk, size):
+    """Whatever part of 10,000 bytes fits: the error names the file, in one line, and its reason."""
+    with full_disk(size), pytest.raises(OSError, match="too large") as caught:
+        write_text(old_file, "x" * 10_000)
+    assert caught.value.filename == str(old_file)
+    assert "\n" not in str(caught.value)
+    assert old_file.read_text() == "old"
+    assert os.listdir(old_file.parent) == ["file.txt"]
+    write_text(old_file, "new")
+    assert old_file.read_text() == "new"
+
+
+def test_a_record_on_a_full_disk(tmp_path, full_disk):
+    record("old").write(tmp_path)
+    with full_disk(100), pytest.raises(OSError, match="too large") as caught:
+        record("new").write(tmp_path)
+    assert caught.value.filename == str(tmp_path / "result.json")
+    assert Record.read(tmp_path / "result.json").config == {"note": "old"}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_an_error_of_another_file_names_that_file(tmp_path):
+    """What fails while a file is being written need not be the writing."""
+    missing = tmp_path / "missing.png"
+    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "out.bin") as temporary:
+        temporary.write_bytes(b"half")
+        missing.read_bytes()
+    assert caught.value.filename == str(missing)
+    assert os.listdir(tmp_path) == []
+
+
+# Temporary files of others
+
+
+def ended_process():
+    """The process id of one that has ended."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def leftover(path, owner, age):
+    temporary = path.with_name(f".{path.name}.{owner}.tmp")
+    temporary.write_text("half")
+    os.utime(temporary, (temporary.stat().st_mtime - age,) * 2)
+    return temporary
+
+
+def test_a_killed_process_of_this_machine_leaves_nothing(old_file):
+    leftover(old_file, f"{platform.node()}-{ended_process()}", 0)
+    write_text(old_file, "new")
+    assert os.listdir(old_file.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize(("age", "stays"), [(0, True), (HOUR - 60, True), (HOUR + 60, False)])
+def test_another_machine_s_temporary_file_goes_when_it_is_old(old_file, age, stays):
+    temporary = leftover(old_file, "another-machine-17", age)
+    write_text(old_file, "new")
+    assert temporary.exists() == stays
+
+
+def test_a_running_process_keeps_its_temporary_file(old_file):
+    temporary = leftover(old_file, f"{platform.node()}-{os.getppid()}", 0)
+    write_text(old_file, "new")
+    assert temporary.exists()
+
+
+@pytest.mark.parametrize(
+    "name", [".other.txt.another-1.tmp", ".file.txt", "file.txt.another-1.tmp", ".file.txt.tmp.x"]
+)
+def test_other_files_stay(old_file, name):
+    other = old_file.with_name(name)
+    other.write_text("mine")
+    os.utime(other, (0, 0))
+    write_text(old_file, "new")
+    assert other.read_text() == "mine"
+
+
+def test_a_name_with_wildcards_is_only_itself(tmp_path):
+    kept = leftover(tmp_path / "a1.txt", "another-1", 2 * HOUR)
+    write_text(tmp_path / "a[1].txt", "new")
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("owner", ["another-1", "x", "", f"{platform.node()}-{10**30}"])
+def test_odd_leftovers_do_not_stop_a_write(old_file, owner):
+    """A name that no process of ours gave, or a link to nowhere."""
+    leftover(old_file, owner, 0)
+    old_file.with_name(".file.txt.another-2.tmp").symlink_to(old_file.parent / "nowhere")
+    write_text(old_file, "new")
+    assert old_file.read_text() == "new"
+
+
+def test_a_leftover_that_another_process_removes_first(old_file, monkeypatch):
+    leftover(old_file, "another-1", 2 * HOUR)
+    listed = Path.glob
+
+    def glob(folder, pattern):
+        for path in list(listed(folder, pattern)):
+            path.unlink()
+            yield path
+
+    monkeypatch.setattr(Path, "glob", glob)
+    write_text(old_file, "new")
+    assert old_file.read_text() == "new"
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    """While one thread replaces a file many times, every read gives one of the whole texts."""
+    path, texts = tmp_path / "file.txt", {"a" * 100_000, "b" * 200_000}
+    write_text(path, "a" * 100_000)
+
+    def write():
+        for text in [*texts] * 40:
+            write_text(path, text)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = {path.read_text()}
+    while writer.is_alive():
+        seen.add(path.read_text())
+    writer.join()
+    assert seen <= texts
+
+
+# Hashes
+
+
+@pytest.mark.parametrize("size", [0, 1, files.CHUNK - 1, files.CHUNK, files.CHUNK + 1])
+def test_sha256_of_any_size(tmp_path, size):
+    path, content = tmp_path / "file.bin", os.urandom(1024) * (size // 1024 + 1)
+    path.write_bytes(content[:size])
+    assert sha256_of(path) == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_sha256_is_computed_once(tmp_path, monkeypatch):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"content")
+    first, read = sha256_of(path), []
+    monkeypatch.setattr(Path, "open", lambda *_: read.append(1))
+    (tmp_path / "link").symlink_to(path)
+    assert sha256_of(path) == sha256_of(tmp_path / "link") == first
+    assert read == []
+
+
+def test_sha256_follows_a_change(tmp_path):
+    path = tmp_path / "file.bin"
+    found = []
+    for content in (b"one", b"three", b"six"):
+        write_text(path, content.decode())
+        os.utime(path, ns=(0, len(found)))  # "one" and "six": the same size, another time
+        found.append(sha256_of(path))
+        assert found[-1] == hashlib.sha256(content).hexdigest()
+
+
+def test_sha256_follows_a_file_put_in_place_with_its_old_time(tmp_path):
+    """As rsync --times and cp --preserve leave it: the same size and time, other content."""
+    path, other = tmp_path / "file.bin", tmp_path / "other.bin"
+    for each, content in ((path, b"one"), (other, b"two")):
+        each.write_bytes(content)
+        os.utime(each, ns=(0, 10**18))
+    before = sha256_of(path)
+    os.replace(other, path)
+    assert sha256_of(path) == hashlib.sha256(b"two").hexdigest() != before
+
+
+def test_sha256_of_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        sha256_of(tmp_path / "none")
