@@ -32,6 +32,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename not in (None, str(temporary), temporary):
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,7 +45,7 @@ def _abandoned(temporary: Path, owner: str) -> bool:
     if node == platform.node() and pid.isdecimal():
         try:
             os.kill(int(pid), 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return True
         except PermissionError:
             return False
@@ -62,11 +64,12 @@ def write_text(path: Path, text: str) -> None:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hex; computed once for a file that has not changed."""
     about = path.stat()
-    return _sha256(path.resolve(), about.st_size, about.st_mtime_ns)
+    changes = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+    return _sha256(path.resolve(), changes)
 
 
 @lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+def _sha256(path: Path, changes: tuple[int, ...]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

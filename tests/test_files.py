@@ -53,10 +53,14 @@ def test_a_file_appears_when_its_block_ends(tmp_path):
 )
 @pytest.mark.parametrize("written", [True, False])
 def test_an_error_leaves_the_old_file_and_no_temporary_one(old_file, error, written):
-    with pytest.raises(type(error)), whole_file(old_file) as temporary:
-        if written:
-            temporary.write_text("half")
-        raise error
+    def write():
+        with whole_file(old_file) as temporary:
+            if written:
+                temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert old_file.read_text() == "old"
     assert os.listdir(old_file.parent) == ["file.txt"]
 
@@ -100,9 +104,14 @@ def test_a_record_on_a_full_disk(tmp_path, full_disk):
 def test_an_error_of_another_file_names_that_file(tmp_path):
     """What fails while a file is being written need not be the writing."""
     missing = tmp_path / "missing.png"
-    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "out.bin") as temporary:
-        temporary.write_bytes(b"half")
-        missing.read_bytes()
+
+    def write():
+        with whole_file(tmp_path / "out.bin") as temporary:
+            temporary.write_bytes(b"half")
+            missing.read_bytes()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        write()
     assert caught.value.filename == str(missing)
     assert os.listdir(tmp_path) == []
 

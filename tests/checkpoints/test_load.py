@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,6 +13,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dmoe_var import load_var, load_vqvae
+from dmoe_var.checkpoints import hub
+from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.errors import CheckpointError
 
@@ -49,6 +53,14 @@ def assert_refused(load, path, *said):
 
 def vqvae_of(path):
     return load_vqvae(path, PATCH_NUMS)
+
+
+@pytest.fixture
+def forgotten():
+    """No published name has been fetched yet; and none is remembered afterwards."""
+    hub.fetch.cache_clear()
+    yield
+    hub.fetch.cache_clear()
 
 
 LOADERS = pytest.mark.parametrize("load", [load_var, vqvae_of], ids=["var", "vqvae"])
@@ -203,6 +215,62 @@ def test_var_and_vqvae_files_are_not_mixed_up(make_vqvae, make_var, tmp_path):
     assert_refused(vqvae_of, save_pth(tmp_path / "var.pth", make_var()))
 
 
+# Files that are whole, in another form
+
+
+def repacked(path, compression):
+    """The same archive, written by a zip tool: compressed, or stored without torch's alignment."""
+    packed = path.with_name(f"packed_{path.name}")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return packed
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_file_that_a_zip_tool_wrote(make_vqvae, make_var, tmp_path, compression):
+    """A compressed entry mapped into memory as it is would be other weights, silently."""
+    vqvae, var = make_vqvae(), make_var()
+    assert same(vqvae_of(repacked(save_pth(tmp_path / "vae.pth", vqvae), compression)), vqvae)
+    assert same(load_var(repacked(save_pth(tmp_path / "var.pth", var), compression)), var)
+
+
+def test_files_in_the_format_before_1_6(make_vqvae, make_var, tmp_path):
+    for load, model in ((vqvae_of, make_vqvae()), (load_var, make_var())):
+        path = tmp_path / "old.pth"
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+        assert not zipfile.is_zipfile(path)
+        assert same(load(path), model)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_state_dict_of_parameters(make_var, tmp_path, trainable):
+    """As `dict(model.named_parameters())` leaves them: what trains is the model's own matter."""
+    var = make_var()
+    tensors = {
+        name: torch.nn.Parameter(tensor, trainable)
+        for name, tensor in var.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    loaded = load_var(save_pth(tmp_path / "var.pth", var, **tensors))
+    assert same(loaded, var)
+    assert [name for name, _ in loaded.named_parameters()] == [n for n, _ in var.named_parameters()]
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert not any(buffer.requires_grad for buffer in loaded.buffers())
+
+
+def test_nan_loads_as_it_is(make_var, tmp_path):
+    """A model that diverged can be looked at."""
+    path = save_pth(tmp_path / "var.pth", make_var(), **{"head.bias": torch.full((32,), torch.nan)})
+    assert load_var(path).head.bias.isnan().all()
+
+
+def test_a_loaded_file_can_be_saved_as_a_folder(make_var, tmp_path):
+    var = make_var()
+    save_checkpoint(tmp_path / "ours", load_var(save_pth(tmp_path / "var.pth", var)))
+    assert same(load_var(tmp_path / "ours"), var)
+
+
 # Our folders
 
 
@@ -244,7 +312,44 @@ def test_the_packaged_base_models():
     assert not var.training
 
 
-def test_published_names_come_through_the_hub(parity, monkeypatch):
+def test_a_name_is_the_packaged_model_and_a_path_the_folder(make_var, tmp_path, monkeypatch):
+    """A folder of a packaged model's name does not hide it; a path never means the package."""
+    var = make_var()
+    save_checkpoint(tmp_path / "digits", var)
+    monkeypatch.chdir(tmp_path)
+    assert load_var("digits").config.num_classes == 10
+    assert weights_file("digits", "var").is_relative_to(Path(hub.__file__).parent)
+    for path in (
+        "./digits",
+        f"{tmp_path}/digits",
+        tmp_path / "digits",
+        "../" + tmp_path.name + "/digits",
+    ):
+        assert same(load_var(path), var), path
+        assert weights_file(path, "var").samefile("digits/model.safetensors")
+
+
+def test_the_current_folder(make_var, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "var", make_var())
+    monkeypatch.chdir(tmp_path / "var")
+    assert same(load_var("."), make_var())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_var(".")
+
+
+@pytest.mark.parametrize("source", ["", "/", "a\0b", "x" * 5000, "digits/digits", "var_d16.pth"])
+@LOADERS
+def test_sources_that_are_nothing(tmp_path, monkeypatch, load, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_published_names_come_through_the_hub(parity, monkeypatch, forgotten):
     asked = []
 
     def download(repository, name):
@@ -260,7 +365,7 @@ def test_published_names_come_through_the_hub(parity, monkeypatch):
     ]
 
 
-def test_no_network_is_one_line(monkeypatch):
+def test_no_network_is_one_line(monkeypatch, forgotten):
     def download(*_):
         raise LocalEntryNotFoundError("no connection\nand no file in the cache")
 

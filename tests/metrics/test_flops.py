@@ -364,10 +364,21 @@ def test_an_einsum_of_three_operands_raises():
         count_macs(lambda x: torch.einsum("ij,jk,kl->il", x, x, x), (torch.ones(3, 3),), {})
 
 
+class Product(nn.Module):
+    """A matrix product where drop path should be."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, gamma_B1C, rows):
+        return self.linear(gamma_B1C)
+
+
 def test_products_that_no_part_has_raise(vqvae):
     """A cost outside attention, FFN and head must not drop out of the total."""
     var = mini()[1]
-    var.blocks[0].drop_path = nn.Linear(WIDTH, WIDTH)
+    var.blocks[0].drop_path = Product(nn.Linear(WIDTH, WIDTH))
     with pytest.raises(RuntimeError, match="neither attention, FFN nor head"):
         count_flops(var, vqvae, [0])
 

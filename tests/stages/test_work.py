@@ -13,7 +13,9 @@ from dmoe_var.stages.work import NEEDS, chosen_device
 
 STAGES = tuple(NEEDS)
 TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
-MEASURING = ("sample", "evaluate", "sweep")
+MEASURING = ("sample", "evaluate", "sweep", "export")
+TIMED = {"benchmark"}
+"""Reads the base models and how images are drawn."""
 
 
 def from_(stage):
@@ -34,6 +36,7 @@ HOUSEKEEPING = [
     {"wandb": "offline"},
     {"until": "split"},
     {"train_vqvae.log_every": 3, "sparsify.validate_every": 7, "train_var.checkpoint_every": 9},
+    {"sparsify.micro_batch_size": 2, "sparsify.activation_checkpointing": True},
 ]
 
 
@@ -50,22 +53,25 @@ def test_what_does_not_change_a_result_changes_no_folder(make_work, changes):
 READ_BY = [
     ({"seed": 1}, from_("train_vqvae")),
     ({"dtype": "bfloat16"}, from_("train_vqvae")),
-    ({"vqvae.beta": 0.5}, from_("train_vqvae")),
-    ({"base.vqvae": "some/path"}, from_("train_vqvae")),
+    ({"vqvae.beta": 0.5}, from_("train_vqvae") | TIMED),
+    ({"base.vqvae": "digits"}, from_("train_vqvae") | TIMED),
     ({"train_vqvae.restart_every": 5}, from_("train_vqvae")),
-    ({"var.depth": 2}, from_("train_var")),
-    ({"base.var": "some/path"}, from_("train_var")),
+    ({"var.depth": 2}, from_("train_var") | TIMED),
+    ({"base.var": "digits"}, from_("train_var") | TIMED),
     ({"train_var.betas": [0.9, 0.99]}, from_("train_var")),
     ({"sparsify.alpha": 0.1}, from_("sparsify")),
     ({"split.router_hidden": 3}, from_("split")),
     ({"train_router.scales": [3]}, from_("train_router")),
-    ({"moe.impl": "reference"}, {"sample", "evaluate", "sweep"}),
-    ({"sampling.cfg": 2}, {"sample", "evaluate", "sweep"}),
-    ({"selection.tau": 0.5}, {"sample", "evaluate"}),
-    ({"evaluate.seed": 1}, {"evaluate"}),
+    ({"moe.impl": "reference"}, {"sample", "evaluate", "sweep", "export"}),
+    ({"sampling.cfg": 2}, {"sample", "evaluate", "sweep"} | TIMED),
+    ({"selection.tau": 0.5}, {"sample", "evaluate", "export"}),
+    ({"evaluate.seed": 1}, {"evaluate"} | TIMED),
     ({"evaluate.num_samples": 30}, {"evaluate", "sweep"}),
     ({"fidelity.input_size": 96}, {"evaluate", "sweep"}),
     ({"sample.per_class": 2}, {"sample"}),
+    ({"conversion.train": "ffn"}, from_("sparsify")),
+    ({"export.private": False}, {"export"}),
+    ({"benchmark.repeats": 3}, TIMED),
     ({"sweep.last": [0.2]}, {"sweep"}),
     ({"sweep.lists.more": [0.2]}, {"sweep"}),
 ]

@@ -1,0 +1,370 @@
+"""Files made to harm, or badly broken: refused in one line that names them, soon,
+in little memory, without running anything, and with nothing left beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import warnings
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from dmoe_var import load_var, load_vqvae
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.errors import CheckpointError
+
+PATCH_NUMS = (1, 2, 3, 4)
+SOON = 5
+"""Seconds. What loads a tiny model takes well under one."""
+
+
+class TooSlow(BaseException):
+    """No loader catches this."""
+
+
+@contextmanager
+def soon():
+    """Ends what takes too long, before it can fill the memory."""
+
+    def stop(*_):
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SOON)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def assert_refused(load, path, *said):
+    beside = sorted(os.listdir(path.parent))
+    with soon(), pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 5000
+    assert all(text in message for text in (str(path), *said)), message
+    assert sorted(os.listdir(path.parent)) == beside
+
+
+def vqvae_of(path):
+    return load_vqvae(path, PATCH_NUMS)
+
+
+def save_changed(path, model, **changes):
+    torch.save({**model.state_dict(), **changes}, path)
+    return path
+
+
+# Pickles
+
+
+def with_pickle(path, model, content):
+    """A file whose tensors are whole and whose pickle is this."""
+    whole = path.with_name("whole.pth")
+    torch.save(model.state_dict(), whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            is_pickle = entry.filename.endswith("data.pkl")
+            new.writestr(entry.filename, content if is_pickle else old.read(entry))
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02.",
+        b"no pickle",
+        b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + bytes(7) + b"\x10\x85R.",
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x0a" + bytes(9) + b"\x10\x85R.",
+        b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",
+        b"\x80\x02cdmoe_var.models.var\nVAR\n)R.",
+    ],
+    ids=["empty", "stops", "text", "deep", "exbibytes", "more", "eval", "class"],
+)
+def test_pickles(make_var, tmp_path, content):
+    assert_refused(load_var, with_pickle(tmp_path / "var.pth", make_var(), content))
+
+
+class Shell:
+    """Unpickling this runs a command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_command_is_never_run(make_var, tmp_path, zipped):
+    path, made = tmp_path / "evil.pth", tmp_path / "made"
+    content = {**make_var().state_dict(), "evil": Shell(f"touch {made}")}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert_refused(load_var, path)
+    assert_refused(vqvae_of, path)
+    assert not made.exists()
+
+
+def test_a_whole_model_is_refused(make_var, tmp_path):
+    torch.save(make_var(), tmp_path / "model.pth")
+    assert_refused(load_var, tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [{"a\nb": 3}, {"model": {}}, {"epoch": 3, "trainer": {}}], ids=str
+)
+def test_no_state_dicts(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    assert_refused(load_var, tmp_path / "other.pth", "state dict")
+
+
+def test_a_wrapped_state_dict_says_what_it_found(make_var, tmp_path):
+    torch.save({"model": make_var().state_dict()}, tmp_path / "var.pth")
+    assert_refused(load_var, tmp_path / "var.pth", "found model")
+
+
+# Archives
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("hello",), ("archive/hello",), ("archive/version",)], ids=str
+)
+def test_archives_without_a_pickle(tmp_path, names):
+    path = tmp_path / "var.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "3\n")
+    assert_refused(load_var, path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("chunk", range(4))
+def test_any_bytes_are_refused_or_load(tmp_path, zipped, chunk):
+    """Random damage, always the same: no other error than ours gets out."""
+    path, draw = tmp_path / "var.pth", random.Random(chunk)
+    torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 2, 8))):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content[: draw.choice((len(content), draw.randrange(len(content))))])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert_refused(load_var, path)  # whole or not, this is no VAR
+
+
+# Tensors
+
+
+FP16, FP64, FP8 = torch.float16, torch.float64, torch.float8_e4m3fn
+ODD = {
+    "sparse": ("head.weight", lambda t: t.to_sparse()),
+    "csr": ("head.weight", lambda t: t.to_sparse_csr()),
+    "complex": ("head.weight", lambda t: t.to(torch.complex64)),
+    "integers": ("head.weight", lambda t: t.long()),
+    "quantised": ("head.weight", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+    "without data": ("head.weight", lambda t: t.to("meta")),
+    "one number": ("head.weight", lambda t: t[:1, :1].clone().expand(t.shape)),
+    "transposed": ("head.weight", lambda t: t.T.contiguous().T),
+    "one half": ("blocks.0.ffn.fc1.weight", lambda t: t.to(FP16)),
+    "one double": ("blocks.0.ffn.fc1.weight", lambda t: t.to(FP64)),
+    "float8": ("blocks.0.ffn.fc1.weight", lambda t: t.to(FP8)),
+    "scales sparse": ("lvl_1L", lambda t: t.to_sparse()),
+    "scales complex": ("lvl_1L", lambda t: t.to(torch.complex64)),
+    "scales bool": ("lvl_1L", lambda t: t.bool()),
+    "scales float": ("lvl_1L", lambda t: t.float()),
+    "scales int16": ("lvl_1L", lambda t: t.to(torch.int16)),
+    "scales uint8": ("lvl_1L", lambda t: t.to(torch.uint8)),
+    "scales int32": ("lvl_1L", lambda t: t.int()),
+    "scales without data": ("lvl_1L", lambda t: t.to("meta")),
+    "scales none": ("lvl_1L", lambda t: t[:, :0].clone()),
+    "scales huge": ("lvl_1L", lambda t: t + 2**40),
+    "scales negative": ("lvl_1L", lambda t: t - 1),
+    "scales backwards": ("lvl_1L", lambda t: t.flip(1)),
+    "scales skipped": ("lvl_1L", lambda t: t * 2),
+    "mask open": ("attn_bias_for_masking", torch.zeros_like),
+    "a trainable buffer": ("blocks.0.attn.zero_k_bias", torch.nn.Parameter),
+    "a buffer with a gradient": ("blocks.0.attn.zero_k_bias", lambda t: t.clone().requires_grad_()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_tensors_are_refused_or_work(make_var, make_teacher, tmp_path, name):
+    """A loaded model is one: the tables as built, one precision, parameters that train."""
+    fresh, (key, change) = make_var(), ODD[name]
+    path = save_changed(tmp_path / "var.pth", fresh, **{key: change(fresh.state_dict()[key])})
+    try:
+        with soon():
+            var = load_var(path)
+    except CheckpointError:
+        assert_refused(load_var, path)
+        return
+    assert [n for n, _ in var.named_parameters()] == [n for n, _ in fresh.named_parameters()]
+    assert not any(buffer.requires_grad for buffer in var.buffers())
+    assert torch.equal(var.lvl_1L, fresh.lvl_1L)
+    assert torch.equal(var.attn_bias_for_masking, fresh.attn_bias_for_masking)
+    loss = var(torch.tensor([0, 1]), make_teacher(var)).square().mean()
+    loss.backward()
+    torch.optim.SGD(var.parameters(), lr=1e-3).step()
+    assert loss.isfinite()
+    assert all(parameter.isfinite().all() for parameter in var.parameters())
+
+
+def test_tensors_in_one_place_are_refused_or_apart(make_var, tmp_path):
+    """Two names for one memory: a step on one parameter would move the other."""
+    ones = torch.ones(64)
+    shared = {"blocks.0.attn.q_bias": ones, "blocks.0.attn.v_bias": ones}
+    path = save_changed(tmp_path / "var.pth", make_var(), **shared)
+    try:
+        attention = load_var(path).blocks[0].attn
+    except CheckpointError:
+        return
+    with torch.no_grad():
+        attention.q_bias.zero_()
+    assert attention.v_bias.min() == 1
+
+
+@pytest.mark.parametrize("precision", [FP16, torch.bfloat16, FP64], ids=str)
+def test_a_file_of_one_precision_loads_in_one(make_var, make_teacher, tmp_path, precision):
+    var = make_var()
+    half = {n: t.to(precision) for n, t in var.state_dict().items() if t.is_floating_point()}
+    loaded = load_var(save_changed(tmp_path / "var.pth", var, **half))
+    assert len({parameter.dtype for parameter in loaded.parameters()}) == 1
+    with torch.no_grad():
+        assert loaded(torch.tensor([0]), make_teacher(loaded, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("key", ["a\nb", "blocks.0.a\rb"])
+def test_a_key_of_several_lines(make_var, make_vqvae, tmp_path, key):
+    one = {key: torch.zeros(1)}
+    assert_refused(load_var, save_changed(tmp_path / "var.pth", make_var(), **one))
+    assert_refused(vqvae_of, save_changed(tmp_path / "vae.pth", make_vqvae(), **one))
+
+
+def test_a_model_claimed_to_be_endless(make_var, tmp_path):
+    """A file of a few kilobytes: one number stands for 64 * 10**12."""
+    classes = torch.zeros(1).expand(10**12, 64)
+    assert_refused(
+        load_var, save_changed(tmp_path / "var.pth", make_var(), **{"class_emb.weight": classes})
+    )
+
+
+@pytest.mark.parametrize("number", [2 * 10**9, 10**30, int("9" * 4000)], ids=["e9", "e30", "e4000"])
+@pytest.mark.parametrize("key", ["blocks.{}.x"])
+def test_a_number_in_a_var_s_key(make_var, tmp_path, key, number):
+    one = {key.format(number): torch.zeros(1)}
+    assert_refused(load_var, save_changed(tmp_path / "var.pth", make_var(), **one))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "encoder.down.{}.block.0.conv1.weight",
+        "encoder.down.0.block.{}.x",
+        "quantize.quant_resi.qresi_ls.{}.x",
+    ],
+)
+def test_a_number_in_a_vqvae_s_key(make_vqvae, tmp_path, key):
+    one = {key.format(2 * 10**9): torch.zeros(1)}
+    assert_refused(vqvae_of, save_changed(tmp_path / "vae.pth", make_vqvae(), **one))
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(make_var, tmp_path):
+    save_checkpoint(tmp_path / "var", make_var())
+    return tmp_path / "var"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 2 * 10**9},
+        {"depth": 10**30},
+        {"width": 2**62},
+        {"width": 10**30, "num_heads": 1},
+        {"num_classes": 10**18},
+        {"vocab_size": 10**30},
+        {"mlp_ratio": 1e300},
+        {"mlp_ratio": 1e-300},
+        {"num_heads": 10**30},
+        {"patch_nums": [1, 10**6]},
+        {"patch_nums": [1, 10**12]},
+        {"drop_path": float("nan")},
+        {"norm_eps": float("inf")},
+        {"experts": {"expert_size": 10**30}},
+        {"experts": {"expert_size": 1, "router_hidden": 10**30}},
+        {"a\nb": 1},
+    ],
+    ids=str,
+)
+def test_absurd_configurations(folder, change):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["config"].update(change)
+    path.write_text(json.dumps(content))
+    assert_refused(load_var, folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 200_000, '{"a":' * 200_000, '{"kind": "a\\nb"}', "9" * 5000]
+)
+def test_absurd_json(folder, content):
+    (folder / "config.json").write_text(content)
+    assert_refused(load_var, folder, "config.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_for_a_file(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert_refused(load_var, folder, name)
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "var").mkdir()
+    assert_refused(load_var, tmp_path / "var", "config.json")
+    assert_refused(vqvae_of, tmp_path / "var", "config.json")
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "var.pth"])
+def test_what_may_not_be_read_says_so(folder, make_var, name):
+    path = folder / name if name != "var.pth" else save_changed(folder.parent / name, make_var())
+    path.chmod(0)
+    source = path if name == "var.pth" else folder
+    assert_refused(load_var, source, name, "denied")
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_any_bytes_of_a_folder_are_refused_or_load(folder, chunk):
+    draw = random.Random(chunk)
+    for name in ("model.safetensors", "config.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        header = min(len(whole), 3000)
+        for _ in range(40):
+            content = bytearray(whole)
+            content[draw.randrange(header)] = draw.randrange(256)
+            path.write_bytes(content)
+            try:
+                with soon():
+                    load_var(folder)
+            except CheckpointError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+        path.write_bytes(whole)
