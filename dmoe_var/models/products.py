@@ -32,6 +32,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no wider one (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _emulated(x: Tensor) -> bool:
     """Whether torch would emulate a bfloat16 product of x: its own dtype's, or autocast's."""
     if x.device.type != "cpu" or not emulates_bfloat16():

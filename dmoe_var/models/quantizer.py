@@ -38,6 +38,14 @@ def nearest_tick(num_phi: int, si: int, num_scales: int) -> int:
     return int(np.argmin(np.abs(ticks - (si / max(num_scales - 1, 1)))))
 
 
+def area_downsample(x_BCHW: Tensor, p: int) -> Tensor:
+    """Means over p x p areas, (B, C, p, p)."""
+    if x_BCHW.device.type == "mps" and x_BCHW.shape[-1] % p:
+        # Apple's pooling takes sides that divide alone; these maps are small.
+        return F.interpolate(x_BCHW.cpu(), size=(p, p), mode="area").to(x_BCHW.device)
+    return F.interpolate(x_BCHW, size=(p, p), mode="area")
+
+
 class SharedPhi(nn.Module):
     """One phi for all scales (published name `quant_resi.qresi`)."""
 
@@ -142,7 +150,7 @@ class MultiScaleQuantizer(nn.Module):
     def next_input(self, f_hat_BCHW: Tensor, si: int) -> Tensor:
         """What the transformer reads at scale si: f_hat area-downsampled, (B, p*p, C)."""
         p = self.patch_nums[si]
-        return F.interpolate(f_hat_BCHW, size=(p, p), mode="area").flatten(2).transpose(1, 2)
+        return area_downsample(f_hat_BCHW, p).flatten(2).transpose(1, 2)
 
     def encode(self, f_BCHW: Tensor) -> list[Tensor]:
         """Tokens of each scale, LongTensor (B, p*p), of a feature map (B, C, H, W)."""
@@ -162,7 +170,7 @@ class MultiScaleQuantizer(nn.Module):
     def _vectors_of(self, residual_BCHW: Tensor, si: int) -> Tensor:
         p, last = self.patch_nums[si], len(self.patch_nums) - 1
         if si != last:
-            residual_BCHW = F.interpolate(residual_BCHW, size=(p, p), mode="area")
+            residual_BCHW = area_downsample(residual_BCHW, p)
         return residual_BCHW.permute(0, 2, 3, 1).reshape(-1, self.channels)
 
     def partial_sums(self, tokens: Sequence[Tensor]) -> list[Tensor]:

@@ -15,6 +15,8 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from dmoe_var.models.products import widest_float
+
 
 @dataclass(frozen=True)
 class SelectionRule:
@@ -82,7 +84,7 @@ class Cumulative(SelectionRule):
         self._within("share", 0, 1)
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        ordered, order = scores.double().sort(-1, descending=True)
+        ordered, order = scores.to(widest_float(scores.device)).sort(-1, descending=True)
         reached = ordered.cumsum(-1)
         # Shifted, not reached - ordered: that would round, and share = 1 keep or drop too much.
         before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], dim=-1)

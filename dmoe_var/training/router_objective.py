@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
+from dmoe_var.models.products import widest_float
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
@@ -46,7 +47,7 @@ def average_ranks(norms_BLE: Tensor) -> Tensor:
     ordered_BLE = norms_BLE.sort(-1).values
     below = torch.searchsorted(ordered_BLE, norms_BLE)
     up_to = torch.searchsorted(ordered_BLE, norms_BLE, right=True)
-    return (below + up_to - 1).double() / 2
+    return (below + up_to - 1).to(widest_float(norms_BLE.device)) / 2
 
 
 def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:

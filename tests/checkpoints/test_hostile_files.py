@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import warnings
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from dmoe_var.errors import CheckpointError
 PATCH_NUMS = (1, 2, 3, 4)
 SOON = 5
 """Seconds. What loads a tiny model takes well under one."""
+SPARE = 2**31
+"""Bytes of addresses that a load may take: the files here hold less than a megabyte."""
+STATM = Path("/proc/self/statm")
 
 
 class TooSlow(BaseException):
@@ -30,18 +35,22 @@ class TooSlow(BaseException):
 
 @contextmanager
 def soon():
-    """Ends what takes too long, before it can fill the memory."""
+    """Ends what takes too long, or would fill the memory of the machine."""
 
     def stop(*_):
         raise TooSlow
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    if STATM.exists():
+        now = int(STATM.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + SPARE, limits[1]))
     signal.alarm(SOON)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def assert_refused(load, path, *said):

@@ -11,8 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmoe_var.checkpoints import safetensors_io
-from dmoe_var.checkpoints.safetensors_io import load_checkpoint, save_checkpoint
+from dmoe_var.checkpoints.safetensors_io import (
+    MODEL_FILE,
+    load_checkpoint,
+    read_fingerprint,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+)
 from dmoe_var.errors import CheckpointError
+from dmoe_var.training.state import StateFile
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +192,118 @@ def test_a_kill_between_the_renames_leaves_a_checkpoint(folder, models, monkeypa
     monkeypatch.undo()
     loaded = load_checkpoint(folder, "var")
     assert same(loaded, models["var"]) or same(loaded, models["moe"])
+
+
+def test_a_reader_between_the_renames_leaves_the_save_alone(folder, models, monkeypatch):
+    """Another process loads at the worst moment: it gets a whole model, and the save succeeds."""
+    rename, loaded = os.replace, []
+
+    def replace(source, target):
+        rename(source, target)
+        if source == folder and not loaded:
+            loaded.append(None)
+            loaded[0] = load_checkpoint(folder, "var")
+
+    monkeypatch.setattr(safetensors_io.os, "replace", replace)
+    save_checkpoint(folder, models["moe"])
+    monkeypatch.undo()
+    assert same(loaded[0], models["var"]) or same(loaded[0], models["moe"])
+    assert same(load_checkpoint(folder, "var"), models["moe"])
+
+
+def test_a_link_to_a_folder_elsewhere(folder, models, tmp_path):
+    """As where checkpoints lie on a larger disk: it can be saved over, again and again."""
+    link = tmp_path / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    for name in ("moe", "var", "moe"):
+        save_checkpoint(link, models[name])
+        assert same(load_checkpoint(link, "var"), models[name])
+
+
+def test_the_fingerprint_is_that_of_the_save(folder, models):
+    assert read_fingerprint(folder) == ""
+    save_checkpoint(folder, models["var"], "one")
+    save_checkpoint(folder, models["var"], "another")
+    assert read_fingerprint(folder) == "another"
+    path = folder / MODEL_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cut short"):
+        read_fingerprint(folder)
+
+
+# Disks
+
+ROOM = [0, 7, 500, 5_000, 100_000, 500_000]
+"""Bytes of a file that fit; the tiny VAR takes 560 kB, its configuration 600 bytes."""
+
+
+def assert_one_line(error, *said):
+    message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    assert "\n" not in message
+    assert all(text in message for text in (*said, "too large")), message
+
+
+@pytest.mark.parametrize("room", ROOM)
+@pytest.mark.parametrize("old", [True, False])
+def test_a_checkpoint_on_a_full_disk(folder, models, full_disk, room, old):
+    if not old:
+        shutil.rmtree(folder)
+    with full_disk(room), pytest.raises((CheckpointError, OSError)) as caught:
+        save_checkpoint(folder, models["moe"])
+    assert_one_line(caught.value, str(folder.parent), MODEL_FILE)
+    assert os.listdir(folder.parent) == (["checkpoint"] if old else [])
+    if old:
+        assert same(load_checkpoint(folder, "var"), models["var"])
+    save_checkpoint(folder, models["moe"])
+    assert same(load_checkpoint(folder, "var"), models["moe"])
+
+
+@pytest.mark.parametrize("room", ROOM)
+def test_tensors_on_a_full_disk(tmp_path, models, full_disk, room):
+    path = tmp_path / "tensors.safetensors"
+    write_tensors(path, {"a": torch.ones(3)}, {})
+    with full_disk(room), pytest.raises((CheckpointError, OSError)) as caught:
+        write_tensors(path, models["var"].state_dict(), {})
+    assert_one_line(caught.value, str(path))
+    assert read_tensors(path)[0]["a"].tolist() == [1, 1, 1]
+    assert os.listdir(tmp_path) == ["tensors.safetensors"]
+
+
+def test_a_training_state_on_a_full_disk(tmp_path, full_disk):
+    """Training can go on from the state before."""
+    module = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(64)).sum().backward()
+    optimizer.step()
+    state = StateFile(tmp_path / "state.safetensors", "fingerprint")
+    state.save(3, module, optimizer)
+    before = module.weight.detach().clone()
+    optimizer.step()
+    for room in (0, 100, 20_000):
+        with full_disk(room), pytest.raises((CheckpointError, OSError)) as caught:
+            state.save(4, module, optimizer)
+        assert_one_line(caught.value, str(state.path))
+        assert os.listdir(tmp_path) == ["state.safetensors"]
+    assert state.load(module, optimizer) == 3
+    assert torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("name", ["file", "folder/deep/checkpoint"])
+def test_where_there_is_a_file_or_nothing_yet(tmp_path, models, name):
+    """Missing folders are made; a file in the way is not lost without a word."""
+    if name == "file":
+        (tmp_path / name).write_text("mine")
+        with pytest.raises((CheckpointError, OSError), match="file"):
+            save_checkpoint(tmp_path / name, models["var"])
+        assert (tmp_path / name).read_text() == "mine"
+        assert os.listdir(tmp_path) == ["file"]
+    else:
+        save_checkpoint(tmp_path / name, models["var"])
+        assert same(load_checkpoint(tmp_path / name, "var"), models["var"])
+
+
+def test_others_may_read_what_this_user_may(folder, models):
+    """safetensors by itself leaves files that the owner alone can read."""
+    save_checkpoint(folder, models["var"])
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes[MODEL_FILE] == modes["config.json"]
