@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: the message names it, its value and what is allowed."""
+    """Something the user gave is wrong: the message names it, its value and what is allowed.
+
+    Always one line, whatever a file or key that it names is made of.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 class ConfigError(InputError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import platform
 import time
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from dmoe_var.errors import InputError
 
 CHUNK = 2**24
 ABANDONED = 3600
@@ -59,6 +63,16 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, failure: type[InputError]) -> Any:
+    """Content of a JSON file; `failure` names a file that is missing, unreadable or cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise failure(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise failure(f"{path}: cut short or no JSON file ({error})") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -116,6 +116,25 @@ def test_an_error_of_another_file_names_that_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("room", "named"), [(3_000, "config.yaml"), (20_000, "state.safetensors")])
+def test_a_script_on_a_full_disk(tmp_path, full_disk, room, named):
+    """One line that names the file, status 2, and no part of it."""
+    script = Path(__file__).parents[1] / "scripts" / "train_vqvae.py"
+    options = (
+        "experiment=digits base.vqvae=null base.var=null train_vqvae.steps=2 progress=false "
+        "train_vqvae.batch_size=4 train_vqvae.warmup=0"
+    )
+    command = [sys.executable, str(script), *options.split()]
+    with full_disk(room):  # the child inherits it
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert all(said in done.stderr for said in (named, "File too large"))
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {"config.yaml", "metrics.jsonl"} - {named}
+
+
 # Temporary files of others
 
 

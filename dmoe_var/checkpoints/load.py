@@ -23,24 +23,17 @@ PACKAGED = Path(__file__).parent / "packaged"
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     """State dict of a .pth file: tensors only, never code; memory-mapped, so that loading holds
-    the weights once (files in torch's format before 1.6 cannot be, and are read)."""
-    mapped = zipfile.is_zipfile(path)
+    the weights once (compressed files and those in torch's format before 1.6 are read)."""
     try:
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        content = torch.load(
+            str(path), map_location="cpu", weights_only=True, mmap=_can_be_mapped(path)
+        )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, holds something else than plain tensors, or no state dict at all"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a broken file makes the readers raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
     plain = isinstance(content, dict) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
@@ -48,22 +41,50 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     if not plain:
         found = ", ".join(map(str, content))[:80] if isinstance(content, dict) else type(content)
         raise CheckpointError(f"{path}: not a state dict of tensors (found {found})")
-    return content
+    tensors = {name: tensor.detach() for name, tensor in content.items()}
+    _check_storage(tensors, path)
+    return tensors
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a file is a zip archive without compression: torch would map packed bytes as well."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _check_storage(tensors: dict[str, Tensor], path: Path) -> None:
+    """CheckpointError for tensors that are not plain numbers in memory of their own."""
+    problems, places = [], set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            problems.append(f"{name} holds no plain numbers")
+        elif not tensor.is_contiguous():
+            problems.append(f"{name} has gaps or repeats in memory")
+        elif tensor.numel() and tensor.data_ptr() in places:
+            problems.append(f"{name} shares its memory with another")
+        elif tensor.numel():
+            places.add(tensor.data_ptr())
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
 
 
 def _locate(source: str | Path, kind: str) -> Path:
     """The file or folder that a name ("digits") or a path ("./digits") stands for."""
-    path = Path(source)
-    if (PACKAGED / str(source) / kind).is_dir() and not path.is_absolute():
-        return PACKAGED / str(source) / kind
-    if str(source) in hub.PUBLISHED:
-        return hub.fetch(str(source))
-    if path.exists():
-        return path
-    names = sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
-    raise CheckpointError(
-        f"{source}: no such file or folder; names are {', '.join([*names, *hub.PUBLISHED])}"
-    )
+    packaged = sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
+    if isinstance(source, str) and source in packaged:
+        return PACKAGED / source / kind
+    if isinstance(source, str) and source in hub.PUBLISHED:
+        return hub.fetch(source)
+    try:
+        there = source != "" and Path(source).exists()
+    except (OSError, ValueError):  # too long, or with a null byte
+        there = False
+    if there:
+        return Path(source)
+    names = ", ".join([*packaged, *hub.PUBLISHED])
+    raise CheckpointError(f"{str(source)[:200]!r}: no such file or folder; names are {names}")
 
 
 def weights_file(source: str | Path, kind: str) -> Path:

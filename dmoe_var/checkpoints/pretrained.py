@@ -34,6 +34,7 @@ from dmoe_var.checkpoints.safetensors_io import (
     write_tensors,
 )
 from dmoe_var.errors import CheckpointError
+from dmoe_var.files import read_json
 from dmoe_var.metrics.record import Record
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.moe.dynamic_var import DynamicVAR
@@ -238,12 +239,7 @@ def _load_folder(folder: Path) -> DynamicVAR:
 
 def _read_config(folder: Path) -> DynamicVARConfig:
     path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cut short or no JSON file ({error})") from error
+    content = read_json(path, CheckpointError)
     about = content if isinstance(content, dict) else {}
     if (about.get("format"), about.get("kind")) != (FORMAT, KIND):
         raise CheckpointError(

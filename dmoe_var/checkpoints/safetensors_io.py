@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
-from dmoe_var.files import whole_file, write_text
+from dmoe_var.files import read_json, whole_file, write_text
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 
@@ -26,6 +28,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 FORMAT = "dmoe-var/1"
 MODEL_FILE = "model.safetensors"
+RENAMES = 10
+"""Tries to put a checkpoint where others are reading the older one."""
+WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "vqvae": (VQVAE, VQVAEConfig),
     "var": (VAR, VARConfig),
@@ -90,9 +95,26 @@ def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | s
         raise CheckpointError(f"{source}: {'; '.join(problems)}")
 
 
+def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """CheckpointError where numbers that follow from the shape (scale numbers, the mask) differ, or
+    the weights have several types."""
+    for name, buffer in skeleton.named_buffers():
+        given = tensors[name]
+        if buffer.is_meta or given.is_meta:  # without values
+            continue
+        if not torch.equal(buffer.to(given.dtype), given):
+            raise CheckpointError(f"{source}: {name} is not what follows from the shape")
+    dtypes = {tensors[name].dtype for name, _ in skeleton.named_parameters()}
+    if len(dtypes) > 1 or not dtypes <= WEIGHT_TYPES:
+        found, allowed = (", ".join(sorted(map(str, types))) for types in (dtypes, WEIGHT_TYPES))
+        raise CheckpointError(f"{source}: weights are {found}; allowed: one of {allowed}")
+
+
 def _same_kind(a: Tensor, b: Tensor) -> bool:
-    """Both dense, and both of floating point or both not."""
-    return a.layout == b.layout and a.is_floating_point() == b.is_floating_point()
+    """Both dense, and both of floating point or both of the same whole numbers."""
+    if a.layout != b.layout:
+        return False
+    return b.is_floating_point() if a.is_floating_point() else a.dtype == b.dtype
 
 
 class _WithoutInitialValues(TorchFunctionMode):
@@ -112,9 +134,13 @@ def build_strictly(
 ) -> Model:
     """The module that `build` makes, in eval mode, with these very tensors: no copy, no second
     set of weights (it is built on the meta device). CheckpointError where they do not fit."""
-    with torch.device("meta"), _WithoutInitialValues():
-        model = build()
+    try:
+        with torch.device("meta"), _WithoutInitialValues():
+            model = build()
+    except (ValueError, ArithmeticError, RuntimeError, TypeError, MemoryError) as error:
+        raise CheckpointError(f"{source}: no model has its shape: {error}") from error
     check_fit(model, tensors, source)
+    check_constants(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -131,24 +157,44 @@ def recover(folder: Path) -> Path:
 
 
 def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
-    """Write a model's checkpoint folder; an older one of that name is replaced.
+    """Write a model's checkpoint folder, whole or not at all; an older one of that name is
+    replaced. CheckpointError where the disk refuses, or something else is in the way.
 
     fingerprint: of the configuration that made it (`read_fingerprint`).
     """
+    folder = folder.resolve()  # a link stays, and what it points to is replaced
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file is where a checkpoint folder should go")
     kind = next(name for name, (cls, _) in KINDS.items() if isinstance(model, cls))
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    replaced = recover(folder)
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    about = {"fingerprint": fingerprint}  # one entry: safetensors writes several in any order
-    write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
     config = {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(model.config)}
-    write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(temporary, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    about = {"fingerprint": fingerprint}  # one entry: safetensors writes several in any order
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for leftover in (temporary, recover(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
+        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename, over an older folder; again where a reader put the older one back in between."""
+    for _ in range(RENAMES):
+        replaced = recover(folder)
+        if folder.exists():
+            os.replace(folder, replaced)
+        try:
+            os.replace(temporary, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            continue
+        shutil.rmtree(replaced, ignore_errors=True)
+        return
+    raise CheckpointError(f"{folder}: is being read all the time, and could not be replaced")
 
 
 def read_fingerprint(folder: Path) -> str:
@@ -166,12 +212,7 @@ def read_fingerprint(folder: Path) -> str:
 def read_config(folder: Path, kind: str) -> Any:
     """The model configuration of a checkpoint folder (a VQVAEConfig or VARConfig)."""
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: no such file; is {folder} a checkpoint?") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cut short or no JSON file ({error})") from error
+    content = read_json(path, CheckpointError)
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: kind={found!r}, expected a {FORMAT} checkpoint of {kind!r}")
@@ -185,7 +226,9 @@ def read_config(folder: Path, kind: str) -> Any:
 
 def load_checkpoint(folder: Path, kind: str) -> nn.Module:
     """A model from a checkpoint folder, strictly, on the CPU, in eval mode."""
-    recover(folder)
+    if folder.absolute().name:  # "/" has none, and no place beside it
+        recover(folder.absolute())
     config = read_config(folder, kind)
     tensors, _ = read_tensors(folder / MODEL_FILE)
+    check_size(config, tensors, str(folder / MODEL_FILE))
     return build_strictly(lambda: KINDS[kind][0](config), tensors, folder / MODEL_FILE)

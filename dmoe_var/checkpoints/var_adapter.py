@@ -16,10 +16,47 @@ from dmoe_var.models.var import HEAD_DIM, VARConfig
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
 
 
-def count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern's group matches in a name; 0 for none."""
+def count(tensors: Mapping[str, Tensor], pattern: str, source: str) -> int:
+    """How many numbers from 0 on the pattern's group matches in names; CheckpointError for gaps."""
     matches = (re.match(pattern, name) for name in tensors)
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
+    numbers = {match[1] for match in matches if match}
+    if numbers != {str(i) for i in range(len(numbers))}:
+        raise CheckpointError(f"{source}: keys like {pattern} are not numbered from 0 on")
+    return len(numbers)
+
+
+def check_size(config: VARConfig | VQVAEConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """CheckpointError where a configuration is of a larger or smaller model than its tensors.
+
+    Only then is it safe to build: a number in a text file can ask for more than any machine has.
+    """
+    if isinstance(config, VARConfig):
+        found = {
+            "depth": (count(tensors, r"blocks\.(\d+)\.", source), config.depth),
+            "pos_1LC": (
+                _shape(tensors, "pos_1LC", source, 3),
+                (1, config.num_tokens, config.width),
+            ),
+        }
+    else:
+        found = {
+            "levels": (count(tensors, r"encoder\.down\.(\d+)\.", source), len(config.ch_mult)),
+            "num_res_blocks": (
+                count(tensors, r"encoder\.down\.0\.block\.(\d+)\.", source),
+                config.num_res_blocks,
+            ),
+            "quantize.ema_vocab_hit_SV": (
+                _shape(tensors, "quantize.ema_vocab_hit_SV", source, 2),
+                (len(config.patch_nums), config.vocab_size),
+            ),
+            "num_phi": (
+                count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", source),
+                config.num_phi if config.num_phi > 1 else 0,
+            ),
+        }
+    for name, (there, said) in found.items():
+        if there != said:
+            raise CheckpointError(f"{source}: {name} is {there}, its config.json says {said}")
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, source: str, ndim: int) -> tuple[int, ...]:
@@ -46,21 +83,21 @@ def vqvae_config(
         raise CheckpointError(
             f"{source}: patch_nums ({given}) has {len(schedule)} scales, the file has {num_scales}"
         )
-    levels = count(tensors, r"encoder\.down\.(\d+)\.")
+    levels = count(tensors, r"encoder\.down\.(\d+)\.", source)
     ch = _shape(tensors, "encoder.conv_in.weight", source, 4)[0]
     widths = [
         _shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", source, 4)[0]
         for i in range(levels)
     ]
     phi = "quantize.quant_resi"
-    num_phi = count(tensors, rf"{re.escape(phi)}\.qresi_ls\.(\d+)\.")
+    num_phi = count(tensors, rf"{re.escape(phi)}\.qresi_ls\.(\d+)\.", source)
     if f"{phi}.qresi.weight" in tensors:
         num_phi = 1
     kernel = _shape(tensors, "quant_conv.weight", source, 4)[-1]
     return VQVAEConfig(
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        num_res_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\.", source),
         attention="encoder.mid.attn_1.qkv.weight" in tensors,
         z_channels=_shape(tensors, "quantize.embedding.weight", source, 2)[1],
         vocab_size=vocab_size,
@@ -84,7 +121,7 @@ def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
     scale_mul = "blocks.0.attn.scale_mul_1H11"
     l2_norm = scale_mul in tensors
     return VARConfig(
-        depth=count(tensors, r"blocks\.(\d+)\."),
+        depth=count(tensors, r"blocks\.(\d+)\.", source),
         width=width,
         num_heads=tensors[scale_mul].shape[1] if l2_norm else max(1, width // HEAD_DIM),
         num_classes=_shape(tensors, "class_emb.weight", source, 2)[0] - 1,

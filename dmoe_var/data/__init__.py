@@ -29,9 +29,9 @@ class DataConfig:
     be. As published for VAR, the shorter side is resized to `resize_ratio` * image_size; training
     crops are random, a fixed number (`augmentations`) of each picture that follows from `seed`;
     held-out crops are central. `limit` and `held_out` are how many training and held-out pictures
-    are used, spread over the classes (None: all). A picture that cannot be decoded is left out (skip), or ends the run once
-    all have been tried (refuse). `workers` processes decode (0: the encoder's own); `encode_batch`
-    images are encoded at a time.
+    are used, spread over the classes (None: all). A picture that cannot be decoded is left out
+    (skip), or ends the run once all have been tried (refuse). `workers` processes decode (0: the
+    encoder's own); `encode_batch` images are encoded at a time.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dmoe_var.errors import DataError
-from dmoe_var.files import write_text
+from dmoe_var.files import read_json, write_text
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "fvcore", "torch-fidelity")
@@ -59,12 +59,7 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Record:
         """A stored record; DataError where the file is missing, broken or of another schema."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise DataError(f"{path}: cut short or no JSON file ({error})") from error
+        content = read_json(path, DataError)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise DataError(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")

@@ -162,6 +162,8 @@ class VAR(nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """Initialise as published (the routers of expert FFNs initialise themselves)."""
+        if self.pos_start.is_meta:  # a skeleton, whose values are still to come
+            return
         config = self.config
         std = (1 / config.C / 3) ** 0.5
         for module in self.modules():

@@ -181,7 +181,7 @@ def with_half_a_config(folder):
     ("harm", "file", "message"),
     [
         (without_a_key, "model.safetensors", "missing 1 keys: head.bias"),
-        (without_config, "config.json", "no such file"),
+        (without_config, "config.json", "No such file"),
         (with_half_a_config, "config.json", "cut short"),
     ],
 )
