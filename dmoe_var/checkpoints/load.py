@@ -84,7 +84,9 @@ def _locate(source: str | Path, kind: str) -> Path:
     if there:
         return Path(source)
     names = ", ".join([*packaged, *hub.PUBLISHED])
-    raise CheckpointError(f"{str(source)[:200] or repr(source)}: no such file or folder; names are {names}")
+    raise CheckpointError(
+        f"{str(source)[:200] or repr(source)}: no such file or folder; names are {names}"
+    )
 
 
 def weights_file(source: str | Path, kind: str) -> Path:

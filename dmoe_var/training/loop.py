@@ -238,7 +238,10 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
 class StepGradients:
     """Gradients of a step: micro-batch by micro-batch, process by process, summed.
 
-    Micro-batch j of a step goes to process j mod (number of processes).
+    Micro-batch j of a step goes to process j mod (number of processes). On a CPU, and under
+    deterministic algorithms, the sum is taken in float64 and rounded once: then its order does not
+    matter, and equal micro-batches give the same weights whatever number of processes shares them.
+    (AdamW turns the last bit of a gradient near zero into a step of its full length.)
     """
 
     def __init__(self, objective: Objective, config: OptimConfig, run: Run, num_steps: int):
@@ -247,6 +250,8 @@ class StepGradients:
         self.num_steps = num_steps
         self.micro_batch_size = config.micro_batch_size
         self.device = next(objective.module.parameters()).device
+        self.exact = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        self._sums: dict[nn.Parameter, Tensor] = {}
 
     def size(self, total: int) -> int:
         """Examples of a micro-batch of a step of `total`; no process shall go without."""
@@ -258,13 +263,16 @@ class StepGradients:
         logged, as means over the step's examples."""
         total = len(indices_B)
         size = self.size(total)
+        exact = self.exact and (world_size() > 1 or size < total)
         logged: dict[str, float] = {}
         for start in range(0, total, size)[rank() :: world_size()]:
             part = indices_B[start : start + size]
             share = len(part) / total
             for name, value in self.add(part, step, Rows(start, total), share).items():
                 logged[name] = logged.get(name, 0.0) + share * value
-        self._sum_gradients()
+            if exact:
+                self._set_aside()
+        self._sum_gradients(torch.float64 if exact else None)
         return _summed(logged)
 
     def add(self, part: Tensor, step: int, rows: Rows, share: float) -> dict[str, float]:
@@ -276,19 +284,32 @@ class StepGradients:
         (loss * share).backward()
         return {"loss": loss.item(), **logged}
 
-    def _sum_gradients(self) -> None:
-        """Over the processes; what has a gradient in none of them stays without."""
-        if world_size() == 1:
-            return
-        parameters = list(trainable(self.objective.module).values())
-        used = torch.tensor([p.grad is not None for p in parameters], device=self.device)
-        used = used.to(torch.float32)
-        sum_over_processes([used])
-        chosen = [p for p, count in zip(parameters, used.tolist(), strict=True) if count]
-        for parameter in chosen:
+    def _set_aside(self) -> None:
+        """Add the gradients to the float64 sums, and clear them."""
+        for parameter in trainable(self.objective.module).values():
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        sum_over_processes(p.grad for p in chosen if p.grad is not None)
+                continue
+            wide = parameter.grad.double()
+            if parameter in self._sums:
+                self._sums[parameter] += wide
+            else:
+                self._sums[parameter] = wide
+            parameter.grad = None
+
+    def _sum_gradients(self, dtype: torch.dtype | None) -> None:
+        """Over the processes, in `dtype`; what has a gradient in none of them stays without."""
+        parameters = list(trainable(self.objective.module).values())
+        sums = self._sums if dtype else {p: p.grad for p in parameters if p.grad is not None}
+        if world_size() > 1:
+            used = torch.tensor([float(p in sums) for p in parameters], device=self.device)
+            sum_over_processes([used])
+            for parameter, count in zip(parameters, used.tolist(), strict=True):
+                if count and parameter not in sums:
+                    sums[parameter] = torch.zeros_like(parameter, dtype=dtype)
+            sum_over_processes(sums[p] for p in parameters if p in sums)
+        for parameter, total in sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        self._sums = {}
 
 
 def _summed(logged: dict[str, float]) -> dict[str, float]:

@@ -23,14 +23,14 @@ from dmoe_var.errors import CheckpointError
 
 PATCH_NUMS = (1, 2, 3, 4)
 SOON = 5
-"""Seconds. What loads a tiny model takes well under one."""
+"""Seconds of the processor. What loads a tiny model takes well under one."""
 SPARE = 2**31
 """Bytes of addresses that a load may take: the files here hold less than a megabyte."""
 STATM = Path("/proc/self/statm")
 
 
 class TooSlow(BaseException):
-    """No loader catches this."""
+    """No loader catches it."""
 
 
 @contextmanager
@@ -40,16 +40,16 @@ def soon():
     def stop(*_):
         raise TooSlow
 
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    before, limits = signal.signal(signal.SIGPROF, stop), resource.getrlimit(resource.RLIMIT_AS)
     if STATM.exists():
         now = int(STATM.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + SPARE, limits[1]))
-    signal.alarm(SOON)
+    signal.setitimer(signal.ITIMER_PROF, SOON)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
@@ -118,7 +118,7 @@ class Shell:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_command_is_never_run(make_var, tmp_path, zipped):
     path, made = tmp_path / "evil.pth", tmp_path / "made"
-    content = {**make_var().state_dict(), "evil": Shell(f"touch {made}")}
+    content = {"evil": Shell(f"touch {made}")}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert_refused(load_var, path)
     assert_refused(vqvae_of, path)
@@ -158,9 +158,9 @@ def test_archives_without_a_pickle(tmp_path, names):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(2))
 def test_any_bytes_are_refused_or_load(tmp_path, zipped, chunk):
-    """Random damage, always the same: no other error than ours gets out."""
+    """Random damage, always the same, raises no error but ours."""
     path, draw = tmp_path / "var.pth", random.Random(chunk)
     torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
@@ -227,15 +227,17 @@ def test_odd_tensors_are_refused_or_work(make_var, make_teacher, tmp_path, name)
     assert torch.equal(var.attn_bias_for_masking, fresh.attn_bias_for_masking)
     loss = var(torch.tensor([0, 1]), make_teacher(var)).square().mean()
     loss.backward()
-    torch.optim.SGD(var.parameters(), lr=1e-3).step()
+    with torch.no_grad():
+        for parameter in var.parameters():
+            parameter -= 1e-3 * parameter.grad
     assert loss.isfinite()
-    assert all(parameter.isfinite().all() for parameter in var.parameters())
 
 
-def test_tensors_in_one_place_are_refused_or_apart(make_var, tmp_path):
-    """Two names for one memory: a step on one parameter would move the other."""
-    ones = torch.ones(64)
-    shared = {"blocks.0.attn.q_bias": ones, "blocks.0.attn.v_bias": ones}
+@pytest.mark.parametrize("start", [0, 36])
+def test_tensors_in_one_place_are_refused_or_apart(make_var, tmp_path, start):
+    """Two names for one memory, or for parts that overlap: a step on one would move the other."""
+    ones = torch.ones(100)
+    shared = {"blocks.0.attn.q_bias": ones[:64], "blocks.0.attn.v_bias": ones[start : start + 64]}
     path = save_changed(tmp_path / "var.pth", make_var(), **shared)
     try:
         attention = load_var(path).blocks[0].attn
@@ -244,6 +246,27 @@ def test_tensors_in_one_place_are_refused_or_apart(make_var, tmp_path):
     with torch.no_grad():
         attention.q_bias.zero_()
     assert attention.v_bias.min() == 1
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_the_mask_is_not_built_for_scales_that_the_file_has_none_for(make_var, tmp_path, as_folder):
+    """66,100 tokens take 0.5 MB to name, and a mask of them 22 GB: it has to be in the file."""
+    scales = (60, 250)
+    var, path = make_var(patch_nums=(1, 2), width=1, num_heads=1), tmp_path / "var"
+    tokens = torch.tensor([side * side for side in scales])
+    var.pos_start = torch.nn.Parameter(torch.zeros(1, int(tokens[0]), 1))
+    var.pos_1LC = torch.nn.Parameter(torch.zeros(1, int(tokens.sum()), 1))
+    var.lvl_1L = torch.arange(2).repeat_interleave(tokens)[None]
+    if as_folder:
+        save_checkpoint(path, var)
+        content = json.loads((path / "config.json").read_text())
+        content["config"]["patch_nums"] = scales
+        (path / "config.json").write_text(json.dumps(content))
+    else:
+        torch.save(var.state_dict(), path)
+    with soon(), pytest.raises(CheckpointError) as caught:
+        load_var(path)
+    assert "allocate" not in str(caught.value)
 
 
 @pytest.mark.parametrize("precision", [FP16, torch.bfloat16, FP64], ids=str)
@@ -272,9 +295,8 @@ def test_a_model_claimed_to_be_endless(make_var, tmp_path):
 
 
 @pytest.mark.parametrize("number", [2 * 10**9, 10**30, int("9" * 4000)], ids=["e9", "e30", "e4000"])
-@pytest.mark.parametrize("key", ["blocks.{}.x"])
-def test_a_number_in_a_var_s_key(make_var, tmp_path, key, number):
-    one = {key.format(number): torch.zeros(1)}
+def test_a_number_in_a_var_s_key(make_var, tmp_path, number):
+    one = {f"blocks.{number}.x": torch.zeros(1)}
     assert_refused(load_var, save_changed(tmp_path / "var.pth", make_var(), **one))
 
 
@@ -351,11 +373,12 @@ def test_an_empty_folder(tmp_path):
     assert_refused(vqvae_of, tmp_path / "var", "config.json")
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "var.pth"])
 def test_what_may_not_be_read_says_so(folder, make_var, name):
     path = folder / name if name != "var.pth" else save_changed(folder.parent / name, make_var())
     path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
     source = path if name == "var.pth" else folder
     assert_refused(load_var, source, name, "denied")
 

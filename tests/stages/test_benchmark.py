@@ -1,0 +1,178 @@
+"""The benchmark stage beside a made-up checkout, which draws with our own sampler."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dmoe_var import generate, load_var, load_vqvae
+from dmoe_var.errors import CheckpointError, ConfigError, InputError
+from dmoe_var.sampling.sampler import SamplingConfig
+from dmoe_var.stages import benchmark
+from dmoe_var.stages.graph import run_stage
+
+LENGTH = {"benchmark.repeats": 3, "benchmark.warmup": 1, "benchmark.batch_size": 2}
+SEED = 5
+SHIFT = 0.25
+CHECKOUT = """
+from .var import build_vae_var
+"""
+MODELS = """
+import torch
+
+from dmoe_var import VAR, VQVAE, VARConfig, VQVAEConfig, generate
+
+SIZES = {{"vocab_size": 32, "z_channels": 8}}
+
+
+class Published(VAR):
+    def autoregressive_infer_cfg(self, B, label_B, g_seed, cfg, top_k, top_p):
+        assert label_B.shape == (B,) and not torch.is_grad_enabled()
+        generator = torch.Generator().manual_seed(g_seed)
+        images = generate(
+            self, self.tokenizer[0], label_B, cfg=cfg, top_k=top_k, top_p=top_p, generator=generator
+        )
+        return images + {shift}
+
+
+def build_vae_var(device, patch_nums, depth, shared_aln, num_classes):
+    vqvae = VQVAEConfig(patch_nums=patch_nums, ch=32, ch_mult=(1, 2), num_res_blocks=1, **SIZES)
+    var = VARConfig(
+        patch_nums=patch_nums, depth=depth, width=64, num_heads=2, num_classes=num_classes,
+        shared_adaln=shared_aln, **SIZES,
+    )
+    model = Published(var)
+    model.tokenizer = [VQVAE(vqvae)]  # in a list, so that it is no part of the state dict
+    return model.tokenizer[0], model
+"""
+
+
+@pytest.fixture
+def files(make_vqvae, make_var, tmp_path):
+    """Configuration keys of base models in the published layout."""
+    models = {"vqvae": make_vqvae(), "var": make_var(num_classes=10)}
+    for kind, model in models.items():
+        torch.save(model.state_dict(), tmp_path / f"{kind}.pth")
+    return {f"base.{kind}": str(tmp_path / f"{kind}.pth") for kind in models}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """checkout(shift) -> folder of a sampler whose images are ours plus `shift`."""
+
+    def checkout(shift=0.0):
+        folder = tmp_path / "checkout"
+        (folder / "models").mkdir(parents=True)
+        (folder / "models" / "__init__.py").write_text(CHECKOUT)
+        (folder / "models" / "var.py").write_text(MODELS.format(shift=shift))
+        return str(folder)
+
+    return checkout
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """Fails the test where something is timed."""
+
+    def time_in_turn(*args):
+        raise AssertionError("processes start")
+
+    monkeypatch.setattr(benchmark, "time_in_turn", time_in_turn)
+
+
+@pytest.mark.parametrize("shift", [0.0, SHIFT])
+def test_beside_the_published_sampler(
+    make_work, files, checkout, warm_processes, tmp_path, no_grad, shift
+):
+    """Ratios are of what is recorded; equal images differ by nothing, others by what they do."""
+    changes = {**files, **LENGTH, "benchmark.published": checkout(shift), "evaluate.seed": SEED}
+    work = make_work(tmp_path / "runs", changes)
+    record = run_stage(work, "benchmark")
+    metrics, runs_ms = record.metrics, record.about["runs_ms"]
+    assert metrics["images_max_abs_difference"] == pytest.approx(shift, abs=1e-6)
+    assert {name: len(runs) for name, runs in runs_ms.items()} == {"dense": 3, "published": 3}
+    for name, runs in runs_ms.items():
+        assert metrics[f"{name}_ms_median"] == pytest.approx(np.median(runs))
+        assert metrics[f"{name}_ms_p10"] == pytest.approx(np.quantile(runs, 0.1))
+        assert metrics[f"{name}_ms_p90"] == pytest.approx(np.quantile(runs, 0.9))
+    for ratio, key in (("time_ratio", "ms_median"), ("memory_ratio", "peak_memory_mb")):
+        expected = metrics[f"dense_{key}"] / metrics[f"published_{key}"]
+        assert metrics[ratio] == pytest.approx(expected)
+    pairs = [a / b for a, b in zip(runs_ms["dense"], runs_ms["published"], strict=True)]
+    assert min(pairs) <= metrics["time_ratio_p10"] <= metrics["time_ratio_p90"] <= max(pairs)
+    assert (record.num_samples, record.dtype, record.about["batch_size"]) == (2, "float32", 2)
+    assert record.weights.keys() == files.keys()
+
+
+def test_ours_alone(make_work, warm_processes, tmp_path):
+    """A packaged model will do then; what is done is not timed again."""
+    shapes = {
+        "data.image_size": 16,
+        "moe.scales": [4, 5, 6],
+        "sampling.cfg": 0,
+    }
+    for model in ("vqvae", "var"):
+        shapes |= {f"{model}.patch_nums": [1, 2, 3, 4, 5, 6, 8], f"{model}.vocab_size": 128}
+        shapes |= {f"{model}.z_channels": 16, f"base.{model}": "digits"}
+    changes = {**shapes, "benchmark.repeats": 1, "benchmark.warmup": 0}
+    work = make_work(tmp_path, changes)
+    record = run_stage(work, "benchmark")
+    assert record.about["runs_ms"].keys() == {"dense"}
+    assert {name.partition("_")[0] for name in record.metrics} == {"dense"}
+    again = run_stage(work, "benchmark")
+    assert (again.started, again.metrics) == (record.started, record.metrics)
+
+
+@pytest.mark.parametrize("cfg", [1.5, 0.0])
+def test_our_call_draws_in_the_published_order(files, no_grad, cfg):
+    """From one generator of the seed, the same at every call."""
+    sampling = SamplingConfig(cfg=cfg, top_k=20, top_p=0.9)
+    vqvae_file, var_file = files["base.vqvae"], files["base.var"]
+    call = benchmark.ours(
+        benchmark.Task(vqvae_file, var_file, (1, 2, 3, 4), (3, 1), SEED, "cpu", sampling)
+    )
+    vqvae = load_vqvae(vqvae_file, (1, 2, 3, 4))
+    expected = generate(
+        load_var(var_file, vqvae),
+        vqvae,
+        [3, 1],
+        cfg=cfg,
+        top_k=20,
+        top_p=0.9,
+        generator=torch.Generator().manual_seed(SEED),
+    )
+    assert torch.equal(call(), expected)
+    assert torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("left_out", [("vqvae",), ("var",), ("vqvae", "var")])
+def test_base_models_must_be_given(make_work, files, no_process, tmp_path, left_out):
+    changes = {**files, **{f"base.{kind}": None for kind in left_out}}
+    refused(make_work(tmp_path, changes), ConfigError, "base.vqvae and base.var must both be given")
+
+
+def test_a_folder_that_is_no_checkout(make_work, files, no_process, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").touch()
+    changes = {**files, "benchmark.published": str(tmp_path)}
+    refused(make_work(tmp_path, changes), ConfigError, f"benchmark.published={tmp_path}: no check")
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "var"])
+def test_the_published_code_reads_pth_files_alone(
+    make_work, files, checkout, no_process, tmp_path, kind
+):
+    changes = {**files, "benchmark.published": checkout(), f"base.{kind}": "digits"}
+    refused(make_work(tmp_path, changes), CheckpointError, f"base.{kind}=", ".pth files alone")
+
+
+def refused(work, error, *parts):
+    """One line of wrong input, and no record."""
+    with pytest.raises(error) as caught:
+        run_stage(work, "benchmark")
+    message = str(caught.value)
+    assert isinstance(caught.value, InputError)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == []
+    assert not (work.folder("benchmark") / "result.json").exists()

@@ -1,0 +1,176 @@
+"""The export stage: the finished model as one folder, bitwise; the hub where asked; all or
+nothing."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from dmoe_var import Threshold, TopK
+from dmoe_var.checkpoints import pretrained
+from dmoe_var.checkpoints.pretrained import from_pretrained
+from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.stages import export, models
+from dmoe_var.stages.graph import run_stage, run_through
+from dmoe_var.stages.work import DEFAULT_VARIANT
+
+REPOSITORY = "me/dmoe-var-tiny"
+URL = "https://hub.example/me/dmoe-var-tiny/commit/1"
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """What went to the hub: (repository, private, stages of the records) each time."""
+    calls = []
+
+    def push_to_hub(model, repo_id, private, records):
+        calls.append((repo_id, private, [record.stage for record in records]))
+        return URL
+
+    monkeypatch.setattr(export, "push_to_hub", push_to_hub)
+    return calls
+
+
+@pytest.fixture
+def broken_disk(monkeypatch):
+    """Weights cannot be written."""
+
+    def write_tensors(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "write_tensors", write_tensors)
+
+
+def saved_in(work):
+    return work.folder("export") / export.FOLDER
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "selection"),
+    [
+        ({}, Threshold(0.2)),
+        ({"selection.tau": [0.3, 0.6]}, [Threshold(0.3), Threshold(0.6)]),
+        ({"selection.rule": "top_k", "selection.k": 2}, TopK(2)),
+    ],
+)
+def test_the_folder_is_the_configured_model(make_work, runs, pushed, changes, selection):
+    work = make_work(runs, changes)
+    record = run_stage(work, "export")
+    loaded, model = from_pretrained(saved_in(work)), models.dynamic(work)
+    assert same(loaded.state_dict(), model.state_dict())
+    assert loaded.replaced_scales == (2, 3)
+    assert loaded.selection == selection
+    assert record.about["folder"] == "dynamic_var"
+    assert record.metrics["dense_parameters_m"] == pytest.approx(size(model.dense) / 1e6)
+    assert record.metrics["parameters_m"] == pytest.approx(size(model) / 1e6)
+    assert (work.folder("export") / "result.json").exists()
+    assert pushed == []
+
+
+def size(model):
+    """Parameters, each once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_card_tells_of_the_stages_that_are_done(make_work, runs):
+    work = make_work(runs)
+    measured = run_stage(work, "evaluate")
+    record = run_stage(work, "export")
+    done = ("sparsify", "split", "train_router", "evaluate")
+    assert record.about["records"] == [f"{stage}/{DEFAULT_VARIANT}" for stage in done]
+    card = (saved_in(work) / "README.md").read_text()
+    assert [stage for stage in done if f"- {stage}: seed 0, float32 on" not in card] == []
+    assert "- sweep:" not in card
+    assert f"{measured.metrics['flops_gmac']:.4f}" in card
+    assert "| sparsify.steps | 2 |" in card
+
+
+def test_a_card_without_measurements(make_work, runs):
+    """An evaluation of other thresholds is not this model's."""
+    run_stage(make_work(runs, {"selection.tau": [0.7]}), "evaluate")
+    work = make_work(runs)
+    assert "evaluate/default" not in run_stage(work, "export").about["records"]
+    assert "Nothing was measured" in (saved_in(work) / "README.md").read_text()
+
+
+def test_what_was_not_fine_tuned_is_held_once(make_work, runs):
+    """With the FFNs alone fine-tuned, all but experts and routers is the dense model's."""
+    whole = run_stage(make_work(runs), "export")
+    work = make_work(runs, {"conversion.train": "ffn"})
+    record = run_through(work, "export", lambda stage, done: None)
+    names = models.split(work).named_parameters()
+    own = sum(tensor.numel() for name, tensor in names if ".ffn." in name)
+    assert record.metrics["dense_parameters_m"] == whole.metrics["dense_parameters_m"]
+    expected = record.metrics["dense_parameters_m"] + own / 1e6
+    assert record.metrics["parameters_m"] == pytest.approx(expected)
+    assert record.metrics["parameters_m"] < whole.metrics["parameters_m"]
+    files = [saved_in(w) / "model.safetensors" for w in (work, make_work(runs))]
+    assert files[0].stat().st_size < files[1].stat().st_size
+    loaded = from_pretrained(saved_in(work))
+    assert same(loaded.state_dict(), models.dynamic(work).state_dict())
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_pushed_where_asked(make_work, runs, pushed, private):
+    """Beside the folder, once: what is done is not pushed again."""
+    changes = {"export.push_to": REPOSITORY, "export.private": private}
+    work = make_work(runs, changes)
+    record = run_stage(work, "export")
+    assert pushed == [(REPOSITORY, private, ["sparsify", "split", "train_router"])]
+    assert record.about["url"] == URL
+    assert from_pretrained(saved_in(work)).selection == Threshold(0.2)
+    assert run_stage(work, "export").started == record.started
+    assert len(pushed) == 1
+
+
+def test_private_by_default(make_work, runs, pushed):
+    run_stage(make_work(runs, {"export.push_to": REPOSITORY}), "export")
+    assert [private for _, private, _ in pushed] == [True]
+
+
+def test_the_main_process_alone_writes(make_work, runs, pushed, monkeypatch):
+    monkeypatch.setattr(export, "is_main", lambda: False)
+    work = make_work(runs, {"export.push_to": REPOSITORY})
+    assert export.run(work).metrics["parameters_m"] > 0
+    assert (saved_in(work).exists(), pushed) == (False, [])
+
+
+def test_nothing_is_left_of_a_folder_that_cannot_be_written(make_work, runs, broken_disk, pushed):
+    work = make_work(runs, {"export.push_to": REPOSITORY})
+    with pytest.raises(CheckpointError, match="cannot be written") as error:
+        run_stage(work, "export")
+    assert str(error.value).endswith("cannot be written (No space left on device)")
+    assert [path.name for path in work.folder("export").iterdir()] == ["config.yaml"]
+    assert pushed == []
+
+
+def test_a_hub_that_refuses(make_work, runs, monkeypatch):
+    """There is no record then, and the next start pushes; the folder stays, for it is whole."""
+    work = make_work(runs, {"export.push_to": REPOSITORY})
+    answers = iter([CheckpointError("the hub cannot be reached"), URL])
+
+    def push_to_hub(*args, **kwargs):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(export, "push_to_hub", push_to_hub)
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        run_stage(work, "export")
+    assert not (work.folder("export") / "result.json").exists()
+    assert same(from_pretrained(saved_in(work)).state_dict(), models.dynamic(work).state_dict())
+    assert run_stage(work, "export").about["url"] == URL
+
+
+def test_without_routers(make_work, tmp_path):
+    work = make_work(tmp_path)
+    with pytest.raises(InputError, match="train_router is not done"):
+        run_stage(work, "export")
+    assert not work.folder("export").exists()
