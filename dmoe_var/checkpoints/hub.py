@@ -31,6 +31,6 @@ def network_errors(what: str) -> Iterator[None]:
     http_error: type[BaseException] = HfHubHTTPError.__mro__[1]
     try:
         yield
-    except (LocalEntryNotFoundError, HfHubHTTPError, http_error, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, http_error, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{what} ({reason})") from error

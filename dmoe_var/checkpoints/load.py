@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -41,9 +42,15 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     if not plain:
         found = ", ".join(map(str, content))[:80] if isinstance(content, dict) else type(content)
         raise CheckpointError(f"{path}: not a state dict of tensors (found {found})")
-    tensors = {name: tensor.detach() for name, tensor in content.items()}
+    tensors = {name: _in_order(tensor.detach()) for name, tensor in content.items()}
     _check_storage(tensors, path)
     return tensors
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Channels-last weights of convolutions in the usual order; all else as it is."""
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous() if last else tensor
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -56,16 +63,18 @@ def _can_be_mapped(path: Path) -> bool:
 
 def _check_storage(tensors: dict[str, Tensor], path: Path) -> None:
     """CheckpointError for tensors that are not plain numbers in memory of their own."""
-    problems, places = [], set()
+    problems: list[str] = []
+    places: list[tuple[int, int, str]] = []
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             problems.append(f"{name} holds no plain numbers")
         elif not tensor.is_contiguous():
             problems.append(f"{name} has gaps or repeats in memory")
-        elif tensor.numel() and tensor.data_ptr() in places:
-            problems.append(f"{name} shares its memory with another")
         elif tensor.numel():
-            places.add(tensor.data_ptr())
+            places.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
+    for (_, end, name), (start, _, other) in pairwise(sorted(places)):
+        if start < end:
+            problems.append(f"{name} and {other} share memory")
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
 

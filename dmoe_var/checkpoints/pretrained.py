@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dmoe_var.checkpoints.hub import network_errors
 from dmoe_var.checkpoints.model_card import model_card
 from dmoe_var.checkpoints.safetensors_io import (
+    CONFIG_FILE,
     FORMAT,
     MODEL_FILE,
     build_strictly,
@@ -33,6 +34,7 @@ from dmoe_var.checkpoints.safetensors_io import (
     recover,
     write_tensors,
 )
+from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.files import read_json
 from dmoe_var.metrics.record import Record
@@ -41,7 +43,6 @@ from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import selection_from_json, selection_to_json
 
 KIND = "dynamic_var"
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE)
 FRAMEWORK = {"format": "pt"}
@@ -224,6 +225,10 @@ def _load_folder(folder: Path) -> DynamicVAR:
     config = _read_config(folder)
     path = folder / MODEL_FILE
     tensors = _with_twins(*read_tensors(path), path)
+    for name, shape in (("dense", config.dense), ("moe", config.moe)):
+        prefix = f"{name}."
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        check_size(shape, own, f"{path}: {name}")
     both = build_strictly(
         lambda: nn.ModuleDict({"dense": VAR(config.dense), "moe": VAR(config.moe)}), tensors, path
     )

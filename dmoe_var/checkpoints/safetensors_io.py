@@ -28,6 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 FORMAT = "dmoe-var/1"
 MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 RENAMES = 10
 """Tries to put a checkpoint where others are reading the older one."""
 WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -102,7 +103,7 @@ def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: 
         given = tensors[name]
         if buffer.is_meta or given.is_meta:  # without values
             continue
-        if not torch.equal(buffer.to(given.dtype), given):
+        if not torch.equal(buffer.to(given), given):
             raise CheckpointError(f"{source}: {name} is not what follows from the shape")
     dtypes = {tensors[name].dtype for name, _ in skeleton.named_parameters()}
     if len(dtypes) > 1 or not dtypes <= WEIGHT_TYPES:
@@ -138,7 +139,7 @@ def build_strictly(
         with torch.device("meta"), _WithoutInitialValues():
             model = build()
     except (ValueError, ArithmeticError, RuntimeError, TypeError, MemoryError) as error:
-        raise CheckpointError(f"{source}: no model has its shape: {error}") from error
+        raise CheckpointError(f"{source}: no model has its shape: {_first_line(error)}") from error
     check_fit(model, tensors, source)
     check_constants(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
@@ -174,7 +175,7 @@ def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> 
     try:
         temporary.mkdir(parents=True)
         write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
-        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(temporary / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -211,7 +212,7 @@ def read_fingerprint(folder: Path) -> str:
 
 def read_config(folder: Path, kind: str) -> Any:
     """The model configuration of a checkpoint folder (a VQVAEConfig or VARConfig)."""
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     content = read_json(path, CheckpointError)
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind or content.get("format") != FORMAT:

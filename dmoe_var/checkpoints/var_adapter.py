@@ -37,6 +37,10 @@ def check_size(config: VARConfig | VQVAEConfig, tensors: Mapping[str, Tensor], s
                 _shape(tensors, "pos_1LC", source, 3),
                 (1, config.num_tokens, config.width),
             ),
+            "attn_bias_for_masking": (
+                _shape(tensors, "attn_bias_for_masking", source, 4),
+                (1, 1, config.num_tokens, config.num_tokens),
+            ),
         }
     else:
         found = {
@@ -120,6 +124,9 @@ def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
     sides = [round(int(n) ** 0.5) for n in levels.flatten().bincount()]
     scale_mul = "blocks.0.attn.scale_mul_1H11"
     l2_norm = scale_mul in tensors
+    mask = _shape(tensors, "attn_bias_for_masking", source, 4)
+    if mask != (1, 1, levels.numel(), levels.numel()):
+        raise CheckpointError(f"{source}: attn_bias_for_masking is {mask}, of other tokens")
     return VARConfig(
         depth=count(tensors, r"blocks\.(\d+)\.", source),
         width=width,

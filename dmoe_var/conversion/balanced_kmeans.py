@@ -25,7 +25,7 @@ def balanced_labels(fc1_HC: Tensor, expert_size: int, seed: int) -> Tensor:
         raise ValueError(f"expert_size={expert_size} does not divide the FFN's {num_neurons}")
     if num_experts == 1:
         return torch.zeros(num_neurons, dtype=torch.long)
-    rows = F.normalize(fc1_HC.detach().double(), dim=1).cpu().numpy()
+    rows = F.normalize(fc1_HC.detach().cpu().double(), dim=1).numpy()
     kmeans = KMeansConstrained(
         num_experts, size_min=expert_size, size_max=expert_size, random_state=seed, n_init=1
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,17 @@ from tqdm import tqdm
 
 Call = Callable[[], Tensor]
 """Does what is timed; what it returns is compared."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the processes take over from the one that starts them."""
+
+    device: str
+    threads: int
+    matmul_tf32: bool
+    cudnn_tf32: bool
+    deterministic: bool
 
 
 @dataclass(frozen=True)
@@ -66,8 +78,15 @@ def time_in_turn(
         workers = {}
         for name, (build, arguments) in builders.items():
             ours, theirs = context.Pipe()
+            setting = Setting(
+                str(device),
+                threads,
+                torch.backends.cuda.matmul.allow_tf32,
+                torch.backends.cudnn.allow_tf32,
+                torch.are_deterministic_algorithms_enabled(),
+            )
             process = context.Process(
-                target=_serve, args=(theirs, str(device), threads, build, arguments), daemon=True
+                target=_serve, args=(theirs, setting, build, arguments), daemon=True
             )
             process.start()
             theirs.close()
@@ -78,22 +97,28 @@ def time_in_turn(
         runs: dict[str, list[float]] = {name: [] for name in workers}
         for round_ in tqdm(range(warmup + repeats), desc="benchmark", disable=not progress):
             for name, worker in workers.items():
-                worker.send("run")
-                milliseconds = _answer(name, worker)
+                milliseconds = _ask(name, worker, "run")
                 if round_ >= warmup:
                     runs[name].append(milliseconds)
         timings = {}
         for name, worker in workers.items():
-            worker.send("report")
-            peak, output = _answer(name, worker)
+            peak, output = _ask(name, worker, "report")
             timings[name] = Timing(tuple(runs[name]), peak, output)
     return timings
+
+
+def _ask(name: str, worker: Connection, what: str) -> Any:
+    try:
+        worker.send(what)
+    except OSError as error:
+        raise RuntimeError(f"{name}: its process died (out of memory?)") from error
+    return _answer(name, worker)
 
 
 def _answer(name: str, worker: Connection) -> Any:
     try:
         kind, value = worker.recv()
-    except EOFError as error:
+    except (EOFError, OSError) as error:
         raise RuntimeError(f"{name}: its process died (out of memory?)") from error
     if kind == "error":
         raise RuntimeError(f"{name}: {value}")
@@ -102,15 +127,17 @@ def _answer(name: str, worker: Connection) -> Any:
 
 def _serve(
     pipe: Connection,
-    device_name: str,
-    threads: int,
+    setting: Setting,
     build: Callable[..., Call],
     arguments: tuple[Any, ...],
 ) -> None:
     """The loop of a process: builds its call, then runs it as often as it is told to."""
     try:
-        device = torch.device(device_name)
-        torch.set_num_threads(threads)
+        device = torch.device(setting.device)
+        torch.set_num_threads(setting.threads)
+        torch.backends.cuda.matmul.allow_tf32 = setting.matmul_tf32
+        torch.backends.cudnn.allow_tf32 = setting.cudnn_tf32
+        torch.use_deterministic_algorithms(setting.deterministic)
         call = build(*arguments)
         pipe.send(("ready", None))
         output = torch.empty(0)
@@ -140,5 +167,9 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes: of the device's allocator on CUDA, of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+    try:  # Linux hands getrusage's peak down to children; this one starts anew with a program
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)

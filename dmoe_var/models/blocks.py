@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ class SelfAttention(nn.Module):
         self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width))
+        # By numpy, as VAR's tables: a skeleton on the meta device has their values as well.
+        self.register_buffer("zero_k_bias", torch.from_numpy(np.zeros(width, np.float32)))
         self.proj = Linear(width, width)
 
     def forward(

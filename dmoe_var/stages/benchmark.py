@@ -21,6 +21,7 @@ from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.metrics.timing import Call, time_in_turn
 from dmoe_var.sampling.sampler import SamplingConfig, generate
+from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
 
@@ -60,16 +61,16 @@ def published(task: Task) -> Call:
     sys.path.insert(0, task.published)
     from models import build_vae_var  # type: ignore[import-not-found]
 
-    var_tensors = _tensors(task.var)
+    shape = load_var(task.var).config
     vqvae, var = build_vae_var(
         device=task.device,
         patch_nums=task.patch_nums,
-        depth=1 + max(int(k.split(".")[1]) for k in var_tensors if k.startswith("blocks.")),
-        shared_aln="shared_ada_lin.1.weight" in var_tensors,
-        num_classes=len(var_tensors["class_emb.weight"]) - 1,
+        depth=shape.depth,
+        shared_aln=shape.shared_adaln,
+        num_classes=shape.num_classes,
     )
-    for model, tensors in ((vqvae, _tensors(task.vqvae)), (var, var_tensors)):
-        model.load_state_dict(tensors)
+    for model, file in ((vqvae, task.vqvae), (var, task.var)):
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         model.eval().requires_grad_(False)
     half = task.sampling.dtype != "float32"
     labels_B = torch.tensor(task.labels, device=task.device)
@@ -90,11 +91,6 @@ def published(task: Task) -> Call:
         return images
 
     return call
-
-
-def _tensors(source: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = torch.load(source, map_location="cpu", weights_only=True)
-    return tensors
 
 
 def run(work: Work) -> StageResult:
@@ -120,6 +116,8 @@ def run(work: Work) -> StageResult:
     if benchmark.published is not None:
         _check_published(benchmark.published, files)
         builders[PUBLISHED] = (published, (task,))
+    models.vqvae(work)  # checks both against the configuration
+    models.dense(work)
     threads = torch.get_num_threads()
     timings = time_in_turn(
         builders, work.device, threads, benchmark.repeats, benchmark.warmup, work.progress

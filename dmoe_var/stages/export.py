@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
+from dmoe_var.metrics.record import RESULT_FILE, Record
 from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult, record_if_done
-from dmoe_var.stages.work import Work
+from dmoe_var.stages.graph import StageResult, require
+from dmoe_var.stages.work import Work, flatten
 from dmoe_var.training.distributed import is_main
 
 FOLDER = "dynamic_var"
-ON_THE_CARD = ("sparsify", "split", "train_router", "evaluate", "sweep")
-"""Stages whose records the model card tells of, where they are done."""
+MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
+"""Stages whose records the model card tells of."""
 
 
 def run(work: Work) -> StageResult:
     """Writes dynamic_var/, with `selection` as what runs by default."""
     model = models.dynamic(work)
     model.selection = work.config.selection.rules()
-    found = (record_if_done(work, stage) for stage in ON_THE_CARD)
-    records = [record for record in found if record is not None]
+    records = [require(work, stage) for stage in MAKING] + measured(work)
     folder = work.folder("export") / FOLDER
     about = {"folder": FOLDER, "records": [f"{r.stage}/{r.variant}" for r in records]}
     if is_main():
@@ -34,3 +36,21 @@ def run(work: Work) -> StageResult:
     dense = sum(p.numel() for p in model.dense.parameters())
     metrics = {"parameters_m": sum(tensors.values()) / 1e6, "dense_parameters_m": dense / 1e6}
     return StageResult(metrics, about=about)
+
+
+def measured(work: Work) -> list[Record]:
+    """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
+    sample counts and references; of a stage that has no record, none."""
+    upstream = work.relevant("train_router")
+    rule = dict(flatten({"selection": asdict(work.config.selection)}))
+    scales = {"moe.scales": list(work.config.moe.scales)}
+    records = []
+    for stage in MEASURING:
+        for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
+            record = Record.read(path)
+            shown = dict(upstream)
+            if stage == "evaluate" and record.config.get("evaluate.model") != "dense":
+                shown |= rule | scales
+            if all(record.config.get(key) == value for key, value in shown.items()):
+                records.append(record)
+    return records

@@ -39,6 +39,10 @@ class StageResult:
     """Where it is not that of training."""
 
 
+ALWAYS_RUN = ("benchmark", "export")
+"""Stages that are never taken for done: time is not a result of the configuration alone, and the
+model card tells of all that was measured in between."""
+
 StageFunction = Callable[[Work], StageResult]
 
 
@@ -117,7 +121,8 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     """
     work.check(stage)
     folder = work.folder(stage)
-    done = from_main(record_if_done(work, stage) if is_main() else None)
+    skippable = is_main() and stage not in ALWAYS_RUN
+    done = from_main(record_if_done(work, stage) if skippable else None)
     if done is not None:
         if is_main():
             (folder / STATE_FILE).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dmoe_var.checkpoints.load import weights_file
-from dmoe_var.checkpoints.safetensors_io import MODEL_FILE
+from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
 from dmoe_var.config import Config
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.files import sha256_of
@@ -66,9 +66,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 HOUSEKEEPING = (
     "log_every", "validate_every", "checkpoint_every",
-    "micro_batch_size", "activation_checkpointing", "workers", "encode_batch",
+    "micro_batch_size", "activation_checkpointing", "workers", "encode_batch", "root",
 )  # fmt: skip
-"""Keys that change no result, or only its rounding: a run may go on with others."""
+"""Keys that change no result, or only its rounding: a run may go on with others. `data.root` is
+where the pictures are, not which: other pictures want another `name`."""
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,6 +87,14 @@ def chosen_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun started {launched_processes()} processes; allowed: "
+                f"{torch.cuda.device_count()}, one a GPU of this machine"
+            )
+    elif name in ("auto", "mps") and launched_processes() > 1 and torch.backends.mps.is_available():
+        raise InputError(f"device={name}: one process alone; several may share device=cpu")
     if name.startswith("cuda:") and launched_processes() > 1:
         raise InputError(f"device={name}: torchrun gives each process its own; allowed: auto, cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -151,6 +160,10 @@ class Work:
                 f"train_vqvae trains in one process, torchrun started {launched_processes()}: run "
                 "it by itself first, or give base.vqvae"
             )
+        if stage == "benchmark" and launched_processes() > 1:
+            raise ConfigError(
+                f"benchmark runs in one process, torchrun started {launched_processes()}"
+            )
         if stage in ("evaluate", "sweep"):
             self._check_measured()
         if stage != "sweep":
@@ -176,6 +189,11 @@ class Work:
                 "measured on images that were drawn without it; allowed here: false"
             )
         reference = self.config.fidelity.reference
+        if reference is None and self.config.data.unreadable == "skip":
+            raise ConfigError(
+                "fidelity.reference=null compares with all training pictures, data.unreadable=skip "
+                "leaves some out; allowed: a reference file or folder, or data.unreadable=refuse"
+            )
         if reference is not None and not Path(reference).exists():
             raise ConfigError(
                 f"fidelity.reference={reference}: no such file or folder; allowed: null, an .npz "
@@ -187,6 +205,8 @@ class Work:
         unread: tuple[str, ...] = EXPERTS if models.get(stage) == "dense" else ()
         if stage == "sample" and self.config.sample.pretrained is not None:
             unread += ("var", "base.var")
+        if getattr(config.base, stage.removeprefix("train_"), None) is not None:
+            unread += (stage,)  # nothing is trained
         return tuple(key for key in READS[stage] if key not in unread)
 
     def relevant(self, stage: str, config: Config | None = None) -> dict[str, Any]:
@@ -220,7 +240,9 @@ class Work:
         pretrained = self.config.sample.pretrained
         if stage == "sample" and pretrained is not None and Path(pretrained).is_dir():
             stored = Path(pretrained) / MODEL_FILE  # a name on the hub stands for its content
+            rules = Path(pretrained) / CONFIG_FILE
             found |= {"sample.pretrained": sha256_of(stored)} if stored.is_file() else {}
+            found |= {"sample.pretrained.config": sha256_of(rules)} if rules.is_file() else {}
         return found
 
     def variant(self, stage: str) -> str:

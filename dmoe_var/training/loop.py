@@ -183,7 +183,9 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
     module = objective.module
     groups = parameter_groups(module, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    state = StateFile(run.folder / STATE_FILE, run.fingerprint)
+    # The number of examples stands for the data: with others the order of batches is another.
+    fingerprint = f"{run.fingerprint}, {objective.num_examples} examples"
+    state = StateFile(run.folder / STATE_FILE, fingerprint)
     num_steps = config.num_steps(objective.num_examples)
     order = BatchOrder(objective.num_examples, config.batch_size, run.seed)
     first = state.load(module, optimizer)

@@ -72,7 +72,6 @@ def test_peak_memory(calls, warm_processes):
     assert 0.8 * size < more < 1.5 * size
 
 
-@pytest.mark.xfail(strict=True, reason="ru_maxrss outlives exec: the starting process's peak")
 def test_peak_memory_is_not_the_starting_process(calls):
     """A process starts as a copy of the one that starts it, whose peak is none of its own."""
     size = 1_200_000_000
@@ -102,12 +101,7 @@ def test_metrics():
         ("fails", (), "^bad: IndexError: class 10 of 10$"),
         ("dies_building", (), "^bad: its process died"),
         ("dies", (), "^bad: its process died"),
-        pytest.param(
-            "dies_while_others_run",
-            (0.2,),
-            "^bad: its process died",
-            marks=pytest.mark.xfail(strict=True, reason="BrokenPipeError where it is told to run"),
-        ),
+        pytest.param("dies_while_others_run", (0.2,), "^bad: its process died"),
     ],
 )
 def test_a_process_that_fails(calls, warm_processes, builder, arguments, message):
