@@ -196,7 +196,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(spoil, toy, run
     assert state.read_bytes() == (good / STATE_FILE).read_bytes()
     healed = toy()
     optimizer = torch.optim.AdamW(healed.module.parameters())
-    assert StateFile(state, "ours").load(healed.module, optimizer) == 3
+    assert StateFile(state, "ours, 10 examples").load(healed.module, optimizer) == 3
     assert all(parameter.isfinite().all() for parameter in healed.module.parameters())
 
 
