@@ -31,7 +31,7 @@ def make_folder():
     def make_folder(root, **counts):
         seed = 0
         for part, numbers in counts.items():
-            for name, number in zip("abcdefgh", numbers, strict=False):
+            for name, number in zip("abcdefgh"[: len(numbers)], numbers, strict=True):
                 for index in range(number):
                     draw(root / part / name / f"{index:02d}.png", seed)
                     seed += 1
