@@ -2,8 +2,13 @@
 
 x86 processors without bfloat16 instructions emulate its products at about a quarter of float32's
 speed. There, products of bfloat16 tensors are computed in float32 from the same values and rounded
-to bfloat16 once: faster, and at least as exact. Everywhere else this is torch's own Linear and
-Conv2d.
+to bfloat16 once: faster, and at least as exact.
+
+While sampling on an x86 CPU, float32 products go to oneDNN, with bias and activation in the same
+pass over the result; torch's own Linear reaches MKL there, which is slower at few rows and leaves
+bias and activation to passes of their own.
+
+Everywhere else this is torch's own Linear and Conv2d.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ONEDNN_LINEAR = "_linear_pointwise"
 FEW_ROWS = 16
 """Up to here a product only streams its weights, and bfloat16 is half the bytes."""
 
@@ -51,8 +57,44 @@ def _rounded(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.bfloat16().float()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype (or autocast's)."""
+@cache
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's products for this machine's CPU."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    there = bool(torch.backends.mkldnn.is_available())
+    return x86 and there and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR)
+
+
+def _by_onednn(x: Tensor) -> bool:
+    """Whether a product of x goes to oneDNN. It knows no gradient, and whoever traces or counts
+    operators (torch.jit, FlopCounterMode) is to see the ones that everybody knows."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.is_inference_mode_enabled()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and has_onednn()
+    )
+
+
+def _onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = ""
+) -> Tensor:
+    operator = getattr(torch.ops.mkldnn, ONEDNN_LINEAR)
+    out: Tensor = operator(x, weight, bias, activation, [], form)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool = False) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype (or autocast's).
+
+    ragged: the number of rows differs from call to call. oneDNN prepares itself for each new one.
+    """
+    if not ragged and _by_onednn(x):
+        return _onednn_linear(x, weight, bias)
     if not _emulated(x) or x.numel() <= FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
@@ -65,6 +107,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def activated_linear(act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """act(x weight^T + bias), (..., out). Whoever hooks `act` sees it called."""
+    if _by_onednn(x) and not act._forward_hooks and not act._forward_pre_hooks:
+        if isinstance(act, nn.ReLU):
+            return _onednn_linear(x, weight, bias, "relu")
+        if isinstance(act, nn.GELU):
+            return _onednn_linear(x, weight, bias, "gelu", act.approximate)
+    out: Tensor = act(linear(x, weight, bias))
+    return out
 
 
 class Conv2d(nn.Conv2d):

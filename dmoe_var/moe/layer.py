@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var.models.blocks import activation
-from dmoe_var.models.products import at_least_float32, linear
+from dmoe_var.models.products import activated_linear, at_least_float32, linear
 from dmoe_var.moe.experts import ExpertWeights, check_impl, run_experts
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.selection import All, SelectionRule
@@ -101,7 +101,7 @@ class MoEFFN(nn.Module):
         """
         norms = []
         for w1_DC, b1_D, w2_DC in zip(self.w1_EDC, self.b1_ED, self.w2_EDC, strict=True):
-            h_BLD = self.act(linear(x_BLC, w1_DC, b1_D))
+            h_BLD = activated_linear(self.act, x_BLC, w1_DC, b1_D)
             out_BLC = at_least_float32(linear(h_BLD, w2_DC.T))
             norms.append(torch.linalg.vector_norm(out_BLC, dim=-1))
         return torch.stack(norms, dim=-1)
@@ -132,5 +132,5 @@ class MoEFFN(nn.Module):
         return rule(x_BLC.new_zeros((*x_BLC.shape[:-1], self.num_experts)), noise)
 
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
-        h_BLH = self.act(linear(x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten()))
+        h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())
         return linear(h_BLH, self.w2_EDC.flatten(0, 1).T, self.b2_C)

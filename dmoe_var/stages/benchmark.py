@@ -20,6 +20,7 @@ from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.metrics.timing import Call, time_in_turn
+from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
@@ -44,6 +45,7 @@ class Task:
 
 def ours(task: Task) -> Call:
     """Our dense sampler, drawing in the published order."""
+    keep_freed_memory()
     dtype = task.sampling.torch_dtype
     vqvae = load_vqvae(task.vqvae, task.patch_nums).to(task.device, dtype)
     var = load_var(task.var, vqvae).to(task.device, dtype)

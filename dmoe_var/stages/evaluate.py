@@ -16,6 +16,7 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
+from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.parts import Drawn, StoredDrawing
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
@@ -28,6 +29,9 @@ class Bench:
     """What all points of a sweep share: models, reference statistics, classifier. Made once."""
 
     work: Work
+
+    def __post_init__(self) -> None:
+        keep_freed_memory()
 
     @cached_property
     def vqvae(self) -> VQVAE:

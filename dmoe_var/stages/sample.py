@@ -26,6 +26,7 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
 from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
+from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.tau_schedule import resolve_rules
 from dmoe_var.stages import models
@@ -142,6 +143,7 @@ def run(work: Work) -> StageResult:
     samples.npz: arr_0 uint8 (N, R, R, 3); labels, seeds and start_indices (N,), with which
     `generate` draws each picture again.
     """
+    keep_freed_memory()
     config, folder = work.config, work.folder("sample")
     pictures = Pictures.of(config)
     vqvae = models.vqvae(work).to(config.sampling.torch_dtype)

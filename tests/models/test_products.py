@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmoe_var.models import products
-from dmoe_var.models.products import FEW_ROWS, Conv2d, Linear, at_least_float32, linear
+from dmoe_var.models.products import (
+    FEW_ROWS,
+    Conv2d,
+    Linear,
+    activated_linear,
+    at_least_float32,
+    linear,
+)
 
 HALF_ULP = 2.0**-8
 """Largest relative error of one rounding to bfloat16 (7 stored bits)."""
@@ -154,3 +163,47 @@ def test_which_processors_emulate(monkeypatch, machine, bf16, amx, emulates):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert products.emulates_bfloat16.__wrapped__() == emulates
+
+
+ACTIVATIONS = [nn.GELU(approximate="tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", [(7, 33), (2, 5, 33), (1, 1, 33)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_sampling_products_against_float64(act, shape, with_bias):
+    x, weight = torch.randn(shape), torch.randn(65, 33)
+    bias = torch.randn(65) if with_bias else None
+    wide = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    with torch.inference_mode():
+        assert torch.allclose(linear(x, weight, bias).double(), wide, atol=1e-4)
+        assert torch.allclose(linear(x, weight, bias, ragged=True).double(), wide, atol=1e-4)
+        activated = activated_linear(act, x, weight, bias)
+    assert torch.allclose(activated.double(), act(wide), atol=1e-4)
+
+
+def test_products_of_a_strided_input_and_weight():
+    x, weight = torch.randn(4, 6, 66)[..., ::2], torch.randn(33, 65).T
+    with torch.inference_mode():
+        out = linear(x, weight)
+    assert torch.allclose(out.double(), x.double() @ weight.double().T, atol=1e-4)
+
+
+def test_a_hook_on_the_activation_sees_it():
+    act, seen = nn.ReLU(), []
+    act.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.inference_mode():
+        activated_linear(act, torch.randn(3, 8), torch.randn(4, 8), None)
+    assert len(seen) == 1
+
+
+def test_who_counts_operators_sees_the_common_ones():
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        activated_linear(nn.ReLU(), torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
+    assert counter.get_total_flops() == 2 * 3 * 8 * 4
+
+
+def test_products_under_a_gradient_have_one():
+    x = torch.randn(3, 8, requires_grad=True)
+    activated_linear(nn.ReLU(), x, torch.randn(4, 8), None).sum().backward()
+    assert x.grad is not None

@@ -25,6 +25,8 @@ def grouped(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Modul
     for expert, rows_n in enumerate(tokens_P.split(counts_E)):
         if rows_n.numel() == 0:
             continue
-        h_nD = act(linear(x_NC[rows_n], weights.w1_EDC[expert], weights.b1_ED[expert]))
-        out_NC.index_add_(0, rows_n, linear(h_nD, weights.w2_EDC[expert].T).to(out_NC.dtype))
+        w1_DC, b1_D, w2_DC = (w[expert] for w in weights[:3])
+        h_nD = act(linear(x_NC[rows_n], w1_DC, b1_D, ragged=True))
+        out_nC = linear(h_nD, w2_DC.T, ragged=True)
+        out_NC.index_add_(0, rows_n, out_nC.to(out_NC.dtype))
     return out_NC
