@@ -16,9 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dmoe_var.calibration.config import CalibrateConfig
+from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data import DataConfig
 from dmoe_var.data.class_names import class_index
 from dmoe_var.errors import ConfigError
+from dmoe_var.figures.config import FiguresConfig
+from dmoe_var.launcher import LauncherConfig
 from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
@@ -26,12 +30,14 @@ from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.selection import (
     All,
     Cumulative,
+    LayerThreshold,
     Oracle,
     Random,
     SelectionRule,
     Threshold,
     TopK,
 )
+from dmoe_var.report.config import ReportConfig
 from dmoe_var.sampling.parts import ImageFormat
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
@@ -39,6 +45,7 @@ from dmoe_var.training.router_objective import RouterConfig
 from dmoe_var.training.tracking import WandbMode
 from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
 
+Several = Field(min_length=1)
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -100,9 +107,13 @@ class SelectionConfig:
     tau: Taus = (0.2,)
     k: Annotated[int, Field(gt=0)] = 8
     share: Annotated[float, Field(ge=0, le=1)] = 0.9
+    layer_tau: tuple[Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Several], ...] = ()
+    """For threshold, in the place of `tau`: by sparse scale, a tau for each layer."""
 
     def rules(self) -> SelectionRule | list[SelectionRule]:
         """What `generate(selection=...)` takes."""
+        if self.rule == "threshold" and self.layer_tau:
+            return [LayerThreshold(taus) for taus in self.layer_tau]
         if self.rule in ("threshold", "oracle"):
             rule = Threshold if self.rule == "threshold" else Oracle
             rules: list[SelectionRule] = [rule(tau) for tau in self.tau]
@@ -143,11 +154,15 @@ class SampleConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     """One point of a quality-cost curve: which model, how many samples, from which seed, and
-    whether they are left as samples.npz, as PNG files or as both."""
+    whether they are left as samples.npz, as PNG files or as both.
+
+    model: dense; dynamic, with experts at `moe.scales` under `selection`; or pruned, with FFNs
+    there that `pruning` made narrower.
+    """
 
     __pydantic_config__ = STRICT
 
-    model: Literal["dense", "dynamic"] = "dynamic"
+    model: Literal["dense", "dynamic", "pruned"] = "dynamic"
     num_samples: Annotated[int, Field(ge=2)] = 1000
     seed: Seed = 0
     format: ImageFormat = "npz"
@@ -165,15 +180,62 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """scripts/benchmark.py: rounds that count and that do not, images at once, and where a checkout
-    of the published VAR code lies, to be timed beside ours (None: ours alone)."""
+    """scripts/benchmark.py: the dense model, and beside it whatever else is named here, in turn.
+
+    batch_sizes: images at once, each size by itself (none: `batch_size` alone). tau: a dynamic
+    model for each, on all of `moe.scales`; chosen: another under `selection`. random_masks: each
+    dynamic one also with experts by chance, as many. smaller: a dense model of less depth, as
+    base.var ("next": the published one below). compile: with torch.compile, without, or both.
+    parts: times by part and scale as well. published: a checkout of the published VAR code.
+    """
 
     __pydantic_config__ = STRICT
 
     batch_size: Annotated[int, Field(gt=0)] = 1
+    batch_sizes: Annotated[
+        tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)
+    ] = ()  # fmt: skip
     repeats: Annotated[int, Field(gt=0)] = 5
     warmup: Annotated[int, Field(ge=0)] = 1
+    tau: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(_as_tuple)
+    ] = ()  # fmt: skip
+    chosen: bool = False
+    random_masks: bool = False
+    smaller: Annotated[str, Field(min_length=1)] | None = None
+    compile: Literal["eager", "compiled", "both"] = "eager"
+    parts: bool = False
     published: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "tau"):
+            values = getattr(self, name)
+            if len({f"{value:g}" for value in values}) != len(values):
+                raise ValueError(f"{name}={list(values)} must be distinct to six digits")
+        if self.random_masks and not self.dynamic:
+            raise ValueError("random_masks=true needs tau or chosen, whose density they have")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether models with experts are timed."""
+        return bool(self.tau) or self.chosen
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes."""
+        return self.batch_sizes or (self.batch_size,)
+
+
+@dataclass(frozen=True)
+class MapsConfig:
+    """Experts over the picture: one image of each of the first `images` classes, under
+    `selection.tau` and under each of these tau on all sparse scales."""
+
+    __pydantic_config__ = STRICT
+
+    images: Annotated[int, Field(gt=0)] = 4
+    seed: Seed = 0
+    tau: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.1, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
@@ -182,6 +244,8 @@ class SweepConfig:
 
     last: tau values on `moe.scales`. all: tau values on all scales. lists: tau lists by name, a
     value for each of `moe.scales`. chosen: the name of the list that is the operating point.
+
+    part of parts: only this share of the points is measured (from 1), and nothing is joined.
     """
 
     __pydantic_config__ = STRICT
@@ -191,8 +255,16 @@ class SweepConfig:
     all: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     lists: Mapping[str, Taus] = field(default_factory=dict)
     chosen: str | None = None
+    part: Annotated[int, Field(gt=0)] | None = None
+    parts: Annotated[int, Field(gt=0)] = 1
 
     def __post_init__(self) -> None:
+        if self.part is None and self.parts > 1:
+            raise ValueError(
+                f"part=null: parts={self.parts} needs one, 1..{self.parts}; neither joins them all"
+            )
+        if self.part is not None and self.part > self.parts:
+            raise ValueError(f"part={self.part} must be at most parts={self.parts}")
         for name in ("seeds", "last", "all"):
             values = getattr(self, name)
             if len({f"{value:g}" for value in values}) != len(values):
@@ -233,6 +305,7 @@ class Config:
     train_router: RouterConfig = field(default_factory=lambda: RouterConfig(steps=1))
     moe: MoEConfig = field(default_factory=MoEConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -240,6 +313,11 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    maps: MapsConfig = field(default_factory=MapsConfig)
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
         for name in ("patch_nums", "vocab_size", "z_channels"):
@@ -298,9 +376,21 @@ class Config:
         if len(self.selection.tau) not in lengths:
             allowed = ", ".join(map(str, sorted(lengths)))
             raise ValueError(f"selection.tau={list(self.selection.tau)} must have {allowed} values")
+        by_layer = self.selection.layer_tau
+        lengths_by_scale = [len(taus) for taus in by_layer]
+        if by_layer and lengths_by_scale != [self.var.depth] * len(self.moe.scales):
+            raise ValueError(
+                f"selection.layer_tau={[list(taus) for taus in by_layer]} must have "
+                f"{len(self.moe.scales)} lists (moe.scales) of {self.var.depth} values (var.depth)"
+            )
         num_experts = self.var.hidden // self.split.expert_size
         if self.selection.rule in ("top_k", "random") and self.selection.k > num_experts:
             raise ValueError(f"selection.k={self.selection.k} must be at most {num_experts}")
+        if max(self.report.labels or (0,)) >= self.var.num_classes:
+            raise ValueError(
+                f"report.labels={list(self.report.labels or ())} must be within "
+                f"0..{self.var.num_classes - 1}"
+            )
         self._find_classes()
 
     def _find_classes(self) -> None:

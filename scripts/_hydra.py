@@ -1,7 +1,7 @@
 """What every script shares: Hydra composes, one conversion, one line for wrong input.
 
 A script is `main(run)` with run(work: Work). Every point of a multirun is checked before the
-first one runs. Under torchrun only the main process prints.
+first one runs; with `launcher=slurm` each is a job. Under torchrun only the main process prints.
 
 `model=NAME` without `experiment=` runs that model's own experiment, imagenet_NAME, where
 configs/experiment holds it: `model=d16` is `experiment=imagenet_d16`, which is made for it.
@@ -33,7 +33,8 @@ from omegaconf.errors import OmegaConfBaseException
 # torch-fidelity scripts functions at import, which torch 2.13 and later announce to be going.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit.*")
 
-from dmoe_var.config import known_keys, parse_config  # noqa: E402
+from dmoe_var import launcher  # noqa: E402
+from dmoe_var.config import Config, known_keys, parse_config  # noqa: E402
 from dmoe_var.errors import ConfigError, InputError, TrainingDiverged  # noqa: E402
 from dmoe_var.metrics.record import Record  # noqa: E402
 from dmoe_var.stages.graph import prepare, run_stage  # noqa: E402
@@ -42,6 +43,7 @@ from dmoe_var.training import distributed  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = re.compile(r"\+*experiment=")
+LAUNCHER = re.compile(r"\+*launcher[.=]")
 WRONG_INPUT, FAILED = 2, 1
 GRACE = 10
 """Seconds that a process under torchrun leaves the main one to say what is wrong."""
@@ -55,7 +57,11 @@ def main(
     in_full: writes out what a script's command line has short forms for.
     """
     script = Path(sys.argv[0]).stem
-    _check_all(script, _command_line(in_full or list))
+    arguments = _command_line(in_full or list)
+    configs = _check_all(script, arguments)
+    if configs and configs[0].launcher.cluster is not None:
+        _launch(configs[0], arguments.overrides)
+        return
 
     def task(content: DictConfig) -> None:
         try:
@@ -154,19 +160,61 @@ def _own_experiment(overrides: list[str]) -> list[str]:
     return found
 
 
-def _check_all(script: str, arguments: Namespace) -> None:
+def _launch(config: Config, overrides: Sequence[str]) -> None:
+    """Run each point as a job, say what each said, and end as the first that failed did."""
+    points = [
+        [override for override in point if not LAUNCHER.match(override)]
+        for point in _points(overrides, multirun=True)
+    ]
+    folder = Path(config.run_dir) / "multirun"
+    say(f"{len(points)} jobs ({config.launcher.cluster}), logs under {folder}")
+    try:
+        finished = launcher.run_jobs(config.launcher, Path(sys.argv[0]), points, folder)
+    except InputError as error:
+        _stop(error, WRONG_INPUT)
+    for each in finished:
+        print(each.output, end="", flush=True)
+    failed = [each for each in finished if each.status]
+    for each in failed[1:]:
+        print(each.error, file=sys.stderr)
+    if failed:
+        _stop(InputError(failed[0].error), failed[0].status)
+
+
+def _check_all(script: str, arguments: Namespace) -> list[Config]:
     """Compose and convert every point of the command line; exit with one line at the first error.
 
     Hydra itself would print several lines, exit with 1, and find an error in a multirun's last
     point only after running the others.
     """
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
-        return
+        return []
+    configs = []
     try:
         for overrides in _points(arguments.overrides, arguments.multirun):
-            _ = _work(script, _compose(script, overrides), overrides).device
+            work = _work(script, _compose(script, overrides), overrides)
+            _check_launcher(work.config, configs, arguments.multirun)
+            configs.append(work.config)
+            if work.config.launcher.cluster is None:  # a job's machine may have another
+                _ = work.device
     except InputError as error:
         _stop(error, WRONG_INPUT)
+    return configs
+
+
+def _check_launcher(config: Config, others: Sequence[Config], multirun: bool) -> None:
+    """ConfigError where jobs cannot be sent."""
+    launcher.check(config.launcher)
+    cluster = config.launcher.cluster
+    if any(other.launcher != config.launcher for other in others):
+        raise ConfigError("launcher: the points of a multirun must have one and the same")
+    if cluster is not None and not multirun:
+        raise ConfigError(f"launcher.cluster={cluster}: jobs are for multiruns; give -m too")
+    if cluster is not None and distributed.launched_processes() > 1:
+        raise ConfigError(
+            f"launcher.cluster={cluster}: start it without torchrun, launcher.gpus starts it in "
+            "each job"
+        )
 
 
 def _points(overrides: Sequence[str], multirun: bool) -> list[list[str]]:

@@ -1,13 +1,27 @@
-"""Sweep tau: dense baseline, grids, lists and seeds; records, table, figures."""
+"""Sweep tau: dense baseline, grids, lists and seeds; records, table, figures.
+
+Cut in three, here one after the other, or as jobs of a SLURM cluster with launcher=slurm:
+
+    python scripts/sweep.py -m sweep.parts=3 "sweep.part=range(1,4)"
+    python scripts/sweep.py
+
+The last line joins: it measures what is missing, and draws. Parts may run at the same time and on
+other machines; to join them, copy runs/<experiment>/evaluate/* of each into one run folder.
+"""
 
 from _hydra import main, say
 
 from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.sweep import table_of
+from dmoe_var.stages.sweep import run_part, table_of
 from dmoe_var.stages.work import Work
 
 
 def run(work: Work) -> None:
+    sweep = work.config.sweep
+    if sweep.part is not None:
+        records = run_part(work)
+        say(f"sweep: part {sweep.part} of {sweep.parts}, {len(records)} points")
+        return
     say(table_of(run_stage(work, "sweep")))
     say(f"figures and records: {work.folder('sweep')}")
 

@@ -53,10 +53,13 @@ def test_everything_in_configs_composes(script, overrides):
     parse_config(composed(script, *overrides))
 
 
+MAPPINGS = ("depths", "minutes")
+
+
 def leaves(content, prefix=""):
-    """Dotted keys of all sections; sweep.lists is named by the user."""
+    """Dotted keys of all sections; those of mappings are named by the user."""
     for key, value in content.items():
-        if isinstance(value, dict) and key != "lists":
+        if isinstance(value, dict) and key not in ("lists", *MAPPINGS):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key
@@ -70,6 +73,8 @@ def test_values_arrive(digits):
             value, given = getattr(value, part), given[part]
         if isinstance(value, tuple):
             value, given = list(value), given if isinstance(given, list) else [given]
+        if key.rpartition(".")[2] in MAPPINGS:
+            given = {str(k): v for k, v in given.items()}
         if key != "sweep.lists":
             assert value == given, key
     assert {k: list(v) for k, v in config.sweep.lists.items()} == digits["sweep"]["lists"]
@@ -124,6 +129,11 @@ WRONG = [
     ({"sampling.top_p": 1.1}, ("sampling.top_p=1.1", "less than or equal to 1")),
     ({"evaluate.num_samples": 1}, ("evaluate.num_samples=1", "greater than or equal to 2")),
     ({"evaluate.format": "jpg"}, ("evaluate.format='jpg'", "'npz', 'png' or 'both'")),
+    ({"evaluate.model": "sparse"}, ("evaluate.model='sparse'", "'dynamic' or 'pruned'")),
+    ({"pruning.share": 1}, ("pruning.share=1", "less than 1")),
+    ({"pruning.rule": "mean"}, ("pruning.rule='mean'", "'mean_abs' or 'mean_signed'")),
+    ({"pruning.model": "moe"}, ("pruning.model='moe'", "'dense' or 'sparse'")),
+    ({"pruning.images": 0}, ("pruning.images=0", "greater than 0")),
     ({"fidelity.neighbours": 0}, ("fidelity.neighbours=0", "greater than 0")),
     ({"fidelity.reference_images": 0}, ("fidelity.reference_images=0", "greater than 0")),
     ({"fidelity.backbone": "clip"}, ("fidelity.backbone='clip'", "'efflite0' or 'inception'")),

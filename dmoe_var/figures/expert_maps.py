@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dmoe_var.figures.style import plt, save
+from dmoe_var.figures.style import Paths, plt, save
 
 
 class ExpertMaps(NamedTuple):
@@ -22,7 +21,7 @@ class ExpertMaps(NamedTuple):
     maps: np.ndarray
 
 
-def draw(by_tau: dict[str, ExpertMaps], scales: list[int], path: Path) -> None:
+def draw(by_tau: dict[str, ExpertMaps], scales: list[int], paths: Paths) -> None:
     """A block of rows a tau, two rows an image: picture and map; darker means fewer experts."""
     num_images = len(next(iter(by_tau.values())).images)
     columns = len(by_tau) * len(scales)
@@ -44,4 +43,4 @@ def draw(by_tau: dict[str, ExpertMaps], scales: list[int], path: Path) -> None:
                 )
     bar = figure.colorbar(shown, ax=axes, shrink=0.5, pad=0.01)
     bar.set_label("share of experts run on a token", fontsize=8)
-    save(figure, path)
+    save(figure, paths)

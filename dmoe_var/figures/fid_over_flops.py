@@ -1,14 +1,14 @@
-"""Figure 3: FID over FLOPs of the tau sweep, from one sweep record."""
+"""FID over FLOPs: figures 3, 4, 5, 7, 8a and 10b, and the curve of a sweep."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from dmoe_var.figures.style import COLOURS, MARKERS, plt, save
+from dmoe_var.figures.style import MARKERS, SHADED_MARKERS, Paths, colour, plt, save
 
 LABELS = {
     "dense": "dense VAR",
@@ -17,6 +17,14 @@ LABELS = {
     "lists": "tau a scale",
     "chosen": "operating point",
 }
+FLOPS = "transformer GMAC an image (guidance included, decoder left out)"
+ALONE = ("dense", "lists", "chosen")
+"""Methods whose points make no line."""
+SIZES = {"dense": 11, "chosen": 10}
+
+Curve = Mapping[str, Any]
+"""name, method (its colour), shade (None, or 0..1 among curves of a kind), line (or points alone),
+rows: label, fid_mean, fid_std and the quantity on the x axis, by default flops_gmac."""
 
 
 def display_name(metric: str) -> str:
@@ -25,33 +33,91 @@ def display_name(metric: str) -> str:
     return "FID" if metric == "fid" else f"FID-EffLite0 ({size} px)"
 
 
-def draw(settings: Sequence[Mapping[str, Any]], fid_name: str, title: str, path: Path) -> None:
-    """Draw the settings of a sweep record (`about["settings"]`): mean FID with the standard
-    deviation over seeds as error bars, the dense model as a star, the chosen tau as a cross."""
+def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """The curves of a sweep record (`about["settings"]`)."""
+    curves = [
+        {
+            "name": label,
+            "method": group,
+            "shade": None,
+            "line": group not in ALONE,
+            "rows": [row for row in settings if row["group"] == group],
+        }
+        for group, label in LABELS.items()
+    ]
+    return [curve for curve in curves if curve["rows"]]
+
+
+def draw(settings: Sequence[Mapping[str, Any]], fid_name: str, title: str, paths: Paths) -> None:
+    """Draw the settings of a sweep record as a PNG."""
     figure, axis = plt.subplots(figsize=(5.2, 3.6))
-    for group, label in LABELS.items():
-        rows = [s for s in settings if s["group"] == group]
-        if not rows:
-            continue
-        rows.sort(key=lambda row: row["flops_gmac"])
-        gmac = np.array([row["flops_gmac"] for row in rows])
+    plot(axis, curves_of(settings))
+    finish(axis, FLOPS, display_name(fid_name), title)
+    save(figure, paths)
+
+
+def draw_curves(
+    curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
+) -> None:
+    """Draw curves with the standard deviation over seeds as error bars; `note` goes below."""
+    figure, axis = plt.subplots(figsize=(5.4, 3.8))
+    plot(axis, curves)
+    finish(axis, FLOPS, display_name(fid_name), title, note)
+    save(figure, paths)
+
+
+def draw_accounting(
+    curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
+) -> None:
+    """The same points over FLOPs as counted, and over the figure of the authors' accounting."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
+    authors = "transformer GMAC an image by the authors' accounting"
+    for axis, (x, label) in zip(
+        axes, (("flops_gmac", FLOPS), ("flops_gmac_authors", authors)), strict=True
+    ):
+        plot(axis, curves, x)
+        finish(axis, label, display_name(fid_name), "", note)
+    figure.suptitle(title, fontsize=9)
+    save(figure, paths)
+
+
+def plot(axis: Axes, curves: Sequence[Curve], x: str = "flops_gmac") -> None:
+    """Mean FID over `x`, error bars over seeds; the points of a line carry their labels."""
+    shaded = 0
+    for curve in curves:
+        method, shade = curve["method"], curve["shade"]
+        rows = sorted(curve["rows"], key=lambda row: float(row[x]))
+        across = np.array([row[x] for row in rows])
         fid = np.array([row["fid_mean"] for row in rows])
         spread = np.array([row["fid_std"] for row in rows])
-        line = "-" if group in ("last", "all") else "none"
-        size = {"dense": 11, "chosen": 10}.get(group, 4)
+        marker = MARKERS[method]
+        if shade is not None and curve["line"]:
+            marker = SHADED_MARKERS[shaded % len(SHADED_MARKERS)]
+            shaded += 1
+        drawn = colour(method, shade)
+        chosen = method == "chosen"
         axis.errorbar(
-            gmac, fid, yerr=spread, label=label, color=COLOURS[group], marker=MARKERS[group],
-            linestyle=line, markersize=size, markeredgewidth=2 if group == "chosen" else 1,
-            capsize=2, linewidth=1.2, zorder=5 if group == "chosen" else 3,
+            across, fid, yerr=spread, label=curve["name"], color=drawn, marker=marker,
+            linestyle="-" if curve["line"] else "none", markersize=SIZES.get(method, 4),
+            markeredgewidth=2 if chosen else 1, capsize=2, linewidth=1.2,
+            zorder=5 if chosen else 3,
         )  # fmt: skip
-        if group in ("last", "all"):
-            for row in rows:
-                axis.annotate(
-                    row["label"], (row["flops_gmac"], row["fid_mean"]), xytext=(3, 4),
-                    textcoords="offset points", fontsize=6, color=COLOURS[group],
-                )  # fmt: skip
-    axis.set_xlabel("transformer GMAC an image (guidance included, decoder left out)")
-    axis.set_ylabel(display_name(fid_name))
+        for row in rows if curve["line"] else ():
+            axis.annotate(
+                row["label"], (row[x], row["fid_mean"]), xytext=(3, 4),
+                textcoords="offset points", fontsize=6, color=drawn,
+            )  # fmt: skip
+
+
+def finish(axis: Axes, x: str, y: str, title: str, note: str = "") -> None:
+    """Axis labels with units, title, legend, and what has to be said below the figure."""
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
     axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8)
-    save(figure, path)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+    if note:
+        axis.annotate(
+            note, (0.5, 0), xytext=(0, -34), xycoords="axes fraction", ha="center", va="top",
+            textcoords="offset points", fontsize=6.5, color="#555555",
+        )  # fmt: skip

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from dmoe_var.figures.style import plt, save
+from dmoe_var.figures.style import Paths, plt, save
 
 SMALLEST, LARGEST = 0.7, 1.7
 """Side of a picture in inches."""
@@ -32,7 +31,7 @@ def tile(images_NRR3: np.ndarray, columns: int) -> np.ndarray:
 def draw(
     panels: dict[str, np.ndarray],
     columns: int,
-    path: Path,
+    paths: Paths,
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> None:
@@ -53,7 +52,7 @@ def draw(
         axis.imshow(tile(images, columns), interpolation="nearest")
         axis.set_title(title, fontsize=9)
         _name_cells(axis, side, row_names if i == 0 else (), column_names)
-    save(figure, path)
+    save(figure, paths)
 
 
 def _name_cells(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -17,9 +19,35 @@ COLOURS = {
     "all": "#E69F00",
     "lists": "#009E73",
     "chosen": "#D55E00",
+    "pruned": "#CC79A7",
+    "oracle": "#56B4E9",
+    "top_k": "#8C6D00",
+    "cumulative": "#009E73",
+    "random": "#7F7F7F",
+    "calibrated": "#D55E00",
+    "search": "#CC79A7",
+    "linear": "#009E73",
+    "fixed": "#0072B2",
 }
-"""From the Okabe-Ito palette."""
-MARKERS = {"dense": "*", "last": "o", "all": "s", "lists": "^", "chosen": "x"}
+"""By method, from the Okabe-Ito palette and two dark tones; `last` and `fixed` are one method."""
+MARKERS = {
+    "dense": "*",
+    "last": "o",
+    "fixed": "o",
+    "all": "s",
+    "lists": "^",
+    "chosen": "x",
+    "pruned": "v",
+    "oracle": "D",
+    "top_k": "P",
+    "cumulative": "^",
+    "random": "X",
+    "calibrated": "d",
+    "search": "v",
+    "linear": "^",
+}
+SHADED_MARKERS = "osD^vP*X"
+"""Of curves that differ by a number (scale, width, alpha, depth), beside their shade."""
 
 plt.rcParams.update(
     {
@@ -30,14 +58,29 @@ plt.rcParams.update(
         "axes.grid": True,
         "grid.alpha": 0.3,
         "legend.frameon": False,
+        "pdf.fonttype": 42,
     }
 )
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all, and close the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
+def colour(method: str, shade: float | None = None) -> str:
+    """The colour of a method, or for shade 0..1 one of cividis, which is even without colour."""
+    if shade is None:
+        return COLOURS[method]
+    return to_hex(plt.get_cmap("cividis")(0.9 * shade))
+
+
+Paths = Path | Sequence[Path]
+"""A file, or several of one figure (PNG and PDF)."""
+
+
+def save(figure: Figure, paths: Paths) -> None:
+    """Write each file, PNG or PDF by its ending, whole or not at all, and close the figure."""
+    for path in (paths,) if isinstance(paths, Path) else paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        kind = path.suffix.removeprefix(".")
+        metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
+        figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
+        os.replace(temporary, path)
     plt.close(figure)
-    os.replace(temporary, path)

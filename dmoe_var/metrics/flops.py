@@ -2,17 +2,25 @@
 
 Unit: MAC, one multiply-add, of which the products of matrices, convolutions and attention are
 made; nothing else counts (`flops_ops`). Every number is for one image: both guidance branches
-where cfg is not 0. Legend: B images of a batch, N images, R rows (branches x images).
+where cfg is not 0. Legend: B images of a batch, N images, R rows (branches x images), l tokens of a
+scale, E experts.
+
+Beside what was counted stands the figure of the accounting of one of the authors' counters: for a
+token on which a of E experts ran it charges a / (1 + 0.1 log10(E - a + 1)) of them. Here that is
+done for each token of each layer, and all else is as counted. It is no number of FLOPs, but what a
+published axis may show; where every expert runs, both are the same.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +36,9 @@ from dmoe_var.sampling.tau_schedule import resolve_rules
 SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "adaln")
 """What the total is made of. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
 GIGA = 1e9
+BINS = 20
+
+Accounting = Literal["counted", "authors"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,13 @@ class FlopReport:
     """By scale with experts and by image: (token, expert) pairs that ran."""
     router_scales: tuple[int, ...]
     """Scales at which the routers ran."""
+    charged: Mapping[int, tuple[float, ...]] | None = None
+    """As `pairs`, by the authors' accounting; None where it was not asked for."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether both branches of guidance are counted."""
+        return self.fixed.branches == 2
 
     @property
     def by_part_and_scale_gmac(self) -> dict[str, tuple[float, ...]]:
@@ -61,7 +79,7 @@ class FlopReport:
     def by_part_gmac(self) -> dict[str, float]:
         """Mean GMAC by part, `other` and `decoder` included."""
         sums = {part: sum(by_scale) for part, by_scale in self.by_part_and_scale_gmac.items()}
-        return {**sums, "decoder": self.fixed.decoder_macs / GIGA}
+        return {**sums, "decoder": self.decoder_gmac}
 
     @property
     def by_scale_gmac(self) -> tuple[float, ...]:
@@ -73,17 +91,50 @@ class FlopReport:
 
     @property
     def experts_gmac_per_image(self) -> tuple[float, ...]:
-        """GMAC of the experts that ran, (N,)."""
-        macs = [
-            [pairs * self.fixed.experts[si].pair_macs for pairs in self.pairs[si]]
-            for si in self.pairs
-        ]
-        return tuple(sum(image) / GIGA for image in zip(*macs, strict=True))
+        """GMAC of the experts that ran, (N,); without experts ()."""
+        return self._expert_gmac_per_image(self.pairs)
+
+    @property
+    def gmac_per_image(self) -> tuple[float, ...]:
+        """Total GMAC, (N,)."""
+        rest = sum(self.by_part_gmac[part] for part in SAMPLER_PARTS if part != "experts")
+        experts = self.experts_gmac_per_image or (0.0,) * self.num_images
+        return tuple(rest + gmac for gmac in experts)
+
+    def histogram(self, bins: int = BINS) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Edges (bins + 1,) in GMAC, evenly from the least total to the largest, and images in each
+        bin, (bins,). Where all images cost the same there is one bin, without width."""
+        gmac_N = self.gmac_per_image
+        if min(gmac_N) == max(gmac_N):
+            return (gmac_N[0], gmac_N[0]), (len(gmac_N),)
+        counts, edges = np.histogram(gmac_N, bins)
+        return tuple(edges.tolist()), tuple(counts.tolist())
 
     @property
     def total_gmac(self) -> float:
         """Mean GMAC."""
         return sum(self.by_scale_gmac)
+
+    def total(self, accounting: Accounting = "counted") -> float:
+        """Mean GMAC as counted, or by the authors' accounting (see the top of the file)."""
+        if accounting == "counted":
+            return self.total_gmac
+        if accounting != "authors":
+            raise ValueError(f"accounting={accounting!r} is none of counted, authors")
+        if self.charged is None:
+            raise ValueError("accounting=authors needs the experts that ran on each token")
+        charged = self._expert_gmac_per_image(self.charged)
+        return self.total_gmac - self.by_part_gmac["experts"] + (fmean(charged) if charged else 0)
+
+    @property
+    def decoder_gmac(self) -> float:
+        """The VQ-VAE decoder's GMAC, which no total has."""
+        return self.fixed.decoder_macs / GIGA
+
+    @property
+    def with_decoder_gmac(self) -> float:
+        """Mean GMAC, the decoder's included."""
+        return self.total_gmac + self.decoder_gmac
 
     @property
     def total_gmac_std(self) -> float:
@@ -105,8 +156,13 @@ class FlopReport:
         totals = {
             "flops_gmac": self.total_gmac,
             "flops_gmac_std": self.total_gmac_std,
+            "flops_gmac_min": min(self.gmac_per_image),
+            "flops_gmac_max": max(self.gmac_per_image),
             "flops_gflop": self.total_gflop,
+            "flops_with_decoder_gmac": self.with_decoder_gmac,
         }
+        if self.charged is not None:
+            totals["flops_gmac_authors"] = self.total("authors")
         parts = {f"flops_{part}_gmac": gmac for part, gmac in self.by_part_gmac.items()}
         scales = {f"flops_scale{si}_gmac": gmac for si, gmac in enumerate(self.by_scale_gmac)}
         shares = {f"experts_share_scale{si}": share for si, share in self.expert_share.items()}
@@ -130,9 +186,14 @@ class FlopReport:
         head = (
             f"GMAC an image, mean of {self.num_images}: {self.total_gmac:.5g} "
             f"(standard deviation {self.total_gmac_std:.3g}), {self.total_gflop:.5g} GFLOP; "
-            f"not in it: other, and the decoder's {self.by_part_gmac['decoder']:.5g}"
+            f"{'both branches of guidance' if self.guided else 'no guidance'} in it; not in it: "
+            f"other, and the decoder's {self.decoder_gmac:.5g}"
         )
         return "\n".join([head, *(line.rstrip() for line in lines)])
+
+    def _expert_gmac_per_image(self, pairs: Mapping[int, Sequence[float]]) -> tuple[float, ...]:
+        macs = [[n * self.fixed.experts[si].pair_macs for n in pairs[si]] for si in pairs]
+        return tuple(sum(image) / GIGA for image in zip(*macs, strict=True))
 
     def _mean_expert_macs(self, si: int) -> float:
         if si not in self.pairs:
@@ -173,8 +234,10 @@ def count_flops(
             generate(model, vqvae, batch_B, **place, **generate_options)
             yield counts
 
-    pairs = pairs_per_image(batches(), rules, fixed.branches)
-    return report(fixed, pairs, rules, len(labels_N))
+    experts = [model.backbone_at(si).config.num_experts for si in rules]
+    reductions = (_ran, partial(_charged, num_experts=max(experts, default=0)))
+    pairs, charged = _per_image(batches(), rules, fixed.branches, reductions)
+    return report(fixed, pairs, rules, len(labels_N), charged)  # type: ignore[arg-type]
 
 
 def report(
@@ -182,19 +245,24 @@ def report(
     pairs: Mapping[int, Sequence[int]],
     rules: Mapping[int, SelectionRule],
     num_images: int,
+    charged: Mapping[int, Sequence[float]] | None = None,
 ) -> FlopReport:
     """The report of images that `generate` has drawn, `num_images` in all.
 
     pairs: the (token, expert) pairs that ran, by scale and image, from `pairs_per_image`. rules:
-    those of the run, by scale, from `resolve_rules`. Raises ValueError where the pairs are not of
-    these rules, this many images or this `fixed`.
+    those of the run, by scale, from `resolve_rules`. charged: what the authors' accounting makes of
+    the pairs, from `charged_per_image`. Raises ValueError where the pairs are not of these rules,
+    this many images or this `fixed`.
     """
-    if sorted(pairs) != sorted(rules):
-        raise ValueError(_other_scales(sorted(pairs), rules))
     counted = {si: tuple(of_scale) for si, of_scale in pairs.items()}
-    if not rules:
+    theirs = None if charged is None else {si: tuple(of) for si, of in charged.items()}
+    for given in (counted, theirs):
+        if given is not None and sorted(given) != sorted(rules):
+            raise ValueError(_other_scales(sorted(given), rules))
+    if not rules:  # every expert runs, and the two agree
         counted = {si: (cost.num_pairs,) * num_images for si, cost in fixed.experts.items()}
-    for si, pairs_N in counted.items():
+        theirs = {si: tuple(map(float, of_scale)) for si, of_scale in counted.items()}
+    for si, pairs_N in [*counted.items(), *(theirs or {}).items()]:
         if len(pairs_N) != num_images:
             raise ValueError(
                 f"experts were counted for {len(pairs_N)} images of {num_images}, at "
@@ -203,7 +271,7 @@ def report(
         if si not in fixed.experts or max(pairs_N) > fixed.experts[si].num_pairs:
             raise ValueError(f"the counts of scale {si} are not those of this model")
     routers = tuple(si for si, rule in rules.items() if rule.uses_scores and not rule.true_norms)
-    return FlopReport(fixed, num_images, counted, routers)
+    return FlopReport(fixed, num_images, counted, routers, theirs)
 
 
 def pairs_per_image(
@@ -215,14 +283,53 @@ def pairs_per_image(
     kept. branches: rows an image, 2 with guidance and else 1. Raises ValueError where scales were
     counted that have no rule, or the other way round.
     """
-    pairs: dict[int, list[int]] = {si: [] for si in rules}
+    (pairs,) = _per_image(batches, rules, branches, (_ran,))
+    return pairs
+
+
+def charged_per_image(
+    batches: Iterable[ExpertCounts],
+    rules: Mapping[int, SelectionRule],
+    branches: int,
+    num_experts: int,
+) -> dict[int, tuple[float, ...]]:
+    """As `pairs_per_image`, by the authors' accounting; num_experts: E."""
+    (charged,) = _per_image(batches, rules, branches, (partial(_charged, num_experts=num_experts),))
+    return charged
+
+
+def _per_image(
+    batches: Iterable[ExpertCounts],
+    rules: Mapping[int, SelectionRule],
+    branches: int,
+    reductions: Sequence[Callable[[Tensor], Tensor]],
+) -> list[dict[int, tuple[Any, ...]]]:
+    """What each reduction, of experts run (layers, R, l) to a number a row, (R,), comes to by scale
+    and image."""
+    found: list[dict[int, list[Any]]] = [{si: [] for si in rules} for _ in reductions]
     for counts in batches:
         if counts.scales != sorted(rules):
             raise ValueError(_other_scales(counts.scales, rules))
-        for si, of_scale in pairs.items():
-            per_row_R = counts.per_token(si).sum((0, 2), dtype=torch.int64)
-            of_scale += per_row_R.view(branches, -1).sum(0).tolist()
-    return {si: tuple(of_scale) for si, of_scale in pairs.items()}
+        for si in rules:
+            per_token = counts.per_token(si).cpu()
+            for reduce, by_scale in zip(reductions, found, strict=True):
+                by_scale[si] += reduce(per_token).view(branches, -1).sum(0).tolist()
+    return [{si: tuple(of) for si, of in by_scale.items()} for by_scale in found]
+
+
+def _ran(per_token: Tensor) -> Tensor:
+    """Pairs that ran."""
+    return per_token.sum((0, 2), dtype=torch.int64)
+
+
+def _charged(per_token: Tensor, num_experts: int) -> Tensor:
+    """What the authors' accounting makes of them, float64."""
+    ran = torch.arange(num_experts + 1, dtype=torch.float64)
+    charge = ran / (1 + 0.1 * torch.log10(num_experts - ran + 1))
+    rows_R = per_token.transpose(0, 1).flatten(1).long()
+    # How often each number of experts ran first: whole numbers, in whatever order they are added.
+    times_RE = torch.stack([torch.bincount(row, minlength=num_experts + 1) for row in rows_R])
+    return (times_RE * charge).sum(1)
 
 
 def _other_scales(counted: Sequence[int], rules: Mapping[int, SelectionRule]) -> str:

@@ -10,7 +10,7 @@ import multiprocessing as mp
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Call = Callable[[], Tensor]
-"""Does what is timed; what it returns is compared."""
+from dmoe_var.metrics.part_timing import PartClock, PartTimes
+
+Call = Callable[..., Tensor]
+"""Does what is timed; what it returns is compared. One whose parts are timed takes a PartClock."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Timing:
     peak_memory_bytes: int
     output: np.ndarray
     """What the last call returned, float32."""
+    parts: tuple[PartTimes, ...] = ()
+    """Of further calls, one value a run, under a clock that costs time itself."""
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.runs_ms, q))
@@ -67,11 +71,13 @@ def time_in_turn(
     repeats: int,
     warmup: int = 1,
     progress: bool = False,
+    by_part: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time calls A B A B ..., after `warmup` rounds that do not count.
 
     builders: by name, a function of a module and its arguments that builds the call in its
-    process. RuntimeError, with what it said, where a process fails.
+    process. by_part: names of those that are then run as often again, in turn, for the times of
+    their parts. RuntimeError, with what it said, where a process fails.
     """
     context = mp.get_context("spawn")
     with ExitStack() as stack:
@@ -100,11 +106,17 @@ def time_in_turn(
                 milliseconds = _ask(name, worker, "run")
                 if round_ >= warmup:
                     runs[name].append(milliseconds)
-        timings = {}
-        for name, worker in workers.items():
-            peak, output = _ask(name, worker, "report")
-            timings[name] = Timing(tuple(runs[name]), peak, output)
-    return timings
+        reports = {name: _ask(name, worker, "report") for name, worker in workers.items()}
+        parts: dict[str, list[PartTimes]] = {name: [] for name in workers}
+        for _ in tqdm(
+            range(repeats if by_part else 0), desc="by part", disable=not (progress and by_part)
+        ):
+            for name in by_part:
+                parts[name].append(_ask(name, workers[name], "parts"))
+    return {
+        name: Timing(tuple(runs[name]), peak, output, tuple(parts[name]))
+        for name, (peak, output) in reports.items()
+    }
 
 
 def _ask(name: str, worker: Connection, what: str) -> Any:
@@ -142,7 +154,13 @@ def _serve(
         pipe.send(("ready", None))
         output = torch.empty(0)
         while True:
-            if pipe.recv() == "run":
+            what = pipe.recv()
+            if what == "parts":
+                clock = PartClock(device)
+                _synchronise(device)
+                call(clock)
+                pipe.send(("parts", clock.read()))
+            elif what == "run":
                 _synchronise(device)
                 started = time.perf_counter()
                 output = call()

@@ -67,9 +67,10 @@ def has_onednn() -> bool:
 
 def _by_onednn(x: Tensor) -> bool:
     """Whether a product of x goes to oneDNN. It knows no gradient, and whoever traces or counts
-    operators (torch.jit, FlopCounterMode) is to see the ones that everybody knows."""
+    operators (torch.jit, torch.compile, FlopCounterMode) is to see the ones that all know."""
     return (
-        x.dtype == torch.float32
+        not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
         and x.device.type == "cpu"
         and torch.is_inference_mode_enabled()
         and bool(torch.backends.mkldnn.enabled)

@@ -83,6 +83,11 @@ class VARConfig:
         return round(self.C * self.mlp_ratio)
 
     @property
+    def num_experts(self) -> int:
+        """Experts of each FFN; 0 where FFNs are not split."""
+        return self.hidden // self.experts.expert_size if self.experts else 0
+
+    @property
     def num_tokens(self) -> int:
         """L: tokens of all scales."""
         return sum(p * p for p in self.patch_nums)
@@ -240,7 +245,8 @@ class VAR(nn.Module):
     ) -> Tensor:
         """Run one scale over the cache of the scales before it; logits (B, l, V), float32."""
         for i, block in enumerate(self.blocks):
-            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=routing)
+            here = None if routing is None else routing.at(i)
+            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=here)
         cache.advance(x_BlC.shape[1])
         return self.logits(x_BlC, mod)
 

@@ -6,8 +6,8 @@ Legend: B batch, L tokens, N = B L, C width, E experts, D neurons an expert.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import ConfigDict, Field
@@ -18,6 +18,9 @@ from dmoe_var.models.products import activated_linear, at_least_float32, linear
 from dmoe_var.moe.experts import ExpertWeights, check_impl, run_experts
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.selection import All, SelectionRule
+
+if TYPE_CHECKING:
+    from dmoe_var.metrics.part_timing import PartClock
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,15 @@ class Routing:
     counts: ExpertCounts | None = None
     noise: Callable[[int, int], Tensor] | None = None
     """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
+    clock: PartClock | None = None
 
     def __post_init__(self) -> None:
         check_impl(self.impl)
+
+    def at(self, layer: int) -> Routing:
+        """The routing of one layer."""
+        rule = self.rule.at(layer)
+        return self if rule is self.rule else replace(self, rule=rule)
 
 
 class MoEFFN(nn.Module):
@@ -112,7 +121,11 @@ class MoEFFN(nn.Module):
             mask_BLE = x_BLC.new_ones((*x_BLC.shape[:-1], self.num_experts), dtype=torch.bool)
             out_BLC = self._all_experts(x_BLC)
         else:
+            if routing.clock is not None:
+                routing.clock.within("selection")
             mask_BLE = self.select(x_BLC, routing)
+            if routing.clock is not None:
+                routing.clock.within("experts")
             x_NC, mask_NE = x_BLC.flatten(0, 1), mask_BLE.flatten(0, 1)
             out_BLC = run_experts(x_NC, mask_NE, self.weights, self.act, routing.impl).view_as(
                 x_BLC

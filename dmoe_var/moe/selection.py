@@ -32,6 +32,10 @@ class SelectionRule:
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
+    def at(self, layer: int) -> SelectionRule:
+        """The rule of one layer; most rules are the same in all."""
+        return self
+
     def _within(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if not low <= value <= high:
@@ -49,6 +53,25 @@ class Threshold(SelectionRule):
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         return scores >= self.tau * scores.amax(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class LayerThreshold(SelectionRule):
+    """Eq. 3 with a tau for each layer."""
+
+    taus: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.taus or not all(0 <= tau <= 1 for tau in self.taus):
+            raise ValueError(f"taus={self.taus} must be a tau within [0, 1] for each layer")
+
+    def at(self, layer: int) -> SelectionRule:
+        if layer >= len(self.taus):
+            raise ValueError(f"taus={self.taus}: {len(self.taus)} layers, the model has more")
+        return Threshold(self.taus[layer])
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        raise TypeError("a rule by layer selects through at(layer)")
 
 
 @dataclass(frozen=True)
@@ -130,6 +153,7 @@ Selection = SelectionRule | Sequence[SelectionRule] | None
 
 RULES: dict[str, type[SelectionRule]] = {
     "threshold": Threshold,
+    "layer_threshold": LayerThreshold,
     "oracle": Oracle,
     "top_k": TopK,
     "random": Random,
@@ -153,8 +177,9 @@ def selection_to_json(selection: Selection) -> Any:
         raise ValueError(f"selection={selection!r}: its rule is none of {', '.join(RULES)}")
     values = asdict(selection)  # type: ignore[call-overload]
     for key, value in values.items():
-        if not isinstance(value, int | float):
-            raise ValueError(f"selection={selection!r}: {key} is not a plain number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                raise ValueError(f"selection={selection!r}: {key} is not a plain number")
     return {"rule": name, **values}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from dmoe_var.arrays import map_npz, read_npz
 from dmoe_var.errors import DataError
-from dmoe_var.metrics.flops import pairs_per_image
+from dmoe_var.metrics.flops import charged_per_image, pairs_per_image
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
@@ -30,6 +30,8 @@ SAMPLES_FILE = "samples.npz"
 
 Pairs = Mapping[int, Sequence[int]]
 """By scale with a selection rule and by image: (token, expert) pairs that ran."""
+Charged = Mapping[int, Sequence[float]]
+"""What the authors' accounting makes of them (see metrics/flops.py)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Batch:
     pairs: Pairs
     seconds: float
     """What drawing them took."""
+    charged: Charged = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,11 @@ class Drawing:
         images = to_uint8(drawn)  # on the CPU: what a GPU was given to do is done
         seconds = time.perf_counter() - started
         counted = [counts] if self.rules else []
-        pairs = pairs_per_image(counted, self.rules, branches=2 if sampling.cfg != 0 else 1)
+        given = (counted, self.rules, 2 if sampling.cfg != 0 else 1)
+        experts = [self.model.backbone_at(si).config.num_experts for si in self.rules]
+        charged = charged_per_image(*given, max(experts, default=0))
         seeds = np.full(len(labels), self.seed, dtype=np.int64)
-        return Batch(Samples(images, labels, seeds), pairs, seconds)
+        return Batch(Samples(images, labels, seeds), pairs_per_image(*given), seconds, charged)
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:

@@ -9,23 +9,27 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 from PIL import Image
 from tqdm import tqdm
 
 from dmoe_var.arrays import Rows, is_intact, read_npz, write_npz
 from dmoe_var.errors import DataError
-from dmoe_var.sampling.draw import SAMPLES_FILE, Batch, Drawing, Pairs, Samples
+from dmoe_var.sampling.draw import SAMPLES_FILE, Batch, Charged, Drawing, Pairs, Samples
 from dmoe_var.training.distributed import barrier, from_main, is_main, rank, world_size
 
 PARTS_FOLDER = "parts"
 PNG_FOLDER = "png"
 DRAWN_FILE = "drawn.npz"
 """What is known of images that are all drawn: fingerprint, experts run, seconds."""
+EXPERTS_RUN = ("scales", "pairs", "charged")
+"""Arrays of the experts that ran: the scales (S,), and by image and scale the pairs and what the
+authors' accounting charges for them."""
 
 ImageFormat = Literal["npz", "png", "both"]
 
@@ -37,6 +41,7 @@ class Drawn:
     pairs: Pairs
     seconds: float
     """Sum over all batches, whichever process drew them and in whichever run."""
+    charged: Charged = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class StoredDrawing:
                     "labels": samples.labels,
                     "seeds": samples.seeds,
                     "scales": np.array(scales, dtype=np.int64),
-                    "pairs": _pairs_BS(batch.pairs, len(samples.labels)),
+                    "pairs": _columns(batch.pairs, len(samples.labels), np.int64),
+                    "charged": _columns(batch.charged, len(samples.labels), np.float64),
                     "seconds": np.array(batch.seconds),
                     "fingerprint": np.array(self.fingerprint),
                 },
@@ -109,8 +115,8 @@ class StoredDrawing:
     def _read_part(self, number: int) -> Batch:
         """A stored part; DataError where it is missing, broken or not of this drawing."""
         path, labels = self._part_path(number), self.drawing.labels_of(number)
-        names = ("images", "labels", "seeds", "scales", "pairs", "seconds", "fingerprint")
-        images, found, seeds, scales, pairs, seconds, fingerprint = read_npz(path, names)
+        names = ("images", "labels", "seeds", *EXPERTS_RUN, "seconds", "fingerprint")
+        images, found, seeds, scales, *experts, seconds, fingerprint = read_npz(path, names)
         size = self.drawing.image_size
         shape = (len(labels), size, size, 3)
         if (
@@ -120,7 +126,8 @@ class StoredDrawing:
             or images.dtype != np.uint8
         ):
             raise DataError(f"{path}: belongs to other images")
-        return Batch(Samples(images, found, seeds), _by_scale(scales, pairs), float(seconds))
+        pairs, charged = (_by_scale(scales, array_BS) for array_BS in experts)
+        return Batch(Samples(images, found, seeds), pairs, float(seconds), charged)
 
     def _write_pngs(self, number: int, images: np.ndarray, replace: bool) -> None:
         """One file an image; without `replace` only those that are missing."""
@@ -139,12 +146,14 @@ class StoredDrawing:
 
     def _join(self) -> Drawn:
         """samples.npz of all parts, one after the other; then the parts go."""
-        drawing, pairs, seconds = self.drawing, [], []
+        drawing, pairs, charged, seconds = self.drawing, [], [], []
 
         def images() -> Iterator[np.ndarray]:
             for number in range(drawing.num_batches):
                 batch = self._read_part(number)
-                pairs.append(_pairs_BS(batch.pairs, len(batch.samples.labels)))
+                num_images = len(batch.samples.labels)
+                pairs.append(_columns(batch.pairs, num_images, np.int64))
+                charged.append(_columns(batch.charged, num_images, np.float64))
                 seconds.append(batch.seconds)
                 yield batch.samples.images
 
@@ -160,11 +169,17 @@ class StoredDrawing:
             seeds = np.full(num_images, drawing.seed, dtype=np.int64)
             write_npz(path, {"arr_0": rows, "labels": drawing.labels, "seeds": seeds})
         scales, pairs_NS = np.array(sorted(drawing.rules), dtype=np.int64), np.concatenate(pairs)
-        about = {"scales": scales, "pairs": pairs_NS, "seconds": np.array(sum(seconds))}
-        fingerprint = np.array(self.fingerprint)
-        write_npz(self.folder / DRAWN_FILE, {**about, "fingerprint": fingerprint})
+        charged_NS = np.concatenate(charged)
+        about = {
+            "scales": scales,
+            "pairs": pairs_NS,
+            "charged": charged_NS,
+            "seconds": np.array(sum(seconds)),
+            "fingerprint": np.array(self.fingerprint),
+        }
+        write_npz(self.folder / DRAWN_FILE, about)
         shutil.rmtree(self.folder / PARTS_FOLDER)
-        return Drawn(_by_scale(scales, pairs_NS), sum(seconds))
+        return Drawn(_by_scale(scales, pairs_NS), sum(seconds), _by_scale(scales, charged_NS))
 
     def _start(self) -> Drawn | None:
         """What an earlier run finished; None where images are to be drawn."""
@@ -178,8 +193,8 @@ class StoredDrawing:
     def _finished(self) -> Drawn | None:
         """What an earlier run left, where all of its images are there and intact."""
         try:
-            names = ("scales", "pairs", "seconds", "fingerprint")
-            scales, pairs, seconds, fingerprint = read_npz(self.folder / DRAWN_FILE, names)
+            names = (*EXPERTS_RUN, "seconds", "fingerprint")
+            scales, *experts, seconds, fingerprint = read_npz(self.folder / DRAWN_FILE, names)
         except DataError:
             return None
         if str(fingerprint) != self.fingerprint:
@@ -189,7 +204,8 @@ class StoredDrawing:
         indices = range(len(self.drawing.labels)) if self.format != "npz" else ()
         if not all(self.png_path(index).exists() for index in indices):
             return None
-        return Drawn(_by_scale(scales, pairs), float(seconds))
+        pairs, charged = (_by_scale(scales, array_NS) for array_NS in experts)
+        return Drawn(pairs, float(seconds), charged)
 
     def _remove_other_pngs(self) -> None:
         """What another set of images or a killed process left in the folder of PNG files."""
@@ -201,11 +217,12 @@ class StoredDrawing:
             path.unlink()
 
 
-def _pairs_BS(pairs: Pairs, num_images: int) -> np.ndarray:
-    columns = [np.asarray(pairs[si], dtype=np.int64) for si in sorted(pairs)]
-    return np.stack(columns, axis=1) if columns else np.zeros((num_images, 0), np.int64)
+def _columns(by_scale: Pairs | Charged, num_images: int, dtype: DTypeLike) -> np.ndarray:
+    """By image and scale, (B, S)."""
+    columns = [np.asarray(by_scale[si], dtype=dtype) for si in sorted(by_scale)]
+    return np.stack(columns, axis=1) if columns else np.zeros((num_images, 0), dtype)
 
 
-def _by_scale(scales: np.ndarray, pairs_BS: np.ndarray) -> Pairs:
-    columns = zip(scales.tolist(), pairs_BS.T.tolist(), strict=True)
+def _by_scale(scales: np.ndarray, array_BS: np.ndarray) -> dict[int, tuple[Any, ...]]:
+    columns = zip(scales.tolist(), array_BS.T.tolist(), strict=True)
     return {si: tuple(column) for si, column in columns}

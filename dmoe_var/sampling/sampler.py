@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Annotated, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
 
 import torch
 from pydantic import ConfigDict, Field
@@ -29,6 +29,9 @@ from dmoe_var.sampling.token_sampling import (
     guide,
     soft_mix,
 )
+
+if TYPE_CHECKING:
+    from dmoe_var.metrics.part_timing import PartClock
 
 OnScale = Callable[[int, Tensor], None]
 P = ParamSpec("P")
@@ -104,6 +107,7 @@ def generate(
     adaln_every_scale: bool = False,
     counts: ExpertCounts | None = None,
     on_scale: OnScale | None = None,
+    clock: PartClock | None = None,
 ) -> Tensor:
     """Images (B, 3, R, R) in [0, 1] of the given classes.
 
@@ -115,8 +119,10 @@ def generate(
     every expert runs. cfg = 0 switches guidance off, and with it the unconditional branch.
     adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
     instead of once an image. `counts` collects the experts run; `on_scale(si, f_hat_BCHW)` sees
-    what has been drawn after each scale.
+    what has been drawn after each scale; `clock` measures where the time goes, see
+    `metrics.part_timing`.
     """
+    mark = _unmeasured if clock is None else clock.mark
     config = model.config
     check_pair(vqvae, config)
     _check_ranges(cfg, top_k, top_p, start_index)
@@ -130,6 +136,7 @@ def generate(
 
     streams = ImageStreams(seed, start_index, len(labels_B), device, generator)
     noise = partial(streams.routing_noise, branches=branches)
+    mark("embedding", 0)
     cond_RC = model.condition(labels_R)
     cache = model.new_cache(len(labels_R))
     modulations: dict[int, Modulation] = {}
@@ -140,19 +147,28 @@ def generate(
         backbone = model.backbone_at(si)
         if adaln_every_scale or id(backbone) not in modulations:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
-        routing = Routing(rules[si], si, impl, counts, noise) if si in rules else None
+        routing = Routing(rules[si], si, impl, counts, noise, clock) if si in rules else None
+        mark("transformer", si)
         logits_RlV = backbone.step(x_RlC, modulations[id(backbone)], cache, routing)
+        mark("sampling", si)
         progress = si / last
         logits_BlV = guide(logits_RlV, cfg * progress) if guided else logits_RlV
         logits_BlV = filter_logits(logits_BlV, top_k, top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, more_smooth)
+        mark("quantiser", si)
         f_hat_BCHW = f_hat_BCHW + vqvae.quantize.spread(codes_BCpp, si)
         if on_scale is not None:
             on_scale(si, f_hat_BCHW)
         if si != last:
             f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, si + 1)
+            mark("embedding", si + 1)
             x_RlC = model.embed_scale(f_hat_BlC, si + 1).repeat(branches, 1, 1)
+    mark("decoder")
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
+
+
+def _unmeasured(part: str, scale: int | None = None) -> None:
+    """The mark of no clock."""
 
 
 def _check_ranges(cfg: float, top_k: int, top_p: float, start_index: int) -> None:

@@ -1,14 +1,19 @@
-"""Time of one batch of images, decoder included: ours, and the published sampler beside it.
+"""Time of one batch of images, decoder included: dense, dynamic, smaller and published samplers,
+each in a process of its own, in turn, the cases of one batch size together.
 
 The published sampler is run from a checkout of its code (`benchmark.published`), with the same
-weights and one generator of the same seed, so that its images can be compared as well.
+weights and one generator of the same seed, so that its images can be compared as well; ours draw in
+that order too.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,16 @@ from torch import Tensor
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.errors import CheckpointError, ConfigError
-from dmoe_var.metrics.timing import Call, time_in_turn
+from dmoe_var.figures.part_times import draw_part_times
+from dmoe_var.metrics.flops import FlopReport, count_flops
+from dmoe_var.metrics.part_timing import PartClock, median_by_part, median_by_scale
+from dmoe_var.metrics.random_masks import RandomDensity
+from dmoe_var.metrics.timing import Call, Timing, time_in_turn
+from dmoe_var.models.blocks import Block
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.selection import Selection, Threshold
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 from dmoe_var.stages import models
@@ -27,11 +41,16 @@ from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
 
 OURS, PUBLISHED = "dense", "published"
+DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
+"""Published models of 256 px, rising."""
+COMPILED_VARIANTS = 256
+"""Shapes of a block that may be compiled before torch would quietly run it eagerly."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs to build its sampler."""
+    """What a process needs to build its sampler. With `moe`, the expert VAR's folder, a dynamic
+    one."""
 
     vqvae: str
     var: str
@@ -41,20 +60,113 @@ class Task:
     device: str
     sampling: SamplingConfig
     published: str = ""
+    moe: str = ""
+    moe_scales: tuple[int, ...] = ()
+    selection: Selection = None
+    impl: str = "grouped"
+    compiled: bool = False
+
+    def load(self) -> tuple[VAR | DynamicVAR, VQVAE]:
+        """Our models, on the device, in the dtype of sampling."""
+        vqvae = load_vqvae(self.vqvae, self.patch_nums)
+        model: VAR | DynamicVAR = load_var(self.var, vqvae)
+        if self.moe:
+            assert isinstance(model, VAR)
+            model = DynamicVAR(model, load_var(self.moe, vqvae), self.moe_scales)
+        dtype = self.sampling.torch_dtype
+        return model.to(self.device, dtype), vqvae.to(self.device, dtype)
+
+    def options(self) -> dict[str, Any]:
+        """Of `generate`, its generator included."""
+        return {
+            "cfg": self.sampling.cfg,
+            "top_k": self.sampling.top_k,
+            "top_p": self.sampling.top_p,
+            "selection": self.selection,
+            "impl": self.impl,
+            "generator": torch.Generator(self.device).manual_seed(self.seed),
+        }
+
+    def flops(self) -> FlopReport:
+        """Counted over the images that are timed."""
+        model, vqvae = self.load()
+        labels = list(self.labels)
+        return count_flops(model, vqvae, labels, batch_size=len(labels), **self.options())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sampler at one batch size. model: dense, dynamic, random, smaller or published."""
+
+    name: str
+    model: str
+    tau: float | list[float] | None
+    task: Task
+    flops: FlopReport
+
+    @property
+    def expert_share(self) -> float | None:
+        """Share of the (token, expert) pairs at sparse scales that ran; None without experts."""
+        pairs, experts = self.flops.pairs, self.flops.fixed.experts
+        if not pairs:
+            return None
+        ran = sum(float(np.mean(of_scale)) for of_scale in pairs.values())
+        return ran / sum(experts[si].num_pairs for si in pairs)
+
+    def compiled(self) -> Case:
+        return replace(self, name=f"{self.name}_compiled", task=replace(self.task, compiled=True))
+
+    def row(self, timing: Timing) -> dict[str, Any]:
+        """What figures are drawn from; by part and scale where that was timed."""
+        size = len(self.task.labels)
+        row: dict[str, Any] = {
+            "name": self.name,
+            "model": self.model,
+            "tau": self.tau,
+            "batch_size": size,
+            "compiled": self.task.compiled,
+            "device": torch.device(self.task.device).type,
+            "dtype": self.task.sampling.dtype,
+            "ms_median": timing.percentile(50),
+            "ms_p10": timing.percentile(10),
+            "ms_p90": timing.percentile(90),
+            "ms_min": min(timing.runs_ms),
+            "runs_ms": list(timing.runs_ms),
+            "images_per_s": 1000 * size / timing.percentile(50),
+            "peak_memory_mb": timing.peak_memory_bytes / 1e6,
+            "flops_gmac": self.flops.total_gmac,
+            "expert_share": self.expert_share,
+        }
+        if timing.parts:
+            row |= {
+                "by_part_ms": median_by_part(timing.parts),
+                "by_scale_ms": median_by_scale(timing.parts),
+                "with_clock_ms_median": float(np.median([p.total_ms for p in timing.parts])),
+                "without_decoder_ms_median": float(
+                    np.median([p.total_ms - p.by_part_ms["decoder"] for p in timing.parts])
+                ),
+            }
+        return row
 
 
 def ours(task: Task) -> Call:
-    """Our dense sampler, drawing in the published order."""
+    """Our sampler, drawing in the published order."""
     keep_freed_memory()
-    dtype = task.sampling.torch_dtype
-    vqvae = load_vqvae(task.vqvae, task.patch_nums).to(task.device, dtype)
-    var = load_var(task.var, vqvae).to(task.device, dtype)
-    options = {"cfg": task.sampling.cfg, "top_k": task.sampling.top_k, "top_p": task.sampling.top_p}
+    model, vqvae = task.load()
+    labels = list(task.labels)
 
-    def call() -> Tensor:
-        generator = torch.Generator(task.device).manual_seed(task.seed)
-        return generate(var, vqvae, list(task.labels), generator=generator, **options)  # type: ignore[arg-type]
+    def call(clock: PartClock | None = None) -> Tensor:
+        if clock is None:
+            return generate(model, vqvae, labels, **task.options())
+        with clock.running(model, told_apart=not task.compiled):
+            return generate(model, vqvae, labels, **task.options(), clock=clock)
 
+    if task.compiled:
+        torch._dynamo.config.cache_size_limit = COMPILED_VARIANTS
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=True)
+        call()  # compiling is never timed, whatever does not count as a warm-up
     return call
 
 
@@ -97,46 +209,175 @@ def published(task: Task) -> Call:
 
 def run(work: Work) -> StageResult:
     config, benchmark = work.config, work.config.benchmark
-    files = {
-        kind: weights_file(source, kind)
-        for kind, source in (("vqvae", config.base.vqvae), ("var", config.base.var))
-        if source is not None
-    }
-    if len(files) < 2:
-        raise ConfigError("base.vqvae and base.var must both be given for the benchmark")
+    sources = _sources(work)
+    if benchmark.published is not None:
+        _check_published(benchmark.published, sources)
+    _check_compiler(work)
+    models.vqvae(work)  # checks all against the configuration
+    models.dense(work)
+    if benchmark.dynamic:
+        models.split(work)
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    runs_ms: dict[str, tuple[float, ...]] = {}
+    for size in benchmark.sizes:
+        cases = {case.name: case for case in _cases(work, sources, size)}
+        timings = time_in_turn(
+            {n: (published if n == PUBLISHED else ours, (c.task,)) for n, c in cases.items()},
+            work.device,
+            torch.get_num_threads(),
+            benchmark.repeats,
+            benchmark.warmup,
+            work.progress,
+            [name for name in cases if name != PUBLISHED] if benchmark.parts else (),
+        )
+        suffix = f"_b{size}" if benchmark.batch_sizes else ""
+        metrics |= _metrics(timings, suffix)
+        rows += [cases[name].row(timing) for name, timing in timings.items()]
+        runs_ms |= {f"{name}{suffix}": timing.runs_ms for name, timing in timings.items()}
+    if benchmark.parts:
+        draw_part_times(rows, work.folder("benchmark") / "part_times.png")
+    about: dict[str, Any] = {"runs_ms": runs_ms, "timings": rows}
+    if benchmark.batch_sizes:
+        about["batch_sizes"] = list(benchmark.sizes)
+    else:
+        about["batch_size"] = benchmark.batch_size
+    return StageResult(metrics, sum(benchmark.sizes), about, dtype=config.sampling.dtype)
+
+
+def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
+    """Flat, of one batch size. NAME_time_ratio: to the dense model's time, p10 and p90 over the
+    rounds; time_ratio: of the dense model's time to the published sampler's."""
+    metrics: dict[str, float] = {}
+    mine = timings.get(OURS)
+    for name, timing in timings.items():
+        metrics |= timing.metrics(f"{name}{suffix}")
+        if mine is not None and name not in (OURS, PUBLISHED):
+            metrics |= _ratio(timing, mine, f"{name}{suffix}_")
+    if mine is not None and PUBLISHED in timings:
+        theirs = timings[PUBLISHED]
+        metrics |= _ratio(mine, theirs, "", suffix)
+        metrics[f"memory_ratio{suffix}"] = mine.peak_memory_bytes / theirs.peak_memory_bytes
+        difference = float(np.abs(mine.output - theirs.output).max())
+        metrics[f"images_max_abs_difference{suffix}"] = difference
+    return metrics
+
+
+def _ratio(timing: Timing, other: Timing, prefix: str, suffix: str = "") -> dict[str, float]:
+    """Ratio of medians, and the spread of the ratio over rounds."""
+    name = f"{prefix}time_ratio{suffix}"
+    p10, p90 = np.percentile(np.array(timing.runs_ms) / np.array(other.runs_ms), [10, 90])
+    median = timing.percentile(50) / other.percentile(50)
+    return {name: median, f"{name}_p10": float(p10), f"{name}_p90": float(p90)}
+
+
+def _sources(work: Work) -> dict[str, str]:
+    """The weights of each model, as a path that another process can open."""
+    base, benchmark = work.config.base, work.config.benchmark
+    found: dict[str, Path] = {}
+    for kind, source in (("vqvae", base.vqvae), ("var", base.var)):
+        if source is not None:
+            found[kind] = _openable(weights_file(source, kind))
+        elif benchmark.dynamic:
+            found[kind] = models.checkpoint(work, f"train_{kind}")
+        else:
+            raise ConfigError("base.vqvae and base.var must both be given for the benchmark")
+    if benchmark.dynamic:
+        found["moe"] = models.checkpoint(work, "train_router")
+    if benchmark.smaller is not None:
+        found["smaller"] = _openable(weights_file(_smaller(work), "var"))
+    return {kind: str(path) for kind, path in found.items()}
+
+
+def _smaller(work: Work) -> str:
+    """The dense model of less depth; ConfigError where "next" has nothing below."""
+    smaller, base = work.config.benchmark.smaller, work.config.base.var
+    assert smaller is not None
+    if smaller != "next":
+        return smaller
+    below = dict(zip(DEPTHS[1:], DEPTHS, strict=False))
+    if base not in below:
+        raise ConfigError(
+            f"benchmark.smaller=next: base.var={base} has no published model below it; allowed: a "
+            f"path or a name, or base.var one of {', '.join(below)}"
+        )
+    return below[base]
+
+
+def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
+    """All that is timed at one batch size, the dense model first."""
+    config, benchmark = work.config, work.config.benchmark
     task = Task(
-        vqvae=str(_openable(files["vqvae"])),
-        var=str(_openable(files["var"])),
+        vqvae=sources["vqvae"],
+        var=sources["var"],
         patch_nums=config.vqvae.patch_nums,
-        labels=tuple(i % config.var.num_classes for i in range(benchmark.batch_size)),
+        labels=tuple(i % config.var.num_classes for i in range(size)),
         seed=config.evaluate.seed,
         device=str(work.device),
         sampling=config.sampling,
         published=benchmark.published or "",
     )
-    builders: dict[str, Any] = {OURS: (ours, (task,))}
+    dense = Case(OURS, "dense", None, task, task.flops())
+    cases = [dense]
+    for name, tau, selection in _selections(work):
+        cases += _dynamic(work, sources, task, (name, tau, selection))
+    if benchmark.smaller is not None:
+        smaller = replace(task, var=sources["smaller"])
+        cases.append(Case("smaller", "smaller", None, smaller, smaller.flops()))
+    if benchmark.compile == "both":
+        cases += [case.compiled() for case in cases]
+    elif benchmark.compile == "compiled":
+        cases = [case.compiled() for case in cases]
     if benchmark.published is not None:
-        _check_published(benchmark.published, files)
-        builders[PUBLISHED] = (published, (task,))
-    models.vqvae(work)  # checks both against the configuration
-    models.dense(work)
-    threads = torch.get_num_threads()
-    timings = time_in_turn(
-        builders, work.device, threads, benchmark.repeats, benchmark.warmup, work.progress
+        cases.append(replace(dense, name=PUBLISHED, model="published"))
+    return cases
+
+
+def _selections(work: Work) -> list[tuple[str, float | list[float] | None, Selection]]:
+    """Name, tau and rules of each dynamic model."""
+    benchmark, chosen = work.config.benchmark, work.config.selection
+    settings: list[tuple[str, float | list[float] | None, Selection]] = [
+        (f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau
+    ]
+    if benchmark.chosen:
+        by_tau = chosen.rule in ("threshold", "oracle")
+        settings.append(("chosen", list(chosen.tau) if by_tau else None, chosen.rules()))
+    return settings
+
+
+def _dynamic(
+    work: Work,
+    sources: Mapping[str, str],
+    task: Task,
+    setting: tuple[str, float | list[float] | None, Selection],
+) -> list[Case]:
+    """A dynamic model and, where asked for, one of random masks of the density that it has."""
+    name, tau, selection = setting
+    moe = work.config.moe
+    task = replace(
+        task, moe=sources["moe"], moe_scales=moe.scales, selection=selection, impl=moe.impl
     )
-    metrics: dict[str, float] = {}
-    for name, timing in timings.items():
-        metrics |= timing.metrics(name)
-    if PUBLISHED in timings:
-        mine, theirs = timings[OURS], timings[PUBLISHED]
-        pairs = np.array(mine.runs_ms) / np.array(theirs.runs_ms)
-        metrics["time_ratio"] = mine.percentile(50) / theirs.percentile(50)
-        metrics["time_ratio_p10"], metrics["time_ratio_p90"] = np.percentile(pairs, [10, 90])
-        metrics["memory_ratio"] = mine.peak_memory_bytes / theirs.peak_memory_bytes
-        metrics["images_max_abs_difference"] = float(np.abs(mine.output - theirs.output).max())
-    runs_ms = {name: timing.runs_ms for name, timing in timings.items()}
-    about = {"batch_size": benchmark.batch_size, "runs_ms": runs_ms}
-    return StageResult(metrics, benchmark.batch_size, about, dtype=config.sampling.dtype)
+    flops = task.flops()
+    cases = [Case(f"dynamic_{name}", "dynamic", tau, task, flops)]
+    if work.config.benchmark.random_masks:
+        num_experts = work.config.var.hidden // work.config.split.expert_size
+        rules = [RandomDensity(share * num_experts) for share in flops.expert_share.values()]
+        chance = replace(task, selection=rules)
+        cases.append(Case(f"random_{name}", "random", tau, chance, chance.flops()))
+    return cases
+
+
+def _check_compiler(work: Work) -> None:
+    """ConfigError where torch.compile has no compiler to hand a CPU's code to."""
+    asked = work.config.benchmark.compile
+    if asked == "eager" or work.device.type != "cpu":
+        return
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"benchmark.compile={asked}: needs a C++ compiler, {compiler} is not there (CXX names "
+            "another); allowed here: eager"
+        )
 
 
 def _openable(path: Path) -> Path:
@@ -144,9 +385,11 @@ def _openable(path: Path) -> Path:
     return path.parent if path.suffix == ".safetensors" else path
 
 
-def _check_published(folder: str, files: dict[str, Path]) -> None:
+def _check_published(folder: str, sources: Mapping[str, str]) -> None:
     if not (Path(folder) / "models" / "var.py").is_file():
         raise ConfigError(f"benchmark.published={folder}: no checkout of the published code there")
-    for kind, path in files.items():
-        if path.suffix != ".pth":
-            raise CheckpointError(f"base.{kind}={path}: the published code reads .pth files alone")
+    for kind in ("vqvae", "var"):
+        if not sources[kind].endswith(".pth"):
+            raise CheckpointError(
+                f"base.{kind}={sources[kind]}: the published code reads .pth files alone"
+            )

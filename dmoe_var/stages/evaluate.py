@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.data import load_data
 from dmoe_var.data.images import Images
+from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.files import write_text
 from dmoe_var.metrics.agreement import LabelAgreement
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
@@ -20,30 +29,101 @@ from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.parts import Drawn, StoredDrawing
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages.tokens import token_sets
 from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import from_main, is_main
+from dmoe_var.training.distributed import from_main, is_main, rank, world_size
+
+T = TypeVar("T")
+
+PRUNING_FILE = "pruning.json"
+IMAGES_AT_ONCE = 16
+"""Training images whose activations are in memory together."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned VAR, and the neurons of each layer that it kept, rising."""
+
+    var: VAR
+    kept: list[list[int]]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all points of a sweep share: models, reference statistics, classifier. Made once."""
+    """What the points of a sweep share: models, reference statistics, classifier. Made once.
+
+    The models are those of a point's own work, so that points of different depths or experts can
+    share a bench; of each kind the latest is kept, and all means that neurons were pruned by. All
+    else is that of the bench's work.
+    """
 
     work: Work
+    _latest: dict[Hashable, tuple[object, Any]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """By kind: what the model was made of, and the model."""
 
     def __post_init__(self) -> None:
         keep_freed_memory()
 
-    @cached_property
+    @property
     def vqvae(self) -> VQVAE:
-        return models.vqvae(self.work).to(self.work.config.sampling.torch_dtype)
+        return self.vqvae_of(self.work)
 
-    @cached_property
+    @property
     def dense(self) -> VAR:
-        return models.dense(self.work).to(self.work.config.sampling.torch_dtype)
+        return self.var_of(self.work, "train_var")
 
-    @cached_property
+    @property
     def experts(self) -> VAR:
-        return models.split(self.work).to(self.work.config.sampling.torch_dtype)
+        return self.var_of(self.work, "train_router")
+
+    def vqvae_of(self, work: Work) -> VQVAE:
+        """The tokenizer of a point."""
+        dtype = work.config.sampling.torch_dtype
+        key = (work.fingerprint("train_vqvae"), dtype)
+        return self._made("vqvae", key, lambda: models.vqvae(work).to(dtype))
+
+    def var_of(self, work: Work, stage: str) -> VAR:
+        """The VAR of a point as a stage left it: dense, sparse, or split into experts."""
+        dtype = work.config.sampling.torch_dtype
+        kind = "experts" if stage in ("split", "train_router") else stage
+        key = (stage, work.fingerprint(stage), dtype)
+        return self._made(kind, key, lambda: models.var(work, stage).to(dtype))
+
+    def pruned_of(self, work: Work) -> Pruned:
+        """The pruned VAR of a point and what was kept of it. Called by all processes at once."""
+        pruning, scales = work.config.pruning, work.config.moe.scales
+        (stage,) = work.needs("evaluate")
+        of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
+        key = (stage, work.fingerprint(stage), *of_means)
+        var = self.var_of(work, stage)
+        means = self._made(("means", *key), key, lambda: self._mean_activations(work, var))
+
+        def make() -> Pruned:
+            kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
+            return Pruned(prune(var, pruning.share, means), kept)
+
+        return self._made("pruned", (*key, pruning.share), make)
+
+    def _mean_activations(self, work: Work, var: VAR) -> list[Tensor]:
+        """Over training images that lie evenly over the set, which may be sorted by class."""
+        vqvae, pruning = models.vqvae(work), work.config.pruning
+        tokens, _ = token_sets(work, vqvae)
+        num_images = min(pruning.images, len(tokens))
+        indices = torch.arange(num_images) * len(tokens) // num_images
+        batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
+        inputs = _teacher_inputs(tokens, batches, vqvae, work.device)
+        signed = pruning.rule == "mean_signed"
+        return mean_activations(var, inputs, work.config.moe.scales, signed)
+
+    def _made(self, kind: Hashable, key: object, make: Callable[[], T]) -> T:
+        """The latest of a kind where it has the same key, else a new one in its place."""
+        if kind not in self._latest or self._latest[kind][0] != key:
+            self._latest.pop(kind, None)  # its memory before the new one's
+            self._latest[kind] = (key, make())
+        made: T = self._latest[kind][1]
+        return made
 
     @cached_property
     def training_images(self) -> Images:
@@ -72,22 +152,25 @@ class Bench:
         return LabelAgreement(all_pixels(self.training_images), self.training_images.labels)
 
     def model(self, work: Work) -> VAR | DynamicVAR:
-        """The model of a point: the dense VAR, or dense and experts joined at its scales."""
-        if work.config.evaluate.model == "dense":
-            return self.dense
-        return DynamicVAR(self.dense, self.experts, work.config.moe.scales)
+        """The model of a point: the dense VAR, or dense and another joined at its scales."""
+        config, dense = work.config, self.var_of(work, "train_var")
+        if config.evaluate.model == "dense":
+            return dense
+        if config.evaluate.model == "pruned":
+            return DynamicVAR(dense, self.pruned_of(work).var, config.moe.scales)
+        (stage,) = work.needs("evaluate")
+        return DynamicVAR(dense, self.var_of(work, stage), config.moe.scales)
 
     def drawing(self, work: Work) -> Drawing:
         """How a point's images are drawn: as many of each class, from its seed."""
         config = work.config
-        model = self.model(work)
         return Drawing(
-            model,
-            self.vqvae,
+            self.model(work),
+            self.vqvae_of(work),
             balanced_labels(config.evaluate.num_samples, config.var.num_classes),
             config.evaluate.seed,
             config.sampling,
-            config.selection.rules() if isinstance(model, DynamicVAR) else None,
+            config.selection.rules() if config.evaluate.model == "dynamic" else None,
             config.moe.impl,
         )
 
@@ -117,7 +200,7 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     config, drawing, reference = work.config, stored.drawing, bench.reference
     num_images, guided = len(drawing.labels), config.sampling.cfg != 0
     fixed = fixed_cost(drawing.model, drawing.vqvae, guided)
-    flops = report(fixed, drawn.pairs, drawing.rules, num_images)
+    flops = report(fixed, drawn.pairs, drawing.rules, num_images, drawn.charged)
     images = _stored_images(stored)
     fidelity = bench.fidelity.score(
         images, reference.statistics, reference.features_MD, progress=config.progress
@@ -130,14 +213,35 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     if bench.agreement is not None:
         seen = bench.agreement.accuracy(all_pixels(images), drawing.labels)
         metrics["label_agreement"] = seen
+    edges, counts = flops.histogram()
     about = {
         "samples": stored.place,
+        "guidance": flops.guided,
+        "flops_histogram": {"edges_gmac": list(edges), "images": list(counts)},
         "fidelity": bench.fidelity.name,
         "fidelity_weights_sha256": bench.fidelity.weights_sha256,
         **reference.about,
     }
+    if config.evaluate.model == "pruned":
+        about |= _write_pruning(work, bench.pruned_of(work))  # kept since it was drawn from
     dtype = str(next(drawing.model.parameters()).dtype).removeprefix("torch.")
     return StageResult(metrics, num_images, about, config.evaluate.seed, dtype)
+
+
+def _teacher_inputs(
+    tokens: TokenSet, batches: Sequence[Tensor], vqvae: VQVAE, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Labels (B,) and teacher input (B, L - 1, Cvae) of the images of each batch of indices."""
+    for indices_B in batches:
+        tokens_BL, labels_B = tokens.batch(indices_B)
+        yield labels_B.to(device), vqvae.teacher_input(tokens.by_scale(tokens_BL.to(device)))
+
+
+def _write_pruning(work: Work, pruned: Pruned) -> dict[str, Any]:
+    """Leaves pruning.json beside the record: the neurons that stay, by layer."""
+    content = {"hidden": work.config.var.hidden, "kept": pruned.kept}
+    write_text(work.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
+    return {"pruning": PRUNING_FILE, "kept_neurons": len(pruned.kept[0])}
 
 
 def _stored_images(stored: StoredDrawing) -> Pixels:
@@ -151,8 +255,12 @@ def _stored_images(stored: StoredDrawing) -> Pixels:
 def describe(work: Work) -> str:
     """A point in a few words."""
     config = work.config
+    scales = ",".join(str(si) for si in config.moe.scales)
     if config.evaluate.model == "dense":
         return f"dense seed {config.evaluate.seed}"
+    if config.evaluate.model == "pruned":
+        how = f"{config.pruning.model} pruned by {config.pruning.share:g} ({config.pruning.rule})"
+        return f"{how} at scales {scales} seed {config.evaluate.seed}"
     rule = config.selection.rule
     value = {
         "threshold": config.selection.tau,
@@ -163,5 +271,4 @@ def describe(work: Work) -> str:
         "all": "",
     }[rule]
     shown = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
-    scales = ",".join(str(si) for si in config.moe.scales)
     return f"{rule} {shown} at scales {scales} seed {config.evaluate.seed}"

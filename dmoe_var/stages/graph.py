@@ -39,9 +39,9 @@ class StageResult:
     """Where it is not that of training."""
 
 
-ALWAYS_RUN = ("benchmark", "export")
+ALWAYS_RUN = ("benchmark", "export", "figures", "report")
 """Stages that are never taken for done: time is not a result of the configuration alone, and the
-model card tells of all that was measured in between."""
+model card tells of all that was measured in between, as figures are drawn from it."""
 
 StageFunction = Callable[[Work], StageResult]
 

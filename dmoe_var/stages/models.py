@@ -62,6 +62,14 @@ def split(work: Work, stage: str = "train_router") -> VAR:
     return _var(work, checkpoint(work, stage), config)
 
 
+def var(work: Work, stage: str) -> VAR:
+    """The VAR as a stage left it, in eval mode on the work's device: of train_var (or given),
+    sparsify, split or train_router."""
+    if stage in ("split", "train_router"):
+        return split(work, stage)
+    return {"train_var": dense, "sparsify": sparse}[stage](work)
+
+
 def dynamic(work: Work) -> DynamicVAR:
     """Dense and expert VAR joined at `moe.scales`."""
     return DynamicVAR(dense(work), split(work), work.config.moe.scales)

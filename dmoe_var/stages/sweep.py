@@ -1,4 +1,8 @@
-"""The tau sweep: dense baseline, tau grids and lists, every seed; figures 2a, 2b, 3 and 12."""
+"""The tau sweep: dense baseline, tau grids and lists, every seed; figures 2a, 2b, 3 and 12.
+
+A sweep may be cut into parts, each measured by a run of its own, at the same time or not. A run
+without a part finds the points that are there, measures what is missing, joins and draws.
+"""
 
 from __future__ import annotations
 
@@ -70,16 +74,54 @@ def point(work: Work, setting: Setting, seed: int) -> Work:
     )
 
 
+def planned(work: Work) -> list[tuple[Setting, int]]:
+    """The points of this run, setting and seed: all of the sweep, or every `parts`-th for a part.
+
+    The first part has the dense model's first seed.
+    """
+    sweep = work.config.sweep
+    points = [(setting, seed) for setting in settings(work) for seed in sweep.seeds]
+    return points if sweep.part is None else points[sweep.part - 1 :: sweep.parts]
+
+
+def run_part(work: Work) -> list[Record]:
+    """Measure the points of `sweep.part` that are not measured yet; the records of all of them.
+
+    No record of the sweep is written: that is the joining run's.
+    """
+    whole(work).check("sweep")
+    return [record for _, record in _measure(work, evaluate.Bench(work))]
+
+
+def whole(work: Work) -> Work:
+    """The sweep that a part is of. A point's record is the same in both."""
+    sweep = replace(work.config.sweep, part=None, parts=1)
+    return Work(replace(work.config, sweep=sweep), work.baseline)
+
+
+def _measure(work: Work, bench: evaluate.Bench) -> list[tuple[Setting, Record]]:
+    measured, points = [], planned(work)
+    hidden = not (work.config.progress and is_main())
+
+    def measure(each: Work) -> StageResult:
+        result = evaluate.run(each, bench)
+        if is_main():
+            tracked = each.tracking("evaluate")
+            tracked.summarise(each.folder("evaluate"), result.metrics, each.relevant("evaluate"))
+        return result
+
+    for setting, seed in tqdm(points, desc="sweep", disable=hidden):
+        record = run_stage(point(whole(work), setting, seed), "evaluate", measure)
+        measured.append((setting, record))
+    return measured
+
+
 def run(work: Work) -> StageResult:
     """Measure what is not measured yet, join the records, draw."""
     sweep = work.config.sweep
     bench = evaluate.Bench(work)
-    planned = [(setting, seed) for setting in settings(work) for seed in sweep.seeds]
     records: dict[tuple[str, str], list[Record]] = {}
-    hidden = not (work.config.progress and is_main())
-    for setting, seed in tqdm(planned, desc="sweep", disable=hidden):
-        each = point(work, setting, seed)
-        record = run_stage(each, "evaluate", lambda w: evaluate.run(w, bench))
+    for setting, record in _measure(work, bench):
         records.setdefault((setting.group, setting.label), []).append(record)
     rows = [_join(setting, records[setting.group, setting.label]) for setting in settings(work)]
     _add_savings(rows)

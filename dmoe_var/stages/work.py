@@ -13,17 +13,24 @@ import torch
 
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
-from dmoe_var.config import Config
+from dmoe_var.config import BenchmarkConfig, Config
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.files import sha256_of
 from dmoe_var.training.distributed import is_main, launched_processes, local_rank
 from dmoe_var.training.loop import Run
+from dmoe_var.training.tracking import Tracking
 
 DEFAULT_VARIANT = "default"
 MAX_NAME = 60
 
 EXPERTS = ("moe", "selection")
 """Sections that say nothing about a dense model."""
+
+PRUNED = ("moe.scales", "pruning")
+"""What a pruned point reads in their place."""
+
+WITHOUT_ROUTER = ("oracle", "random", "all")
+"""Selection rules for which no router has to be trained."""
 
 POINTS = ("evaluate.num_samples", "evaluate.format")
 """What a sweep says about all of its points."""
@@ -37,16 +44,40 @@ READS: dict[str, tuple[str, ...]] = {
     "sample": (*EXPERTS, "sampling", "sample", "vqvae", "base.vqvae", "var", "base.var"),
     "evaluate": (*EXPERTS, "sampling", "evaluate", "fidelity"),
     "export": (*EXPERTS, "export"),
+    "calibrate": ("moe", "sampling", "calibrate"),
+    "maps": (*EXPERTS, "sampling", "maps"),
     "benchmark": (
         "vqvae",
         "base.vqvae",
         "var",
         "base.var",
+        *EXPERTS,
         "sampling",
         "evaluate.seed",
         "benchmark",
     ),
     "sweep": ("moe", "sampling", *POINTS, "fidelity", "sweep"),
+    "report": (*EXPERTS, "sampling", *POINTS, "fidelity", "sweep", "report"),
+    "figures": (
+        "seed",
+        "dtype",
+        "data",
+        "vqvae",
+        "var",
+        "base",
+        "conversion",
+        "sparsify",
+        "split",
+        "train_router",
+        *EXPERTS,
+        "sampling",
+        *POINTS,
+        "fidelity",
+        "sweep",
+        "pruning",
+        "maps",
+        "figures",
+    ),
 }
 """The configuration keys that each stage reads itself."""
 
@@ -61,15 +92,25 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sweep": ("train_router",),
     "benchmark": (),
     "export": ("train_router",),
+    "calibrate": ("train_router",),
+    "maps": ("train_router",),
+    "report": ("train_router",),
+    "figures": (),
 }
 """The stages that each builds on."""
 
 HOUSEKEEPING = (
     "log_every", "validate_every", "checkpoint_every",
     "micro_batch_size", "activation_checkpointing", "workers", "encode_batch", "root",
+    "part", "parts",
+    "figure", "make", "plan",
 )  # fmt: skip
 """Keys that change no result, or only its rounding: a run may go on with others. `data.root` is
-where the pictures are, not which: other pictures want another `name`."""
+where the pictures are, not which: other pictures want another `name`. `sweep.part` is which points
+a run measures, not what they are."""
+
+OPTIONAL = ("selection.layer_tau",)
+"""Keys that say nothing where they are empty."""
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,16 +174,24 @@ class Work:
         return self.config.progress and is_main()
 
     def needs(self, stage: str) -> tuple[str, ...]:
-        """The stages that a stage builds on; a dense point needs no experts."""
+        """The stages that a stage builds on; a point needs no more than its model is made of."""
         if stage == "sample":
             return self._needs_of_pictures()
-        dense_point = stage == "evaluate" and self.config.evaluate.model == "dense"
-        return ("train_var",) if dense_point else NEEDS[stage]
+        if stage == "benchmark" and self.config.benchmark.dynamic:
+            return ("train_router",)
+        return self._needs_of_point() if stage == "evaluate" else NEEDS[stage]
 
     def is_given(self, stage: str) -> bool:
         """Whether a stage only validates a base model that is given: others do without it."""
         given = {"train_vqvae": self.config.base.vqvae, "train_var": self.config.base.var}
         return given.get(stage) is not None
+
+    def _needs_of_point(self) -> tuple[str, ...]:
+        config = self.config
+        if config.evaluate.model == "dynamic":
+            return ("split",) if config.selection.rule in WITHOUT_ROUTER else NEEDS["evaluate"]
+        sparse = config.evaluate.model == "pruned" and config.pruning.model == "sparse"
+        return ("sparsify",) if sparse else ("train_var",)
 
     def _needs_of_pictures(self) -> tuple[str, ...]:
         """Nothing is validated for pictures: models that are given need no stage."""
@@ -168,6 +217,11 @@ class Work:
             self._check_measured()
         if stage != "sweep":
             return
+        if self.config.sweep.part is not None:
+            raise ConfigError(
+                f"sweep.part={self.config.sweep.part}: a part of a sweep is measured by "
+                "scripts/sweep.py; allowed here: null, which joins all parts"
+            )
         if self.config.evaluate.format == "png":
             raise ConfigError(
                 "evaluate.format=png: a sweep's figures are drawn from samples.npz; allowed: npz, "
@@ -202,12 +256,16 @@ class Work:
 
     def _reads(self, stage: str, config: Config) -> tuple[str, ...]:
         models = {"evaluate": config.evaluate.model, "sample": config.sample.model}
-        unread: tuple[str, ...] = EXPERTS if models.get(stage) == "dense" else ()
+        model = models.get(stage)
+        unread: tuple[str, ...] = EXPERTS if model in ("dense", "pruned") else ()
         if stage == "sample" and self.config.sample.pretrained is not None:
             unread += ("var", "base.var")
+        if stage == "benchmark":
+            unread += _unread_by(config.benchmark)
         if getattr(config.base, stage.removeprefix("train_"), None) is not None:
             unread += (stage,)  # nothing is trained
-        return tuple(key for key in READS[stage] if key not in unread)
+        reads = tuple(key for key in READS[stage] if key not in unread)
+        return (*PRUNED, *reads) if model == "pruned" else reads
 
     def relevant(self, stage: str, config: Config | None = None) -> dict[str, Any]:
         """Every key that a stage's result depends on, its own and those of what it builds on."""
@@ -219,7 +277,8 @@ class Work:
         for section in self._reads(stage, config):
             for key, value in leaves.items():
                 inside = key == section or key.startswith(f"{section}.")
-                if inside and key.rpartition(".")[2] not in HOUSEKEEPING:
+                unsaid = key in OPTIONAL and not value
+                if inside and not unsaid and key.rpartition(".")[2] not in HOUSEKEEPING:
                     keys[key] = value
         return keys
 
@@ -268,6 +327,10 @@ class Work:
         """runs/<experiment>/<stage>/<variant>."""
         return self.root / stage / self.variant(stage)
 
+    def tracking(self, stage: str) -> Tracking:
+        """What wandb is to call a stage's run."""
+        return Tracking(self.config.wandb, self.config.name, stage, self.variant(stage))
+
     def training_run(self, stage: str) -> Run:
         """How the training loop is to run this stage."""
         config = self.config
@@ -277,10 +340,17 @@ class Work:
             name=stage,
             seed=config.seed,
             amp_dtype=getattr(torch, config.dtype),
-            wandb=config.wandb,
+            tracking=self.tracking(stage),
             config=self.relevant(stage),
             progress=self.progress,
         )
+
+
+def _unread_by(benchmark: BenchmarkConfig) -> tuple[str, ...]:
+    """Sections that say nothing about what is timed."""
+    if not benchmark.dynamic:
+        return EXPERTS
+    return () if benchmark.chosen else ("selection",)
 
 
 def _hash(content: Mapping[str, Any]) -> str:

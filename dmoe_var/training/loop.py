@@ -30,7 +30,7 @@ from dmoe_var.training.distributed import (
 )
 from dmoe_var.training.rehearsal import rehearse
 from dmoe_var.training.state import STATE_FILE, StateFile, trainable
-from dmoe_var.training.tracking import MetricsLog, WandbMode
+from dmoe_var.training.tracking import OFF, MetricsLog, Tracking
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -129,7 +129,7 @@ class Run:
     name: str
     seed: int = 0
     amp_dtype: torch.dtype = torch.float32
-    wandb: WandbMode = "disabled"
+    tracking: Tracking = OFF
     config: Mapping[str, object] | None = None
     progress: bool = True
 
@@ -202,7 +202,7 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with (
-        MetricsLog(run.folder, first, run.wandb, run.name, run.config, is_main()) as log,
+        MetricsLog(run.folder, first, run.tracking, run.config, is_main()) as log,
         tqdm(total=num_steps, initial=first, desc=run.name, disable=not run.progress) as bar,
     ):
         for step in range(first, num_steps):

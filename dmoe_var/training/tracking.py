@@ -4,12 +4,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dmoe_var.files import write_text
 
 WandbMode = Literal["disabled", "offline", "online"]
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What wandb calls a run: those of an experiment are a group, and its stages types of jobs;
+    a variant is the run's name."""
+
+    mode: WandbMode = "disabled"
+    group: str = ""
+    job_type: str = ""
+    name: str = ""
+
+    def start(self, folder: Path, config: Mapping[str, Any]) -> Any:
+        """A run of wandb, its files under `folder`; None where it is off."""
+        if self.mode == "disabled":
+            return None
+        import wandb
+
+        return wandb.init(
+            project="dmoe-var",
+            group=self.group or None,
+            job_type=self.job_type or None,
+            name=self.name or None,
+            dir=folder,
+            mode=self.mode,
+            config=dict(config),
+        )
+
+    def summarise(
+        self, folder: Path, metrics: Mapping[str, float], config: Mapping[str, Any]
+    ) -> None:
+        """A run of wandb for what has no steps, a point of a sweep: its numbers, once."""
+        run = self.start(folder, config)
+        if run is not None:
+            run.log(dict(metrics))
+            run.finish()
+
+
+OFF = Tracking()
 
 
 class MetricsLog:
@@ -22,8 +62,7 @@ class MetricsLog:
         self,
         folder: Path,
         resume_step: int = 0,
-        wandb_mode: WandbMode = "disabled",
-        run_name: str = "",
+        tracking: Tracking = OFF,
         config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ):
@@ -35,16 +74,7 @@ class MetricsLog:
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        if wandb_mode != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project="dmoe-var",
-                name=run_name,
-                dir=folder,
-                mode=wandb_mode,
-                config=dict(config or {}),
-            )
+        self._wandb = tracking.start(folder, config or {})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics of a step; step counts finished steps, from 1."""

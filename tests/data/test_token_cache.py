@@ -129,7 +129,7 @@ def test_files(images, cached, folder):
     assert [(shard.dtype, len(shard)) for shard in tokens.shards] == [
         (np.uint16, n) for n in (4, 4, 2)
     ]
-    assert sorted(path.name for path in folder.iterdir()) == NAMES
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", *NAMES]
     assert np.load(folder / "labels.npy").tolist() == images.labels.tolist()
     for number, entry in enumerate(json.loads((folder / "index.json").read_text())["shards"]):
         path = folder / f"shard_{number:05d}.npy"
@@ -220,8 +220,8 @@ def test_interrupted_tokenisation_goes_on(images, cached, encoded, folder, tmp_p
     assert content(folder) == whole
 
 
-KILLED = """
-import os, signal, sys
+START = """
+import os, signal, sys, time
 from pathlib import Path
 import numpy as np, torch
 from dmoe_var import load_vqvae
@@ -234,6 +234,8 @@ folder = Path(sys.argv[1])
 given = np.load(folder / "images.npz")
 images = ImageSet(given["images"], given["labels"], 10, str(given["key"]))
 token_shards.SHARD_IMAGES = 4
+"""
+KILLED = """
 save, saved = np.save, []
 
 def die(file, array, **options):
@@ -247,21 +249,73 @@ def die(file, array, **options):
 np.save = die
 tokenize(images, load_vqvae(folder / "vqvae"), folder / "cache", batch_size=3, progress=False)
 """
+AT_ONCE = """
+first = os.fork() != 0
+middle = folder / "middle"
+write, encoded, vqvae = token_shards.Shard.write, [], load_vqvae(folder / "vqvae")
+encode = vqvae.encode
+
+def slow(shard, *arguments):
+    write(shard, *arguments)
+    if first and shard.number == 0:
+        middle.touch()
+        time.sleep(0.7)
+
+def counted(images_B3RR):
+    encoded.append(len(images_B3RR))
+    return encode(images_B3RR)
+
+token_shards.Shard.write, vqvae.encode = slow, counted
+while not first and not middle.exists():
+    time.sleep(0.01)
+tokens = tokenize(images, vqvae, folder / "cache", batch_size=3, progress=not first)
+tokens_BL, _ = tokens.batch(torch.arange(len(tokens)))
+np.save(folder / f"tokens_{int(first)}.npy", tokens_BL.numpy())
+print(int(first), sum(encoded), flush=True)
+if first:
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def in_a_fresh_python(program, images, vqvae, folder):
+    """Runs a program after START, on these images and weights; its cache is folder/cache."""
+    arrays = {"images": images.images, "labels": images.labels, "key": images.key}
+    np.savez(folder / "images.npz", **arrays)
+    save_checkpoint(folder / "vqvae", vqvae)
+    command = [sys.executable, "-c", START + program, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_two_runs_at_once(images, vqvae, cached, folder, tmp_path):
+    """The second starts in the middle of the first: it waits, says so, and encodes nothing."""
+    whole, (tokens_BL, _) = content(folder), everything(cached(images))
+    shutil.rmtree(folder)
+    ended = in_a_fresh_python(AT_ONCE, images, vqvae, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(ended.stdout.splitlines()) == ["0 0", f"1 {NUM_IMAGES}"]
+    assert ended.stderr.startswith(f"waiting for another run, at {folder}\n")
+    assert content(folder) == whole
+    for number in (0, 1):
+        assert np.array_equal(np.load(tmp_path / f"tokens_{number}.npy"), tokens_BL.numpy())
+
+
+def test_a_cache_that_is_only_read(images, vqvae, cached, folder, monkeypatch):
+    """As another user's: there is nothing to lock."""
+    (folder / ".lock").unlink()
+    monkeypatch.setattr(token_cache.os, "access", lambda path, mode: False)
+    assert torch.equal(everything(cached(images))[0], direct(images, vqvae, torch.arange(10)))
+    assert not (folder / ".lock").exists()
 
 
 def test_killed_in_the_middle_of_a_file(images, vqvae, cached, folder, tmp_path):
     """SIGKILL while the second shard is half written; started again: bitwise the same files."""
     whole = content(folder)
     shutil.rmtree(folder)
-    arrays = {"images": images.images, "labels": images.labels, "key": images.key}
-    np.savez(tmp_path / "images.npz", **arrays)
-    save_checkpoint(tmp_path / "vqvae", vqvae)
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = in_a_fresh_python(KILLED, images, vqvae, tmp_path)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     partial = sorted(path.name for path in folder.iterdir())
-    assert partial[0].startswith(".shard_00001.npy.")
-    assert partial[1:] == ["shard_00000.json", "shard_00000.npy"]
+    assert partial[1].startswith(".shard_00001.npy.")
+    assert [partial[0], *partial[2:]] == [".lock", "shard_00000.json", "shard_00000.npy"]
     cached(images)
     assert content(folder) == whole
 
@@ -522,4 +576,4 @@ def test_a_rank_without_shards_makes_none(images, vqvae, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="cannot be read"):
         tokenize(images, vqvae, tmp_path, progress=False)
     (folder,) = tmp_path.iterdir()
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] in ([], [".lock"])

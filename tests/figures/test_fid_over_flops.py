@@ -46,7 +46,7 @@ def test_every_setting_is_there(monkeypatch, tmp_path):
     assert by_group["dense"][:2] == ([[10.0, 20.0]], "*")
     assert by_group["last"][0] == sorted([s["flops_gmac"], s["fid_mean"]] for s in LAST)
     assert by_group["chosen"][:2] == ([[8.1, 20.1]], "x")
-    assert {group: colour for group, (_, _, colour) in by_group.items()} == COLOURS
+    assert {group: by_group[group][2] for group in by_group} == {g: COLOURS[g] for g in by_group}
     red, green, blue = colors.to_rgb(COLOURS["chosen"])
     assert red > 2 * max(green, blue)
     assert axis.get_ylabel() == "FID"

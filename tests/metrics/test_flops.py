@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmoe_var import (
     All,
+    Cumulative,
     DynamicVAR,
     Oracle,
     Random,
@@ -23,11 +27,19 @@ from dmoe_var import (
     convert_to_moe,
     generate,
 )
-from dmoe_var.metrics.flops import SAMPLER_PARTS, count_flops, pairs_per_image, report
+from dmoe_var.conversion.pruning import prune
+from dmoe_var.metrics.flops import (
+    SAMPLER_PARTS,
+    charged_per_image,
+    count_flops,
+    pairs_per_image,
+    report,
+)
 from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost, fixed_cost
 from dmoe_var.metrics.flops_ops import UnknownOperatorError, count_macs
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
 from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.selection import SelectionRule
 
 PATCH_NUMS = (1, 2, 4)
 DEPTH, WIDTH, VOCAB, LATENT = 2, 32, 16, 8
@@ -264,7 +276,147 @@ def test_rules_of_each_scale_decide_where_the_router_counts(vqvae, dense, moe):
     assert flops.by_part_and_scale_gmac["experts"][1] == everything[1] / 1e9
 
 
+@dataclass(frozen=True)
+class Given(SelectionRule):
+    """Experts e < (t + row) % 5 of token t: a mask that is known, a row with none included."""
+
+    def __call__(self, scores, noise=None):
+        rows, tokens, num_experts = scores.shape
+        number = (torch.arange(tokens) + torch.arange(rows)[:, None]) % (num_experts + 1)
+        return torch.arange(num_experts) < number[..., None]
+
+
+@pytest.mark.parametrize("impl", ["grouped", "reference"])
+def test_a_given_mask_costs_the_closed_form(vqvae, dense, moe, impl):
+    """By hand: of 3 images, rows 0..2 are the conditional, 3..5 the unconditional branches; layers
+    have the same mask."""
+    flops = count_flops(dynamic(dense, moe, (1, 2)), vqvae, [0, 1, 2], selection=Given(), impl=impl)
+    counted, charged, macs = [], [], np.zeros(3)
+    for side in PATCH_NUMS[1:]:
+        ran = [[(t + row) % 5 for t in range(side**2)] for row in range(6)]
+        pairs = [DEPTH * (sum(ran[i]) + sum(ran[i + 3])) for i in range(3)]
+        theirs = [
+            DEPTH * sum(a / (1 + 0.1 * math.log10(4 - a + 1)) for a in ran[i] + ran[i + 3])
+            for i in range(3)
+        ]
+        counted.append(tuple(pairs))
+        charged.append(theirs)
+        macs += np.array(pairs) * 2 * WIDTH * EXPERT_SIZE
+    assert flops.pairs == {1: counted[0], 2: counted[1]}
+    assert flops.charged == {si: pytest.approx(charged[si - 1], rel=1e-12) for si in (1, 2)}
+
+    closed = sampler_macs(DEPTH, WIDTH, VOCAB, PATCH_NUMS, rows=2)
+    fixed = sum(sum(closed[part]) for part in ("qkv_proj", "attention", "head"))
+    fixed += closed["ffn"][0] + 2 * closed["adaln"]  # of two backbones
+    fixed += sum(router_macs(side**2, rows=2) for side in PATCH_NUMS[1:])
+    expected = (fixed + macs) / 1e9
+    assert flops.gmac_per_image == pytest.approx(expected, rel=1e-12)
+    assert flops.total() == flops.total_gmac == pytest.approx(expected.mean(), rel=1e-12)
+    assert flops.total_gmac_std == pytest.approx(expected.std(), rel=1e-9)
+    theirs = fixed + np.sum(charged, axis=0).mean() * 2 * WIDTH * EXPERT_SIZE
+    assert flops.total("authors") == pytest.approx(theirs / 1e9, rel=1e-12)
+    assert flops.total("authors") < flops.total()
+    decoder = decoder_macs(vqvae.config) / 1e9
+    assert flops.decoder_gmac == pytest.approx(decoder, rel=1e-12)
+    assert flops.with_decoder_gmac == pytest.approx(expected.mean() + decoder, rel=1e-12)
+    metrics = flops.metrics()
+    assert metrics["flops_gmac_authors"] == flops.total("authors")
+    assert metrics["flops_gmac_min"] == pytest.approx(expected.min(), rel=1e-12)
+    assert metrics["flops_gmac_max"] == pytest.approx(expected.max(), rel=1e-12)
+
+
+def test_with_every_expert_the_two_accountings_agree(vqvae, dense, moe):
+    for model, options in ((dense, {}), (moe, {}), (moe, {"selection": All()})):
+        flops = count_flops(model, vqvae, [0, 1], **options)
+        assert flops.total("authors") == pytest.approx(flops.total_gmac, rel=1e-12)
+        assert flops.metrics()["flops_gmac_authors"] == flops.total("authors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_pruned_model_costs_its_narrower_ffns(vqvae, dense, share):
+    hidden, scales = 4 * WIDTH, (1, 2)
+    pruned = prune(dense, share, [torch.rand(hidden) for _ in range(DEPTH)])
+    flops = count_flops(DynamicVAR(dense, pruned, scales), vqvae, [0])
+    kept = hidden - int(hidden * share)
+    ffn = [2 * DEPTH * p * p * 2 * WIDTH * (kept if si else hidden)
+           for si, p in enumerate(PATCH_NUMS)]  # fmt: skip
+    assert list(flops.fixed.macs["ffn"]) == ffn
+    assert flops.pairs == {}
+    closed = sampler_macs(DEPTH, WIDTH, VOCAB, PATCH_NUMS, rows=2)
+    rest = sum(sum(closed[part]) for part in ("qkv_proj", "attention", "head"))
+    total = sum(ffn) + rest + 2 * closed["adaln"]
+    assert flops.total_gmac == pytest.approx(total / 1e9, rel=1e-12)
+
+
 # Against PyTorch's own counter, over whole runs of the sampler
+
+
+class Sampler(nn.Module):
+    """`generate` as a module, so that PyTorch's counter knows its parts by their names."""
+
+    def __init__(self, model, vqvae):
+        super().__init__()
+        self.model, self.vqvae = model, vqvae
+
+    def forward(self, labels, **options):
+        return generate(self.model, self.vqvae, labels, **options)
+
+
+def pytorch_parts(counter):
+    """MACs by our names of the parts, from the counter's modules and operators."""
+    found = dict.fromkeys((*SAMPLER_PARTS, "other", "decoder"), 0)
+    own = {name: dict(counts) for name, counts in counter.get_flop_counts().items()}
+    for name, counts in own.items():
+        inner = [other for other in own if other.startswith(f"{name}.") or name == "Global"]
+        inner = [o for o in inner if o != name and not any(o.startswith(f"{p}.") for p in inner)]
+        for operator, flops in counts.items():
+            flops -= sum(own[other].get(operator, 0) for other in inner)
+            found[part_of(name, operator)] += flops // 2
+    return found
+
+
+def part_of(name, operator):
+    if ".attn" in name and name.startswith("Sampler.model"):
+        return "attention" if "bmm" in str(operator) else "qkv_proj"
+    for part, pattern in (
+        ("other", r"\.(word_embed|head_nm)(\.|$)|\.vqvae\.quantize"),
+        ("decoder", r"\.vqvae\."),
+        ("router", r"\.ffn\.router(\.|$)"),
+        ("adaln", r"\.(shared_ada_lin|ada_lin)(\.|$)"),
+        ("head", r"\.head$"),
+        ("experts", r"\.moe\.blocks\.\d+\.ffn$"),
+        ("ffn", r"\.blocks\.\d+\.ffn(\.fc\d)?$"),
+    ):
+        if re.search(pattern, name):
+            return part
+    return "other"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg": 0, "adaln_every_scale": True},
+        {"tau": [0.4, 0.6]},
+        {"selection": Given()},
+        {"selection": Random(3), "cfg": 0},
+        {"selection": Cumulative(0.7), "adaln_every_scale": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_every_part_is_what_pytorch_counts(options, shared_adaln):
+    vqvae, dense = mini(shared_adaln=shared_adaln)
+    routed = "tau" in options or "selection" in options
+    model = dynamic(dense, to_moe(dense), (0, 2)) if routed else dense
+    labels = [0, 4, 1]
+    flops = count_flops(model, vqvae, labels, **options)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Sampler(model, vqvae)(labels, **options)
+    theirs = pytorch_parts(counter)
+    ours = {part: gmac * 1e9 * len(labels) for part, gmac in flops.by_part_gmac.items()}
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert (theirs["experts"] > 0) == routed
 
 
 @pytest.mark.parametrize(
@@ -442,6 +594,7 @@ def test_metrics_are_flat_and_name_their_unit():
     metrics = flops.metrics()
     assert metrics == pytest.approx({
         "flops_gmac": 15.5, "flops_gmac_std": 5.5, "flops_gflop": 31,
+        "flops_gmac_min": 10, "flops_gmac_max": 21, "flops_with_decoder_gmac": 20.5,
         "flops_qkv_proj_gmac": 0, "flops_attention_gmac": 0, "flops_ffn_gmac": 0,
         "flops_experts_gmac": 9.5, "flops_router_gmac": 3, "flops_head_gmac": 3,
         "flops_adaln_gmac": 0, "flops_other_gmac": 0, "flops_decoder_gmac": 5,
@@ -450,9 +603,47 @@ def test_metrics_are_flat_and_name_their_unit():
     head, columns, _, scale_1, sums = flops.table().splitlines()
     assert "15.5 " in head
     assert "31 GFLOP" in head
+    assert "both branches of guidance in it; not in it: other, and the decoder's 5" in head
     assert columns.split()[1:8] == list(SAMPLER_PARTS)
     assert scale_1.split() == ["1", "0", "0", "0", "9.5", "3", "2", "0", "14.5", "0", "59.4%"]
     assert sums.split()[8] == "15.5"
+
+
+def test_the_histogram_is_of_totals():
+    """Images of 10, 21 and 10 GMAC; where all are the same there is one bin."""
+    batches = [
+        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),
+        counts_of([1, 1], [1, 1]),
+    ]
+    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
+    edges, images = flops.histogram(bins=4)
+    assert edges == pytest.approx((10, 12.75, 15.5, 18.25, 21))
+    assert images == (2, 0, 0, 1)
+    assert sum(flops.histogram()[1]) == 3
+    alone = report_of(batches[1:], {1: Threshold(0.5)}, num_images=1)
+    assert alone.histogram() == ((10.0, 10.0), (1,))
+    without = report(replace(HAND_MADE, experts={}), {}, {}, num_images=3)
+    assert without.histogram() == ((3.0, 3.0), (3,))
+
+
+def test_accountings_by_name():
+    flops = report_of([counts_of([1, 1], [1, 1])], {1: Threshold(0.5)}, num_images=1)
+    assert "flops_gmac_authors" not in flops.metrics()
+    with pytest.raises(ValueError, match="accounting=authors needs the experts"):
+        flops.total("authors")
+    with pytest.raises(ValueError, match="accounting='paper' is none of counted, authors"):
+        flops.total("paper")
+
+
+def test_charges_of_another_run_are_refused():
+    counts, rules = counts_of([1, 1], [1, 1]), {1: Threshold(0.5)}
+    pairs = pairs_per_image([counts], rules, 2)
+    charged = charged_per_image([counts], rules, 2, NUM_EXPERTS)
+    assert charged == {1: (pytest.approx(4 / (1 + 0.1 * math.log10(4))),)}
+    assert report(HAND_MADE, pairs, rules, 1, charged).charged == charged
+    for wrong in ({}, {1: (1.0, 2.0)}, {0: (1.0,)}):
+        with pytest.raises(ValueError, match="experts were counted"):
+            report(HAND_MADE, pairs, rules, 1, wrong)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,3 +213,99 @@ def test_points_keep_the_format(make_work, runs):
     assert all((work.root / at / "png").is_dir() for row in rows for at in row["points"])
     with pytest.raises(ConfigError, match=r"evaluate.format=png: .*allowed: npz, both"):
         run_stage(make_work(runs, {"evaluate.format": "png"}), "sweep")
+
+
+# Cut into parts
+
+
+def cut(make_work, folder, part, parts):
+    return make_work(folder, {"sweep.part": part, "sweep.parts": parts})
+
+
+def comparable(record):
+    """A record without when and where, and without what its times say."""
+    content = asdict(record)
+    for key in ("started", "ended"):
+        del content[key]
+    del content["config"]["run_dir"]
+    content["metrics"].pop("sampling_ms_per_image", None)
+    return content
+
+
+def point_records(work):
+    paths = sorted((work.root / "evaluate").glob("*/result.json"))
+    return {path.parent.name: comparable(Record.read(path)) for path in paths}
+
+
+def test_parts_are_the_whole(make_work):
+    whole = sweep.planned(make_work())
+    parts = [sweep.planned(cut(make_work, ".", part, 3)) for part in (1, 2, 3)]
+    assert [len(points) for points in parts] == [4, 3, 3]
+    assert parts[0][0] == whole[0]
+    joined = [each for points in parts for each in points]
+    assert sorted(map(repr, joined)) == sorted(map(repr, whole))
+    (*_, last) = sweep.planned(cut(make_work, ".", 10, 10))
+    assert last == whole[-1]
+    assert sweep.planned(cut(make_work, ".", 11, 11)) == []
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_joined_parts_are_an_uncut_sweep(
+    make_work, swept, trained, tmp_path, points_run, monkeypatch
+):
+    """In any order, one of them interrupted, two in one run folder and one in another that is
+    copied into it: the records are those of one run, and the join measures nothing."""
+    folders = [shutil.copytree(trained, tmp_path / f"runs{i}") for i in range(2)]
+    draw = StoredDrawing.draw
+
+    def interrupted(*args):
+        if len(points_run) == 5:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    for part in (3, 1, 2):
+        work = cut(make_work, folders[part % 2], part, 3)
+        monkeypatch.setattr(StoredDrawing, "draw", interrupted if part == 1 else draw)
+        if part == 1:
+            with pytest.raises(KeyboardInterrupt):
+                sweep.run_part(work)
+            monkeypatch.setattr(StoredDrawing, "draw", draw)
+            points_run.pop()
+        found = sweep.run_part(work)
+        assert len(found) == len(sweep.planned(work))
+        assert not (work.root / "sweep").exists()
+        assert {"dense", "operating_point"}.isdisjoint(p.name for p in work.root.iterdir())
+    assert len(points_run) == len(set(points_run)) == 2 * len(GROUPS)
+    there, here = (folder / "tiny" / "evaluate" for folder in folders)
+    shutil.copytree(there, here, dirs_exist_ok=True)
+    ours, uncut = make_work(folders[1]), make_work(swept)
+    record = run_stage(ours, "sweep")
+    assert len(points_run) == 2 * len(GROUPS)
+    assert point_records(ours) == point_records(uncut)
+    expected = Record.read(uncut.folder("sweep") / "result.json")
+    assert comparable(record) == comparable(expected)
+    assert ours.folder("sweep").name == "default"
+
+
+def test_a_part_names_no_other_sweep(make_work):
+    """Nor does it go where the joined record is expected."""
+    whole, part = make_work(), cut(make_work, ".", 1, 2)
+    assert part.fingerprint("sweep") == whole.fingerprint("sweep")
+    assert sweep.whole(part) == whole
+    with pytest.raises(ConfigError, match=r"sweep.part=1: .*by scripts/sweep.py; allowed here: nu"):
+        run_stage(part, "sweep")
+
+
+def test_wandb_gets_every_point(make_work, runs, monkeypatch):
+    """As a run of the experiment's group, once."""
+    given = []
+    run = SimpleNamespace(log=lambda metrics: given[-1].update(metrics), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **options: given.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    work = make_work(runs, {"wandb": "offline", "sweep.part": 1, "sweep.parts": 4})
+    records = sweep.run_part(work)
+    sweep.run_part(work)
+    assert [each["name"] for each in given] == [record.variant for record in records]
+    assert {(each["group"], each["job_type"]) for each in given} == {("tiny", "evaluate")}
+    assert [each["flops_gmac"] for each in given] == [r.metrics["flops_gmac"] for r in records]
+    assert [each["config"]["evaluate.seed"] for each in given] == [r.seed for r in records]

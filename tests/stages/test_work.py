@@ -10,6 +10,7 @@ import torch
 
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.stages.work import NEEDS, chosen_device
+from dmoe_var.training.tracking import Tracking
 
 STAGES = tuple(NEEDS)
 TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
@@ -128,11 +129,78 @@ def test_dense_points_do_not_depend_on_experts(make_work, changes):
     assert work.needs("evaluate") == ("train_var",)
 
 
+PRUNED = {"evaluate.model": "pruned"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection.tau": 0.9},
+        {"moe.impl": "reference"},
+        {"split.expert_size": 64},
+        {"train_router.lr": 0.5},
+        {"sparsify.alpha": 0.1},
+    ],
+)
+def test_pruned_points_do_not_depend_on_experts(make_work, changes):
+    """Nor on sparse fine-tuning, unless it is the sparse model that is pruned."""
+    plain, work = make_work(changes=PRUNED), make_work(changes={**PRUNED, **changes})
+    assert work.needs("evaluate") == ("train_var",)
+    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
+    assert work.folder("evaluate") == plain.folder("evaluate")
+    sparse = {**PRUNED, "pruning.model": "sparse"}
+    plain, work = make_work(changes=sparse), make_work(changes={**sparse, **changes})
+    assert work.needs("evaluate") == ("sparsify",)
+    same = "sparsify.alpha" not in changes
+    assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pruning.share": 0.6},
+        {"pruning.rule": "mean_signed"},
+        {"pruning.model": "sparse"},
+        {"pruning.images": 3},
+        {"moe.scales": [3]},
+        {"sampling.top_k": 3},
+        {"train_var.lr": 0.5},
+        {"evaluate.seed": 1},
+    ],
+)
+def test_what_pruned_points_depend_on(make_work, changes):
+    plain, work = make_work(changes=PRUNED), make_work(changes={**PRUNED, **changes})
+    assert work.fingerprint("evaluate") != plain.fingerprint("evaluate")
+    assert work.folder("evaluate") != plain.folder("evaluate")
+
+
+@pytest.mark.parametrize("model", ["dense", "dynamic"])
+def test_other_points_do_not_depend_on_pruning(make_work, model):
+    given = {"evaluate.model": model}
+    pruning = {"pruning.share": 0.1, "pruning.rule": "mean_signed", "pruning.model": "sparse"}
+    plain, work = make_work(changes=given), make_work(changes={**given, **pruning})
+    assert not [key for key in work.relevant("evaluate") if key.startswith("pruning")]
+    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
+    assert work.folder("evaluate") == plain.folder("evaluate")
+
+
+@pytest.mark.parametrize("rule", ["oracle", "random", "all"])
+def test_rules_without_a_router_do_not_depend_on_its_training(make_work, rule):
+    given = {"selection.rule": rule, "selection.k": 2}
+    for changes, same in (({"train_router.lr": 0.5}, True), ({"split.expert_size": 64}, False)):
+        plain, work = make_work(changes=given), make_work(changes={**given, **changes})
+        assert work.needs("evaluate") == ("split",)
+        assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same
+        assert (work.folder("evaluate") == plain.folder("evaluate")) == same
+    assert make_work().needs("evaluate") == ("train_router",)
+
+
 def test_training_run(make_work, tmp_path):
     work = make_work(tmp_path, {"dtype": "bfloat16", "seed": 5, "wandb": "offline"})
     run = work.training_run("sparsify")
     assert run.folder == tmp_path / "tiny" / "sparsify" / work.variant("sparsify")
-    assert (run.seed, run.amp_dtype, run.wandb) == (5, torch.bfloat16, "offline")
+    assert (run.seed, run.amp_dtype) == (5, torch.bfloat16)
+    assert run.tracking == Tracking("offline", "tiny", "sparsify", work.variant("sparsify"))
     assert run.fingerprint == work.fingerprint("sparsify")
     assert run.config["sparsify.lr"] == work.config.sparsify.lr
 

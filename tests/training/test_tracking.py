@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from dmoe_var.training.tracking import MetricsLog, read_lines
+from dmoe_var.training.tracking import MetricsLog, Tracking, read_lines
 
 
 def written(folder):
@@ -43,12 +44,38 @@ def test_wandb_gets_the_same_lines(tmp_path, monkeypatch, mode):
         finish=lambda: sent.append("finished"),
     )
     fake = SimpleNamespace(init=lambda **options: given.update(options) or run)
-    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
-    with MetricsLog(tmp_path, wandb_mode=mode, run_name="stage", config={"lr": 1}) as log:
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracking = Tracking(mode, group="experiment", job_type="stage", name="variant")
+    with MetricsLog(tmp_path, tracking=tracking, config={"lr": 1}) as log:
         log.write(1, {"loss": 0.5})
         log.write(4, {"val": 2.0})
     assert sent == [*written(tmp_path), "finished"]
-    assert (given["mode"], given["name"], given["config"]) == (mode, "stage", {"lr": 1})
+    names = {"group": "experiment", "job_type": "stage", "name": "variant"}
+    assert given == {
+        **names, "mode": mode, "config": {"lr": 1}, "dir": tmp_path, "project": "dmoe-var"
+    }  # fmt: skip
+
+
+def test_what_has_no_steps(tmp_path, monkeypatch):
+    """Its numbers once, and no metrics.jsonl; nothing where wandb is off."""
+    sent = []
+    run = SimpleNamespace(log=sent.append, finish=lambda: sent.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
+    Tracking("offline").summarise(tmp_path, {"fid": 2.0}, {})
+    Tracking().summarise(tmp_path, {"fid": 3.0}, {})
+    assert sent == [{"fid": 2.0}, "finished"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_itself_keeps_the_group(tmp_path):
+    """Offline, as the package writes it."""
+    tracking = Tracking("offline", group="experiment", job_type="stage", name="variant")
+    run = tracking.start(tmp_path, {"lr": 1})
+    try:
+        assert (run.group, run.job_type, run.name) == ("experiment", "stage", "variant")
+        assert run.offline
+    finally:
+        run.finish()
 
 
 def test_a_process_that_does_not_log(tmp_path, monkeypatch):
@@ -56,7 +83,7 @@ def test_a_process_that_does_not_log(tmp_path, monkeypatch):
     with MetricsLog(tmp_path) as log:
         log.write(1, {"loss": 0.5})
     fake = SimpleNamespace(init=lambda **options: pytest.fail("wandb was started"))
-    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
-    with MetricsLog(tmp_path, wandb_mode="offline", enabled=False) as log:
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with MetricsLog(tmp_path, tracking=Tracking("offline"), enabled=False) as log:
         log.write(2, {"loss": 0.25})
     assert written(tmp_path) == [{"step": 1, "loss": 0.5}]

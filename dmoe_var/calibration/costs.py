@@ -1,0 +1,115 @@
+"""What a tau costs in milliseconds on this device: a table of times by scale and density."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.selection import Selection
+from dmoe_var.sampling.sampler import generate
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Milliseconds of a batch. fixed_ms: all but the sparse scales, the decoder included. by_scale:
+    for each sparse scale its (density, ms), rising in density. dense_ms: the whole dense model."""
+
+    fixed_ms: float
+    by_scale: Mapping[int, tuple[tuple[float, float], ...]]
+    dense_ms: float
+
+    def ms(self, densities: Mapping[int, float]) -> float:
+        """Of a batch whose sparse scales run these shares of their experts."""
+        total = self.fixed_ms
+        for si, points in self.by_scale.items():
+            at, times = zip(*points, strict=True)
+            total += float(np.interp(densities[si], at, times))
+        return total
+
+    def as_lists(self) -> dict[str, list[list[float]]]:
+        """`by_scale` as JSON has it."""
+        return {str(si): [list(point) for point in of] for si, of in self.by_scale.items()}
+
+    @property
+    def fastest_ms(self) -> float:
+        return self.ms({si: points[0][0] for si, points in self.by_scale.items()})
+
+
+def timed(
+    model: VAR | DynamicVAR, vqvae: VQVAE, labels: Tensor, seed: int, **options: Any
+) -> tuple[list[float], float]:
+    """Milliseconds of each scale of one call of `generate`, and of what comes after the last."""
+    marks = [0.0]
+
+    def mark(si: int, f_hat_BCHW: Tensor) -> None:
+        _wait(f_hat_BCHW.device)
+        marks.append(time.perf_counter())
+
+    marks[0] = time.perf_counter()
+    images = generate(model, vqvae, labels, seed=seed, on_scale=mark, **options)
+    _wait(images.device)
+    times = 1000 * np.diff([*marks, time.perf_counter()])
+    return times[:-1].tolist(), float(times[-1])
+
+
+def measure_costs(
+    dense: VAR,
+    model: DynamicVAR,
+    vqvae: VQVAE,
+    labels: Tensor,
+    settings: Mapping[str, Selection],
+    repeats: int,
+    seed: int,
+    progress: Callable[[], object],
+    **options: Any,
+) -> CostTable:
+    """Time the dense model and every setting in turn, `repeats` rounds after one to warm up."""
+    by_setting: dict[str, list[list[float]]] = {name: [] for name in settings}
+    rest: list[float] = []
+    whole: list[float] = []
+    densities: dict[str, dict[int, float]] = {}
+    for round_ in range(repeats + 1):
+        scales, decoder = timed(dense, vqvae, labels, seed, **options)
+        if round_:
+            whole.append(sum(scales) + decoder)
+        for name, selection in settings.items():
+            counts = ExpertCounts()
+            scales, decoder = timed(
+                model, vqvae, labels, seed, selection=selection, counts=counts, **options
+            )
+            num_experts = model.moe.config.num_experts
+            densities[name] = {
+                si: counts.per_token(si).float().mean().item() / num_experts
+                for si in model.moe_scales
+            }
+            if round_:
+                by_setting[name].append(scales)
+                sparse = sum(scales[si] for si in model.moe_scales)
+                rest.append(sum(scales) - sparse + decoder)
+        progress()
+    table = {}
+    for si in model.moe_scales:
+        points = {
+            densities[name][si]: median(scales[si] for scales in runs)
+            for name, runs in by_setting.items()
+        }
+        table[si] = tuple(sorted(points.items()))
+    return CostTable(median(rest), table, median(whole))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,89 @@
+"""Cross-entropy of the sparse scales under teacher forcing: what a choice of tau costs in quality.
+
+Legend: B images, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.files import write_text
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.training.tracking import read_lines
+
+
+class TeacherForced:
+    """Some images of a token set as a model under teacher forcing sees them."""
+
+    def __init__(self, tokens: TokenSet, vqvae: VQVAE, num_images: int, batch_size: int):
+        """Images that lie evenly over the set, which may be sorted by class."""
+        self.tokens, self.vqvae = tokens, vqvae
+        count = min(num_images, len(tokens))
+        self.indices = (torch.arange(count) * len(tokens) // count).split(batch_size)
+
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Labels (B,), teacher input (B, L - 1, Cvae) and the tokens to predict (B, L)."""
+        device = self.vqvae.quantize.embedding.weight.device
+        found = []
+        for indices_B in self.indices:
+            tokens_BL, labels_B = (t.to(device) for t in self.tokens.batch(indices_B))
+            teacher_BLC = self.vqvae.teacher_input(self.tokens.by_scale(tokens_BL))
+            found.append((labels_B, teacher_BLC, tokens_BL))
+        return found
+
+
+class CrossEntropy:
+    """Mean cross-entropy, nats a token, of the tokens of the sparse scales, and how often it was
+    measured. With a file, measurements are kept there and not made twice."""
+
+    def __init__(
+        self,
+        model: DynamicVAR,
+        images: TeacherForced,
+        impl: str,
+        kept: Path | None = None,
+        fingerprint: str = "",
+    ):
+        self.model, self.images, self.impl = model, images, impl
+        self.count = 0
+        self.kept, self.fingerprint = kept, fingerprint
+        lines = read_lines(kept) if kept is not None and kept.exists() else []
+        self.known = {
+            line["key"]: float(line["ce"]) for line in lines if line["fingerprint"] == fingerprint
+        }
+
+    def __call__(self, rules: Sequence[SelectionRule]) -> float:
+        """Under one rule for each of the model's sparse scales."""
+        self.count += 1
+        key = repr(list(rules))
+        if key not in self.known:
+            self.known[key] = self._measure(rules)
+            if self.kept is not None:
+                lines = [
+                    json.dumps({"key": key, "ce": ce, "fingerprint": self.fingerprint}) + "\n"
+                    for key, ce in self.known.items()
+                ]
+                write_text(self.kept, "".join(lines))
+        return self.known[key]
+
+    def _measure(self, rules: Sequence[SelectionRule]) -> float:
+        slices = self.model.config.scale_slices
+        total, tokens = 0.0, 0
+        for labels_B, teacher_BLC, tokens_BL in self.images.batches():
+            logits_BLV = self.model(labels_B, teacher_BLC, selection=list(rules), impl=self.impl)
+            for si in self.model.moe_scales:
+                logits, target = logits_BLV[:, slices[si]], tokens_BL[:, slices[si]]
+                total += F.cross_entropy(
+                    logits.flatten(0, 1).double(), target.flatten(), reduction="sum"
+                ).item()
+                tokens += target.numel()
+        return total / tokens

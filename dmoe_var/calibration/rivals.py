@@ -1,0 +1,79 @@
+"""Other ways to choose tau, for the comparison: one tau, tau rising linearly, and the search that
+the paper's authors used. All see the same recorded scores and as many measured losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmoe_var.calibration.allocation import tau_at
+
+Taus = tuple[float, ...]
+Cost = Callable[[Sequence[float]], float]
+"""GMAC of an image, from a tau for each sparse scale."""
+Loss = Callable[[Sequence[float]], float]
+
+SPREAD = 0.2
+"""The search draws each next scale's tau at most so far above the one before (PAPER: in the
+authors' polarity, below)."""
+MARGIN = 0.01
+"""How far above a budget a found point may lie, as a share of it."""
+
+
+def one_tau(cost: Cost, num_scales: int, target: float) -> Taus:
+    """The same tau on all sparse scales that costs `target`."""
+    tau = tau_at(lambda t: cost((t,) * num_scales), target)
+    return (tau,) * num_scales
+
+
+def rising(cost: Cost, loss: Loss, num_scales: int, target: float, tries: int) -> Taus:
+    """tau rising linearly over the sparse scales: of `tries` slopes the one of least loss."""
+    steps = np.linspace(0, 1 / max(1, num_scales - 1), tries)
+
+    def line(first: float, step: float) -> Taus:
+        return tuple(min(1.0, first + i * float(step)) for i in range(num_scales))
+
+    lines = []
+    for step in steps:
+        found = line(tau_at(lambda t, s=step: cost(line(t, s)), target), step)  # type: ignore[misc]
+        if cost(found) <= target * (1 + MARGIN):
+            lines.append(found)
+    return min(lines, key=loss)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of the search."""
+
+    taus: Taus
+    loss: float
+    cost: float
+
+
+def search(cost: Cost, loss: Loss, num_scales: int, trials: int, seed: int) -> list[Trial]:
+    """Two-objective TPE search (Optuna): the Pareto points of loss and cost, cheapest first."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed)
+    )
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        taus = [trial.suggest_float("tau0", 0, 1)]
+        for i in range(1, num_scales):
+            taus.append(min(1.0, taus[-1] + trial.suggest_float(f"rise{i}", 0, SPREAD)))
+        trial.set_user_attr("taus", taus)
+        return loss(taus), cost(taus)
+
+    study.optimize(objective, n_trials=trials)
+    found = [Trial(tuple(t.user_attrs["taus"]), *t.values) for t in study.best_trials]
+    return sorted(found, key=lambda trial: trial.cost)
+
+
+def within(found: Sequence[Trial], target: float) -> Trial | None:
+    """The point of least loss that costs no more than `target`; None where all cost more."""
+    affordable = [trial for trial in found if trial.cost <= target * (1 + MARGIN)]
+    return min(affordable, key=lambda trial: trial.loss, default=None)

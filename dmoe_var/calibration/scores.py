@@ -1,0 +1,129 @@
+"""What each tau runs, from router scores that were recorded once.
+
+Legend: B images, l tokens of a scale, E experts, G = BINS + 1 edges from 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.selection import SelectionRule, Threshold
+
+BINS = 4096
+"""Steps of tau that are told apart."""
+
+Cell = tuple[int, int]
+"""A scale and a layer."""
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Labels (B,) and teacher input (B, L - 1, Cvae)."""
+
+
+@dataclass(frozen=True)
+class Tails:
+    """Of one cell, over edges tau_G: the share of experts whose score is at least tau times their
+    token's largest, and what the others hold of the squared scores, a token."""
+
+    density_G: npt.NDArray[np.float64]
+    dropped_G: npt.NDArray[np.float64]
+
+    def density(self, tau: float) -> float:
+        return float(np.interp(tau, EDGES_G, self.density_G))
+
+    def dropped(self, tau: float) -> float:
+        return float(np.interp(tau, EDGES_G, self.dropped_G))
+
+    def tau(self, density: float) -> float:
+        """The smallest tau that runs at most this share; 1 where none does."""
+        below = np.nonzero(self.density_G <= density)[0]
+        if len(below) == 0:
+            return 1.0
+        last = int(below[0])
+        if last == 0:
+            return 0.0
+        high, low = self.density_G[last - 1], self.density_G[last]
+        part = (high - density) / (high - low) if high > low else 1.0
+        return float(EDGES_G[last - 1] + part * (EDGES_G[last] - EDGES_G[last - 1]))
+
+
+EDGES_G: npt.NDArray[np.float64] = np.linspace(0, 1, BINS + 1)
+
+
+@dataclass
+class _Sums:
+    """Of one cell, by bin of score over the token's largest: experts, and squared scores."""
+
+    count_G: Tensor = field(default_factory=lambda: torch.zeros(BINS + 1, dtype=torch.float64))
+    energy_G: Tensor = field(default_factory=lambda: torch.zeros(BINS + 1, dtype=torch.float64))
+    tokens: int = 0
+
+    def add(self, scores_BlE: Tensor) -> None:
+        scores = scores_BlE.double().cpu()
+        largest = scores.amax(-1, keepdim=True)
+        # A token whose scores are all 0 runs every expert at any tau, as Eq. 3 has it.
+        ratio = torch.where(largest > 0, scores / largest.clamp_min(1e-300), 1.0)
+        bins = (ratio * BINS).long().flatten()
+        self.count_G += torch.bincount(bins, minlength=BINS + 1)
+        self.energy_G += torch.bincount(bins, scores.square().flatten(), minlength=BINS + 1)
+        self.tokens += ratio[..., 0].numel()
+
+    def tails(self) -> Tails:
+        count, energy = self.count_G.numpy(), self.energy_G.numpy()
+        below = np.concatenate([[0.0], np.cumsum(count)[:-1]])
+        dropped = np.concatenate([[0.0], np.cumsum(energy)[:-1]])
+        return Tails(1 - below / count.sum(), dropped / self.tokens)
+
+
+@dataclass(frozen=True)
+class _Recording(SelectionRule):
+    """Another rule that notes the scores of its cell as well."""
+
+    rule: SelectionRule
+    sums: Mapping[int, _Sums]
+    layer: int | None = None
+    uses_scores: ClassVar[bool] = True
+
+    def at(self, layer: int) -> SelectionRule:
+        return _Recording(self.rule.at(layer), self.sums, layer)
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        assert self.layer is not None
+        self.sums[self.layer].add(scores)
+        return self.rule(scores, noise)
+
+
+class Recorder:
+    """Notes the scores of every cell while a model runs under rules, one a sparse scale."""
+
+    def __init__(self, model: DynamicVAR, rules: Sequence[SelectionRule]):
+        layers = range(model.config.depth)
+        self._sums = {si: {layer: _Sums() for layer in layers} for si in model.moe_scales}
+        self.rules: list[SelectionRule] = [
+            _Recording(rule, self._sums[si])
+            for si, rule in zip(model.moe_scales, rules, strict=True)
+        ]
+        """To be run in the place of those given."""
+
+    def tails(self) -> dict[Cell, Tails]:
+        """Of all scores so far."""
+        return {(si, i): cell.tails() for si, of in self._sums.items() for i, cell in of.items()}
+
+
+def record_scores(model: DynamicVAR, batches: Batches) -> dict[Cell, Tails]:
+    """Tails of every cell of `model.moe_scales`, from teacher-forced passes with every expert on.
+
+    Each batch runs with its labels and with the null class: at inference half of the tokens are of
+    either kind.
+    """
+    recorder = Recorder(model, [Threshold(0.0)] * len(model.moe_scales))
+    for labels_B, teacher_BLC in batches:
+        for labels in (labels_B, torch.full_like(labels_B, model.config.num_classes)):
+            model(labels, teacher_BLC, selection=recorder.rules)
+    return recorder.tails()

@@ -1,0 +1,33 @@
+"""Held-out loss over FLOPs of the ways to choose tau, from a calibration's record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dmoe_var.figures.fid_over_flops import finish
+from dmoe_var.figures.style import MARKERS, Paths, colour, plt, save
+
+NAMES = {
+    "calibrated": "calibrated",
+    "fixed": "one tau",
+    "linear": "rising linearly",
+    "search": "two-objective search",
+}
+
+
+def draw(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], dense_gmac: float, title: str, paths: Paths
+) -> None:
+    """One curve a method; rows hold gmac (predicted) and ce (held-out, nats a token)."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    for method, rows in curves.items():
+        points = sorted((row["gmac"], row["ce"]) for row in rows)
+        axis.plot(
+            *zip(*points, strict=True), label=NAMES[method], color=colour(method),
+            marker=MARKERS[method], markersize=4, linewidth=1.2,
+        )  # fmt: skip
+    axis.axvline(dense_gmac, color=colour("dense"), linestyle="--", linewidth=1, label="dense VAR")
+    label = "transformer GMAC an image (guidance included, decoder left out)"
+    finish(axis, label, "held-out cross-entropy of the sparse scales", title)
+    save(figure, paths)

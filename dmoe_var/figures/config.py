@@ -1,0 +1,105 @@
+"""Which figures are drawn, and over what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BeforeValidator, ConfigDict, Field
+
+PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
+"""The figures of the paper (2a and 11: samples; 2b and 12: experts over the picture)."""
+OURS = ("rules", "calibration", "accounting")
+"""All selection rules; calibrated tau beside its rivals; what another count of FLOPs does."""
+QUICK_VALUES = 4
+"""Values along a curve of a quick figure."""
+
+
+def _given(value: Any) -> Any:
+    """What names figures, as a tuple of strings; YAML reads most of the names as numbers."""
+    given = tuple(map(str, value if isinstance(value, list | tuple) else (value,)))
+    for each in given:
+        if not _named(each):
+            allowed = ", ".join(("all", *PAPER, *OURS))
+            raise ValueError(f"{each!r} is no figure; allowed: {allowed}")
+    return given
+
+
+def _named(name: str) -> tuple[str, ...]:
+    """The figures of a name: `all` is the paper's, 2 is 2a and 2b."""
+    if name == "all":
+        return PAPER
+    return (name,) if name in OURS else tuple(p for p in PAPER if name in (p, p.rstrip("ab")))
+
+
+Figures = Annotated[tuple[str, ...], BeforeValidator(_given), Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Several = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """scripts/figures.py.
+
+    make: first makes the records that are missing. plan: prints what would be made, in order, and
+    does nothing. quick: one seed, `quick_samples` images a point and four values a curve, marked
+    as such on the figures.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    figure: Figures = ("all",)
+    make: bool = False
+    plan: bool = False
+    quick: bool = False
+    quick_samples: Annotated[int, Field(ge=2)] = 500
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (0, 1, 2)
+    tau: Annotated[tuple[Share, ...], Several] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+    """Of every curve over tau."""
+    pruned_shares: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Several] = (
+        0.1, 0.3, 0.5, 0.7, 0.9,
+    )  # fmt: skip
+    k_shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (
+        0.25, 0.375, 0.5, 0.75,
+    )  # fmt: skip
+    """Shares of the experts that top-k and random run (figure `rules`)."""
+    cumulative_shares: Annotated[tuple[Share, ...], Several] = (0.7, 0.8, 0.9, 0.95)
+    alphas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] = (0, 1e-3, 1e-2, 1e-1)
+    router_alphas: tuple[
+        Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
+    ] = (1e-3, 1e-1)  # fmt: skip
+    """Low and high, for figure 10."""
+    gelu_alpha: Annotated[float, Field(ge=0)] = 2e-4
+    """Of the fine-tuning without ReLUfication (figure 7)."""
+    expert_sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Several] = (
+        8, 16, 32, 64, 128, 256,
+    )  # fmt: skip
+    single_scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (5, 6, 7, 8, 9)
+    depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], str | None] = field(
+        default_factory=dict
+    )
+    """By depth, where its dense VAR comes from, as `base.var` says it (null trains it). Figure 5
+    adds the experiment's own depth."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Of the timings (figures 8b and 9)."""
+    time_tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.4)
+    minutes: Mapping[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
+    """By stage, about how long it takes where no record tells; evaluate: 1,000 images."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The chosen figures, each once."""
+        return tuple(dict.fromkeys(name for each in self.figure for name in _named(each)))
+
+    @property
+    def used_seeds(self) -> tuple[int, ...]:
+        return self.seeds[:1] if self.quick else self.seeds
+
+    def along(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """The values of a curve: all, or four of them, evenly, first and last included."""
+        if not self.quick or len(values) <= QUICK_VALUES:
+            return values
+        places = np.linspace(0, len(values) - 1, QUICK_VALUES).round().astype(int)
+        return tuple(values[place] for place in places)

@@ -1,0 +1,165 @@
+"""Where the points of a multirun run: in this process one after the other, or as jobs of a cluster.
+
+A job is the script itself with the overrides of one point: what it leaves is what it leaves
+anywhere. submitit sends it, to SLURM or, to try things out, to processes of this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from dmoe_var.errors import ConfigError
+
+Word = Annotated[str, Field(min_length=1)]
+GRACE_S = 120
+"""Seconds between SLURM's warning and its kill; a job that is warned is sent again."""
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """What a job asks for. `cluster`: slurm, local (processes of this machine, all at once), or
+    None, no jobs at all.
+
+    gpus, cpus, mem_gb, hours: of one job, which is one point of the multirun; with several GPUs
+    torchrun starts a process on each. parallel: jobs of an array that run at once. restarts: how
+    often a job that ran out of time is sent again, to go on where it was. setup: lines of shell
+    before the job. more: further options of sbatch, by name.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    cluster: Literal["slurm", "local"] | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    gpus: Annotated[int, Field(ge=0)] = 1
+    cpus: Annotated[int, Field(gt=0)] = 8
+    mem_gb: Annotated[int, Field(gt=0)] = 64
+    hours: Annotated[float, Field(gt=0)] = 24.0
+    parallel: Annotated[int, Field(gt=0)] = 8
+    restarts: Annotated[int, Field(ge=0)] = 3
+    setup: tuple[Word, ...] = ()
+    more: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def command(self, script: str, overrides: Sequence[str]) -> list[str]:
+        """The command line of one point."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.gpus}"]
+        return [sys.executable, *(torchrun if self.gpus > 1 else []), script, *overrides]
+
+    def parameters(self, name: str) -> dict[str, Any]:
+        """What submitit's AutoExecutor is told; names with slurm_ only SLURM reads."""
+        asked = {
+            "name": name,
+            "timeout_min": max(1, round(60 * self.hours)),
+            "cpus_per_task": self.cpus,
+            "mem_gb": self.mem_gb,
+            "gpus_per_node": self.gpus or None,
+            "slurm_partition": self.partition,
+            "slurm_account": self.account,
+            "slurm_qos": self.qos,
+            "slurm_constraint": self.constraint,
+            "slurm_array_parallelism": self.parallel,
+            "slurm_signal_delay_s": GRACE_S,
+            "slurm_setup": list(self.setup) or None,
+            "slurm_additional_parameters": dict(self.more) or None,
+        }
+        return {key: value for key, value in asked.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a job ended: its exit status, what it said, and what it said last of errors."""
+
+    status: int
+    output: str
+    error: str
+
+
+class Job:
+    """What a job does: the command, its streams to two files; the exit status."""
+
+    process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, command: Sequence[str], streams: str) -> int:
+        with open(f"{streams}.out", "wb") as out, open(f"{streams}.err", "wb") as err:
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=_not_warned)
+            return self.process.wait()
+
+    def checkpoint(self, command: Sequence[str], streams: str) -> Any:
+        """Where time runs out: ends the script, and says what submitit is to send again. That is
+        the same command, for a script goes on where it was."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:
+            self.process.terminate()
+        return DelayedSubmission(Job(), command, streams)
+
+
+def _not_warned() -> None:
+    """SLURM's warning goes to all processes of a job, and would kill those that do not expect it
+    before submitit has seen to the rest."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def check(config: LauncherConfig) -> None:
+    """ConfigError where jobs are asked for and submitit is not installed."""
+    if config.cluster is not None and importlib.util.find_spec("submitit") is None:
+        raise ConfigError(
+            f"launcher.cluster={config.cluster}: the package submitit is not installed; install "
+            "dmoe-var[slurm], or use launcher=local"
+        )
+
+
+def run_jobs(
+    config: LauncherConfig, script: Path, points: Sequence[Sequence[str]], folder: Path
+) -> list[Finished]:
+    """Send a job for each point (its overrides), wait for all, and say how each ended.
+
+    Logs go to a new folder under `folder`. ConfigError where the cluster cannot be reached.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    started = datetime.now().strftime("%Y%m%d-%H%M%S")
+    logs = folder.resolve() / f"{script.stem}-{started}-{os.getpid()}"
+    logs.mkdir(parents=True)
+    try:
+        executor = submitit.AutoExecutor(
+            logs / "%j", cluster=config.cluster, slurm_max_num_timeout=config.restarts
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"launcher.cluster={config.cluster}: {error}") from error
+    executor.update_parameters(**config.parameters(script.stem))
+    commands = [config.command(str(script.resolve()), overrides) for overrides in points]
+    streams = [logs / f"{number:03d}" for number in range(len(points))]
+    try:
+        jobs = executor.map_array(Job(), commands, [str(path) for path in streams])
+    except (FailedJobError, FailedSubmissionError) as error:  # sbatch refuses
+        raise ConfigError(f"launcher.cluster={config.cluster}: {error}") from error
+    return [_finished(*each) for each in zip(jobs, points, streams, strict=True)]
+
+
+def _finished(job: Any, overrides: Sequence[str], streams: Path) -> Finished:
+    """Waits for a job."""
+    output, errors = streams.with_suffix(".out"), streams.with_suffix(".err")
+    point = " ".join(overrides)
+    if job.exception() is not None:  # cancelled, killed, out of memory or time
+        error = f"{point}: job {job.job_id} ended without a result ({job.state}); see {errors}"
+        return Finished(1, "", error)
+    status = job.result()
+    lines = errors.read_text().strip().splitlines()
+    said = lines[-1] if lines else f"exit status {status}"
+    error = f"{point}: {said} (all of it: {errors})" if status else ""
+    return Finished(status, output.read_text(), error)

@@ -1,0 +1,168 @@
+"""Where the time of a batch goes: by part of the sampler and by scale.
+
+The clock knows one part at a time, and changes from it to the next: parts cannot overlap, and what
+no part claims is `rest`, so that all of them sum to the whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from dmoe_var.models.blocks import FFN, HeadNorm, SelfAttention
+from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.moe.router import Router
+
+PARTS = (
+    "attention",
+    "ffn",
+    "experts",
+    "router",
+    "selection",
+    "transformer",
+    "head",
+    "embedding",
+    "sampling",
+    "quantiser",
+    "decoder",
+    "rest",
+)
+"""ffn: FFNs that are not split. experts: FFNs that are, gathering and adding included. transformer:
+norms and residuals, and all of a backbone whose parts are not told apart. embedding: class, scale
+inputs, AdaLN's projections. sampling: guidance, filters, draw, code vectors. rest: before the first
+part and after the last."""
+
+Stamp = float | torch.cuda.Event
+"""Seconds, or an event on the device's stream."""
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Milliseconds of one call by part and scale (None: outside of all scales)."""
+
+    by_part_and_scale_ms: Mapping[tuple[str, int | None], float]
+
+    @property
+    def total_ms(self) -> float:
+        """The whole call, clock included."""
+        return sum(self.by_part_and_scale_ms.values())
+
+    @property
+    def by_part_ms(self) -> dict[str, float]:
+        """In the order of PARTS; parts that did not run are left out."""
+        found = {part for part, _ in self.by_part_and_scale_ms}
+        return {
+            part: sum(ms for (p, _), ms in self.by_part_and_scale_ms.items() if p == part)
+            for part in PARTS
+            if part in found
+        }
+
+    @property
+    def by_scale_ms(self) -> list[float]:
+        """One value a scale: embedding, transformer, sampling and quantiser of it."""
+        scales = [si for _, si in self.by_part_and_scale_ms if si is not None]
+        return [
+            sum(ms for (_, s), ms in self.by_part_and_scale_ms.items() if s == si)
+            for si in range(max(scales, default=-1) + 1)
+        ]
+
+
+def median_by_part(runs: Sequence[PartTimes]) -> dict[str, float]:
+    """Median over runs of each part's time, ms."""
+    by_run = [run.by_part_ms for run in runs]
+    return {part: float(np.median([run[part] for run in by_run])) for part in by_run[0]}
+
+
+def median_by_scale(runs: Sequence[PartTimes]) -> list[float]:
+    """Median over runs of each scale's time, ms."""
+    return [float(ms) for ms in np.median([run.by_scale_ms for run in runs], axis=0)]
+
+
+class PartClock:
+    """Measures one call of `generate(..., clock=clock)` inside `with clock.running(model)`.
+
+    On CUDA it records events and waits for none of them before the end; on MPS, which has no such
+    events, it waits at every change of part.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stamps: list[tuple[str, int | None, Stamp]] = []
+        self._end: Stamp | None = None
+        self._scale: int | None = None
+
+    def mark(self, part: str, scale: int | None = None) -> None:
+        """From here on time is this part's, at this scale (None: outside of all scales)."""
+        self._scale = scale
+        self.within(part)
+
+    def within(self, part: str) -> None:
+        """As `mark`, at the scale that is running."""
+        self._stamps.append((part, self._scale, self._stamp()))
+
+    @contextmanager
+    def running(self, model: nn.Module, told_apart: bool = True) -> Iterator[None]:
+        """From start to end of a call of this model.
+
+        told_apart: with the transformer's parts, by hooks on its modules that are gone afterwards;
+        without (a compiled model has no place for hooks) all of a scale's is `transformer`.
+        """
+        handles = [h for m in model.modules() for h in self._hook(m)] if told_apart else []
+        self._stamps, self._end = [], None
+        try:
+            self.mark("rest")
+            yield
+            self._end = self._stamp()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read(self) -> PartTimes:
+        """The call's times; waits for the device. ValueError where no call has ended."""
+        if self._end is None:
+            raise ValueError("no call has ended under this clock")
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        ends = [*(stamp for _, _, stamp in self._stamps[1:]), self._end]
+        times: dict[tuple[str, int | None], float] = {}
+        for (part, scale, start), end in zip(self._stamps, ends, strict=True):
+            times[part, scale] = times.get((part, scale), 0.0) + _milliseconds(start, end)
+        return PartTimes(times)
+
+    def _stamp(self) -> Stamp:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        if self._device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def _hook(self, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks that claim a module's time, and give it back to what it stands in."""
+        claims = {
+            SelfAttention: ("attention", "transformer"),
+            FFN: ("ffn", "transformer"),
+            MoEFFN: ("experts", "transformer"),
+            Router: ("router", "selection"),
+            HeadNorm: ("head", "head"),
+        }
+        if type(module) not in claims:
+            return []
+        before, after = claims[type(module)]
+        return [
+            module.register_forward_pre_hook(lambda *_: self.within(before)),
+            module.register_forward_hook(lambda *_: self.within(after)),
+        ]
+
+
+def _milliseconds(start: Stamp, end: Stamp) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return 1000 * (float(end) - float(start))  # type: ignore[arg-type]
+    return float(start.elapsed_time(end))

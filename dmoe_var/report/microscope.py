@@ -1,0 +1,133 @@
+"""What the routers did while one picture was drawn with every expert, small enough for a page.
+
+Eq. 3 compares a score with tau times the largest of its token, so that the ratio of the two says
+at which tau an expert still runs. And as the experts of any tau are those of the largest scores,
+what a token loses is a function of how many run: E numbers a token hold it for every tau.
+
+Legend: R rows (1 or, with guidance, 2: conditional, unconditional), l tokens of a scale, N = R l,
+E experts, C width, K layers, S picture side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmoe_var.metrics.images import to_uint8
+from dmoe_var.models.products import activated_linear, at_least_float32, linear
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.layer import MoEFFN, Routing
+from dmoe_var.moe.selection import Threshold
+from dmoe_var.sampling.sampler import SamplingConfig, generate
+
+STEPS = 65535
+"""A ratio of 1, and the largest error, as stored in 16 bits."""
+CHUNK = 2**26
+"""Numbers of expert outputs held at once."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One picture, by sparse scale.
+
+    ratios: uint16 (K, R, l, E), STEPS x score / largest score of the token (STEPS where all scores
+    are 0: every expert runs then). errors: float32 (K, R, l, E), at k - 1 the norm of the sum of
+    the outputs of all but the k experts of the largest ratios, over the norm of the sum of all
+    outputs (0 where that is 0); the shared output bias, which no expert owns, is in neither.
+    pictures: uint8 (S, S, 3), decoded after the scale.
+    """
+
+    ratios: dict[int, np.ndarray] = field(default_factory=dict)
+    errors: dict[int, np.ndarray] = field(default_factory=dict)
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def record(
+    model: DynamicVAR,
+    vqvae: VQVAE,
+    label: int,
+    seed: int,
+    index: int,
+    sampling: SamplingConfig,
+    impl: str,
+) -> Recording:
+    """Draw picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
+    recording = Recording()
+    ratios: dict[int, list[np.ndarray]] = {}
+    errors: dict[int, list[np.ndarray]] = {}
+
+    def watch(ffn: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        x_RlC, routing = inputs
+        assert isinstance(ffn, MoEFFN)
+        assert isinstance(routing, Routing)
+        ratios_RlE = quantised_ratios(ffn.router(x_RlC))
+        found_RlE = errors_by_count(ffn, x_RlC, ratios_RlE)
+        ratios.setdefault(routing.si, []).append(ratios_RlE.cpu().numpy().astype(np.uint16))
+        errors.setdefault(routing.si, []).append(found_RlE.cpu().numpy())
+
+    def decode(si: int, f_hat_1CHW: Tensor) -> None:
+        if si in model.moe_scales:
+            recording.pictures[si] = to_uint8((vqvae.decode_f_hat(f_hat_1CHW) + 1) / 2)[0]
+
+    ffns = [module for module in model.moe.modules() if isinstance(module, MoEFFN)]
+    hooks = [ffn.register_forward_pre_hook(watch) for ffn in ffns]
+    try:
+        generate(
+            model, vqvae, [label], cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p,
+            seed=seed, selection=Threshold(0.0), start_index=index, impl=impl, on_scale=decode,
+            more_smooth=sampling.more_smooth,
+        )  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for si in model.moe_scales:
+        recording.ratios[si] = np.stack(ratios[si])
+        recording.errors[si] = np.stack(errors[si]).astype(np.float32)
+    return recording
+
+
+def quantised_ratios(scores_E: Tensor) -> Tensor:
+    """Scores (..., E) over the largest of each token, int32 in 0..STEPS."""
+    scores_E = at_least_float32(scores_E)
+    largest = scores_E.amax(-1, keepdim=True)
+    ratios = torch.where(largest > 0, scores_E / largest, torch.ones_like(scores_E))
+    return (ratios * STEPS).round().to(torch.int32)
+
+
+def runs_at(ratios_E: np.ndarray, tau: float) -> np.ndarray:
+    """Eq. 3 on stored ratios, bool (..., E); the page computes the same."""
+    runs: np.ndarray = ratios_E >= tau * STEPS
+    return runs
+
+
+def errors_by_count(ffn: MoEFFN, x_RlC: Tensor, ratios_RlE: Tensor) -> Tensor:
+    """`Recording.errors` of one layer, (R, l, E), float32 or wider."""
+    x_NC, ratios_NE = x_RlC.flatten(0, 1), ratios_RlE.flatten(0, 1)
+    tokens = max(1, CHUNK // (ffn.num_experts * x_NC.shape[1]))
+    parts = zip(x_NC.split(tokens), ratios_NE.split(tokens), strict=True)
+    return torch.cat([_errors(ffn, x, ratios) for x, ratios in parts]).view(ratios_RlE.shape)
+
+
+def _errors(ffn: MoEFFN, x_NC: Tensor, ratios_NE: Tensor) -> Tensor:
+    outputs = []
+    for w1_DC, b1_D, w2_DC in zip(ffn.w1_EDC, ffn.b1_ED, ffn.w2_EDC, strict=True):
+        h_ND = activated_linear(ffn.act, x_NC, w1_DC, b1_D)
+        outputs.append(at_least_float32(linear(h_ND, w2_DC.T)))
+    out_NEC = torch.stack(outputs, dim=1)
+    order_NE = ratios_NE.argsort(dim=-1, descending=True, stable=True)
+    out_NEC = out_NEC.take_along_dim(order_NE[..., None], dim=1)
+    dropped_NEC = out_NEC.flip(1).cumsum(1).flip(1)  # at k: all but the first k
+    norms_NE = torch.linalg.vector_norm(dropped_NEC, dim=-1)
+    dropped_NE = torch.cat([norms_NE[:, 1:], torch.zeros_like(norms_NE[:, :1])], dim=1)
+    every_N1 = norms_NE[:, :1]
+    return torch.where(every_N1 > 0, dropped_NE / every_N1, torch.zeros_like(dropped_NE))
+
+
+def num_bytes(depth: int, branches: int, num_tokens: int, num_experts: int) -> int:
+    """What a recording takes in the page: two 16-bit numbers a (token, expert) pair, in base64."""
+    return depth * branches * num_tokens * num_experts * 2 * 2 * 4 // 3

@@ -1,0 +1,60 @@
+"""The page itself: template, style, scripts and data in one HTML text.
+
+It asks the network for nothing: a policy in its head forbids it, and all pictures are data: URIs.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from dmoe_var.report.microscope import Recording
+from dmoe_var.report.pictures import png_uri
+
+SCRIPTS = ("tools.js", "curve.js", "tables.js", "microscope.js", "main.js")
+STEPS_OF_ERROR = 65535
+PLACES = ("<!--title-->", "/*style*/", "/*data*/", "/*scripts*/")
+
+
+def build(title: str, data: Mapping[str, Any]) -> str:
+    """The whole page. `data` is what its scripts read; nothing in it becomes markup."""
+    text = _file("page.html")
+    content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    scripts = "\n".join(_file(name) for name in SCRIPTS)
+    for place, value in zip(
+        PLACES, (html.escape(title), _file("style.css"), content, scripts), strict=True
+    ):
+        before, _, after = text.partition(place)
+        text = before + value + after
+    return text
+
+
+def _file(name: str) -> str:
+    return (resources.files("dmoe_var.report") / "page" / name).read_text(encoding="utf-8")
+
+
+def packed(recording: Recording, most_pixels: int) -> dict[str, Any]:
+    """A recording as the page reads it: by scale, little-endian 16-bit numbers in base64.
+
+    An error is stored in steps of `error_step`, the largest one over 65535.
+    """
+    largest = max(float(errors.max()) for errors in recording.errors.values())
+    step = largest / STEPS_OF_ERROR or 1.0
+    return {
+        "error_step": step,
+        "ratios": {str(si): _base64(ratios) for si, ratios in recording.ratios.items()},
+        "errors": {
+            str(si): _base64(np.rint(errors / step)) for si, errors in recording.errors.items()
+        },
+        "after": {str(si): png_uri(image, most_pixels) for si, image in recording.pictures.items()},
+    }
+
+
+def _base64(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.astype("<u2").tobytes()).decode()

@@ -1,0 +1,252 @@
+"""What the page tells of an experiment's records, as plain values: stages, curves, tables.
+
+Of each point there is the mean over its seeds; scales count from 0 here and from 1 in the page.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmoe_var.data.class_names import class_names, title
+from dmoe_var.figures.fid_over_flops import ALONE, LABELS, display_name
+from dmoe_var.figures.style import MARKERS, colour
+from dmoe_var.metrics.flops import SAMPLER_PARTS
+from dmoe_var.metrics.image_sets import ImageFolder, all_pixels
+from dmoe_var.metrics.record import RESULT_FILE, Record
+from dmoe_var.report.pictures import grid_uri
+from dmoe_var.sampling.draw import SAMPLES_FILE, Samples, balanced_labels
+from dmoe_var.sampling.parts import PNG_FOLDER
+from dmoe_var.stages.work import Work
+
+MAKING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
+MEASURING = ("sweep", "evaluate", "calibrate", "benchmark")
+"""Stages that build on the model, and have records of their own."""
+RULE_LABELS = {
+    "threshold": "Eq. 3, evaluated alone",
+    "oracle": "Eq. 3 on true norms (oracle)",
+    "top_k": "top-k",
+    "random": "k at random",
+    "cumulative": "cumulative share",
+    "all": "all experts",
+}
+VALUES = {"top_k": "k", "random": "k", "cumulative": "share"}
+"""The key under `selection` that a rule reads, where it is not tau."""
+GRID_COLUMNS = 10
+UNCOMPARED = ("sampling.batch_size", "fidelity.batch_size", "fidelity.weights")
+"""Keys that change a measured number by rounding alone, or say where a file lies."""
+
+
+def stages(work: Work) -> list[dict[str, Any]]:
+    """Every stage in the order in which they run: done, given, missing or made otherwise."""
+    return [_stage(work, stage) for stage in (*MAKING, *MEASURING)]
+
+
+def _stage(work: Work, stage: str) -> dict[str, Any]:
+    found = [record for _, record in _found(work, stage)]
+    ours = [record for record in found if not differences(work, record)]
+    row: dict[str, Any] = {"name": stage, "records": [_shown(r) for r in ours], "note": ""}
+    if ours:
+        row["state"] = "present"
+    elif found:
+        row["state"] = "made otherwise"
+        row["note"] = "; ".join(differences(work, found[-1])[:3])
+    elif work.is_given(stage):
+        row["state"] = "given"
+        base = work.config.base
+        row["note"] = f"{base.vqvae if stage == 'train_vqvae' else base.var}, not trained here"
+    else:
+        row["state"] = "missing"
+        row["note"] = f"scripts/{stage}.py makes it"
+    return row
+
+
+def _shown(record: Record) -> dict[str, Any]:
+    shown = ("variant", "started", "ended", "device", "dtype", "seed", "num_samples", "git_commit")
+    return {**{k: getattr(record, k) for k in shown}, "metrics": dict(record.metrics)}
+
+
+def _found(work: Work, stage: str) -> list[tuple[Path, Record]]:
+    """All records of a stage, whatever they were made with."""
+    paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
+    return [(path, Record.read(path)) for path in paths]
+
+
+def differences(work: Work, record: Record) -> list[str]:
+    """In what a record's model is not that of `work`, a line a key; empty where it is."""
+    upstream = "train_router"
+    model = record.config.get("evaluate.model")
+    if record.stage in MAKING:
+        upstream = record.stage
+    elif record.stage == "benchmark" or (record.stage == "evaluate" and model == "dense"):
+        upstream = "train_var"
+    elif record.stage == "evaluate" and model == "pruned":
+        upstream = "sparsify" if record.config["pruning.model"] == "sparse" else "train_var"
+    return _differing(work.relevant(upstream), record)
+
+
+def _differing(keys: Mapping[str, Any], record: Record) -> list[str]:
+    return [
+        f"{key} is {value}, there {record.config.get(key)}"
+        for key, value in keys.items()
+        if record.config.get(key) != value
+    ]
+
+
+def sweep_record(work: Work) -> Record | None:
+    """The record of the sweep that `work` configures, of this model; None where there is none."""
+    path = work.folder("sweep") / RESULT_FILE
+    if not path.exists():
+        return None
+    record = Record.read(path)
+    return None if differences(work, record) else record
+
+
+class Curves:
+    """The points of the sweep, and of all evaluations of this model that compare with them."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.sweep = sweep_record(work)
+        self._records = {f"evaluate/{path.parent.name}": r for path, r in _found(work, "evaluate")}
+        self._curves: dict[str, dict[str, Any]] = {}
+        for row in self.sweep.about["settings"] if self.sweep else ():
+            self._add(row["group"], LABELS[row["group"]], row["label"], row["points"], row)
+        self._add_loose()
+
+    def shown(self) -> dict[str, Any]:
+        """Curves with their points, the dense ones first, and how their axes are called."""
+        curves = list(self._curves.values())
+        first = next((r for r in self._records.values() if self._comparable(r)), None)
+        name = self.sweep.about["fidelity"] if self.sweep else None
+        name = name or (first.about["fidelity"] if first else "fid")
+        return {
+            "curves": curves,
+            "fid_name": display_name(name),
+            "num_samples": self.work.config.evaluate.num_samples,
+            "parts": list(SAMPLER_PARTS),
+        }
+
+    def _comparable(self, record: Record) -> bool:
+        """Whether a number of it stands beside the sweep's: same model, sampling and measure."""
+        ours = self.work.relevant("evaluate")
+        compared = {
+            key: value
+            for key, value in ours.items()
+            if key.startswith(("sampling.", "fidelity.", "evaluate.num_samples"))
+            and key not in UNCOMPARED
+        }
+        return not differences(self.work, record) and not _differing(compared, record)
+
+    def _add_loose(self) -> None:
+        """Evaluations that are no points of the sweep, those of one setting joined."""
+        taken = {point for c in self._curves.values() for row in c["rows"] for point in row["at"]}
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for at, record in self._records.items():
+            if at not in taken and self._comparable(record):
+                groups.setdefault(setting_of(record.config), []).append(at)
+        for (method, name, label), points in groups.items():
+            self._add(method, name, label, points, {})
+
+    def _add(
+        self, method: str, name: str, label: str, points: Sequence[str], row: Mapping[str, Any]
+    ) -> None:
+        """One point of a curve; numbers that `row` lacks come from the records."""
+        records = [self._records[point] for point in points if point in self._records]
+        if not row and not records:
+            return
+        fid = [r.metrics[r.about["fidelity"]] for r in records]
+        spread = statistics.stdev(fid) if len(fid) > 1 else 0.0
+        curve = self._curves.setdefault(
+            name,
+            {
+                "name": name,
+                "colour": None if method == "dense" else colour(method),
+                "marker": MARKERS[method],
+                "line": method not in ALONE,
+                "rows": [],
+            },
+        )
+        number = sum(len(c["rows"]) for c in self._curves.values())
+        first = self._records.get(points[0])
+        curve["rows"].append({
+            "id": f"point-{number}",
+            "dense": method == "dense",
+            "chosen": method == "chosen",
+            "label": label,
+            "tau": _tau_text(row["tau"]) if row else label,
+            "fid": row["fid_mean"] if row else statistics.fmean(fid),
+            "fid_std": row["fid_std"] if row else spread,
+            "seeds": len(points),
+            "gmac": row["flops_gmac"] if row else mean(records, "flops_gmac"),
+            "gmac_std": mean(records, "flops_gmac_std"),
+            "at": list(points),
+            "scales": by_scale(records),
+            "parts": [mean(records, f"flops_{part}_gmac") for part in SAMPLER_PARTS],
+            "agreement": mean(records, "label_agreement"),
+            **grid(self.work.root / points[0], first, self.work),
+        })  # fmt: skip
+
+
+def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Method (its colour), curve and label of an evaluation, from its record's configuration."""
+    model, rule = config["evaluate.model"], config["selection.rule"]
+    if model == "dense":
+        return "dense", LABELS["dense"], "dense"
+    scales = ", ".join(str(si + 1) for si in config["moe.scales"])
+    if model == "pruned":
+        which, how = config["pruning.model"], config["pruning.rule"]
+        name = f"Pruned-FFN ({which}, {how}), scales {scales}"
+        return "pruned", name, f"share {config['pruning.share']:g}"
+    if rule in ("threshold", "oracle"):
+        tau = config["selection.tau"]
+        method = rule if rule == "oracle" else "last" if len(tau) == 1 else "lists"
+        return method, f"{RULE_LABELS[rule]}, scales {scales}", _tau_text(tau)
+    label = f"{config[f'selection.{VALUES[rule]}']:g}" if rule in VALUES else "all"
+    return rule, f"{RULE_LABELS[rule]}, scales {scales}", label
+
+
+def _tau_text(tau: Iterable[Any]) -> str:
+    return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in tau)
+
+
+def mean(records: Sequence[Record], metric: str) -> float | None:
+    """Mean of a metric, None where a record lacks it or there is none."""
+    if not records or any(metric not in record.metrics for record in records):
+        return None
+    return statistics.fmean(record.metrics[metric] for record in records)
+
+
+def by_scale(records: Sequence[Record]) -> list[dict[str, float | None]]:
+    """GMAC and share of the experts that ran, by scale."""
+    rows: list[dict[str, float | None]] = []
+    while (gmac := mean(records, f"flops_scale{len(rows)}_gmac")) is not None:
+        rows.append({"gmac": gmac, "share": mean(records, f"experts_share_scale{len(rows)}")})
+    return rows
+
+
+def grid(folder: Path, record: Record | None, work: Work) -> dict[str, Any]:
+    """The first pictures of a point as one, and their classes; why not, where they are gone."""
+    report, config = work.config.report, work.config
+    if record is None:
+        return {"grid": None, "grid_note": f"{folder.name}: its record is gone"}
+    labels = balanced_labels(record.num_samples, config.var.num_classes)[: report.grid_images]
+    pngs = [folder / PNG_FOLDER / f"{index:06d}.png" for index in range(len(labels))]
+    if (folder / SAMPLES_FILE).exists():
+        images = np.asarray(Samples.load(folder / SAMPLES_FILE).images[: len(labels)])
+    elif all(png.exists() for png in pngs):
+        images = all_pixels(ImageFolder(folder, config.data.image_size, tuple(pngs)))
+    else:
+        return {"grid": None, "grid_note": f"{folder.name}: its pictures are gone"}
+    columns = min(GRID_COLUMNS, config.var.num_classes, len(images))
+    names = class_names(config.data.kind, config.var.num_classes)
+    shown = dict.fromkeys(title(names, int(label)) for label in labels)
+    return {
+        "grid": grid_uri(images, columns, report.grid_side),
+        "grid_columns": columns,
+        "grid_note": f"seed {record.seed}, classes {', '.join(shown)}",
+    }

@@ -1,0 +1,199 @@
+"""One HTML page of all that was measured, with the routers under a microscope."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dmoe_var.config import Config
+from dmoe_var.data.class_names import class_names, title
+from dmoe_var.errors import ConfigError
+from dmoe_var.files import write_text
+from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, pairs_per_image, report
+from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
+from dmoe_var.metrics.images import to_uint8
+from dmoe_var.metrics.record import git_commit, now
+from dmoe_var.models.var import VAR
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.selection import Threshold
+from dmoe_var.report import microscope, page
+from dmoe_var.report.pictures import png_uri
+from dmoe_var.report.records import Curves, stages
+from dmoe_var.sampling.sampler import generate
+from dmoe_var.stages.evaluate import Bench
+from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages.work import Work
+from dmoe_var.training.distributed import from_main, is_main
+
+REPORT_FILE = "report.html"
+MB = 1e6
+PICTURES = 4
+"""Under the microscope where no classes are given."""
+
+
+def run(work: Work) -> StageResult:
+    """Writes report.html; the main process draws its few pictures."""
+    result = from_main(_write(work) if is_main() else None)
+    assert result is not None
+    return result
+
+
+def _write(work: Work) -> StageResult:
+    config = work.config
+    data: dict[str, Any] = {"about": _about(config), "stages": stages(work)}
+    data["quality"] = Curves(work).shown()
+    without = len(json.dumps(data))
+    if without > config.report.max_mb * MB:
+        raise ConfigError(
+            f"report.max_mb={config.report.max_mb:g}: the page takes {without / MB:.1f} MB without "
+            "its microscope; allow more, or lower report.grid_images or report.grid_side"
+        )
+    data["microscope"] = _microscope(work, config.report.max_mb * MB - without)
+    text = page.build(f"DMoE-VAR: {config.name}", data)
+    write_text(work.folder("report") / REPORT_FILE, text)
+    pictures = len(data["microscope"]["pictures"])
+    missing = [
+        row["name"] for row in data["stages"] if row["state"] in ("missing", "made otherwise")
+    ]
+    points = sum(len(curve["rows"]) for curve in data["quality"]["curves"])
+    metrics = {
+        "page_mb": len(text.encode()) / MB,
+        "points": float(points),
+        "microscope_pictures": float(pictures),
+    }
+    about = {"page": REPORT_FILE, "missing": missing}
+    return StageResult(metrics, pictures, about, config.report.seed, config.sampling.dtype)
+
+
+def _about(config: Config) -> dict[str, Any]:
+    experts = config.var.hidden // config.split.expert_size
+    return {
+        "name": config.name,
+        "made": now(),
+        "commit": git_commit(),
+        "patch_nums": list(config.var.patch_nums),
+        "moe_scales": list(config.moe.scales),
+        "num_experts": experts,
+        "expert_size": config.split.expert_size,
+        "depth": config.var.depth,
+        "width": config.var.C,
+        "cfg": config.sampling.cfg,
+        "image_size": config.data.image_size,
+    }
+
+
+def _microscope(work: Work, budget: float) -> dict[str, Any]:
+    """Costs, and as many of the pictures as fit into `budget` bytes, in order."""
+    config, bench = work.config, Bench(work)
+    model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
+    guided = config.sampling.cfg != 0
+    fixed = fixed_cost(model, bench.vqvae, guided)
+    names = class_names(config.data.kind, config.var.num_classes)
+    content: dict[str, Any] = {
+        **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
+        "chosen": _chosen_tau(config),
+        "tau": list(config.report.tau),
+        "pictures": [],
+        "left_out": 0,
+    }
+    experts = config.var.hidden // config.split.expert_size
+    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
+    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
+    labels = config.report.labels or range(min(PICTURES, config.var.num_classes))
+    for index, label in enumerate(tqdm(labels, "microscope", disable=not work.progress)):
+        if each > budget:
+            break
+        shown = _picture(work, bench, model, fixed, index, label)
+        shown["name"] = title(names, label)
+        size = len(json.dumps(shown))
+        if size > budget:
+            break
+        budget -= size
+        content["pictures"].append(shown)
+    content["left_out"] = len(labels) - len(content["pictures"])
+    content["picture_mb"] = each / MB
+    content["max_mb"] = config.report.max_mb
+    return content
+
+
+def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
+    """GMAC of an image but for its experts, GMAC of a (token, expert) pair by sparse scale, and of
+    the dense model's image; the sampler's parts, without the decoder."""
+    always = sum(sum(fixed.macs[part]) for part in SAMPLER_PARTS if part in fixed.macs)
+    routers = sum(cost.router_macs for cost in fixed.experts.values())
+    everything = sum(sum(dense.macs[part]) for part in SAMPLER_PARTS if part in dense.macs)
+    return {
+        "branches": fixed.branches,
+        "fixed_gmac": (always + routers) / GIGA,
+        "pair_gmac": {str(si): cost.pair_macs / GIGA for si, cost in fixed.experts.items()},
+        "dense_gmac": everything / GIGA,
+    }
+
+
+def _chosen_tau(config: Config) -> list[float]:
+    """The operating point: the sweep's chosen list, else `selection.tau`; one a sparse scale."""
+    sweep = config.sweep
+    tau = config.selection.tau if sweep.chosen is None else sweep.lists[sweep.chosen]
+    scales = config.moe.scales
+    if len(tau) == config.var.num_scales:
+        return [tau[si] for si in scales]
+    return list(tau) if len(tau) == len(scales) else [tau[0]] * len(scales)
+
+
+def _picture(
+    work: Work, bench: Bench, model: DynamicVAR, fixed: FixedCost, index: int, label: int
+) -> dict[str, Any]:
+    """One picture: what the routers did, and how it looks from the dense model and at each tau."""
+    config, given = work.config, work.config.report
+    recording = microscope.record(
+        model, bench.vqvae, label, given.seed, index, config.sampling, config.moe.impl
+    )
+    dense, _ = _draw(work, bench, bench.dense, index, label, None, fixed)
+    drawn = []
+    for tau in given.tau:
+        image, cost = _draw(work, bench, model, index, label, tau, fixed)
+        assert cost is not None
+        drawn.append({
+            "tau": tau,
+            "gmac": cost.total_gmac,
+            "shares": [cost.expert_share[si] for si in config.moe.scales],
+            "difference": float(np.abs(image.astype(int) - dense).mean()),
+            "image": png_uri(image, given.picture_side),
+        })  # fmt: skip
+    return {
+        "label": label,
+        "seed": given.seed,
+        "index": index,
+        "dense": png_uri(dense, given.picture_side),
+        "drawn": drawn,
+        **page.packed(recording, given.picture_side),
+    }
+
+
+def _draw(
+    work: Work,
+    bench: Bench,
+    model: VAR | DynamicVAR,
+    index: int,
+    label: int,
+    tau: float | None,
+    fixed: FixedCost,
+) -> tuple[np.ndarray, FlopReport | None]:
+    """Picture uint8 (R, R, 3) and, where experts are selected, what it cost."""
+    config, sampling = work.config, work.config.sampling
+    rule, counts = None if tau is None else Threshold(tau), ExpertCounts()
+    image_13RR = generate(
+        model, bench.vqvae, [label], cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p,
+        seed=config.report.seed, selection=rule, start_index=index, impl=config.moe.impl,
+        more_smooth=sampling.more_smooth, counts=counts,
+    )  # fmt: skip
+    image = to_uint8(image_13RR)[0]
+    if rule is None:
+        return image, None
+    rules = dict.fromkeys(config.moe.scales, rule)
+    pairs = pairs_per_image([counts], rules, fixed.branches)
+    return image, report(fixed, pairs, rules, 1)

@@ -1,0 +1,31 @@
+"""Find tau for a budget, and verify it on held-out images.
+
+python scripts/calibrate.py budget=0.81        (a share of the dense model's FLOPs)
+python scripts/calibrate.py budget_ms=900      (milliseconds of a batch on this device)
+"""
+
+import re
+
+from _hydra import main, report, say
+
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.work import Work
+
+SHORT = re.compile(r"^(budget|budget_ms|budgets|by_layer|loss)=")
+
+
+def in_full(overrides: list[str]) -> list[str]:
+    """Overrides with the short keys written out."""
+    return [SHORT.sub(r"calibrate.\1=", each) for each in overrides]
+
+
+def run(work: Work) -> None:
+    record = run_stage(work, "calibrate")
+    report(work, "calibrate", record)
+    tau = record.about["tau"]
+    key = "layer_tau" if record.about["by_layer"] else "tau"
+    say(f"selection.{key}={tau}".replace(" ", ""))
+
+
+if __name__ == "__main__":
+    main(run, in_full)

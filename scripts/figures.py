@@ -1,0 +1,31 @@
+"""Draw the paper's figures from records, and first make the records that are missing if asked.
+
+python scripts/figures.py experiment=digits figure=all make=true quick=true
+"""
+
+import re
+
+from _hydra import main, report, say
+
+from dmoe_var.stages import figures
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.work import Work
+
+SHORT = ("figure", "make", "plan", "quick")
+
+
+def in_full(overrides: list[str]) -> list[str]:
+    """Overrides with the short keys written out."""
+    short = re.compile(rf"^({'|'.join(SHORT)})=")
+    return [short.sub(r"figures.\1=", each) for each in overrides]
+
+
+def run(work: Work) -> None:
+    if work.config.figures.plan:
+        say(figures.plan_text(work, figures.missing(work)))
+        return
+    report(work, "figures", run_stage(work, "figures"))
+
+
+if __name__ == "__main__":
+    main(run, in_full)

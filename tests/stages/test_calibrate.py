@@ -1,0 +1,153 @@
+"""The stage: a budget hit on held-out images, what is out of reach, and by layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dmoe_var.calibration.costs import CostTable
+from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
+from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.metrics.flops import count_flops
+from dmoe_var.moe.selection import Threshold
+from dmoe_var.stages import calibrate, models
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.tokens import token_sets
+
+FEW = {
+    "calibrate.budget": 0.85,
+    "calibrate.densities": [0.7, 0.4],
+    "calibrate.images": 20,
+    "calibrate.held_out": 20,
+    "calibrate.drawn": 60,
+    "calibrate.batch_size": 8,
+    "calibrate.time_batch": 2,
+    "calibrate.time_repeats": 1,
+}
+
+
+def made(make_work, runs, **changes):
+    given = {f"calibrate.{key}": value for key, value in changes.items()}
+    return make_work(runs, changes={**FEW, **given})
+
+
+def test_a_budget_is_hit_on_held_out_images(make_work, runs):
+    """Counted once more by `count_flops`, of other images, under the tau that was found."""
+    work = made(make_work, runs)
+    record = run_stage(work, "calibrate")
+    model, vqvae = models.dynamic(work), models.vqvae(work)
+    labels = [i % 10 for i in range(200)]
+    tau = record.about["tau"]
+    counted = count_flops(model, vqvae, labels, tau=tau, seed=77).total_gmac
+    dense = count_flops(model.dense, vqvae, labels[:1]).total_gmac
+    assert record.metrics["dense_gmac"] == pytest.approx(dense)
+    assert counted / dense == pytest.approx(0.85, rel=0.015)
+    assert record.metrics["predicted_over_measured"] == pytest.approx(1, abs=0.015)
+    assert record.metrics["predicted_gmac"] == pytest.approx(0.85 * dense, rel=1e-3)
+    assert record.metrics["loss_evaluations"] == 2 * 3 + 1
+    assert len(tau) == 2
+
+
+def test_the_same_twice(make_work, runs, monkeypatch):
+    """Losses that were measured are kept: an interrupted calibration does not measure them anew."""
+    work = made(make_work, runs)
+    first = run_stage(work, "calibrate")
+    (work.folder("calibrate") / "result.json").unlink()
+    monkeypatch.setattr(CrossEntropy, "_measure", lambda self, rules: 1.0)
+    second = calibrate.run(work)
+    assert second.about["tau"] == first.about["tau"]
+
+
+def test_rivals(make_work, runs):
+    work = made(make_work, runs, budgets=[0.8, 0.95])
+    record = run_stage(work, "calibrate")
+    curves = record.about["curves"]
+    assert {"calibrated", "fixed", "linear"} <= set(curves) <= {*curves, "search"}
+    dense = record.metrics["dense_gmac"]
+    for name, rows in curves.items():
+        assert [row["budget"] for row in rows] == [0.8, 0.95] or name == "search"
+        for row in rows:
+            above = 1.011 if name in ("search", "linear") else 1.001
+            assert row["gmac"] <= above * row["budget"] * dense
+    assert len(set(curves["fixed"][0]["tau"])) == 1
+    Image.open(work.folder("calibrate") / "calibration.png").verify()
+
+
+def test_by_layer(make_work, runs):
+    work = made(make_work, runs, by_layer=True, loss="norm")
+    record = run_stage(work, "calibrate")
+    assert [len(of_scale) for of_scale in record.about["tau"]] == [1, 1]  # one layer
+    evaluated = make_work(
+        runs,
+        changes={"selection.layer_tau": record.about["tau"], "evaluate.num_samples": 60},
+    )
+    share = run_stage(evaluated, "evaluate").metrics["flops_gmac"] / record.metrics["dense_gmac"]
+    assert share == pytest.approx(0.85, rel=0.015)
+
+
+@pytest.mark.parametrize("key", ["budget", "budgets"])
+def test_a_share_out_of_reach_is_one_line(make_work, runs, key):
+    work = made(make_work, runs, **{key: 0.1 if key == "budget" else [0.1, 0.9]})
+    with pytest.raises(InputError, match=r"budget=0\.1: out of reach.*allowed: 0\.\d+ to 1"):
+        run_stage(work, "calibrate")
+
+
+def test_time_out_of_reach_is_one_line(make_work, runs):
+    work = made(make_work, runs, budget_ms=0.001)
+    with pytest.raises(InputError, match=r"budget_ms=0\.001: out of reach.*dense model"):
+        run_stage(work, "calibrate")
+
+
+def table(dense, found):
+    return CostTable(1.0, {2: ((0.1, found),), 3: ((0.1, found),)}, dense)
+
+
+def test_no_tau_that_is_slower_than_dense(make_work, runs, monkeypatch):
+    """The table promises what the second timing does not keep."""
+    tables = [
+        CostTable(1.0, dict.fromkeys((2, 3), ((0.1, 1.0), (1.0, 9.0))), 12.0),
+        table(dense=12.0, found=6.0),
+    ]
+    monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
+    work = made(make_work, runs, budget_ms=11.0)
+    with pytest.raises(InputError, match=r"takes 13\.0 ms.*dense model 12\.0 ms; none is returned"):
+        run_stage(work, "calibrate")
+
+
+def test_a_time_budget(make_work, runs, monkeypatch):
+    """Times linear in the share of experts: the budget is met where the table says."""
+    points = ((0.25, 3.0), (1.0, 12.0))
+    tables = [CostTable(1.0, {2: points, 3: points}, 30.0), table(dense=30.0, found=5.0)]
+    monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
+    record = run_stage(made(make_work, runs, budget_ms=17.0), "calibrate")
+    bench = calibrate.Bench(made(make_work, runs, budget_ms=17.0))
+    shares = bench.drawn([Threshold(t) for t in record.about["tau"]], 5).expert_share
+    assert 1 + sum(12 * share for share in shares.values()) == pytest.approx(17, rel=0.05)
+    assert record.metrics["measured_ms"] == 11
+
+
+def test_cross_entropy(make_work, runs):
+    """Of the sparse scales alone, by hand; with every expert and one rule a scale."""
+    work = make_work(runs)
+    model, vqvae = models.dynamic(work), models.vqvae(work)
+    tokens, _ = token_sets(work, vqvae)
+    images = TeacherForced(tokens, vqvae, 10, 4)
+    loss = CrossEntropy(model, images, "grouped")
+    found = loss([Threshold(0.0), Threshold(0.9)])
+    indices = torch.arange(10) * len(tokens) // 10
+    tokens_BL, labels_B = tokens.batch(indices)
+    teacher = vqvae.teacher_input(tokens.by_scale(tokens_BL))
+    logits = model(labels_B, teacher, tau=[0.0, 0.9])
+    start = 1 + 4
+    by_hand = F.cross_entropy(logits[:, start:].flatten(0, 1), tokens_BL[:, start:].flatten())
+    assert found == pytest.approx(by_hand.item(), rel=1e-5)
+    assert loss.count == 1
+
+
+@pytest.mark.parametrize("given", [{"budget": 0}, {"budget": 1.2}, {"densities": [1.0]}])
+def test_wrong_values(make_work, given):
+    key = next(iter(given))
+    with pytest.raises(ConfigError, match=f"calibrate.{key}"):
+        make_work(changes={f"calibrate.{key}": given[key]})

@@ -1,0 +1,193 @@
+"""Figures from records: what is missing, making it, and that each shows what its records say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+from PIL import Image
+
+from dmoe_var.errors import DataError
+from dmoe_var.figures.config import OURS, PAPER
+from dmoe_var.stages import figures
+from dmoe_var.stages.figure_catalogue import FIGURES
+from dmoe_var.stages.figures import make, missing, plan_text
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.points import vary
+
+FEW = {
+    "figures.tau": [0.0, 0.5],
+    "figures.seeds": [0, 1],
+    "figures.pruned_shares": [0.25, 0.5],
+    "figures.alphas": [0.0, 1e-3],
+    "figures.router_alphas": [0.0, 1e-3],
+    "figures.expert_sizes": [32, 64, 100, 128],
+    "figures.single_scales": [1, 3],
+    "figures.depths": {"2": None},
+    "figures.k_shares": [0.5],
+    "figures.cumulative_shares": [0.9],
+    "figures.time_tau": [0.0, 0.9],
+    "figures.batch_size": 2,
+    "benchmark.repeats": 1,
+    "maps.images": 2,
+}
+CURVES = ("3", "rules")
+
+
+@pytest.fixture
+def work_of(make_work):
+    """work_of(run_dir, names, **figures keys)."""
+
+    def work_of(run_dir, *names, **keys):
+        given = {f"figures.{key}": value for key, value in keys.items()}
+        return make_work(run_dir, edited={**FEW, **given, "figures.figure": list(names)})
+
+    return work_of
+
+
+def shown(work, name):
+    return json.loads((work.folder("figures") / f"figure_{name}.json").read_text())
+
+
+def test_every_figure_is_defined():
+    assert set(FIGURES) == {*PAPER, *OURS}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_data_against_the_records(work_of, runs, name):
+    """Every number of a figure, found again in result.json by other means."""
+    work = work_of(runs, name, make=True)
+    run_stage(work, "figures")
+    data = shown(work, name)
+    assert data["curves"][0]["name"] == "dense VAR"
+    for curve in data["curves"]:
+        for row in curve["rows"]:
+            records = [
+                json.loads((work.root / place / "result.json").read_text())
+                for place in row["points"]
+            ]
+            fid = [record["metrics"]["fid_fake"] for record in records]
+            assert [record["seed"] for record in records] == [0, 1]
+            assert row["fid_by_seed"] == fid
+            assert row["fid_mean"] == pytest.approx(fmean(fid))
+            assert row["fid_std"] == pytest.approx(stdev(fid))
+            gmac = fmean(record["metrics"]["flops_gmac"] for record in records)
+            assert row["flops_gmac"] == pytest.approx(gmac)
+    for kind in ("png", "pdf"):
+        assert (work.folder("figures") / f"figure_{name}.{kind}").stat().st_size > 1000
+    Image.open(work.folder("figures") / f"figure_{name}.png").verify()
+    assert not missing(work)
+
+
+def test_points_of_a_curve_are_those_of_its_name(work_of, tmp_path):
+    """Keys of the points, as a command line would give them."""
+    work = work_of(tmp_path, "3")
+
+    def changes(name):
+        curves = FIGURES[name].curves(work)
+        return {c.name: [dict(p.changes) for p in c.points] for c in curves}
+
+    four = changes("4")
+    assert [p["moe.scales"] for p in four["scale 4 alone"]] == [(3,), (3,)]
+    assert [p["selection.tau"] for p in four["scale 2 alone"]] == [(0.0,), (0.5,)]
+    assert {p["evaluate.model"] for p in changes("3")["Pruned-FFN, last scales"]} == {"pruned"}
+    (chosen,) = changes("3")["chosen tau a scale"]
+    assert chosen["selection.tau"] == (0.3, 0.6)
+    sizes = changes("8a")  # 100 does not divide 128, and 128 makes one expert
+    assert list(sizes) == ["dense VAR", "experts of 32", "experts of 64"]
+    assert {p["selection.rule"] for p in sizes["experts of 64"]} == {"oracle"}
+    gelu = changes("7")["GELU and Hoyer"]
+    assert {(p["sparsify.activation"], p["sparsify.alpha"]) for p in gelu} == {("gelu", 2e-4)}
+    assert [list(changes("5"))[i] for i in (0, 3)] == [
+        "dense, depth 1",
+        "one tau, last scales, depth 2",
+    ]
+
+
+def test_training_curves_against_metrics_jsonl(work_of, runs):
+    work = work_of(runs, "6", "10", make=True)
+    run_stage(work, "figures")
+    six, ten = shown(work, "6"), shown(work, "10")
+    assert [run["name"] for run in six["runs"]] == ["alpha 0", "alpha 0.001"]
+    folder = vary(work, {"sparsify.alpha": 1e-3}).folder("sparsify")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    logged = [line for line in lines if "ce" in line]
+    assert logged
+    for key in ("ce", "hoyer"):
+        assert six["runs"][1][key] == [[line["step"], line[key]] for line in logged]
+    low, high = (run["loss"] for run in ten["runs"])
+    assert low != high
+
+
+def test_pictures_and_times(work_of, runs):
+    work = work_of(runs, "2a", "2b", "8b", "9", "12", make=True)
+    run_stage(work, "figures")
+    for name in ("2a", "2b", "8b", "9", "12"):
+        Image.open(work.folder("figures") / f"figure_{name}.png").verify()
+    nine = shown(work, "9")["timings"]
+    assert [timing["name"] for timing in nine] == ["experts of 32", "experts of 64"]
+    for timing in nine:
+        record = json.loads((work.root / timing["record"] / "result.json").read_text())
+        assert timing["rows"] == record["about"]["timings"]
+        assert {row["model"] for row in timing["rows"]} >= {"dense", "dynamic"}
+
+
+def test_missing_records_are_one_line(work_of, runs):
+    work = work_of(runs, "4")
+    with pytest.raises(DataError, match=r"4: 10 records are missing.*result\.json.*make=true"):
+        run_stage(work, "figures")
+    assert not (work.root / "evaluate").exists()
+
+
+def test_plan(work_of, runs):
+    """What is done is not planned; the order has each step after what it builds on."""
+    work = work_of(runs, "5", "7", minutes={"evaluate": 5.0, "split": 1.0})
+    steps = missing(work)
+    stages = [step.stage for step in steps]
+    assert stages.count("train_var") == 1  # the other depth
+    folders = [str(step.work.folder(step.stage)) for step in steps]
+    assert len(set(folders)) == len(folders)
+    for i, step in enumerate(steps):
+        for upstream in step.work.needs(step.stage):
+            above = str(step.work.folder(upstream))
+            assert above in folders[:i] or (Path(above) / "result.json").exists()
+    text = plan_text(work, steps)
+    assert f"{len(steps)} steps" in text
+    assert "0.1 min" in text  # 20 of 1,000 images in 5 min
+    assert missing(work) == steps  # nothing was made
+
+
+def test_make_goes_on_where_it_stopped(work_of, runs, monkeypatch):
+    work, made = work_of(runs, "4"), []
+
+    def stop_after(limit):
+        def stopping(*args, **kwargs):
+            if len(made) == limit:
+                raise KeyboardInterrupt
+            made.append(args[1])
+            return run_stage(*args, **kwargs)
+
+        return stopping
+
+    monkeypatch.setattr(figures, "run_stage", stop_after(4))
+    with pytest.raises(KeyboardInterrupt):
+        make(work)
+    assert len(missing(work)) == 6
+    monkeypatch.setattr(figures, "run_stage", stop_after(99))
+    make(work)
+    assert len(made) == 10
+    assert not missing(work)
+
+
+def test_quick_figures_say_so(work_of, runs):
+    work = work_of(
+        runs, "4", make=True, quick=True, quick_samples=10, tau=[0.0, 0.1, 0.2, 0.3, 0.4]
+    )
+    run_stage(work, "figures")
+    data = shown(work, "4")
+    assert data["note"].startswith("QUICK")
+    assert "10 images a point, 1 seed" in data["note"]
+    assert [len(curve["rows"]) for curve in data["curves"]] == [1, 4, 4]
+    assert all(len(row["fid_by_seed"]) == 1 for c in data["curves"] for row in c["rows"])

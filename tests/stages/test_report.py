@@ -1,0 +1,187 @@
+"""The report stage: what of the records gets onto the page, and what is said of the others."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmoe_var.errors import ConfigError, DataError, InputError
+from dmoe_var.files import write_text
+from dmoe_var.stages import report
+from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages.sweep import point, settings
+
+SMALL = {"report.tau": [0.0, 0.5], "report.labels": [7, 1], "report.grid_images": 12}
+SWEEP = {"sweep.last": [0.5], "sweep.lists": {"ours": [0.3, 0.6]}}
+
+
+def data_of(work):
+    """What the page's scripts read."""
+    text = (work.folder("report") / report.REPORT_FILE).read_text()
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def rows_of(data):
+    return [row for curve in data["quality"]["curves"] for row in curve["rows"]]
+
+
+def states(data):
+    return {stage["name"]: stage["state"] for stage in data["stages"]}
+
+
+@pytest.fixture(scope="module")
+def swept(make_work, trained, use_few_digits, tmp_path_factory):
+    """A run folder with a short sweep and its report; not to be written to."""
+    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("swept") / "runs"))
+    with pytest.MonkeyPatch.context() as patch:
+        use_few_digits(patch)
+        work = make_work(folder, {**SMALL, **SWEEP})
+        run_stage(work, "sweep")
+        record = run_stage(work, "report")
+    return work, record
+
+
+def test_the_sweep_becomes_the_curve(swept):
+    work, record = swept
+    shown = rows_of(data_of(work))
+    sweep = json.loads((work.folder("sweep") / "result.json").read_text())["about"]["settings"]
+    assert [row["gmac"] for row in shown] == [row["flops_gmac"] for row in sweep]
+    assert [row["fid"] for row in shown] == [row["fid_mean"] for row in sweep]
+    assert [row["fid_std"] for row in shown] == [row["fid_std"] for row in sweep]
+    assert [row["tau"] for row in shown] == ["", "0.5", "0.3, 0.6"]
+    assert [row["dense"] for row in shown] == [True] + [False] * (len(sweep) - 1)
+    assert [row["chosen"] for row in shown] == [row["group"] == "chosen" for row in sweep]
+    assert record.metrics["points"] == len(sweep)
+
+
+def test_tables_by_scale_are_means_over_the_seeds(swept):
+    work, _ = swept
+    chosen = next(row for row in rows_of(data_of(work)) if row["chosen"])
+    setting = next(each for each in settings(work) if each.group == "chosen")
+    records = [run_stage(point(work, setting, seed), "evaluate") for seed in (0, 1)]
+    for si, scale in enumerate(chosen["scales"]):
+        gmac = np.mean([record.metrics[f"flops_scale{si}_gmac"] for record in records])
+        assert scale["gmac"] == pytest.approx(gmac)
+        name = f"experts_share_scale{si}"
+        share = np.mean([r.metrics[name] for r in records]) if si in (2, 3) else None
+        assert scale["share"] == (share if share is None else pytest.approx(share))
+    assert len(chosen["scales"]) == 4
+    total = sum(part for part in chosen["parts"] if part is not None)
+    assert total == pytest.approx(chosen["gmac"])
+
+
+def test_grids_hold_the_first_pictures(swept, images_of):
+    work, _ = swept
+    for row in rows_of(data_of(work)):
+        content = base64.b64decode(row["grid"].partition("base64,")[2])
+        grid = np.asarray(Image.open(io.BytesIO(content)))
+        images = images_of(work.root / row["at"][0] / "samples.npz")
+        assert grid.shape == (17, 89, 3)  # 10 + 2 pictures of 8 pixels, a pixel between them
+        assert (grid[:8, 9:17] == images[1]).all()
+        assert (grid[9:, :8] == images[10]).all()
+
+
+def test_the_microscope_holds_the_asked_classes(swept):
+    work, record = swept
+    stored = data_of(work)["microscope"]
+    assert [picture["label"] for picture in stored["pictures"]] == [7, 1]
+    assert [picture["name"] for picture in stored["pictures"]] == ["7", "1"]
+    assert stored["chosen"] == [0.3, 0.6]
+    for picture in stored["pictures"]:
+        assert [drawn["tau"] for drawn in picture["drawn"]] == [0.0, 0.5]
+        every, some = picture["drawn"]
+        assert every["shares"] == [1, 1]
+        assert some["gmac"] < every["gmac"]
+    assert record.num_samples == 2
+
+
+def test_what_is_missing_is_told(make_work, runs):
+    work = make_work(runs, SMALL)
+    record = run_stage(work, "report")
+    found = data_of(work)
+    assert rows_of(found) == []
+    assert record.about["missing"] == ["sweep", "evaluate", "calibrate", "benchmark"]
+    assert set(states(found).values()) == {"present", "missing"}
+    assert len(found["microscope"]["pictures"]) == 2
+
+
+def test_single_evaluations_are_shown_too(make_work, runs):
+    """Several seeds of a setting are one point; another number of images is no point beside it."""
+    alone = {"selection.rule": "top_k", "selection.k": 2}
+    for changes in ({"evaluate.seed": 0}, {"evaluate.seed": 1}, {"evaluate.num_samples": 30}):
+        run_stage(make_work(runs, {**alone, **changes}), "evaluate")
+    work = make_work(runs, SMALL)
+    run_stage(work, "report")
+    (row,) = rows_of(data_of(work))
+    assert (row["label"], row["seeds"], len(row["at"])) == ("2", 2, 2)
+
+
+def test_records_of_another_model_stay_out(make_work, runs):
+    run_stage(make_work(runs), "evaluate")
+    path = make_work(runs).folder("evaluate") / "result.json"
+    content = json.loads(path.read_text())
+    content["config"]["sparsify.alpha"] = 7.0
+    write_text(path, json.dumps(content))
+    work = make_work(runs, SMALL)
+    run_stage(work, "report")
+    found = data_of(work)
+    assert rows_of(found) == []
+    (stage,) = [stage for stage in found["stages"] if stage["name"] == "evaluate"]
+    assert stage["state"] == "made otherwise"
+    assert "sparsify.alpha" in stage["note"]
+    assert "7.0" in stage["note"]
+
+
+def test_a_page_grows_no_larger_than_allowed(make_work, runs):
+    """Room for one picture of two, for none, and not even for the rest."""
+    work = make_work(runs, SMALL)
+    run_stage(work, "report")
+    found = data_of(work)
+    first = len(json.dumps(found["microscope"]["pictures"][0]))
+    rest = len(json.dumps({key: value for key, value in found.items() if key != "microscope"}))
+    for room, left in ((rest + 1.5 * first, 1), (rest + 0.5 * first, 2)):
+        tight = make_work(runs, {**SMALL, "report.max_mb": room / 1e6})
+        run_stage(tight, "report")
+        assert data_of(tight)["microscope"]["left_out"] == left
+    with pytest.raises(ConfigError, match=r"^report\.max_mb=0\.001: the page takes .* MB"):
+        run_stage(make_work(runs, {**SMALL, "report.max_mb": 0.001}), "report")
+
+
+def test_a_broken_record_is_named(make_work, runs):
+    folder = runs / "tiny" / "evaluate" / "odd"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{")
+    with pytest.raises(DataError, match=r"evaluate/odd/result\.json"):
+        run_stage(make_work(runs, SMALL), "report")
+
+
+def test_the_page_is_whole_or_not_there(make_work, runs, full_disk):
+    work = make_work(runs, SMALL)
+    with full_disk(20_000), pytest.raises(OSError, match=re.escape(report.REPORT_FILE)):
+        run_stage(work, "report")
+    assert [path.name for path in work.folder("report").iterdir()] == ["config.yaml"]
+
+
+def test_routers_must_be_trained(make_work, tmp_path):
+    with pytest.raises(InputError, match="train_router is not done"):
+        run_stage(make_work(tmp_path, SMALL), "report")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report.labels": [3, 10]}, r"report\.labels=\[3, 10\] must be within 0\.\.9"),
+        ({"report.tau": [0.2, 0.1]}, r"tau=\[0\.2, 0\.1\] must be distinct and rising"),
+    ],
+)
+def test_wrong_values(make_work, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_work(changes=changes)

@@ -1,0 +1,169 @@
+"""Jobs: what they ask for, how they end, on SLURM's commands played by scripts and as processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dmoe_var import launcher
+from dmoe_var.errors import ConfigError
+from dmoe_var.launcher import Job, LauncherConfig, run_jobs
+
+SCRIPT = """
+import sys
+print(*sys.argv[1:])
+if "fail=1" in sys.argv:
+    print("noise", file=sys.stderr)
+    sys.exit("seed=-1: wrong")
+"""
+SBATCH = """#!/bin/bash
+cp "$1" "$SLURM_PLAYED/sbatch.sh"
+if [ "$SLURM_REFUSES" ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
+echo "Submitted batch job 77"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
+export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1
+run() { (sleep 0.2; bash "$SLURM_PLAYED/sbatch.sh") > "$SLURM_PLAYED/log" 2>&1 & }
+if [ -z "$last" ]; then SLURM_JOB_ID=77 run; exit; fi
+for i in $(seq 0 "$last"); do
+  SLURM_JOB_ID=10$i SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$i run
+done
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do [ "$1" = --unbuffered ] || shift; shift; done
+[ "$SLURM_ARRAY_TASK_ID" = "$SLURM_CANCELS" ] || exec "$@"
+"""
+SACCT = """#!/bin/bash
+echo "JobID|State|NodeList"
+for i in 0 1 2; do
+  [ "$i" = "$SLURM_CANCELS" ] && echo "77_$i|CANCELLED|n" || echo "77_$i|RUNNING|n"
+done
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The commands of SLURM, and the folder in which the batch file is left."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_PLAYED", str(folder))
+    monkeypatch.setenv("SLURM_CANCELS", "none")
+    return folder
+
+
+def flags(folder):
+    lines = (folder / "sbatch.sh").read_text().splitlines()
+    pairs = (x.removeprefix("#SBATCH --").partition("=") for x in lines if x.startswith("#SBATCH"))
+    return {key: value for key, _, value in pairs}
+
+
+def test_what_is_not_asked_for():
+    asked = LauncherConfig("slurm", gpus=0).parameters("some")
+    assert {"gpus_per_node", "slurm_partition", "slurm_setup"}.isdisjoint(asked)
+    assert LauncherConfig("slurm", gpus=4).parameters("some")["gpus_per_node"] == 4
+
+
+def test_a_process_on_each_gpu():
+    assert LauncherConfig(gpus=1).command("a.py", ["b=1"]) == [sys.executable, "a.py", "b=1"]
+    command = LauncherConfig(gpus=4).command("a.py", ["b=1"])
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert command[-3:] == ["--nproc-per-node=4", "a.py", "b=1"]
+
+
+POINTS = [["a=1", "x=[1,2] 3"], ["a=2", "fail=1"], ["a=3"]]
+
+
+def assert_as_the_script_ended(finished):
+    """A failure is the script's own line and status."""
+    assert [each.status for each in finished] == [0, 1, 0]
+    assert [each.output for each in finished] == ["a=1 x=[1,2] 3\n", "a=2 fail=1\n", "a=3\n"]
+    assert [each.error[:33] for each in finished] == ["", "a=2 fail=1: seed=-1: wrong (all o", ""]
+
+
+def test_jobs_of_slurm(slurm, script, tmp_path):
+    """Each is the script with its own overrides; sbatch is told what the configuration says."""
+    config = LauncherConfig(
+        "slurm", partition="big", account="us", qos="high", constraint="a100", gpus=1, cpus=12,
+        mem_gb=100, hours=1.5, parallel=2, setup=("export SEEN=1",), more={"mail-type": "END"},
+    )  # fmt: skip
+    assert_as_the_script_ended(run_jobs(config, script, POINTS, tmp_path / "logs"))
+    asked = {
+        "array": "0-2%2", "partition": "big", "account": "us", "qos": "high", "constraint": "a100",
+        "gpus-per-node": "1", "cpus-per-task": "12", "mem": "100GB", "time": "90",
+        "job-name": "some", "mail-type": "END", "signal": "USR2@120",
+    }  # fmt: skip
+    found = flags(slurm)
+    assert {key: found.get(key) for key in asked} == asked
+    assert "export SEEN=1" in (slurm / "sbatch.sh").read_text().splitlines()
+
+
+def test_jobs_of_this_machine(script, tmp_path):
+    finished = run_jobs(LauncherConfig("local", hours=0.1), script, POINTS, tmp_path / "logs")
+    assert_as_the_script_ended(finished)
+
+
+@pytest.mark.slow
+def test_a_job_that_was_cancelled(slurm, script, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CANCELS", "1")
+    points = [["a=1"], ["a=2"], ["a=3"]]
+    finished = run_jobs(LauncherConfig("slurm"), script, points, tmp_path / "logs")
+    assert [each.status for each in finished] == [0, 1, 0]
+    assert finished[1].error.startswith("a=2: job 77_1 ended without a result (CANCELLED); see ")
+
+
+def test_a_cluster_that_refuses(slurm, script, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_REFUSES", "1")
+    with pytest.raises(ConfigError, match=r"launcher.cluster=slurm: (.|\n)*invalid partition"):
+        run_jobs(LauncherConfig("slurm"), script, [["a=1"]], tmp_path)
+
+
+def test_no_cluster(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"launcher.cluster=slurm: Could not detect"):
+        run_jobs(LauncherConfig("slurm"), script, [["a=1"]], tmp_path)
+
+
+def test_without_submitit(monkeypatch):
+    launcher.check(LauncherConfig("slurm"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    launcher.check(LauncherConfig())
+    with pytest.raises(
+        ConfigError, match=r"slurm: the package submitit is not .*dmoe-var\[slurm\]"
+    ):
+        launcher.check(LauncherConfig("slurm"))
+
+
+def test_out_of_time(tmp_path):
+    """The script ends, and the same job is sent again; SLURM's warning itself kills no script."""
+    command = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
+    job, ended = Job(), []
+    arguments = (command, str(tmp_path / "streams"))
+    thread = threading.Thread(target=lambda: ended.append(job(*arguments)))
+    thread.start()
+    while not (tmp_path / "streams.out").exists() or (tmp_path / "streams.out").stat().st_size == 0:
+        time.sleep(0.02)
+    job.process.send_signal(signal.SIGUSR2)
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.process.wait(0.2)
+    again = job.checkpoint(*arguments)
+    thread.join()
+    assert ended == [-signal.SIGTERM]
+    assert isinstance(again.function, Job)
+    assert again.args == arguments
