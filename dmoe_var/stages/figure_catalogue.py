@@ -135,8 +135,8 @@ def _other_depths(work: Work) -> list[Curve]:
         d: s for d, s in work.config.figures.depths.items() if int(d) != work.config.var.depth
     }
     return [
-        _dense({"var.depth": int(depth), "base.var": source}, f"dense, depth {depth}", shade)
-        for (depth, source), shade in zip(depths.items(), _shades(depths), strict=True)
+        _dense({"var.depth": int(d), "base.var": source}, f"dense, depth {d}", 1 - i / len(depths))
+        for i, (d, source) in enumerate(depths.items())
     ]
 
 

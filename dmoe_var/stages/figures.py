@@ -183,7 +183,7 @@ def _curve_data(work: Work, curves: Sequence[Any]) -> Data:
             works = point.works(work, work.config.figures.used_seeds)
             records = [_record(each, "evaluate") for each in works]
             fid_name = records[0].about["fidelity"]
-            rows.append(joined(point, records, [_place(each, "evaluate") for each in works]))
+            rows.append({"label": point.label, "value": point.value, **joined(records)})
         drawn.append(
             {
                 "name": curve.name,
@@ -295,5 +295,6 @@ def _draw_pictures(work: Work, figure: Figure, data: Data, paths: Paths) -> None
 
 
 def _setting_name(setting: Data) -> str:
-    tau = ", ".join(f"{value:g}" for value in setting["tau"])
-    return f"chosen tau\n{tau}" if setting["name"] == "chosen" else f"tau {tau}"
+    if setting["name"] == "chosen":
+        return "chosen tau"
+    return f"tau {', '.join(f'{value:g}' for value in setting['tau'])}"

@@ -67,24 +67,24 @@ class Curve:
     line: bool = True
 
 
-def joined(point: Point, records: Sequence[Record], folders: Sequence[str]) -> dict[str, Any]:
-    """Mean and spread (sample standard deviation) over the seeds of one point."""
+def joined(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean and spread (sample standard deviation) over the seeds of one point, and where its
+    records are."""
     fid = np.array([record.metrics[record.about["fidelity"]] for record in records])
     row = {
-        "label": point.label,
-        "value": point.value,
         "fid_mean": float(fid.mean()),
         "fid_std": float(fid.std(ddof=1)) if len(fid) > 1 else 0.0,
         "fid_by_seed": fid.tolist(),
-        "flops_gmac": _mean(records, "flops_gmac"),
-        "flops_gmac_std_over_images": _mean(records, "flops_gmac_std"),
-        "points": list(folders),
+        "flops_gmac": mean(records, "flops_gmac"),
+        "flops_gmac_std_over_images": mean(records, "flops_gmac_std"),
+        "points": [f"evaluate/{record.variant}" for record in records],
     }
     authors = "flops_gmac_authors"
     if all(authors in record.metrics for record in records):
-        row[authors] = _mean(records, authors)
+        row[authors] = mean(records, authors)
     return row
 
 
-def _mean(records: Sequence[Record], metric: str) -> float:
+def mean(records: Sequence[Record], metric: str) -> float:
+    """Of a metric over the seeds."""
     return float(np.mean([record.metrics[metric] for record in records]))

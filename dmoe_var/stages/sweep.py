@@ -21,6 +21,7 @@ from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.graph import StageResult, run_stage
 from dmoe_var.stages.pictures import collect_maps
+from dmoe_var.stages.points import joined, mean
 from dmoe_var.stages.work import DEFAULT_VARIANT, Work
 from dmoe_var.training.distributed import barrier, is_main
 
@@ -134,27 +135,16 @@ def run(work: Work) -> StageResult:
 
 
 def _join(setting: Setting, records: list[Record]) -> dict[str, Any]:
-    """Mean and spread (sample standard deviation) over the seeds of one setting."""
-    name = records[0].about["fidelity"]
-    fid = np.array([record.metrics[name] for record in records])
-
-    def mean(metric: str) -> float:
-        return float(np.mean([record.metrics[metric] for record in records]))
-
-    row = {
+    """A row of the table: a setting and its records over the seeds."""
+    others = [name for name in records[0].metrics if name.startswith(OTHER_MEASURES)]
+    return {
         "group": setting.group,
         "label": setting.label,
         "tau": list(setting.tau),
         "scales": list(setting.scales),
-        "fid_mean": float(fid.mean()),
-        "fid_std": float(fid.std(ddof=1)) if len(fid) > 1 else 0.0,
-        "fid_by_seed": fid.tolist(),
-        "flops_gmac": mean("flops_gmac"),
-        "flops_gmac_std_over_images": mean("flops_gmac_std"),
-        "points": [f"evaluate/{record.variant}" for record in records],
+        **joined(records),
+        **{name: mean(records, name) for name in others},
     }
-    others = {k: mean(k) for k in records[0].metrics if k.startswith(OTHER_MEASURES)}
-    return {**row, **others}
 
 
 def _add_savings(rows: list[dict[str, Any]]) -> None:

@@ -232,11 +232,12 @@ def test_maps_are_painted_in_the_colours_of_the_ramp(open_page, data, recordings
     counts_l = runs_at(recordings[0].ratios[3], CHOSEN[1]).sum(-1)[0, 0]
     assert counts_l.min() < counts_l.max()
     read = """() => { const canvas = document.getElementById('experts-map');
-        return [...canvas.getContext('2d').getImageData(0, 0, 512, 512).data] }"""
-    shown = np.array(opened.evaluate(read)).reshape(512, 512, 4)
-    corners_l3 = shown[12::128, 12::128, :3].reshape(16, 3)  # of each cell, beside its number
-    assert corners_l3[counts_l.argmax()].tolist() == [0xFE, 0xE8, 0x38]
-    assert corners_l3[counts_l.argmin()].tolist() == [0x00, 0x22, 0x4E]
+        const shown = canvas.getContext('2d').getImageData(0, 0, 512, 512).data;
+        const at = i => 4 * (512 * (12 + 128 * Math.floor(i / 4)) + 12 + 128 * (i % 4));
+        return Array.from({length: 16}, (_, i) => [...shown.slice(at(i), at(i) + 3)]) }"""
+    corners = opened.evaluate(read)  # of each cell, beside its number
+    assert corners[counts_l.argmax()] == [0xFE, 0xE8, 0x38]
+    assert corners[counts_l.argmin()] == [0x00, 0x22, 0x4E]
 
 
 def test_the_curve_tells_and_leads_to_images(open_page, data):

@@ -133,6 +133,100 @@ def test_ours_alone(make_work, warm_processes, tmp_path):
     assert run_stage(work, "benchmark").metrics != record.metrics
 
 
+def test_side_by_side(make_work, runs, warm_processes):
+    """Dense, dynamic, random masks and chosen: rows, ratios, parts and counted cost of each."""
+    changes = {
+        "benchmark.batch_sizes": [1, 2],
+        "benchmark.repeats": 2,
+        "benchmark.tau": [0.0, 0.9],
+        "benchmark.chosen": True,
+        "selection.tau": [0.3, 0.6],
+        "benchmark.random_masks": True,
+        "benchmark.parts": True,
+    }
+    work = make_work(runs, changes)
+    record = run_stage(work, "benchmark")
+    rows = {(row["name"], row["batch_size"]): row for row in record.about["timings"]}
+    names = ["dense"]
+    for setting in ("tau0", "tau0.9", "chosen"):
+        names += [f"dynamic_{setting}", f"random_{setting}"]
+    assert list(rows) == [(name, size) for size in (1, 2) for name in names]
+    for (name, size), row in rows.items():
+        label, dense = f"{name}_b{size}", rows["dense", size]
+        assert record.metrics[f"{label}_ms_median"] == row["ms_median"]
+        assert row["ms_median"] == pytest.approx(np.median(row["runs_ms"]))
+        assert row["images_per_s"] == pytest.approx(1000 * size / row["ms_median"])
+        assert (row["device"], row["compiled"], len(row["runs_ms"])) == ("cpu", False, 2)
+        assert len(row["by_scale_ms"]) == 4
+        assert 0 < row["without_decoder_ms_median"] < row["with_clock_ms_median"]
+        if name != "dense":
+            ratio = row["ms_median"] / dense["ms_median"]
+            assert record.metrics[f"{label}_time_ratio"] == pytest.approx(ratio)
+    dense, low, high = (rows[name, 2] for name in ("dense", "dynamic_tau0", "dynamic_tau0.9"))
+    chance = rows["random_tau0.9", 2]
+    assert dense["expert_share"] is None
+    assert low["expert_share"] == 1
+    assert high["expert_share"] < 1
+    assert chance["expert_share"] == pytest.approx(high["expert_share"], rel=0.01, abs=0.004)
+    assert chance["flops_gmac"] == pytest.approx(high["flops_gmac"], rel=0.01)
+    assert low["flops_gmac"] > dense["flops_gmac"] > 0  # routers
+    assert "router" in chance["by_part_ms"]
+    assert "router" not in dense["by_part_ms"]
+    assert rows["dynamic_chosen", 1]["tau"] == [0.3, 0.6]
+    assert (work.folder("benchmark") / "part_times.png").stat().st_size > 1000
+
+
+def test_a_smaller_model(make_work, files, make_var, warm_processes, tmp_path):
+    torch.save(make_var(num_classes=10, depth=1).state_dict(), tmp_path / "small.pth")
+    smaller = str(tmp_path / "small.pth")
+    work = make_work(tmp_path / "runs", {**files, **LENGTH, "benchmark.smaller": smaller})
+    record = run_stage(work, "benchmark")
+    dense, small = record.about["timings"]
+    assert (dense["model"], small["model"]) == ("dense", "smaller")
+    assert small["flops_gmac"] < dense["flops_gmac"]
+    assert "smaller_time_ratio" in record.metrics
+
+
+@pytest.mark.slow
+def test_compiled(make_work, files, warm_processes, tmp_path):
+    """Beside the eager one, of the same images' cost; its transformer is one part."""
+    changes = {**files, **LENGTH, "benchmark.compile": "both", "benchmark.parts": True}
+    eager, compiled = run_stage(make_work(tmp_path, changes), "benchmark").about["timings"]
+    assert [eager["compiled"], compiled["compiled"]] == [False, True]
+    assert compiled["name"] == "dense_compiled"
+    assert "attention" in eager["by_part_ms"]
+    assert "attention" not in compiled["by_part_ms"]
+
+
+def test_compiling_needs_a_compiler(make_work, files, no_process, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    work = make_work(tmp_path, {**files, "benchmark.compile": "compiled"})
+    refused(work, ConfigError, "benchmark.compile=compiled", "no-such-compiler", "allowed")
+
+
+def test_no_published_model_below(make_work, files, no_process, tmp_path):
+    work = make_work(tmp_path, {**files, "benchmark.smaller": "next"})
+    refused(work, ConfigError, "benchmark.smaller=next", "var_d20, var_d24, var_d30")
+
+
+def test_random_masks_need_a_density(make_work, tmp_path):
+    with pytest.raises(ConfigError, match=r"random_masks=true needs tau or chosen"):
+        make_work(tmp_path, {"benchmark.random_masks": True})
+
+
+def test_experts_need_the_stages(make_work, tmp_path):
+    """The dense model alone needs none, and does not depend on experts."""
+    dense = make_work(tmp_path)
+    dynamic = make_work(tmp_path, {"benchmark.tau": [0.2]})
+    assert dense.needs("benchmark") == ()
+    assert dynamic.needs("benchmark") == ("train_router",)
+    assert "moe.scales" not in dense.relevant("benchmark")
+    assert "split.expert_size" in dynamic.relevant("benchmark")
+    assert "selection.tau" not in dynamic.relevant("benchmark")
+    with pytest.raises(InputError, match="train_vqvae|train_router"):
+        run_stage(dynamic, "benchmark")
+
+
 @pytest.mark.parametrize("cfg", [1.5, 0.0])
 def test_our_call_draws_in_the_published_order(files, no_grad, cfg):
     """From one generator of the seed, the same at every call."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmoe_var.stages.points import Curve, Point, joined, vary
+from dmoe_var.stages.points import Point, joined, vary
 
 
 def test_vary_changes_what_it_names_alone(make_work):
@@ -50,18 +50,17 @@ def test_seeds_of_a_point(make_work):
     assert {each.config.selection.tau for each in works} == {(0.5,)}
 
 
-def record(fid, gmac, **more):
+def record(variant, fid, gmac, **more):
     metrics = {"fid_x": fid, "flops_gmac": gmac, "flops_gmac_std": 0.5, **more}
-    return SimpleNamespace(metrics=metrics, about={"fidelity": "fid_x"})
+    return SimpleNamespace(metrics=metrics, about={"fidelity": "fid_x"}, variant=variant)
 
 
 def test_joined():
-    point = Point("0.1", 0.1, {})
-    row = joined(point, [record(1.0, 4.0), record(3.0, 6.0)], ["a", "b"])
+    row = joined([record("a", 1.0, 4.0), record("b", 3.0, 6.0)])
     assert row["fid_std"] == pytest.approx(2**0.5)
-    expected = {"fid_mean": 2, "fid_by_seed": [1, 3], "flops_gmac": 5, "points": ["a", "b"]}
+    places = ["evaluate/a", "evaluate/b"]
+    expected = {"fid_mean": 2, "fid_by_seed": [1, 3], "flops_gmac": 5, "points": places}
     assert {key: row[key] for key in expected} == expected
     assert "flops_gmac_authors" not in row
-    one = joined(point, [record(1.0, 4.0, flops_gmac_authors=2.0)], ["a"])
+    one = joined([record("a", 1.0, 4.0, flops_gmac_authors=2.0)])
     assert (one["fid_std"], one["flops_gmac_authors"]) == (0, 2)
-    assert Curve("name", "last", (point,)).line

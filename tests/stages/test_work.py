@@ -14,7 +14,7 @@ from dmoe_var.training.tracking import Tracking
 
 STAGES = tuple(NEEDS)
 TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
-MEASURING = ("sample", "evaluate", "sweep", "export")
+MEASURING = ("sample", "evaluate", "sweep", "export", "calibrate", "maps", "report")
 TIMED = {"benchmark"}
 """Reads the base models and how images are drawn."""
 
@@ -38,6 +38,8 @@ HOUSEKEEPING = [
     {"until": "split"},
     {"train_vqvae.log_every": 3, "sparsify.validate_every": 7, "train_var.checkpoint_every": 9},
     {"sparsify.micro_batch_size": 2, "sparsify.activation_checkpointing": True},
+    {"figures.figure": "4", "figures.make": True, "figures.plan": True},
+    {"sweep.parts": 2, "sweep.part": 1},
 ]
 
 
@@ -51,30 +53,39 @@ def test_what_does_not_change_a_result_changes_no_folder(make_work, changes):
         assert work.fingerprint(stage) == plain.fingerprint(stage)
 
 
+POINTS = {"sample", "evaluate", "sweep"}
+SHOWN = {"maps", "report"}
+DRAWN = {"figures"}
+
 READ_BY = [
-    ({"seed": 1}, from_("train_vqvae")),
-    ({"dtype": "bfloat16"}, from_("train_vqvae")),
-    ({"vqvae.beta": 0.5}, from_("train_vqvae") | TIMED),
-    ({"base.vqvae": "digits"}, from_("train_vqvae") | TIMED),
-    ({"train_vqvae.restart_every": 5}, from_("train_vqvae")),
-    ({"var.depth": 2}, from_("train_var") | TIMED),
-    ({"base.var": "digits"}, from_("train_var") | TIMED),
-    ({"train_var.betas": [0.9, 0.99]}, from_("train_var")),
-    ({"sparsify.alpha": 0.1}, from_("sparsify")),
-    ({"split.router_hidden": 3}, from_("split")),
-    ({"train_router.scales": [3]}, from_("train_router")),
-    ({"moe.impl": "reference"}, {"sample", "evaluate", "sweep", "export"}),
-    ({"sampling.cfg": 2}, {"sample", "evaluate", "sweep"} | TIMED),
-    ({"selection.tau": 0.5}, {"sample", "evaluate", "export"}),
+    ({"seed": 1}, from_("train_vqvae") | DRAWN),
+    ({"dtype": "bfloat16"}, from_("train_vqvae") | DRAWN),
+    ({"vqvae.beta": 0.5}, from_("train_vqvae") | TIMED | DRAWN),
+    ({"base.vqvae": "digits"}, from_("train_vqvae") | TIMED | DRAWN),
+    ({"train_vqvae.restart_every": 5}, from_("train_vqvae") | DRAWN),
+    ({"var.depth": 2}, from_("train_var") | TIMED | DRAWN),
+    ({"base.var": "digits"}, from_("train_var") | TIMED | DRAWN),
+    ({"train_var.betas": [0.9, 0.99]}, from_("train_var") | DRAWN),
+    ({"sparsify.alpha": 0.1}, from_("sparsify") | DRAWN),
+    ({"split.router_hidden": 3}, from_("split") | DRAWN),
+    ({"train_router.scales": [3]}, from_("train_router") | DRAWN),
+    ({"moe.impl": "reference"}, POINTS | SHOWN | {"calibrate", "export"} | DRAWN),
+    ({"sampling.cfg": 2}, POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN),
+    ({"selection.tau": 0.5}, {"sample", "evaluate", "export"} | SHOWN | DRAWN),
     ({"evaluate.seed": 1}, {"evaluate"} | TIMED),
-    ({"evaluate.num_samples": 30}, {"evaluate", "sweep"}),
-    ({"fidelity.input_size": 96}, {"evaluate", "sweep"}),
-    ({"sample.per_class": 2}, {"sample"}),
-    ({"conversion.train": "ffn"}, from_("sparsify")),
+    ({"evaluate.num_samples": 30}, {"evaluate", "sweep", "report"} | DRAWN),
+    ({"fidelity.input_size": 96}, {"evaluate", "sweep", "report"} | DRAWN),
+    ({"sample.per_class": 2}, {"sample"} | DRAWN),
+    ({"conversion.train": "ffn"}, from_("sparsify") | DRAWN),
     ({"export.private": False}, {"export"}),
-    ({"benchmark.repeats": 3}, TIMED),
-    ({"sweep.last": [0.2]}, {"sweep"}),
-    ({"sweep.lists.more": [0.2]}, {"sweep"}),
+    ({"benchmark.repeats": 3}, TIMED | DRAWN),
+    ({"sweep.last": [0.2]}, {"sweep", "report"} | DRAWN),
+    ({"sweep.lists.more": [0.2]}, {"sweep", "report"} | DRAWN),
+    ({"pruning.share": 0.3}, DRAWN),
+    ({"maps.images": 3}, {"maps"} | DRAWN),
+    ({"calibrate.loss": "norm"}, {"calibrate"} | DRAWN),
+    ({"report.seed": 1}, {"report"}),
+    ({"figures.tau": [0.3]}, DRAWN),
 ]
 
 
