@@ -15,9 +15,10 @@ SHORT = ("figure", "make", "plan", "quick")
 
 
 def in_full(overrides: list[str]) -> list[str]:
-    """Overrides with the short keys written out."""
+    """Overrides with the short keys written out, and figure=3,4 as the list that it is."""
     short = re.compile(rf"^({'|'.join(SHORT)})=")
-    return [short.sub(r"figures.\1=", each) for each in overrides]
+    written = [short.sub(r"figures.\1=", each) for each in overrides]
+    return [re.sub(r"^(figures\.figure)=([^\[\]]*,.*)$", r"\1=[\2]", each) for each in written]
 
 
 def run(work: Work) -> None:

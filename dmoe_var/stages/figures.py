@@ -130,15 +130,21 @@ def run(work: Work) -> StageResult:
             f"figures.figure={','.join(figures.figure)}: {len(steps)} records are missing, the "
             f"first is {first / RESULT_FILE}; make=true makes them, plan=true lists them"
         )
-    drawn: dict[str, Data] = {}
     if is_main():
         for name in tqdm(figures.names, desc="draw", disable=not work.progress):
-            drawn[name] = data_of(work, name)
-            draw(work, name, drawn[name])
-        verdicts = claims.verdicts(drawn)
+            draw(work, name, data_of(work, name))
+        verdicts = claims.verdicts(_drawn(work))
         write_text(work.folder("figures") / "claims.md", claims.table(verdicts) + "\n")
     about = {"figures": list(figures.names), "quick": figures.quick, "note": note(work)}
     return from_main(StageResult({"figures": len(figures.names)}, 0, about))
+
+
+def _drawn(work: Work) -> dict[str, Data]:
+    """The data of all figures in the folder, by earlier commands too: it is of these settings."""
+    files = {name: work.folder("figures") / f"figure_{name}.json" for name in FIGURES}
+    return {
+        name: json.loads(path.read_text("utf-8")) for name, path in files.items() if path.exists()
+    }
 
 
 def note(work: Work) -> str:

@@ -106,6 +106,15 @@ def test_points_of_a_curve_are_those_of_its_name(work_of, tmp_path):
     ]
 
 
+def test_claims_are_those_of_all_figures_in_the_folder(work_of, runs):
+    run_stage(work_of(runs, "4", make=True), "figures")
+    work = work_of(runs, "8a", make=True)
+    run_stage(work, "figures")
+    judged = (work.folder("figures") / "claims.md").read_text()
+    assert "| 4 | scale 4 alone | scale 2 alone |" in judged
+    assert "| 8a | experts of 32 | experts of 64 |" in judged
+
+
 def test_training_curves_against_metrics_jsonl(work_of, runs):
     work = work_of(runs, "6", "10", make=True)
     run_stage(work, "figures")
