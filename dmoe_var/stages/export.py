@@ -8,7 +8,7 @@ from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
 from dmoe_var.metrics.record import RESULT_FILE, Record
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult, require
-from dmoe_var.stages.work import Work, flatten
+from dmoe_var.stages.work import OPTIONAL, Work, flatten
 from dmoe_var.training.distributed import is_main
 
 FOLDER = "dynamic_var"
@@ -42,13 +42,16 @@ def measured(work: Work) -> list[Record]:
     """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
     sample counts and references; of a stage that has no record, none."""
     upstream = work.relevant("train_router")
-    rule = dict(flatten({"selection": asdict(work.config.selection)}))
+    given = dict(flatten({"selection": asdict(work.config.selection)}))
+    rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
     scales = {"moe.scales": list(work.config.moe.scales)}
     records = []
     for stage in MEASURING:
         for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
             record = Record.read(path)
             shown = dict(upstream)
+            if record.config.get("evaluate.model") == "pruned" and stage == "evaluate":
+                continue
             if stage == "evaluate" and record.config.get("evaluate.model") != "dense":
                 shown |= rule | scales
             if all(record.config.get(key) == value for key, value in shown.items()):

@@ -147,10 +147,12 @@ class RouterObjective(TokenObjective):
     def mean_norms(self, num_images: int = 256) -> list[Tensor]:
         """Mean true norm of each expert (E,), a layer each: the constant prediction to beat.
 
-        Over both branches of the first training images, equally.
+        Over both branches, equally, of training images that lie evenly over the set: a folder's
+        are sorted by class.
         """
         totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
-        indices = torch.arange(min(num_images, self.num_examples))
+        count = min(num_images, self.num_examples)
+        indices = torch.arange(count) * self.num_examples // count
 
         def add(layer: int, x_BLC: Tensor) -> None:
             norms_BlE = self.ffns[layer].true_norms(x_BLC[:, self.learnt_tokens])

@@ -91,9 +91,10 @@ def test_the_card_tells_of_the_stages_that_are_done(make_work, runs):
     assert "| sparsify.steps | 2 |" in card
 
 
-def test_a_card_without_measurements(make_work, runs):
-    """An evaluation of other thresholds is not this model's."""
-    run_stage(make_work(runs, {"selection.tau": [0.7]}), "evaluate")
+@pytest.mark.parametrize("other", [{"selection.tau": [0.7]}, {"evaluate.model": "pruned"}])
+def test_a_card_without_measurements(make_work, runs, other):
+    """An evaluation of other thresholds, or of a pruned model, is not this model's."""
+    run_stage(make_work(runs, other), "evaluate")
     work = make_work(runs)
     assert "evaluate/default" not in run_stage(work, "export").about["records"]
     assert "Nothing was measured" in (saved_in(work) / "README.md").read_text()

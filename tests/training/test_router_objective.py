@@ -100,6 +100,21 @@ def test_constant_prediction_is_off_by_the_variance(build, vqvae, tokens, batch)
     assert metrics["val_mse_constant"] == pytest.approx(float(sum(variances) / 2), rel=1e-4)
 
 
+def test_the_constant_is_that_of_images_all_over_the_set(build, monkeypatch):
+    """The first images of a folder are of one class."""
+    objective, _ = build("router")
+    seen, batch = [], objective.batch
+
+    def noted(tokens, indices_B):
+        seen.extend(indices_B.tolist())
+        return batch(tokens, indices_B)
+
+    monkeypatch.setattr(objective, "batch", noted)
+    objective.mean_norms(num_images=4)
+    quarter = objective.num_examples // 4
+    assert [index // quarter for index in seen] == [0, 1, 2, 3]
+
+
 def test_validation_by_branch_layer_and_scale(build, tokens, vqvae, monkeypatch):
     monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)
     objective, _ = build("router")
