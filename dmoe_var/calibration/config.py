@@ -18,7 +18,8 @@ class CalibrateConfig:
     place: milliseconds of a batch of `time_batch` images on this device, decoder included.
     budgets: shares at which all ways to choose tau are compared; () compares none.
     loss: what is made equal per saved FLOP: `ce`, the teacher-forced cross-entropy of the sparse
-    scales, or `norm`, the squared predicted norms that are dropped. by_layer: a tau for each layer.
+    scales, each weighing the same; `ce_tokens`, each by its tokens; or `norm`, the squared
+    predicted norms that are dropped. by_layer: a tau for each layer.
     densities: shares of experts at which a loss curve is measured. images, held_out: training and
     held-out images for losses; drawn: sampled images that correct and verify the FLOPs.
     """
@@ -28,7 +29,7 @@ class CalibrateConfig:
     budget: Share = 0.81
     budget_ms: Annotated[float, Field(gt=0)] | None = None
     budgets: tuple[Share, ...] = ()
-    loss: Literal["ce", "norm"] = "ce"
+    loss: Literal["ce", "ce_tokens", "norm"] = "ce"
     by_layer: bool = False
     densities: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)

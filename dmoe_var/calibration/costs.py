@@ -23,11 +23,13 @@ from dmoe_var.sampling.sampler import generate
 @dataclass(frozen=True)
 class CostTable:
     """Milliseconds of a batch. fixed_ms: all but the sparse scales, the decoder included. by_scale:
-    for each sparse scale its (density, ms), rising in density. dense_ms: the whole dense model."""
+    for each sparse scale its (density, ms), rising in both. dense_ms: the whole dense model;
+    whole_ms: the whole of each setting that was timed."""
 
     fixed_ms: float
     by_scale: Mapping[int, tuple[tuple[float, float], ...]]
     dense_ms: float
+    whole_ms: Mapping[str, float]
 
     def ms(self, densities: Mapping[int, float]) -> float:
         """Of a batch whose sparse scales run these shares of their experts."""
@@ -79,6 +81,7 @@ def measure_costs(
     rest: list[float] = []
     whole: list[float] = []
     densities: dict[str, dict[int, float]] = {}
+    whole_by_setting: dict[str, list[float]] = {name: [] for name in settings}
     for round_ in range(repeats + 1):
         scales, decoder = timed(dense, vqvae, labels, seed, **options)
         if round_:
@@ -95,6 +98,7 @@ def measure_costs(
             }
             if round_:
                 by_setting[name].append(scales)
+                whole_by_setting[name].append(sum(scales) + decoder)
                 sparse = sum(scales[si] for si in model.moe_scales)
                 rest.append(sum(scales) - sparse + decoder)
         progress()
@@ -104,8 +108,11 @@ def measure_costs(
             densities[name][si]: median(scales[si] for scales in runs)
             for name, runs in by_setting.items()
         }
-        table[si] = tuple(sorted(points.items()))
-    return CostTable(median(rest), table, median(whole))
+        at, times = zip(*sorted(points.items()), strict=True)
+        # More experts never take less: where they seem to, that is noise.
+        table[si] = tuple(zip(at, np.maximum.accumulate(times).tolist(), strict=True))
+    wholes = {name: median(times) for name, times in whole_by_setting.items()}
+    return CostTable(median(rest), table, median(whole), wholes)
 
 
 def _wait(device: torch.device) -> None:

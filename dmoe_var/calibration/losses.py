@@ -1,5 +1,8 @@
 """Cross-entropy of the sparse scales under teacher forcing: what a choice of tau costs in quality.
 
+By default every scale weighs the same, as each covers the whole picture; by tokens the finest one
+would decide, and coarse errors, which teacher forcing does not let grow, would look cheap.
+
 Legend: B images, L tokens, V vocabulary.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.files import write_text
+from dmoe_var.models.products import at_least_float32
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import SelectionRule
@@ -42,18 +47,21 @@ class TeacherForced:
 
 
 class CrossEntropy:
-    """Mean cross-entropy, nats a token, of the tokens of the sparse scales, and how often it was
-    measured. With a file, measurements are kept there and not made twice."""
+    """Cross-entropy of the sparse scales, nats a token, and how often it was measured: the mean of
+    the scales' means, or `by_tokens` the mean over their tokens. With a file, measurements are kept
+    there and not made twice."""
 
     def __init__(
         self,
         model: DynamicVAR,
         images: TeacherForced,
         impl: str,
+        by_tokens: bool = False,
         kept: Path | None = None,
         fingerprint: str = "",
     ):
         self.model, self.images, self.impl = model, images, impl
+        self.by_tokens = by_tokens
         self.count = 0
         self.kept, self.fingerprint = kept, fingerprint
         lines = read_lines(kept) if kept is not None and kept.exists() else []
@@ -76,14 +84,16 @@ class CrossEntropy:
         return self.known[key]
 
     def _measure(self, rules: Sequence[SelectionRule]) -> float:
-        slices = self.model.config.scale_slices
-        total, tokens = 0.0, 0
+        slices, scales = self.model.config.scale_slices, self.model.moe_scales
+        totals, tokens = dict.fromkeys(scales, 0.0), dict.fromkeys(scales, 0)
         for labels_B, teacher_BLC, tokens_BL in self.images.batches():
             logits_BLV = self.model(labels_B, teacher_BLC, selection=list(rules), impl=self.impl)
-            for si in self.model.moe_scales:
+            for si in scales:
                 logits, target = logits_BLV[:, slices[si]], tokens_BL[:, slices[si]]
-                total += F.cross_entropy(
-                    logits.flatten(0, 1).double(), target.flatten(), reduction="sum"
+                totals[si] += F.cross_entropy(
+                    at_least_float32(logits).flatten(0, 1), target.flatten(), reduction="sum"
                 ).item()
-                tokens += target.numel()
-        return total / tokens
+                tokens[si] += target.numel()
+        if self.by_tokens:
+            return sum(totals.values()) / sum(tokens.values())
+        return fmean(totals[si] / tokens[si] for si in scales)

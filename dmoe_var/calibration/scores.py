@@ -65,7 +65,7 @@ class _Sums:
     tokens: int = 0
 
     def add(self, scores_BlE: Tensor) -> None:
-        scores = scores_BlE.double().cpu()
+        scores = scores_BlE.cpu().double()
         largest = scores.amax(-1, keepdim=True)
         # A token whose scores are all 0 runs every expert at any tau, as Eq. 3 has it.
         ratio = torch.where(largest > 0, scores / largest.clamp_min(1e-300), 1.0)

@@ -1,8 +1,9 @@
 """The paper's claims, judged on the figures' data: the mean gap in FID between two curves.
 
 Two curves are compared over the FLOPs that both reach, linearly between their points, seed by
-seed. A gap counts where its mean over seeds is more than twice its standard error from zero;
-otherwise the claim is neither confirmed nor contradicted.
+seed. A gap counts where Student's t gives its mean over seeds less than 5 % by chance; otherwise
+the claim is neither confirmed nor contradicted. The seeds are those of sampling: what training the
+models once more would change is in no error.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t as student
 
 Curve = Mapping[str, Any]
 GRID = 50
 """Places at which two curves are compared."""
-SURE = 2.0
-"""Standard errors."""
+SURE = 0.05
+"""Chance of a gap as large where there is none."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Verdict:
     worse: str
     gap: float | None
     error: float | None
+    num_seeds: int = 1
 
     @property
     def says(self) -> str:
@@ -40,7 +43,7 @@ class Verdict:
             return "cannot be told: the curves share no FLOPs"
         if self.error is None:
             return "cannot be told: one seed"
-        if abs(self.gap) <= SURE * self.error:
+        if abs(self.gap) <= student.ppf(1 - SURE / 2, self.num_seeds - 1) * self.error:
             return "not settled: within the spread over seeds"
         return "confirmed" if self.gap < 0 else "contradicted"
 
@@ -84,7 +87,8 @@ def verdicts(drawn: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
         relative = [curves[i] for i in dense]
         mean, error = gap(curves[better], curves[worse], relative)
         names = curves[better]["name"], curves[worse]["name"]
-        found.append(Verdict(claim, figure, *names, mean, error))
+        num_seeds = len(curves[better]["rows"][0]["fid_by_seed"])
+        found.append(Verdict(claim, figure, *names, mean, error, num_seeds))
 
     if "3" in drawn:
         judge("the last scales are the ones to sparsify", "3", 1, 2)
@@ -125,4 +129,5 @@ def table(found: Sequence[Verdict]) -> str:
         shown = "-" if v.gap is None else f"{v.gap:+.2f}"
         shown += "" if v.error is None else f" ({v.error:.2f})"
         lines.append(f"| {v.claim} | {v.figure} | {v.better} | {v.worse} | {shown} | {v.says} |")
+    lines += ["", "Errors are over seeds of sampling; every model was trained once."]
     return "\n".join(lines)

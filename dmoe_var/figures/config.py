@@ -82,11 +82,17 @@ class FiguresConfig:
     )
     """By depth, where its dense VAR comes from, as `base.var` says it (null trains it). Figure 5
     adds the experiment's own depth."""
+    budgets: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (0.8, 0.9)
+    """Shares of the dense FLOPs at which ways to choose tau are compared (figure calibration)."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Of the timings (figures 8b and 9)."""
     time_tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.4)
     minutes: Mapping[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
     """By stage, about how long it takes where no record tells; evaluate: 1,000 images."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} must be distinct")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -113,6 +113,7 @@ class PartClock:
         told_apart: with the transformer's parts, by hooks on its modules that are gone afterwards;
         without (a compiled model has no place for hooks) all of a scale's is `transformer`.
         """
+        self.told_apart = told_apart
         handles = [h for m in model.modules() for h in self._hook(m)] if told_apart else []
         self._stamps, self._end = [], None
         try:

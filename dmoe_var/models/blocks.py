@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.kv_cache import KVCache
-from dmoe_var.models.products import Linear, activated_linear, at_least_float32, linear
+from dmoe_var.models.products import Linear, activated, at_least_float32, linear
 
 if TYPE_CHECKING:
     from dmoe_var.moe.layer import Routing
@@ -73,8 +73,7 @@ class FFN(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        h_BLD = activated_linear(self.act, x_BLC, self.fc1.weight, self.fc1.bias)
-        out: Tensor = self.fc2(h_BLD)
+        out: Tensor = self.fc2(activated(self.act, self.fc1, x_BLC))
         return out
 
 

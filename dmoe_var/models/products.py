@@ -121,6 +121,14 @@ def activated_linear(act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
     return out
 
 
+def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
+    """act(layer(x)). Whoever hooks either sees it called."""
+    if layer._forward_hooks or layer._forward_pre_hooks or not _by_onednn(x):
+        out: Tensor = act(layer(x))
+        return out
+    return activated_linear(act, x, layer.weight, layer.bias)
+
+
 class Conv2d(nn.Conv2d):
     """torch's Conv2d; see the top of this file."""
 

@@ -202,6 +202,9 @@ def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
         which, how = config["pruning.model"], config["pruning.rule"]
         name = f"Pruned-FFN ({which}, {how}), scales {scales}"
         return "pruned", name, f"share {config['pruning.share']:g}"
+    if rule == "threshold" and config.get("selection.layer_tau"):
+        by_scale = (_tau_text(taus) for taus in config["selection.layer_tau"])
+        return "lists", f"a tau a layer, scales {scales}", "; ".join(by_scale)
     if rule in ("threshold", "oracle"):
         tau = config["selection.tau"]
         method = rule if rule == "oracle" else "last" if len(tau) == 1 else "lists"

@@ -6,8 +6,9 @@ import ctypes
 from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-UP_TO, KEPT = 1 << 30, (1 << 31) - 1
-"""Bytes: blocks up to here come from memory that is kept, and that much is kept."""
+UP_TO, OF_OLD, KEPT = 1 << 30, 1 << 25, (1 << 31) - 1
+"""Bytes: blocks up to here come from memory that is kept (older versions take no more than the
+second), and that much is kept."""
 
 
 @cache
@@ -22,4 +23,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, UP_TO) and mallopt(M_TRIM_THRESHOLD, KEPT))
+    if not mallopt(M_MMAP_THRESHOLD, UP_TO):
+        mallopt(M_MMAP_THRESHOLD, OF_OLD)
+    return bool(mallopt(M_TRIM_THRESHOLD, KEPT))

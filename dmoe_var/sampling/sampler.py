@@ -147,7 +147,8 @@ def generate(
         backbone = model.backbone_at(si)
         if adaln_every_scale or id(backbone) not in modulations:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
-        routing = Routing(rules[si], si, impl, counts, noise, clock) if si in rules else None
+        inside = clock if clock is not None and clock.told_apart else None
+        routing = Routing(rules[si], si, impl, counts, noise, inside) if si in rules else None
         mark("transformer", si)
         logits_RlV = backbone.step(x_RlC, modulations[id(backbone)], cache, routing)
         mark("sampling", si)

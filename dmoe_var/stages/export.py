@@ -54,6 +54,9 @@ def measured(work: Work) -> list[Record]:
                 continue
             if stage == "evaluate" and record.config.get("evaluate.model") != "dense":
                 shown |= rule | scales
+            more = [key for key in OPTIONAL if key not in shown and record.config.get(key)]
+            if more and stage == "evaluate" and record.config.get("evaluate.model") != "dense":
+                continue  # another rule, which this model does not have
             if all(record.config.get(key) == value for key, value in shown.items()):
                 records.append(record)
     return records

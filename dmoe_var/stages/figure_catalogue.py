@@ -10,8 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dmoe_var.errors import ConfigError
 from dmoe_var.figures import calibration
 from dmoe_var.figures.config import FiguresConfig
+from dmoe_var.models.var import VARConfig
 from dmoe_var.stages.graph import record_if_done
 from dmoe_var.stages.points import Curve, Point, vary
 from dmoe_var.stages.work import Work
@@ -135,13 +137,13 @@ def _other_depths(work: Work) -> list[Curve]:
         d: s for d, s in work.config.figures.depths.items() if int(d) != work.config.var.depth
     }
     return [
-        _dense({"var.depth": int(d), "base.var": source}, f"dense, depth {d}", 1 - i / len(depths))
+        _dense(_of_depth(work, int(d), source), f"dense, depth {d}", 1 - i / len(depths))
         for i, (d, source) in enumerate(depths.items())
     ]
 
 
 def _single_scales(work: Work) -> list[Curve]:
-    scales = work.config.figures.single_scales
+    scales = sorted(work.config.figures.single_scales)
     curves = [
         _over_tau(work, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
         for si, shade in zip(scales, _shades(scales), strict=True)
@@ -154,12 +156,25 @@ def _depths(work: Work) -> list[Curve]:
     depths = sorted({**work.config.figures.depths, **own}.items(), key=lambda item: int(item[0]))
     curves = []
     for (depth, source), shade in zip(depths, _shades(depths), strict=True):
-        changes = {"var.depth": int(depth), "base.var": source}
+        changes = _of_depth(work, int(depth), source)
         curves += [
             _dense(changes, f"dense, depth {depth}", shade),
             _over_tau(work, f"one tau, last scales, depth {depth}", "last", changes, shade),
         ]
     return curves
+
+
+def _of_depth(work: Work, depth: int, source: str | None) -> Changes:
+    """Another depth: what depth derives (width, heads, drop path, gain) is derived anew, what the
+    configuration gives by itself stays."""
+    var = work.config.var
+    derived = VARConfig(depth=var.depth)
+    anew = {
+        f"var.{name}": None
+        for name in ("width", "num_heads", "drop_path", "adaln_gamma_gain")
+        if getattr(var, name) == getattr(derived, name)
+    }
+    return {"var.depth": depth, "base.var": source, **anew}
 
 
 def _alphas(work: Work) -> list[Run]:
@@ -196,7 +211,11 @@ def _without_relu(work: Work) -> list[Curve]:
 def _fitting_sizes(work: Work) -> tuple[int, ...]:
     """The expert sizes that divide the FFN into at least two experts."""
     hidden = work.config.var.hidden
-    return tuple(d for d in work.config.figures.expert_sizes if hidden % d == 0 and d < hidden)
+    sizes = sorted(work.config.figures.expert_sizes)
+    fitting = tuple(size for size in sizes if hidden % size == 0 and size < hidden)
+    if not fitting:
+        raise ConfigError(f"figures.expert_sizes={sizes}: none divides the FFN's {hidden} neurons")
+    return fitting
 
 
 def _sizes(work: Work) -> list[Curve]:
@@ -215,6 +234,10 @@ def _timing(figures: FiguresConfig, tau: Sequence[float]) -> dict[str, Any]:
         "benchmark.batch_sizes": (figures.batch_size,),
         "benchmark.tau": tuple(tau),
         "benchmark.published": None,
+        "benchmark.compile": "eager",
+        "benchmark.chosen": False,
+        "benchmark.random_masks": False,
+        "benchmark.smaller": None,
     }
 
 
@@ -294,9 +317,13 @@ def _rules(work: Work) -> list[Curve]:
     ]
 
 
+def _budgets(work: Work) -> Changes:
+    return {"calibrate.budgets": work.config.figures.budgets, "calibrate.budget_ms": None}
+
+
 def _calibrated(work: Work) -> list[Curve]:
     """FID at the tau that the calibration and its rivals chose; empty until it has run."""
-    record = record_if_done(work, "calibrate")
+    record = record_if_done(vary(work, _budgets(work)), "calibrate")
     if record is None:
         return []
     fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
@@ -306,7 +333,7 @@ def _calibrated(work: Work) -> list[Curve]:
             Point(
                 f"{each['budget']:g}",
                 each["budget"],
-                {**fixed, "selection.tau": tuple(each["tau"])},
+                {**fixed, **_as_keys(each["tau"])},
             )
             for each in found
         )
@@ -343,7 +370,7 @@ FIGURES: dict[str, Figure] = {
         "tau from a budget, and its rivals",
         "curves",
         _calibrated,
-        lambda work: [Run("calibration", "calibrate", {})],
+        lambda work: [Run("calibration", "calibrate", _budgets(work))],
     ),
     "accounting": Figure("what counting does to the axis", "accounting", _accounting),
     "rules": Figure("selection rules on the last scales", "curves", _rules),

@@ -97,6 +97,8 @@ def plan_text(work: Work, steps: Sequence[Need]) -> str:
 def make(work: Work) -> None:
     """Make what is missing; an interrupted run goes on where it stopped."""
     while steps := missing_everywhere(work):
+        for step in steps:
+            step.work.check(step.stage)
         bench: evaluate.Bench | None = None
         shown = tqdm(steps, desc="figures", disable=not work.progress)
         for step in shown:
@@ -140,11 +142,11 @@ def run(work: Work) -> StageResult:
 
 
 def _drawn(work: Work) -> dict[str, Data]:
-    """The data of all figures in the folder, by earlier commands too: it is of these settings."""
+    """The data of all figures in the folder that are of these settings, by earlier commands too."""
     files = {name: work.folder("figures") / f"figure_{name}.json" for name in FIGURES}
-    return {
-        name: json.loads(path.read_text("utf-8")) for name, path in files.items() if path.exists()
-    }
+    there = {n: json.loads(path.read_text("utf-8")) for n, path in files.items() if path.exists()}
+    now = at_size(work).fingerprint("figures")
+    return {name: data for name, data in there.items() if data["fingerprint"] == now}
 
 
 def note(work: Work) -> str:
@@ -161,6 +163,7 @@ def data_of(work: Work, name: str) -> Data:
     """All that a figure shows, read from records alone."""
     work, figure = at_size(work), FIGURES[name]
     data: Data = {"figure": name, "title": figure.title, "note": note(work)}
+    data["fingerprint"] = work.fingerprint("figures")
     if curves := figure.curves(work):
         data |= _curve_data(work, curves)
     if figure.kind in ("alphas", "routers"):

@@ -121,7 +121,8 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     """
     work.check(stage)
     folder = work.folder(stage)
-    skippable = is_main() and stage not in ALWAYS_RUN
+    of_this_machine = stage == "calibrate" and work.config.calibrate.budget_ms is not None
+    skippable = is_main() and stage not in ALWAYS_RUN and not of_this_machine
     done = from_main(record_if_done(work, stage) if skippable else None)
     if done is not None:
         if is_main():

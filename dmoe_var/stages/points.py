@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dmoe_var.errors import ConfigError
 from dmoe_var.metrics.record import Record
 from dmoe_var.stages.work import Work
 
@@ -16,8 +17,11 @@ from dmoe_var.stages.work import Work
 def vary(work: Work, changes: Mapping[str, Any]) -> Work:
     """The same work with dotted keys changed: vary(work, {"sparsify.alpha": 0.1}).
 
-    ValueError for a key that is none, or values that do not go together.
+    A tau for each layer gives way to a new tau. ConfigError for a key that is none, or values that
+    do not go together.
     """
+    if "selection.tau" in changes:
+        changes = {"selection.layer_tau": (), **changes}
     nested: dict[str, Any] = {}
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -25,7 +29,10 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
         for name in path:
             section = section.setdefault(name, {})
         section[last] = value
-    return Work(_with(work.config, nested, ""), work.baseline)
+    try:
+        return Work(_with(work.config, nested, ""), work.baseline)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _with(section: Any, changes: Mapping[str, Any], place: str) -> Any:

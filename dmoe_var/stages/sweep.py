@@ -104,16 +104,19 @@ def _measure(work: Work, bench: evaluate.Bench) -> list[tuple[Setting, Record]]:
     measured, points = [], planned(work)
     hidden = not (work.config.progress and is_main())
 
+    new: list[Work] = []
+
     def measure(each: Work) -> StageResult:
-        result = evaluate.run(each, bench)
-        if is_main():
-            tracked = each.tracking("evaluate")
-            tracked.summarise(each.folder("evaluate"), result.metrics, each.relevant("evaluate"))
-        return result
+        new.append(each)
+        return evaluate.run(each, bench)
 
     for setting, seed in tqdm(points, desc="sweep", disable=hidden):
-        record = run_stage(point(whole(work), setting, seed), "evaluate", measure)
+        each = point(whole(work), setting, seed)
+        record = run_stage(each, "evaluate", measure)
         measured.append((setting, record))
+        if is_main() and each in new:  # its record is there, whatever becomes of wandb
+            tracked = each.tracking("evaluate")
+            tracked.summarise(each.folder("evaluate"), record.metrics, each.relevant("evaluate"))
     return measured
 
 

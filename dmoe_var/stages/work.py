@@ -107,12 +107,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
 HOUSEKEEPING = (
     "log_every", "validate_every", "checkpoint_every",
     "micro_batch_size", "activation_checkpointing", "workers", "encode_batch", "root",
-    "part", "parts",
-    "figure", "make", "plan",
+    "sweep.part", "sweep.parts",
+    "figures.figure", "figures.make", "figures.plan", "figures.minutes",
 )  # fmt: skip
-"""Keys that change no result, or only its rounding: a run may go on with others. `data.root` is
+"""Keys that change no result, or only its rounding, by their last name or in full: a run may go on
+with others. `data.root` is
 where the pictures are, not which: other pictures want another `name`. `sweep.part` is which points
 a run measures, not what they are."""
+
+OF_A_SECTION = tuple(key for key in HOUSEKEEPING if "." in key)
 
 OPTIONAL = ("selection.layer_tau",)
 """Keys that say nothing where they are empty."""
@@ -214,9 +217,9 @@ class Work:
                 f"train_vqvae trains in one process, torchrun started {launched_processes()}: run "
                 "it by itself first, or give base.vqvae"
             )
-        if stage == "benchmark" and launched_processes() > 1:
+        if stage in ("benchmark", "calibrate") and launched_processes() > 1:
             raise ConfigError(
-                f"benchmark runs in one process, torchrun started {launched_processes()}"
+                f"{stage} runs in one process, torchrun started {launched_processes()}"
             )
         if stage in ("evaluate", "sweep"):
             self._check_measured()
@@ -283,7 +286,8 @@ class Work:
             for key, value in leaves.items():
                 inside = key == section or key.startswith(f"{section}.")
                 unsaid = key in OPTIONAL and not value
-                if inside and not unsaid and key.rpartition(".")[2] not in HOUSEKEEPING:
+                kept = key.rpartition(".")[2] in HOUSEKEEPING or key.startswith(OF_A_SECTION)
+                if inside and not unsaid and not kept:
                     keys[key] = value
         return keys
 

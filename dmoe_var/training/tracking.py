@@ -45,8 +45,10 @@ class Tracking:
         """A run of wandb for what has no steps, a point of a sweep: its numbers, once."""
         run = self.start(folder, config)
         if run is not None:
-            run.log(dict(metrics))
-            run.finish()
+            try:
+                run.log(dict(metrics))
+            finally:
+                run.finish()
 
 
 OFF = Tracking()

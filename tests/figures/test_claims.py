@@ -45,15 +45,15 @@ def test_relative_to_the_own_dense_model():
 @pytest.mark.parametrize(
     ("mean", "error", "says"),
     [
-        (-1.0, 0.4, "confirmed"),
-        (1.0, 0.4, "contradicted"),
-        (-1.0, 0.6, "not settled"),
+        (-1.0, 0.35, "confirmed"),  # t of 4 degrees of freedom: 2.776
+        (1.0, 0.35, "contradicted"),
+        (-1.0, 0.37, "not settled"),
         (1.0, None, "one seed"),
         (None, None, "share no FLOPs"),
     ],
 )
 def test_says(mean, error, says):
-    assert says in Verdict("c", "3", "a", "b", mean, error).says
+    assert says in Verdict("c", "3", "a", "b", mean, error, 5).says
 
 
 def test_verdicts_name_the_curves_they_compare():
@@ -76,7 +76,7 @@ def test_verdicts_name_the_curves_they_compare():
         ("8a", "8", "32", "contradicted"),
     ]
     lines = table(found).splitlines()
-    assert len(lines) == 2 + len(found)
+    assert len(lines) == 4 + len(found)
     assert "-3.00 (0.00)" in lines[2]
 
 

@@ -161,7 +161,7 @@ def test_what_is_no_plain_rule_is_not_stored(rule):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"rule": "best"}, r"selection\.rule='best' is none of threshold, oracle"),
+        ({"rule": "best"}, r"selection\.rule='best' is none of threshold, layer_threshold, oracle"),
         ("threshold", "none of"),
         (["threshold"], "none of"),
         ({"rule": ["all"]}, "none of"),

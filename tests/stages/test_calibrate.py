@@ -90,7 +90,9 @@ def test_by_layer(make_work, runs):
 @pytest.mark.parametrize("key", ["budget", "budgets"])
 def test_a_share_out_of_reach_is_one_line(make_work, runs, key):
     work = made(make_work, runs, **{key: 0.1 if key == "budget" else [0.1, 0.9]})
-    with pytest.raises(InputError, match=r"budget=0\.1: out of reach.*allowed: 0\.\d+ to 1"):
+    with pytest.raises(
+        InputError, match=r"calibrate.budgets?=0\.1: out of reach.*allowed: 0\.\d+ to 1"
+    ):
         run_stage(work, "calibrate")
 
 
@@ -101,14 +103,14 @@ def test_time_out_of_reach_is_one_line(make_work, runs):
 
 
 def table(dense, found):
-    return CostTable(1.0, {2: ((0.1, found),), 3: ((0.1, found),)}, dense)
+    return CostTable(1.0, {}, dense, {"found": found})
 
 
 def test_no_tau_that_is_slower_than_dense(make_work, runs, monkeypatch):
     """The table promises what the second timing does not keep."""
     tables = [
-        CostTable(1.0, dict.fromkeys((2, 3), ((0.1, 1.0), (1.0, 9.0))), 12.0),
-        table(dense=12.0, found=6.0),
+        CostTable(1.0, dict.fromkeys((2, 3), ((0.1, 1.0), (1.0, 9.0))), 12.0, {}),
+        table(dense=12.0, found=13.0),
     ]
     monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
     work = made(make_work, runs, budget_ms=11.0)
@@ -119,7 +121,7 @@ def test_no_tau_that_is_slower_than_dense(make_work, runs, monkeypatch):
 def test_a_time_budget(make_work, runs, monkeypatch):
     """Times linear in the share of experts: the budget is met where the table says."""
     points = ((0.25, 3.0), (1.0, 12.0))
-    tables = [CostTable(1.0, {2: points, 3: points}, 30.0), table(dense=30.0, found=5.0)]
+    tables = [CostTable(1.0, {2: points, 3: points}, 30.0, {}), table(dense=30.0, found=11.0)]
     monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
     record = run_stage(made(make_work, runs, budget_ms=17.0), "calibrate")
     bench = calibrate.Bench(made(make_work, runs, budget_ms=17.0))
@@ -140,9 +142,16 @@ def test_cross_entropy(make_work, runs):
     tokens_BL, labels_B = tokens.batch(indices)
     teacher = vqvae.teacher_input(tokens.by_scale(tokens_BL))
     logits = model(labels_B, teacher, tau=[0.0, 0.9])
-    start = 1 + 4
-    by_hand = F.cross_entropy(logits[:, start:].flatten(0, 1), tokens_BL[:, start:].flatten())
-    assert found == pytest.approx(by_hand.item(), rel=1e-5)
+    target = tokens_BL
+    by_scale = [
+        F.cross_entropy(logits[:, scale].flatten(0, 1), target[:, scale].flatten()).item()
+        for scale in (slice(5, 14), slice(14, 30))
+    ]
+    assert found == pytest.approx(sum(by_scale) / 2, rel=1e-5)
+    by_tokens = CrossEntropy(model, images, "grouped", by_tokens=True)
+    assert by_tokens([Threshold(0.0), Threshold(0.9)]) == pytest.approx(
+        (9 * by_scale[0] + 16 * by_scale[1]) / 25, rel=1e-5
+    )
     assert loss.count == 1
 
 

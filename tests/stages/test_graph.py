@@ -305,8 +305,8 @@ def test_given_base_of_another_shape(make_work, runs):
 
 
 def test_unknown_stage(make_work):
-    with pytest.raises((ValueError, KeyError, ConfigError), match="figures"):
-        run_stage(make_work(), "figures")
+    with pytest.raises((ValueError, KeyError, ConfigError), match="nothing"):
+        run_stage(make_work(), "nothing")
 
 
 @pytest.fixture

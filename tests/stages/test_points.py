@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dmoe_var.errors import ConfigError
 from dmoe_var.stages.points import Point, joined, vary
 
 
@@ -29,7 +30,7 @@ def test_vary_is_what_the_command_line_would_be(make_work):
 
 @pytest.mark.parametrize("key", ["sparsify.alfa", "nothing"])
 def test_vary_refuses_unknown_keys(make_work, key):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ConfigError, match=key):
         vary(make_work(), {key: 1})
 
 
@@ -40,7 +41,7 @@ def test_vary_changes_all_at_once(make_work):
 
 
 def test_vary_checks_what_belongs_together(make_work):
-    with pytest.raises(ValueError, match="expert_size"):
+    with pytest.raises(ConfigError, match="expert_size"):
         vary(make_work(), {"split.expert_size": 48})
 
 
