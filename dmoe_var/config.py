@@ -9,8 +9,9 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,10 @@ class MoEConfig:
     impl: Literal["reference", "grouped"] = "grouped"
 
 
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
 @dataclass(frozen=True)
 class SelectionConfig:
     """A selection rule: threshold and oracle read `tau` (one, one a sparse scale, or one a
@@ -125,6 +130,19 @@ class SelectionConfig:
             "all": All(),
         }
         return others[self.rule]
+
+    @property
+    def text(self) -> str:
+        """In a few words: "threshold 0.2,0.3"; of a tau for each layer, scales behind ";"."""
+        values: dict[str, Any] = {
+            "top_k": self.k,
+            "random": self.k,
+            "cumulative": self.share,
+            "all": "",
+        }
+        if self.rule == "threshold" and self.layer_tau:
+            return f"threshold by layer {'; '.join(map(_listed, self.layer_tau))}"
+        return f"{self.rule} {values.get(self.rule, _listed(self.tau))}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -229,7 +247,7 @@ class BenchmarkConfig:
 @dataclass(frozen=True)
 class MapsConfig:
     """Experts over the picture: one image of each of the first `images` classes, under
-    `selection.tau` and under each of these tau on all sparse scales."""
+    `selection` and under each of these tau on all sparse scales."""
 
     __pydantic_config__ = STRICT
 
@@ -393,6 +411,11 @@ class Config:
             )
         self._find_classes()
 
+    @cached_property
+    def leaves(self) -> Mapping[str, Any]:
+        """Every key and its value, by dotted name; tuples as lists."""
+        return dict(flatten(asdict(self)))
+
     def _find_classes(self) -> None:
         """Turns the names among `sample.classes` into indices."""
         given = self.sample.classes
@@ -403,6 +426,15 @@ class Config:
         if len(set(found)) != len(found):
             raise ValueError(f"sample.classes={list(given)} must be distinct classes")
         object.__setattr__(self, "sample", replace(self.sample, classes=found))
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:

@@ -88,12 +88,13 @@ class Finished:
 
 
 class Job:
-    """What a job does: the command, its streams to two files; the exit status."""
+    """What a job does: the command, its streams to two files; the exit status. One that is sent
+    again writes on."""
 
     process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, command: Sequence[str], streams: str) -> int:
-        with open(f"{streams}.out", "wb") as out, open(f"{streams}.err", "wb") as err:
+        with open(f"{streams}.out", "ab") as out, open(f"{streams}.err", "ab") as err:
             self.process = subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=_not_warned)
             return self.process.wait()
 

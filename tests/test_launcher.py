@@ -49,6 +49,7 @@ done
 
 @pytest.fixture
 def script(tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not installed")
     path = tmp_path / "some.py"
     path.write_text(SCRIPT)
     return path
@@ -167,3 +168,5 @@ def test_out_of_time(tmp_path):
     assert ended == [-signal.SIGTERM]
     assert isinstance(again.function, Job)
     assert again.args == arguments
+    assert Job()([sys.executable, "-c", "print(2)"], arguments[1]) == 0
+    assert (tmp_path / "streams.out").read_text() == "1\n2\n"  # sent again, it writes on

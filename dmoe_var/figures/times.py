@@ -13,7 +13,7 @@ from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, plt, save
 Bars = Mapping[str, Any]
 """name, method, shade, images_per_s: one value a scale."""
 Times = Mapping[str, Any]
-"""name, method, shade, rows: tau, ms_median, ms_p10, ms_p90 (tau None: a level, no curve)."""
+"""name, method, shade; dense, rows: ms_median, ms_p10, ms_p90, of rows also tau."""
 
 
 def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -> None:
@@ -33,28 +33,23 @@ def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -
     save(figure, paths)
 
 
-def draw_over_tau(
-    curves: Sequence[Times], device: str, title: str, note: str, paths: Paths
-) -> None:
-    """Median time of a batch over tau, p10 to p90 as bars; the dense model as a level."""
+def draw_over_tau(curves: Sequence[Times], title: str, note: str, paths: Paths) -> None:
+    """Time of a batch over tau, as a ratio to the dense model's of the same run; p10 to p90."""
     figure, axis = plt.subplots(figsize=(5.4, 3.6))
+    times_ms = [curve["dense"]["ms_median"] for curve in curves]
+    dense = f"dense VAR ({min(times_ms):.0f} to {max(times_ms):.0f} ms)"
+    axis.axhline(1, color=colour("dense", None), linestyle="--", label=dense)
     for i, curve in enumerate(curves):
-        drawn = colour(curve["method"], curve["shade"])
-        rows = [row for row in curve["rows"] if row["tau"] is not None]
-        if not rows:
-            level = curve["rows"][0]
-            axis.axhline(level["ms_median"], color=drawn, linestyle="--", label=curve["name"])
-            axis.axhspan(level["ms_p10"], level["ms_p90"], color=drawn, alpha=0.1, linewidth=0)
-            continue
-        rows.sort(key=lambda row: row["tau"])
-        median = np.array([row["ms_median"] for row in rows])
-        below = median - [row["ms_p10"] for row in rows]
-        above = [row["ms_p90"] for row in rows] - median
+        rows = sorted(curve["rows"], key=lambda row: row["tau"])
+        p10, median, p90 = (
+            np.array([row[key] for row in rows]) / curve["dense"]["ms_median"]
+            for key in ("ms_p10", "ms_median", "ms_p90")
+        )
         axis.errorbar(
-            [row["tau"] for row in rows], median, yerr=[below, above], label=curve["name"],
-            color=drawn, marker=SHADED_MARKERS[i % len(SHADED_MARKERS)], markersize=4,
-            capsize=2, linewidth=1.2,
+            [row["tau"] for row in rows], median, yerr=[median - p10, p90 - median],
+            label=curve["name"], color=colour(curve["method"], curve["shade"]),
+            marker=SHADED_MARKERS[i % len(SHADED_MARKERS)], markersize=4, capsize=2, linewidth=1.2,
         )  # fmt: skip
     axis.set_ylim(bottom=0)
-    finish(axis, "tau (Eq. 3)", f"{device} time of a batch, ms", title, note)
+    finish(axis, "tau (Eq. 3)", "time of a batch / dense VAR's", title, note)
     save(figure, paths)

@@ -143,14 +143,16 @@ class Curves:
         return not differences(self.work, record) and not _differing(compared, record)
 
     def _add_loose(self) -> None:
-        """Evaluations that are no points of the sweep, those of one setting joined."""
+        """Evaluations that are no points of the sweep, those of one setting joined over seeds, the
+        latest of each seed."""
         taken = {point for c in self._curves.values() for row in c["rows"] for point in row["at"]}
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        for at, record in self._records.items():
+        groups: dict[tuple[str, str, str], dict[int, str]] = {}
+        for at, record in sorted(self._records.items(), key=lambda item: item[1].ended):
             if at not in taken and self._comparable(record):
-                groups.setdefault(setting_of(record.config), []).append(at)
-        for (method, name, label), points in groups.items():
-            self._add(method, name, label, points, {})
+                by_seed = groups.setdefault(setting_of(record.config), {})
+                by_seed[record.seed] = at  # one a seed: with other batch sizes it is not another
+        for (method, name, label), by_seed in sorted(groups.items()):
+            self._add(method, name, label, [by_seed[seed] for seed in sorted(by_seed)], {})
 
     def _add(
         self, method: str, name: str, label: str, points: Sequence[str], row: Mapping[str, Any]

@@ -100,7 +100,7 @@ class Case:
 
     name: str
     model: str
-    tau: float | list[float] | None
+    tau: float | None
     task: Task
     flops: FlopReport
 
@@ -337,15 +337,14 @@ def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
     return cases
 
 
-def _selections(work: Work) -> list[tuple[str, float | list[float] | None, Selection]]:
-    """Name, tau and rules of each dynamic model."""
+def _selections(work: Work) -> list[tuple[str, float | None, Selection]]:
+    """Name, tau on all sparse scales (None: the configured selection) and rules of each."""
     benchmark, chosen = work.config.benchmark, work.config.selection
-    settings: list[tuple[str, float | list[float] | None, Selection]] = [
+    settings: list[tuple[str, float | None, Selection]] = [
         (f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau
     ]
     if benchmark.chosen:
-        by_tau = chosen.rule in ("threshold", "oracle")
-        settings.append(("chosen", list(chosen.tau) if by_tau else None, chosen.rules()))
+        settings.append(("chosen", None, chosen.rules()))
     return settings
 
 
@@ -353,7 +352,7 @@ def _dynamic(
     work: Work,
     sources: Mapping[str, str],
     task: Task,
-    setting: tuple[str, float | list[float] | None, Selection],
+    setting: tuple[str, float | None, Selection],
 ) -> list[Case]:
     """A dynamic model and, where asked for, one of random masks of the density that it has."""
     name, tau, selection = setting

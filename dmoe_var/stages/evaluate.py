@@ -261,14 +261,4 @@ def describe(work: Work) -> str:
     if config.evaluate.model == "pruned":
         how = f"{config.pruning.model} pruned by {config.pruning.share:g} ({config.pruning.rule})"
         return f"{how} at scales {scales} seed {config.evaluate.seed}"
-    rule = config.selection.rule
-    value = {
-        "threshold": config.selection.tau,
-        "oracle": config.selection.tau,
-        "top_k": config.selection.k,
-        "random": config.selection.k,
-        "cumulative": config.selection.share,
-        "all": "",
-    }[rule]
-    shown = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
-    return f"{rule} {shown} at scales {scales} seed {config.evaluate.seed}"
+    return f"{config.selection.text} at scales {scales} seed {config.evaluate.seed}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
 from dmoe_var.metrics.record import RESULT_FILE, Record
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult, require
-from dmoe_var.stages.work import OPTIONAL, Work, flatten
+from dmoe_var.stages.work import OPTIONAL, Work
 from dmoe_var.training.distributed import is_main
 
 FOLDER = "dynamic_var"
@@ -42,7 +40,8 @@ def measured(work: Work) -> list[Record]:
     """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
     sample counts and references; of a stage that has no record, none."""
     upstream = work.relevant("train_router")
-    given = dict(flatten({"selection": asdict(work.config.selection)}))
+    said = work.config.leaves.items()
+    given = {key: value for key, value in said if key.startswith("selection.")}
     rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
     scales = {"moe.scales": list(work.config.moe.scales)}
     records = []

@@ -64,10 +64,11 @@ def at_size(work: Work) -> Work:
     return vary(work, {"evaluate.num_samples": figures.quick_samples}) if figures.quick else work
 
 
-def chosen_tau(work: Work) -> tuple[float, ...]:
-    """The operating point's tau: the sweep's chosen list, else the configuration's."""
+def operating_point(work: Work) -> Changes:
+    """Eq. 3 with the sweep's chosen tau list, else with what the configuration has."""
     sweep = work.config.sweep
-    return work.config.selection.tau if sweep.chosen is None else sweep.lists[sweep.chosen]
+    tau = {} if sweep.chosen is None else {"selection.tau": sweep.lists[sweep.chosen]}
+    return {"selection.rule": "threshold", **tau}
 
 
 def _shades(values: Collection[Any]) -> list[float]:
@@ -100,13 +101,8 @@ def _over_tau(
 
 
 def _chosen(work: Work) -> Curve:
-    tau = chosen_tau(work)
-    changes = {
-        "evaluate.model": "dynamic",
-        "selection.rule": "threshold",
-        "selection.tau": tau,
-    }
-    point = Point(", ".join(f"{value:g}" for value in tau), None, changes)
+    changes = {"evaluate.model": "dynamic", **operating_point(work)}
+    point = Point(vary(work, changes).config.selection.text, None, changes)
     return Curve("chosen tau a scale", "chosen", (point,), line=False)
 
 
@@ -242,9 +238,9 @@ def _timing(figures: FiguresConfig, tau: Sequence[float]) -> dict[str, Any]:
 
 
 def _throughput(work: Work) -> list[Run]:
-    tau = chosen_tau(work)
-    changes = {**_timing(work.config.figures, ()), "selection.tau": tau, "benchmark.parts": True}
-    return [Run("chosen tau", "benchmark", {**changes, "benchmark.chosen": True}, method="chosen")]
+    changes = {**_timing(work.config.figures, ()), **operating_point(work)}
+    changes |= {"benchmark.parts": True, "benchmark.chosen": True}
+    return [Run("chosen tau", "benchmark", changes, method="chosen")]
 
 
 def _times(work: Work) -> list[Run]:
@@ -278,8 +274,7 @@ def _pictures(work: Work) -> list[Run]:
     changes = {
         "sample.model": "both",
         "sample.classes": None,
-        "selection.rule": "threshold",
-        "selection.tau": chosen_tau(work),
+        **operating_point(work),
         "sample.per_class": 2,
     }
     return [Run("samples", "sample", changes)]
@@ -293,7 +288,7 @@ def _fine_pictures(work: Work) -> list[Run]:
 
 
 def _maps(work: Work) -> list[Run]:
-    return [Run("maps", "maps", {"selection.rule": "threshold", "selection.tau": chosen_tau(work)})]
+    return [Run("maps", "maps", operating_point(work))]
 
 
 def _rules(work: Work) -> list[Curve]:

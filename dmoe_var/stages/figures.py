@@ -6,7 +6,7 @@ Legend: a step is a stage with its configuration that has no record yet.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.figure_catalogue import FIGURES, Figure, Need, Run, at_size
 from dmoe_var.stages.graph import StageResult, order, record_if_done, run_stage
-from dmoe_var.stages.maps import stored_maps
+from dmoe_var.stages.maps import CHOSEN, stored_maps
 from dmoe_var.stages.points import joined, vary
 from dmoe_var.stages.sample import Pictures
 from dmoe_var.stages.work import Work
@@ -58,19 +58,21 @@ def missing(work: Work) -> list[Need]:
     return list(found.values())
 
 
-def minutes(work: Work, step: Need) -> float | None:
-    """About how long a step takes: the median of its stage's records in this run, else what the
-    configuration says; None where neither tells. Evaluations by their number of images."""
-    images = step.work.config.evaluate.num_samples if step.stage == "evaluate" else 1
-    taken = []
-    for path in sorted((work.root / step.stage).glob(f"*/{RESULT_FILE}")):
-        record = Record.read(path)
-        seconds = _seconds(record)
-        taken.append(seconds / (record.num_samples if step.stage == "evaluate" else 1))
-    if taken:
-        return median(taken) * images / 60
-    told = work.config.figures.minutes.get(step.stage)
-    return told if told is None or step.stage != "evaluate" else told * images / 1000
+def minutes(work: Work, stages: Collection[str]) -> dict[str, float]:
+    """About how long each of these stages takes: the median of its records in this run, else what
+    the configuration says; not in the result where neither tells. Of evaluations, an image."""
+    found = {}
+    for stage in stages:
+        taken = []
+        for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
+            record = Record.read(path)
+            taken.append(_seconds(record) / (record.num_samples if stage == "evaluate" else 1) / 60)
+        told = work.config.figures.minutes
+        if taken:
+            found[stage] = median(taken)
+        elif stage in told:
+            found[stage] = told[stage] / (1000 if stage == "evaluate" else 1)
+    return found
 
 
 def _seconds(record: Record) -> float:
@@ -81,8 +83,11 @@ def _seconds(record: Record) -> float:
 def plan_text(work: Work, steps: Sequence[Need]) -> str:
     """The steps in their order, with estimates."""
     lines, total, unknown = [], 0.0, 0
+    each = minutes(work, {step.stage for step in steps})
     for i, step in enumerate(steps, 1):
-        guess = minutes(work, step)
+        guess = each.get(step.stage)
+        if guess is not None and step.stage == "evaluate":
+            guess *= step.work.config.evaluate.num_samples
         total += guess or 0
         unknown += guess is None
         shown = "    ?" if guess is None else f"{guess:5.1f}"
@@ -263,18 +268,13 @@ def _draw_throughput(data: Data, title: str, paths: Paths) -> None:
 
 
 def _draw_times(data: Data, title: str, paths: Paths) -> None:
-    rows = [timing["rows"] for timing in data["timings"]]
-    dense = [row for row in rows[0] if row["model"] == "dense" and not row["compiled"]]
-    curves = [{"name": "dense VAR", "method": "dense", "shade": None, "rows": dense}]
+    curves = []
     for timing in data["timings"]:
-        dynamic = [
-            {**row, "tau": row["tau"][0] if isinstance(row["tau"], list) else row["tau"]}
-            for row in timing["rows"]
-            if row["model"] == "dynamic" and not row["compiled"]
-        ]
-        curves.append({**timing, "rows": dynamic})
-    device = dense[0]["device"].upper()
-    times.draw_over_tau(curves, device, title, _timing_note(data), paths)
+        eager = [row for row in timing["rows"] if not row["compiled"]]
+        (dense,) = (row for row in eager if row["model"] == "dense")
+        dynamic = [row for row in eager if row["model"] == "dynamic"]
+        curves.append({**timing, "dense": dense, "rows": dynamic})
+    times.draw_over_tau(curves, title, _timing_note(data), paths)
 
 
 def _timing_note(data: Data) -> str:
@@ -304,6 +304,4 @@ def _draw_pictures(work: Work, figure: Figure, data: Data, paths: Paths) -> None
 
 
 def _setting_name(setting: Data) -> str:
-    if setting["name"] == "chosen":
-        return "chosen tau"
-    return f"tau {', '.join(f'{value:g}' for value in setting['tau'])}"
+    return "chosen tau" if setting["name"] == CHOSEN else f"tau {setting['name']}"

@@ -21,7 +21,7 @@ from dmoe_var.metrics.record import (
     library_versions,
     now,
 )
-from dmoe_var.stages.work import NEEDS, Work, flatten
+from dmoe_var.stages.work import NEEDS, Work
 from dmoe_var.training.distributed import barrier, from_main, is_main, start, world_size
 from dmoe_var.training.state import STATE_FILE
 
@@ -160,7 +160,7 @@ def _record(work: Work, stage: str, result: StageResult, started: str) -> Record
         variant=work.variant(stage),
         fingerprint=work.fingerprint(stage),
         metrics=result.metrics,
-        config=dict(flatten(asdict(work.config))),
+        config=dict(work.config.leaves),
         seed=work.config.seed if result.seed is None else result.seed,
         num_samples=result.num_samples,
         dtype=result.dtype or work.config.dtype,

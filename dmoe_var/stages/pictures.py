@@ -16,7 +16,7 @@ from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import ExpertCounts
-from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench
 from dmoe_var.stages.work import Work
@@ -24,9 +24,9 @@ from dmoe_var.stages.work import Work
 
 @torch.inference_mode()
 def collect_maps(
-    work: Work, bench: Bench, labels: Sequence[int], tau: Sequence[float], seed: int
+    work: Work, bench: Bench, labels: Sequence[int], selection: Selection, seed: int
 ) -> ExpertMaps:
-    """Maps of one image a label at `moe.scales`, under one tau list."""
+    """Maps of one image a label at `moe.scales`."""
     config = work.config
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
     counts, pictures = ExpertCounts(), {}
@@ -36,7 +36,6 @@ def collect_maps(
             decoded = (bench.vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
             pictures[si] = to_uint8(decoded)
 
-    rules = [Threshold(value) for value in tau]
     generate(
         model,
         bench.vqvae,
@@ -45,7 +44,7 @@ def collect_maps(
         top_k=config.sampling.top_k,
         top_p=config.sampling.top_p,
         seed=seed,
-        selection=rules if len(rules) > 1 else rules[0],
+        selection=selection,
         impl=config.moe.impl,
         counts=counts,
         on_scale=keep,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -135,10 +136,12 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
 
 
 def _chosen_tau(config: Config) -> list[float]:
-    """The operating point: the sweep's chosen list, else `selection.tau`; one a sparse scale."""
-    sweep = config.sweep
+    """The operating point: the sweep's chosen list, else what the configuration has; one a sparse
+    scale (the median, where each layer has its own)."""
+    sweep, scales = config.sweep, config.moe.scales
+    if sweep.chosen is None and config.selection.layer_tau:
+        return [median(taus) for taus in config.selection.layer_tau]
     tau = config.selection.tau if sweep.chosen is None else sweep.lists[sweep.chosen]
-    scales = config.moe.scales
     if len(tau) == config.var.num_scales:
         return [tau[si] for si in scales]
     return list(tau) if len(tau) == len(scales) else [tau[0]] * len(scales)

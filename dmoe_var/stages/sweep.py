@@ -201,7 +201,7 @@ def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_nam
     shown = {"tau 0": (0.0,), "chosen tau": chosen.tau, "twice that": _twice(chosen.tau)}
     for name, tau in shown.items():
         labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
-        by_tau[name] = collect_maps(work, bench, labels, tau, seed)
+        by_tau[name] = collect_maps(work, bench, labels, SelectionConfig(tau=tau).rules(), seed)
     expert_maps.draw(by_tau, list(config.moe.scales), folder / "expert_maps.png")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +119,6 @@ OF_A_SECTION = tuple(key for key in HOUSEKEEPING if "." in key)
 
 OPTIONAL = ("selection.layer_tau",)
 """Keys that say nothing where they are empty."""
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def chosen_device(name: str) -> torch.device:
@@ -281,13 +272,13 @@ class Work:
         keys: dict[str, Any] = {}
         for upstream in self.needs(stage):
             keys |= self.relevant(upstream, config)
-        leaves = dict(flatten(asdict(config)))
-        for section in self._reads(stage, config):
-            for key, value in leaves.items():
-                inside = key == section or key.startswith(f"{section}.")
+        sections = self._reads(stage, config)
+        within = tuple(f"{section}." for section in sections)
+        for key, value in config.leaves.items():
+            if key in sections or key.startswith(within):
                 unsaid = key in OPTIONAL and not value
                 kept = key.rpartition(".")[2] in HOUSEKEEPING or key.startswith(OF_A_SECTION)
-                if inside and not unsaid and not kept:
+                if not unsaid and not kept:
                     keys[key] = value
         return keys
 

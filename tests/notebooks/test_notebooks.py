@@ -7,11 +7,12 @@ import io
 import re
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from PIL import Image
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SHORT = (
@@ -27,7 +28,7 @@ def ran(name, monkeypatch, **environment):
         monkeypatch.setenv(key, str(value))
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     where = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=600, resources=where).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
     text, pictures, markdown = "", [], []
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):

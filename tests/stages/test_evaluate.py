@@ -19,6 +19,7 @@ from dmoe_var.metrics.fidelity import Fidelity, precision_recall
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.metrics.record import Record
 from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.selection import Threshold
 from dmoe_var.sampling.draw import Drawing, Samples
 from dmoe_var.sampling.parts import StoredDrawing
 from dmoe_var.sampling.sampler import generate
@@ -342,7 +343,7 @@ def test_what_cannot_be_measured_is_refused(make_work, no_work, stage):
         ({"selection.tau": [0.25, 0.5]}, "threshold 0.25,0.5 at scales 2,3 seed 0"),
         ({"selection.rule": "top_k", "evaluate.seed": 2}, "top_k 8 at scales 2,3 seed 2"),
         ({"selection.rule": "cumulative"}, "cumulative 0.9 at scales 2,3 seed 0"),
-        ({"selection.rule": "all", "moe.scales": [1]}, "all  at scales 1 seed 0"),
+        ({"selection.rule": "all", "moe.scales": [1]}, "all at scales 1 seed 0"),
     ],
 )
 def test_description(make_work, changes, text):
@@ -357,7 +358,7 @@ def test_expert_maps(make_work, runs, tau):
     """Shares of the four experts, for the class that was asked for (the first rows of the
     sampler's batch), each scale's cells enlarged to the finest scale's four."""
     work, labels, counts = make_work(runs), [3, 5, 6], ExpertCounts()
-    images, maps = collect_maps(work, Bench(work), labels, tau, seed=1)
+    images, maps = collect_maps(work, Bench(work), labels, [Threshold(t) for t in tau], seed=1)
     assert images.shape == (3, 2, 8, 8, 3)
     assert maps.shape == (3, 2, 4, 4)
     model, vqvae = models.dynamic(work), models.vqvae(work)

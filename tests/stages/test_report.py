@@ -114,9 +114,11 @@ def test_what_is_missing_is_told(make_work, runs):
 
 
 def test_single_evaluations_are_shown_too(make_work, runs):
-    """Several seeds of a setting are one point; another number of images is no point beside it."""
+    """Several seeds of a setting are one point, in which a seed counts once, whatever its batch
+    size; another number of images is no point beside it."""
     alone = {"selection.rule": "top_k", "selection.k": 2}
-    for changes in ({"evaluate.seed": 0}, {"evaluate.seed": 1}, {"evaluate.num_samples": 30}):
+    points = [{"evaluate.seed": 0}, {"evaluate.seed": 1}, {"evaluate.num_samples": 30}]
+    for changes in (*points, {"evaluate.seed": 1, "sampling.batch_size": 7}):
         run_stage(make_work(runs, {**alone, **changes}), "evaluate")
     work = make_work(runs, SMALL)
     run_stage(work, "report")
