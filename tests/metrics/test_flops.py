@@ -1,11 +1,11 @@
-"""FLOPs: equal to closed forms and to PyTorch's own counter; what is not known raises."""
+"""FLOPs of models: equal to closed forms and to PyTorch's own counter over whole runs."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -21,7 +21,6 @@ from dmoe_var import (
     DynamicVAR,
     Oracle,
     Random,
-    Threshold,
     TopK,
     build_models,
     convert_to_moe,
@@ -30,15 +29,11 @@ from dmoe_var import (
 from dmoe_var.conversion.pruning import prune
 from dmoe_var.metrics.flops import (
     SAMPLER_PARTS,
-    charged_per_image,
     count_flops,
-    pairs_per_image,
     report,
 )
-from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost, fixed_cost
-from dmoe_var.metrics.flops_ops import UnknownOperatorError, count_macs
+from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
-from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import SelectionRule
 
 PATCH_NUMS = (1, 2, 4)
@@ -445,226 +440,6 @@ def test_everything_that_ran_is_what_pytorch_counts(vqvae, dense, moe, options):
     )
     if "tau" in options:
         assert 0 < flops.expert_share[2] < 1
-
-
-OPERATORS = {
-    "linear": (nn.functional.linear, [(2, 3, 6), (7, 6), (7,)]),
-    "addmm": (torch.addmm, [(3, 7), (3, 6), (6, 7)]),
-    "mm": (torch.mm, [(3, 6), (6, 7)]),
-    "bmm": (torch.bmm, [(2, 3, 6), (2, 6, 7)]),
-    "matmul": (torch.matmul, [(2, 3, 6), (6, 7)]),
-    "matmul, broadcast": (torch.matmul, [(3, 6), (5, 6, 7)]),
-    "einsum": (lambda x, y: torch.einsum("b i j, b j k -> b i k", x, y), [(2, 3, 6), (2, 6, 7)]),
-    "convolution": (
-        lambda x, w: nn.functional.conv2d(x, w, stride=2, padding=1, groups=2),
-        [(1, 4, 6, 7), (6, 2, 3, 3)],
-    ),
-    "attention": (
-        nn.functional.scaled_dot_product_attention,
-        [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 7)],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operators_cost_what_pytorch_counts(name):
-    operator, shapes = OPERATORS[name]
-    operands = tuple(torch.ones(shape) for shape in shapes)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        operator(*operands)
-    macs = count_macs(operator, operands, {})[""].total()
-    assert macs > 0
-    assert 2 * macs == counter.get_total_flops()
-
-
-# What is not known
-
-
-class Erf(nn.Module):
-    def forward(self, x):
-        return torch.erf(x)
-
-
-class OwnFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x @ x.mT @ x
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError
-
-
-class Hidden(nn.Module):
-    def forward(self, x):
-        return OwnFunction.apply(x)
-
-
-@pytest.mark.parametrize(
-    ("module", "operator"), [(Erf(), "aten::erf"), (Hidden(), "prim::PythonOp.OwnFunction")]
-)
-def test_an_operator_on_neither_list_raises(vqvae, module, operator):
-    var = mini()[1]
-    var.blocks[1].ffn.act = module
-    with pytest.raises(UnknownOperatorError) as error:
-        count_flops(var, vqvae, [0])
-    assert f"{operator} in backbone.blocks.1.ffn.act " in str(error.value)
-
-
-def test_an_einsum_of_three_operands_raises():
-    with pytest.raises(UnknownOperatorError, match="einsum of ij,jk,kl"):
-        count_macs(lambda x: torch.einsum("ij,jk,kl->il", x, x, x), (torch.ones(3, 3),), {})
-
-
-class Product(nn.Module):
-    """A matrix product where drop path should be."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, gamma_B1C, rows):
-        return self.linear(gamma_B1C)
-
-
-def test_products_that_no_part_has_raise(vqvae):
-    """A cost outside attention, FFN and head must not drop out of the total."""
-    var = mini()[1]
-    var.blocks[0].drop_path = Product(nn.Linear(WIDTH, WIDTH))
-    with pytest.raises(RuntimeError, match="neither attention, FFN nor head"):
-        count_flops(var, vqvae, [0])
-
-
-def test_what_fvcore_ignores_by_itself_is_no_product():
-    from fvcore.nn.jit_analysis import _IGNORED_OPS
-
-    products = ("mm", "matmul", "dot", "linear", "conv", "einsum", "attention", "mv", "cdist")
-    assert not [op for op in _IGNORED_OPS if any(name in op for name in products)]
-
-
-# Mean and spread
-
-
-def counts_of(*experts_by_row):
-    """ExpertCounts of scale 1, one layer: the number of experts of each token of each row."""
-    counts = ExpertCounts()
-    wanted_RlE = torch.tensor(experts_by_row)[..., None] > torch.arange(NUM_EXPERTS)
-    counts.record(1, wanted_RlE)
-    return counts
-
-
-def report_of(batches, rules, num_images):
-    """The report of HAND_MADE from batches of counts, read one after the other."""
-    pairs = pairs_per_image(iter(batches), rules, HAND_MADE.branches)
-    return report(HAND_MADE, pairs, rules, num_images)
-
-
-HAND_MADE = FixedCost(
-    branches=2,
-    macs=dict.fromkeys(("qkv_proj", "attention", "ffn", "adaln", "other"), (0, 0))
-    | {"head": (1 * 10**9, 2 * 10**9)},
-    decoder_macs=5 * 10**9,
-    experts={1: ExpertCost(num_pairs=16, pair_macs=10**9, router_macs=3 * 10**9)},
-)
-"""Two scales, the second with experts: two rows of two tokens, NUM_EXPERTS experts, one layer."""
-
-
-def test_mean_and_spread_over_images_of_different_counts():
-    """Rows are [cond of all images; null of all images]; images keep their order over batches."""
-    batches = [
-        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),  # images of 1+2+0+1 = 4 and 4+4+4+3 = 15 pairs
-        counts_of([1, 1], [1, 1]),  # an image of 4
-    ]
-    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
-
-    pairs = np.array([4, 15, 4])
-    assert flops.pairs == {1: tuple(pairs)}
-    assert flops.experts_gmac_per_image == tuple(pairs)
-    assert flops.by_part_gmac["experts"] == pytest.approx(pairs.mean())
-    assert flops.total_gmac == pytest.approx(1 + 2 + 3 + pairs.mean())
-    assert flops.total_gmac_std == pytest.approx(pairs.std())
-    assert flops.total_gflop == pytest.approx(2 * flops.total_gmac)
-    assert flops.by_scale_gmac == pytest.approx((1, 2 + 3 + pairs.mean()))
-    assert flops.expert_share == pytest.approx({1: pairs.mean() / 16})
-
-
-def test_metrics_are_flat_and_name_their_unit():
-    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
-    flops = report_of(batches, {1: Threshold(0.5)}, num_images=2)
-    metrics = flops.metrics()
-    assert metrics == pytest.approx({
-        "flops_gmac": 15.5, "flops_gmac_std": 5.5, "flops_gflop": 31,
-        "flops_gmac_min": 10, "flops_gmac_max": 21, "flops_with_decoder_gmac": 20.5,
-        "flops_qkv_proj_gmac": 0, "flops_attention_gmac": 0, "flops_ffn_gmac": 0,
-        "flops_experts_gmac": 9.5, "flops_router_gmac": 3, "flops_head_gmac": 3,
-        "flops_adaln_gmac": 0, "flops_other_gmac": 0, "flops_decoder_gmac": 5,
-        "flops_scale0_gmac": 1, "flops_scale1_gmac": 14.5, "experts_share_scale1": 9.5 / 16,
-    })  # fmt: skip
-    head, columns, _, scale_1, sums = flops.table().splitlines()
-    assert "15.5 " in head
-    assert "31 GFLOP" in head
-    assert "both branches of guidance in it; not in it: other, and the decoder's 5" in head
-    assert columns.split()[1:8] == list(SAMPLER_PARTS)
-    assert scale_1.split() == ["1", "0", "0", "0", "9.5", "3", "2", "0", "14.5", "0", "59.4%"]
-    assert sums.split()[8] == "15.5"
-
-
-def test_the_histogram_is_of_totals():
-    """Images of 10, 21 and 10 GMAC; where all are the same there is one bin."""
-    batches = [
-        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),
-        counts_of([1, 1], [1, 1]),
-    ]
-    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
-    edges, images = flops.histogram(bins=4)
-    assert edges == pytest.approx((10, 12.75, 15.5, 18.25, 21))
-    assert images == (2, 0, 0, 1)
-    assert sum(flops.histogram()[1]) == 3
-    alone = report_of(batches[1:], {1: Threshold(0.5)}, num_images=1)
-    assert alone.histogram() == ((10.0, 10.0), (1,))
-    without = report(replace(HAND_MADE, experts={}), {}, {}, num_images=3)
-    assert without.histogram() == ((3.0, 3.0), (3,))
-
-
-def test_accountings_by_name():
-    flops = report_of([counts_of([1, 1], [1, 1])], {1: Threshold(0.5)}, num_images=1)
-    assert "flops_gmac_authors" not in flops.metrics()
-    with pytest.raises(ValueError, match="accounting=authors needs the experts"):
-        flops.total("authors")
-    with pytest.raises(ValueError, match="accounting='paper' is none of counted, authors"):
-        flops.total("paper")
-
-
-def test_charges_of_another_run_are_refused():
-    counts, rules = counts_of([1, 1], [1, 1]), {1: Threshold(0.5)}
-    pairs = pairs_per_image([counts], rules, 2)
-    charged = charged_per_image([counts], rules, 2, NUM_EXPERTS)
-    assert charged == {1: (pytest.approx(4 / (1 + 0.1 * math.log10(4))),)}
-    assert report(HAND_MADE, pairs, rules, 1, charged).charged == charged
-    for wrong in ({}, {1: (1.0, 2.0)}, {0: (1.0,)}):
-        with pytest.raises(ValueError, match="experts were counted"):
-            report(HAND_MADE, pairs, rules, 1, wrong)
-
-
-@pytest.mark.parametrize(
-    ("num_images", "rules"),
-    [
-        (3, {1: Threshold(0.5)}),
-        (2, {}),
-        (2, {0: Threshold(0.5)}),
-        (2, {0: Threshold(0.5), 1: Threshold(0.5)}),
-    ],
-)
-def test_counts_of_another_run_are_refused(num_images, rules):
-    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
-    with pytest.raises(ValueError, match="experts were counted"):
-        report_of(batches, rules, num_images)
-
-
-def test_counts_of_another_model_are_refused():
-    batches = [counts_of([4, 4, 4], [4, 4, 4])]
-    with pytest.raises(ValueError, match="not those of this model"):
-        report_of(batches, {1: Threshold(0.5)}, num_images=1)
 
 
 # Options

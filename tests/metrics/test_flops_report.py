@@ -1,0 +1,144 @@
+"""What is told of counted FLOPs: mean and spread over images, by part and scale, by accounting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dmoe_var import Threshold
+from dmoe_var.metrics.flops import (
+    SAMPLER_PARTS,
+    charged_per_image,
+    pairs_per_image,
+    report,
+)
+from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost
+from dmoe_var.moe.layer import ExpertCounts
+
+NUM_EXPERTS = 4
+
+
+def counts_of(*experts_by_row):
+    """ExpertCounts of scale 1, one layer: the number of experts of each token of each row."""
+    counts = ExpertCounts()
+    wanted_RlE = torch.tensor(experts_by_row)[..., None] > torch.arange(NUM_EXPERTS)
+    counts.record(1, wanted_RlE)
+    return counts
+
+
+def report_of(batches, rules, num_images):
+    """The report of HAND_MADE from batches of counts, read one after the other."""
+    pairs = pairs_per_image(iter(batches), rules, HAND_MADE.branches)
+    return report(HAND_MADE, pairs, rules, num_images)
+
+
+HAND_MADE = FixedCost(
+    branches=2,
+    macs=dict.fromkeys(("qkv_proj", "attention", "ffn", "adaln", "other"), (0, 0))
+    | {"head": (1 * 10**9, 2 * 10**9)},
+    decoder_macs=5 * 10**9,
+    experts={1: ExpertCost(num_pairs=16, pair_macs=10**9, router_macs=3 * 10**9)},
+)
+"""Two scales, the second with experts: two rows of two tokens, NUM_EXPERTS experts, one layer."""
+
+
+def test_mean_and_spread_over_images_of_different_counts():
+    """Rows are [cond of all images; null of all images]; images keep their order over batches."""
+    batches = [
+        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),  # images of 1+2+0+1 = 4 and 4+4+4+3 = 15 pairs
+        counts_of([1, 1], [1, 1]),  # an image of 4
+    ]
+    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
+
+    pairs = np.array([4, 15, 4])
+    assert flops.pairs == {1: tuple(pairs)}
+    assert flops.experts_gmac_per_image == tuple(pairs)
+    assert flops.by_part_gmac["experts"] == pytest.approx(pairs.mean())
+    assert flops.total_gmac == pytest.approx(1 + 2 + 3 + pairs.mean())
+    assert flops.total_gmac_std == pytest.approx(pairs.std())
+    assert flops.total_gflop == pytest.approx(2 * flops.total_gmac)
+    assert flops.by_scale_gmac == pytest.approx((1, 2 + 3 + pairs.mean()))
+    assert flops.expert_share == pytest.approx({1: pairs.mean() / 16})
+
+
+def test_metrics_are_flat_and_name_their_unit():
+    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
+    flops = report_of(batches, {1: Threshold(0.5)}, num_images=2)
+    metrics = flops.metrics()
+    assert metrics == pytest.approx({
+        "flops_gmac": 15.5, "flops_gmac_std": 5.5, "flops_gflop": 31,
+        "flops_gmac_min": 10, "flops_gmac_max": 21, "flops_with_decoder_gmac": 20.5,
+        "flops_qkv_proj_gmac": 0, "flops_attention_gmac": 0, "flops_ffn_gmac": 0,
+        "flops_experts_gmac": 9.5, "flops_router_gmac": 3, "flops_head_gmac": 3,
+        "flops_adaln_gmac": 0, "flops_other_gmac": 0, "flops_decoder_gmac": 5,
+        "flops_scale0_gmac": 1, "flops_scale1_gmac": 14.5, "experts_share_scale1": 9.5 / 16,
+    })  # fmt: skip
+    head, columns, _, scale_1, sums = flops.table().splitlines()
+    assert "15.5 " in head
+    assert "31 GFLOP" in head
+    assert "both branches of guidance in it; not in it: other, and the decoder's 5" in head
+    assert columns.split()[1:8] == list(SAMPLER_PARTS)
+    assert scale_1.split() == ["1", "0", "0", "0", "9.5", "3", "2", "0", "14.5", "0", "59.4%"]
+    assert sums.split()[8] == "15.5"
+
+
+def test_the_histogram_is_of_totals():
+    """Images of 10, 21 and 10 GMAC; where all are the same there is one bin."""
+    batches = [
+        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),
+        counts_of([1, 1], [1, 1]),
+    ]
+    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
+    edges, images = flops.histogram(bins=4)
+    assert edges == pytest.approx((10, 12.75, 15.5, 18.25, 21))
+    assert images == (2, 0, 0, 1)
+    assert sum(flops.histogram()[1]) == 3
+    alone = report_of(batches[1:], {1: Threshold(0.5)}, num_images=1)
+    assert alone.histogram() == ((10.0, 10.0), (1,))
+    without = report(replace(HAND_MADE, experts={}), {}, {}, num_images=3)
+    assert without.histogram() == ((3.0, 3.0), (3,))
+
+
+def test_accountings_by_name():
+    flops = report_of([counts_of([1, 1], [1, 1])], {1: Threshold(0.5)}, num_images=1)
+    assert "flops_gmac_authors" not in flops.metrics()
+    with pytest.raises(ValueError, match="accounting=authors needs the experts"):
+        flops.total("authors")
+    with pytest.raises(ValueError, match="accounting='paper' is none of counted, authors"):
+        flops.total("paper")
+
+
+def test_charges_of_another_run_are_refused():
+    counts, rules = counts_of([1, 1], [1, 1]), {1: Threshold(0.5)}
+    pairs = pairs_per_image([counts], rules, 2)
+    charged = charged_per_image([counts], rules, 2, NUM_EXPERTS)
+    assert charged == {1: (pytest.approx(4 / (1 + 0.1 * math.log10(4))),)}
+    assert report(HAND_MADE, pairs, rules, 1, charged).charged == charged
+    for wrong in ({}, {1: (1.0, 2.0)}, {0: (1.0,)}):
+        with pytest.raises(ValueError, match="experts were counted"):
+            report(HAND_MADE, pairs, rules, 1, wrong)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "rules"),
+    [
+        (3, {1: Threshold(0.5)}),
+        (2, {}),
+        (2, {0: Threshold(0.5)}),
+        (2, {0: Threshold(0.5), 1: Threshold(0.5)}),
+    ],
+)
+def test_counts_of_another_run_are_refused(num_images, rules):
+    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
+    with pytest.raises(ValueError, match="experts were counted"):
+        report_of(batches, rules, num_images)
+
+
+def test_counts_of_another_model_are_refused():
+    batches = [counts_of([4, 4, 4], [4, 4, 4])]
+    with pytest.raises(ValueError, match="not those of this model"):
+        report_of(batches, {1: Threshold(0.5)}, num_images=1)
