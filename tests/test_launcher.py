@@ -142,6 +142,7 @@ def test_no_cluster(script, tmp_path, monkeypatch):
 
 
 def test_without_submitit(monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed")
     launcher.check(LauncherConfig("slurm"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     launcher.check(LauncherConfig())
@@ -153,6 +154,7 @@ def test_without_submitit(monkeypatch):
 
 def test_out_of_time(tmp_path):
     """The script ends, and the same job is sent again; SLURM's warning itself kills no script."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
     command = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
     job, ended = Job(), []
     arguments = (command, str(tmp_path / "streams"))

@@ -213,10 +213,12 @@ def _evaluated(record: Record) -> Point:
     config, metrics = record.config, record.metrics
     dense = config["evaluate.model"] == "dense"
     rule = "dense" if dense else config["selection.rule"]
+    by_layer = rule == "threshold" and bool(config.get("selection.layer_tau"))
+    has_tau = rule in ("threshold", "oracle") and not by_layer
     quality = {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith(QUALITY)}
     return Point(
-        name=rule,
-        tau=tuple(config["selection.tau"]) if rule in ("threshold", "oracle") else (),
+        name=f"{rule}, a tau a layer" if by_layer else rule,
+        tau=tuple(config["selection.tau"]) if has_tau else (),
         scales=() if dense else tuple(config["moe.scales"]),
         num_images=record.num_samples,
         seeds=(record.seed,),

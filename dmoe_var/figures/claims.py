@@ -21,49 +21,88 @@ GRID = 50
 """Places at which two curves are compared."""
 SURE = 0.05
 """Chance of a gap as large where there is none."""
+NARROW = 0.02
+"""Curves that share less than this part of the FLOPs are not compared."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """FID of one curve minus that of another, over FLOPs from `low` to `high`.
+
+    FLOPs in GMAC and gaps in FID; where curves are relative to their own dense models, shares of
+    its FLOPs and percent of its FID. mean, error: over seeds, and its standard error (None: one
+    seed). lower, upper: means over the lower and the upper half of the FLOPs.
+    """
+
+    mean: float
+    error: float | None
+    low: float
+    high: float
+    lower: float
+    upper: float
+    num_seeds: int
+    relative: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than chance."""
+        if self.error is None:
+            return False
+        return abs(self.mean) > student.ppf(1 - SURE / 2, self.num_seeds - 1) * self.error
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim and what the data say. gap: FID of what the claim holds to be better, minus that of
-    the other, mean and standard error over seeds (percentage points where curves are relative to
-    their own dense model); None where the curves share no FLOPs."""
+    """A claim and what the data say. gap: of what the claim holds to be better minus the other;
+    None where the curves share too few FLOPs."""
 
     claim: str
     figure: str
     better: str
     worse: str
-    gap: float | None
-    error: float | None
-    num_seeds: int = 1
+    gap: Gap | None
 
     @property
     def says(self) -> str:
         if self.gap is None:
-            return "cannot be told: the curves share no FLOPs"
-        if self.error is None:
+            return "cannot be told: the curves share too few FLOPs"
+        if self.gap.error is None:
             return "cannot be told: one seed"
-        if abs(self.gap) <= student.ppf(1 - SURE / 2, self.num_seeds - 1) * self.error:
+        if not self.gap.counts:
             return "not settled: within the spread over seeds"
-        return "confirmed" if self.gap < 0 else "contradicted"
+        said = "confirmed" if self.gap.mean < 0 else "contradicted"
+        for half in ("lower", "upper"):
+            if getattr(self.gap, half) * self.gap.mean < 0:
+                said += f", but not in the {half} half of the FLOPs"
+        return said
 
 
-def gap(better: Curve, worse: Curve, relative: Sequence[Curve] = ()) -> tuple[Any, Any]:
-    """Mean gap in FID and its standard error over seeds; None for what cannot be had.
+def gap(better: Curve, worse: Curve, relative: Sequence[Curve] = ()) -> Gap | None:
+    """The gap between two curves; None where they share too few FLOPs.
 
     relative: the dense curve of each; FLOPs and FID are then shares of these.
     """
     a, b = (_lines(c, d) for c, d in zip((better, worse), relative or (None, None), strict=True))
     low, high = max(a[0][0], b[0][0]), min(a[0][-1], b[0][-1])
-    if low >= high:
-        return None, None
+    if high - low < NARROW * high:
+        return None
     grid = np.linspace(low, high, GRID)
-    gaps = [
-        float(np.mean(np.interp(grid, a[0], ours) - np.interp(grid, b[0], theirs)))
+    gaps = np.array([
+        np.interp(grid, a[0], ours) - np.interp(grid, b[0], theirs)
         for ours, theirs in zip(a[1], b[1], strict=True)
-    ]
-    error = float(np.std(gaps, ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else None
-    return float(np.mean(gaps)), error
+    ])  # fmt: skip
+    by_seed = gaps.mean(1)
+    seeds = len(by_seed)
+    return Gap(
+        mean=float(by_seed.mean()),
+        error=float(by_seed.std(ddof=1) / seeds**0.5) if seeds > 1 else None,
+        low=float(low),
+        high=float(high),
+        lower=float(gaps[:, : GRID // 2].mean()),
+        upper=float(gaps[:, GRID // 2 :].mean()),
+        num_seeds=seeds,
+        relative=bool(relative),
+    )
 
 
 def _lines(curve: Curve, dense: Curve | None) -> tuple[Any, Any]:
@@ -85,10 +124,9 @@ def verdicts(drawn: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
     def judge(claim: str, figure: str, better: int, worse: int, dense: Sequence[int] = ()) -> None:
         curves = drawn[figure]["curves"]
         relative = [curves[i] for i in dense]
-        mean, error = gap(curves[better], curves[worse], relative)
         names = curves[better]["name"], curves[worse]["name"]
-        num_seeds = len(curves[better]["rows"][0]["fid_by_seed"])
-        found.append(Verdict(claim, figure, *names, mean, error, num_seeds))
+        of_them = gap(curves[better], curves[worse], relative)
+        found.append(Verdict(claim, figure, *names, of_them))
 
     if "3" in drawn:
         judge("the last scales are the ones to sparsify", "3", 1, 2)
@@ -122,12 +160,29 @@ def verdicts(drawn: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
 def table(found: Sequence[Verdict]) -> str:
     """The verdicts as a Markdown table."""
     lines = [
-        "| claim | figure | FID of | minus FID of | mean gap (standard error) | verdict |",
-        "|---|---|---|---|---|---|",
+        "| claim | figure | FID of | minus FID of | compared over | mean gap (standard error) | "
+        "lower, upper half | verdict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for v in found:
-        shown = "-" if v.gap is None else f"{v.gap:+.2f}"
-        shown += "" if v.error is None else f" ({v.error:.2f})"
-        lines.append(f"| {v.claim} | {v.figure} | {v.better} | {v.worse} | {shown} | {v.says} |")
-    lines += ["", "Errors are over seeds of sampling; every model was trained once."]
+        cells = (v.claim, v.figure, v.better, v.worse, *_shown(v.gap), v.says)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Errors are over seeds of sampling; every model was trained once. Each line is a test at "
+        f"{100 * SURE:g} % by itself: nothing is corrected for their number.",
+    ]
     return "\n".join(lines)
+
+
+def _shown(found: Gap | None) -> tuple[str, str, str]:
+    """FLOPs, gap and halves of a gap."""
+    if found is None:
+        return "-", "-", "-"
+    unit = " %" if found.relative else ""
+    flops = f"{found.low:.3f} to {found.high:.3f} GMAC"
+    if found.relative:
+        flops = f"{100 * found.low:.0f} to {100 * found.high:.0f} % of dense"
+    error = "" if found.error is None else f" ({found.error:.2f})"
+    halves = f"{found.lower:+.1f}, {found.upper:+.1f}{unit}"
+    return flops, f"{found.mean:+.2f}{error}{unit}", halves

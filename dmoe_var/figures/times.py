@@ -50,6 +50,6 @@ def draw_over_tau(curves: Sequence[Times], title: str, note: str, paths: Paths) 
             label=curve["name"], color=colour(curve["method"], curve["shade"]),
             marker=SHADED_MARKERS[i % len(SHADED_MARKERS)], markersize=4, capsize=2, linewidth=1.2,
         )  # fmt: skip
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
     finish(axis, "tau (Eq. 3)", "time of a batch / dense VAR's", title, note)
     save(figure, paths)

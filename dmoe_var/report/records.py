@@ -82,7 +82,10 @@ def differences(work: Work, record: Record) -> list[str]:
     model = record.config.get("evaluate.model")
     if record.stage in MAKING:
         upstream = record.stage
-    elif record.stage == "benchmark" or (record.stage == "evaluate" and model == "dense"):
+    elif record.stage == "benchmark":
+        dynamic = record.config.get("benchmark.tau") or record.config.get("benchmark.chosen")
+        upstream = "train_router" if dynamic else "train_var"
+    elif record.stage == "evaluate" and model == "dense":
         upstream = "train_var"
     elif record.stage == "evaluate" and model == "pruned":
         upstream = "sparsify" if record.config["pruning.model"] == "sparse" else "train_var"
@@ -144,13 +147,15 @@ class Curves:
 
     def _add_loose(self) -> None:
         """Evaluations that are no points of the sweep, those of one setting joined over seeds, the
-        latest of each seed."""
+        latest of each seed. Of the sweep's own settings it is the sweep that says which seeds."""
         taken = {point for c in self._curves.values() for row in c["rows"] for point in row["at"]}
         groups: dict[tuple[str, str, str], dict[int, str]] = {}
         for at, record in sorted(self._records.items(), key=lambda item: item[1].ended):
             if at not in taken and self._comparable(record):
                 by_seed = groups.setdefault(setting_of(record.config), {})
                 by_seed[record.seed] = at  # one a seed: with other batch sizes it is not another
+        for at in taken & self._records.keys():
+            groups.pop(setting_of(self._records[at].config), None)
         for (method, name, label), by_seed in sorted(groups.items()):
             self._add(method, name, label, [by_seed[seed] for seed in sorted(by_seed)], {})
 

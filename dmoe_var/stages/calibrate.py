@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -140,6 +141,7 @@ def _calibrated(work: Work) -> StageResult:
     found = _fit(bench, losses, share)
     metrics |= _verified(bench, found)
     if config.budget_ms is not None:
+        metrics["predicted_ms"] = _ms_of(found.plan, found.taus, table)
         metrics |= _check_faster(work, bench, found)
     tau = found.plan.as_lists(found.taus)
     about |= {"budget": share, "tau": tau, "by_layer": config.by_layer}
@@ -166,11 +168,12 @@ def _check_reachable(bench: Bench) -> None:
     shares = [("budgets", share) for share in config.budgets]
     if config.budget_ms is None:
         shares.append(("budget", config.budget))
+    least = math.ceil(1000 * low) / 1000  # rounded up: what is offered is then taken
     for key, share in shares:
         if share < low:
             raise InputError(
                 f"calibrate.{key}={share:g}: out of reach; tau = 1 leaves {low:.3f} of the dense "
-                f"model's FLOPs, tau = 0 takes {high:.3f}; allowed: {low:.3f} to 1"
+                f"model's FLOPs, tau = 0 takes {high:.3f}; allowed: {least:.3f} to 1"
             )
 
 
@@ -238,6 +241,11 @@ def _ms(plan: Plan, losses: Mapping[Group, Losses], table: CostTable, gmac: floa
         taus = taus_for(plan, losses, gmac)
     except ValueError:
         return table.fastest_ms
+    return _ms_of(plan, taus, table)
+
+
+def _ms_of(plan: Plan, taus: Taus, table: CostTable) -> float:
+    """Time of these tau, as the table has it."""
     shares = {}
     for si in plan.scales:
         groups = [group for group in taus if group[0] == si]

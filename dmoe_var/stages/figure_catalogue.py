@@ -15,7 +15,7 @@ from dmoe_var.figures import calibration
 from dmoe_var.figures.config import FiguresConfig
 from dmoe_var.models.var import VARConfig
 from dmoe_var.stages.graph import record_if_done
-from dmoe_var.stages.points import Curve, Point, vary
+from dmoe_var.stages.points import Curve, Point, operating_point, vary
 from dmoe_var.stages.work import Work
 
 Changes = Mapping[str, Any]
@@ -62,13 +62,6 @@ def at_size(work: Work) -> Work:
     """The work with the number of images a point that the figures want."""
     figures = work.config.figures
     return vary(work, {"evaluate.num_samples": figures.quick_samples}) if figures.quick else work
-
-
-def operating_point(work: Work) -> Changes:
-    """Eq. 3 with the sweep's chosen tau list, else with what the configuration has."""
-    sweep = work.config.sweep
-    tau = {} if sweep.chosen is None else {"selection.tau": sweep.lists[sweep.chosen]}
-    return {"selection.rule": "threshold", **tau}
 
 
 def _shades(values: Collection[Any]) -> list[float]:
@@ -170,7 +163,7 @@ def _of_depth(work: Work, depth: int, source: str | None) -> Changes:
         for name in ("width", "num_heads", "drop_path", "adaln_gamma_gain")
         if getattr(var, name) == getattr(derived, name)
     }
-    return {"var.depth": depth, "base.var": source, **anew}
+    return {"var.depth": depth, "base.var": source, "selection.layer_tau": (), **anew}
 
 
 def _alphas(work: Work) -> list[Run]:
@@ -273,7 +266,6 @@ def _pictures(work: Work) -> list[Run]:
     """Figure 2a: the sampling of all measurements."""
     changes = {
         "sample.model": "both",
-        "sample.classes": None,
         **operating_point(work),
         "sample.per_class": 2,
     }

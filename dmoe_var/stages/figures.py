@@ -264,7 +264,7 @@ def _draw_throughput(data: Data, title: str, paths: Paths) -> None:
             seconds = [ms / 1000 for ms in row["by_scale_ms"]]
             rates = [row["batch_size"] / s for s in seconds]
             bars.append({"name": label, "method": method, "shade": None, "images_per_s": rates})
-    times.draw_throughput(bars, title, _timing_note(data), paths)
+    times.draw_throughput(bars, title, _timing_note(data, "medians"), paths)
 
 
 def _draw_times(data: Data, title: str, paths: Paths) -> None:
@@ -274,13 +274,15 @@ def _draw_times(data: Data, title: str, paths: Paths) -> None:
         (dense,) = (row for row in eager if row["model"] == "dense")
         dynamic = [row for row in eager if row["model"] == "dynamic"]
         curves.append({**timing, "dense": dense, "rows": dynamic})
-    times.draw_over_tau(curves, title, _timing_note(data), paths)
+    times.draw_over_tau(curves, title, _timing_note(data, "bars: p10 to p90"), paths)
 
 
-def _timing_note(data: Data) -> str:
-    timing = data["timings"][0]
-    batch = timing["rows"][0]["batch_size"]
-    return f"batch {batch}, {timing['device']}, {timing['threads']} threads; bars: p10 to p90"
+def _timing_note(data: Data, shown: str) -> str:
+    batch = data["timings"][0]["rows"][0]["batch_size"]
+    where = dict.fromkeys(
+        f"{each['device']}, {each['threads']} threads" for each in data["timings"]
+    )
+    return f"batch {batch}, {' and '.join(where)}; {shown}"
 
 
 def _draw_pictures(work: Work, figure: Figure, data: Data, paths: Paths) -> None:

@@ -35,6 +35,15 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
         raise ConfigError(str(error)) from error
 
 
+def operating_point(work: Work) -> dict[str, Any]:
+    """What differs from the configuration at the operating point: the sweep's chosen tau list,
+    unless another selection was asked for."""
+    sweep, asked = work.config.sweep, work.config.selection != work.baseline.selection
+    if sweep.chosen is None or asked:
+        return {}
+    return {"selection.rule": "threshold", "selection.tau": sweep.lists[sweep.chosen]}
+
+
 def _with(section: Any, changes: Mapping[str, Any], place: str) -> Any:
     """A dataclass with nested changes, all at once: what belongs together is checked together."""
     known = {f.name for f in fields(section)}

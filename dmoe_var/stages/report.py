@@ -27,6 +27,7 @@ from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench
 from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages.points import operating_point, vary
 from dmoe_var.stages.work import Work
 from dmoe_var.training.distributed import from_main, is_main
 
@@ -96,7 +97,7 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     names = class_names(config.data.kind, config.var.num_classes)
     content: dict[str, Any] = {
         **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
-        "chosen": _chosen_tau(config),
+        "chosen": _chosen_tau(work),
         "tau": list(config.report.tau),
         "pictures": [],
         "left_out": 0,
@@ -135,13 +136,12 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     }
 
 
-def _chosen_tau(config: Config) -> list[float]:
-    """The operating point: the sweep's chosen list, else what the configuration has; one a sparse
-    scale (the median, where each layer has its own)."""
-    sweep, scales = config.sweep, config.moe.scales
-    if sweep.chosen is None and config.selection.layer_tau:
+def _chosen_tau(work: Work) -> list[float]:
+    """Of the operating point, one a sparse scale (the median, where each layer has its own)."""
+    config = vary(work, operating_point(work)).config
+    tau, scales = config.selection.tau, config.moe.scales
+    if config.selection.layer_tau:
         return [median(taus) for taus in config.selection.layer_tau]
-    tau = config.selection.tau if sweep.chosen is None else sweep.lists[sweep.chosen]
     if len(tau) == config.var.num_scales:
         return [tau[si] for si in scales]
     return list(tau) if len(tau) == len(scales) else [tau[0]] * len(scales)

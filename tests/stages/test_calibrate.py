@@ -64,7 +64,8 @@ def test_rivals(make_work, runs):
     work = made(make_work, runs, budgets=[0.8, 0.95])
     record = run_stage(work, "calibrate")
     curves = record.about["curves"]
-    assert {"calibrated", "fixed", "linear"} <= set(curves) <= {*curves, "search"}
+    assert {"calibrated", "fixed", "linear"} <= set(curves)
+    assert set(curves) <= {"calibrated", "fixed", "linear", "search"}
     dense = record.metrics["dense_gmac"]
     for name, rows in curves.items():
         assert [row["budget"] for row in rows] == [0.8, 0.95] or name == "search"
@@ -128,6 +129,7 @@ def test_a_time_budget(make_work, runs, monkeypatch):
     shares = bench.drawn([Threshold(t) for t in record.about["tau"]], 5).expert_share
     assert 1 + sum(12 * share for share in shares.values()) == pytest.approx(17, rel=0.05)
     assert record.metrics["measured_ms"] == 11
+    assert record.metrics["predicted_ms"] == pytest.approx(17, rel=0.05)
 
 
 def test_cross_entropy(make_work, runs):

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from dmoe_var.errors import DataError
+from dmoe_var.figures import times
 from dmoe_var.figures.config import OURS, PAPER
 from dmoe_var.stages import figures
 from dmoe_var.stages.figure_catalogue import FIGURES
 from dmoe_var.stages.figures import make, missing, plan_text
 from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.points import vary
+from dmoe_var.stages.points import operating_point, vary
 
 FEW = {
     "figures.tau": [0.0, 0.5],
@@ -201,3 +202,45 @@ def test_quick_figures_say_so(work_of, runs):
     assert "10 images a point, 1 seed" in data["note"]
     assert [len(curve["rows"]) for curve in data["curves"]] == [1, 4, 4]
     assert all(len(row["fid_by_seed"]) == 1 for c in data["curves"] for row in c["rows"])
+
+
+def test_the_operating_point(make_work):
+    """The sweep's chosen list, unless a selection was asked for; then that one, whole."""
+    lists = {"sweep.lists": {"ours": [0.3, 0.6]}, "sweep.chosen": "ours"}
+    assert operating_point(make_work(edited=lists)) == {
+        "selection.rule": "threshold",
+        "selection.tau": (0.3, 0.6),
+    }
+    asked = {"selection.layer_tau": [[0.1], [0.2]]}
+    assert operating_point(make_work(changes=asked, edited=lists)) == {}
+    assert operating_point(make_work(edited={"sweep.chosen": None})) == {}
+
+
+@pytest.mark.parametrize("name", ["3", "5"])
+def test_a_tau_for_each_layer_is_of_its_own_depth(work_of, make_work, name):
+    """Curves of another depth do without it."""
+    work = make_work(changes={"selection.layer_tau": [[0.1], [0.2]]}, edited=FEW)
+    needed = [need.work.config for need in FIGURES[name].needs(work)]
+    assert {config.var.depth for config in needed} == {1, 2}
+    assert all(config.var.depth == 1 for config in needed if config.selection.layer_tau)
+
+
+def test_times_are_ratios_to_the_dense_model_of_their_run(monkeypatch, tmp_path):
+    """Two runs, one on a machine twice as slow: the same curve."""
+    drawn = []
+    monkeypatch.setattr(times, "save", lambda figure, paths: drawn.append(figure))
+    rows = [{"tau": 0.5, "ms_median": 6.0, "ms_p10": 5.0, "ms_p90": 8.0}]
+    slow = [{"tau": 0.5, "ms_median": 12.0, "ms_p10": 10.0, "ms_p90": 16.0}]
+    curves = [
+        {"name": "a", "method": "last", "shade": 0.0, "dense": {"ms_median": 4.0}, "rows": rows},
+        {"name": "b", "method": "last", "shade": 1.0, "dense": {"ms_median": 8.0}, "rows": slow},
+    ]
+    times.draw_over_tau(curves, "title", "note", tmp_path)
+    (axis,) = drawn[0].axes
+    for bars in axis.containers:
+        assert bars[0].get_ydata() == pytest.approx([1.5])
+        (segment,) = bars[2][0].get_segments()
+        assert segment[:, 1] == pytest.approx([1.25, 2.0])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "dense VAR (4 to 8 ms)", "a", "b",
+    ]  # fmt: skip
