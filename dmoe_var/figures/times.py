@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from dmoe_var.figures.fid_over_flops import finish
 from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, plt, save
@@ -29,6 +30,8 @@ def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -
     num_scales = len(bars[0]["images_per_s"])
     axis.set_xticks(range(num_scales), [str(si + 1) for si in range(num_scales)])
     axis.set_yscale("log")
+    for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatter(LogFormatter(labelOnlyBase=False))
     finish(axis, "scale (1 the coarsest)", "images a second through the scale", title, note)
     save(figure, paths)
 

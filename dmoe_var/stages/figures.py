@@ -34,6 +34,7 @@ LOSSES = (
     training.Panel("hoyer", "Hoyer loss (1 to hidden width)", log=True),
 )
 ROUTER_LOSS = (training.Panel("loss", "router loss (squared error of norms)", log=True),)
+TIMING_SHOWN = {"throughput": "medians", "times": "bars: p10 to p90"}
 Data = dict[str, Any]
 
 
@@ -175,6 +176,7 @@ def data_of(work: Work, name: str) -> Data:
         data["runs"] = [_training_data(work, run) for run in figure.runs(work)]
     if figure.kind in ("throughput", "times"):
         data["timings"] = [_timing_data(work, run) for run in figure.runs(work)]
+        data["note"] = _timing_note(data["timings"], TIMING_SHOWN[figure.kind])
     if figure.kind in ("grid", "maps"):
         (only,) = figure.runs(work)
         data["record"] = _place(vary(work, only.changes), only.stage)
@@ -264,7 +266,7 @@ def _draw_throughput(data: Data, title: str, paths: Paths) -> None:
             seconds = [ms / 1000 for ms in row["by_scale_ms"]]
             rates = [row["batch_size"] / s for s in seconds]
             bars.append({"name": label, "method": method, "shade": None, "images_per_s": rates})
-    times.draw_throughput(bars, title, _timing_note(data, "medians"), paths)
+    times.draw_throughput(bars, title, data["note"], paths)
 
 
 def _draw_times(data: Data, title: str, paths: Paths) -> None:
@@ -274,14 +276,12 @@ def _draw_times(data: Data, title: str, paths: Paths) -> None:
         (dense,) = (row for row in eager if row["model"] == "dense")
         dynamic = [row for row in eager if row["model"] == "dynamic"]
         curves.append({**timing, "dense": dense, "rows": dynamic})
-    times.draw_over_tau(curves, title, _timing_note(data, "bars: p10 to p90"), paths)
+    times.draw_over_tau(curves, title, data["note"], paths)
 
 
-def _timing_note(data: Data, shown: str) -> str:
-    batch = data["timings"][0]["rows"][0]["batch_size"]
-    where = dict.fromkeys(
-        f"{each['device']}, {each['threads']} threads" for each in data["timings"]
-    )
+def _timing_note(timings: Sequence[Data], shown: str) -> str:
+    batch = timings[0]["rows"][0]["batch_size"]
+    where = dict.fromkeys(f"{each['device']}, {each['threads']} threads" for each in timings)
     return f"batch {batch}, {' and '.join(where)}; {shown}"
 
 

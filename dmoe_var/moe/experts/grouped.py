@@ -26,7 +26,8 @@ def grouped(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Modul
         if rows_n.numel() == 0:
             continue
         w1_DC, b1_D, w2_DC = (w[expert] for w in weights[:3])
-        h_nD = act(linear(x_NC[rows_n], w1_DC, b1_D, ragged=True))
+        x_nC = x_NC.index_select(0, rows_n)  # x_NC[rows_n] takes an element at a time on a CPU
+        h_nD = act(linear(x_nC, w1_DC, b1_D, ragged=True))
         out_nC = linear(h_nD, w2_DC.T, ragged=True)
         out_NC.index_add_(0, rows_n, out_nC.to(out_NC.dtype))
     return out_NC
