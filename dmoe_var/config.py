@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from dmoe_var.calibration.config import CalibrateConfig
+from dmoe_var.config_fields import STRICT, Scales, Seed, Share, Taus, as_tuple
 from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data import DataConfig
 from dmoe_var.data.class_names import class_index
@@ -28,16 +29,7 @@ from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig
-from dmoe_var.moe.selection import (
-    All,
-    Cumulative,
-    LayerThreshold,
-    Oracle,
-    Random,
-    SelectionRule,
-    Threshold,
-    TopK,
-)
+from dmoe_var.moe.selection_config import SelectionConfig
 from dmoe_var.report.config import ReportConfig
 from dmoe_var.sampling.parts import ImageFormat
 from dmoe_var.sampling.sampler import SamplingConfig
@@ -46,18 +38,9 @@ from dmoe_var.training.router_objective import RouterConfig
 from dmoe_var.training.tracking import WandbMode
 from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
 
-Several = Field(min_length=1)
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _as_tuple(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
 
 def _as_classes(value: Any) -> Any:
-    classes = _as_tuple((value,) if isinstance(value, str) else value)
+    classes = as_tuple((value,) if isinstance(value, str) else value)
     if not isinstance(classes, tuple) or not classes:
         raise ValueError(f"{value!r} must be a class or a list of classes")
     for each in classes:
@@ -66,14 +49,7 @@ def _as_classes(value: Any) -> Any:
     return classes
 
 
-Taus = Annotated[
-    tuple[Annotated[float, Field(ge=0, le=1)], ...],
-    BeforeValidator(_as_tuple),
-    Field(min_length=1),
-]
-Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Classes = Annotated[tuple[int | str, ...], BeforeValidator(_as_classes)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -97,54 +73,6 @@ class MoEConfig:
     impl: Literal["reference", "grouped"] = "grouped"
 
 
-def _listed(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """A selection rule: threshold and oracle read `tau` (one, one a sparse scale, or one a
-    scale), top_k and random read `k`, cumulative reads `share`."""
-
-    __pydantic_config__ = STRICT
-
-    rule: Literal["threshold", "oracle", "top_k", "random", "cumulative", "all"] = "threshold"
-    tau: Taus = (0.2,)
-    k: Annotated[int, Field(gt=0)] = 8
-    share: Annotated[float, Field(ge=0, le=1)] = 0.9
-    layer_tau: tuple[Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Several], ...] = ()
-    """For threshold, in the place of `tau`: by sparse scale, a tau for each layer."""
-
-    def rules(self) -> SelectionRule | list[SelectionRule]:
-        """What `generate(selection=...)` takes."""
-        if self.rule == "threshold" and self.layer_tau:
-            return [LayerThreshold(taus) for taus in self.layer_tau]
-        if self.rule in ("threshold", "oracle"):
-            rule = Threshold if self.rule == "threshold" else Oracle
-            rules: list[SelectionRule] = [rule(tau) for tau in self.tau]
-            return rules if len(rules) > 1 else rules[0]
-        others = {
-            "top_k": TopK(self.k),
-            "random": Random(self.k),
-            "cumulative": Cumulative(self.share),
-            "all": All(),
-        }
-        return others[self.rule]
-
-    @property
-    def text(self) -> str:
-        """In a few words: "threshold 0.2,0.3"; of a tau for each layer, scales behind ";"."""
-        values: dict[str, Any] = {
-            "top_k": self.k,
-            "random": self.k,
-            "cumulative": self.share,
-            "all": "",
-        }
-        if self.rule == "threshold" and self.layer_tau:
-            return f"threshold by layer {'; '.join(map(_listed, self.layer_tau))}"
-        return f"{self.rule} {values.get(self.rule, _listed(self.tau))}".rstrip()
-
-
 @dataclass(frozen=True)
 class SampleConfig:
     """scripts/sample.py: `per_class` images of each class under each seed."""
@@ -153,7 +81,7 @@ class SampleConfig:
 
     classes: Classes | None = None
     """By index or name; `Config` turns names into indices. None: all classes, at most ten."""
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
     per_class: Annotated[int, Field(gt=0)] = 1
     single_pngs: bool = False
     model: Literal["dense", "dynamic", "both"] | None = None
@@ -211,12 +139,12 @@ class BenchmarkConfig:
 
     batch_size: Annotated[int, Field(gt=0)] = 1
     batch_sizes: Annotated[
-        tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_as_tuple)
+        tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple)
     ] = ()  # fmt: skip
     repeats: Annotated[int, Field(gt=0)] = 5
     warmup: Annotated[int, Field(ge=0)] = 1
     tau: Annotated[
-        tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(_as_tuple)
+        tuple[Share, ...], BeforeValidator(as_tuple)
     ] = ()  # fmt: skip
     chosen: bool = False
     random_masks: bool = False
@@ -253,7 +181,7 @@ class MapsConfig:
 
     images: Annotated[int, Field(gt=0)] = 4
     seed: Seed = 0
-    tau: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.1, 0.2, 0.4)
+    tau: tuple[Share, ...] = (0.0, 0.1, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
@@ -269,8 +197,8 @@ class SweepConfig:
     __pydantic_config__ = STRICT
 
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    last: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    all: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    last: tuple[Share, ...] = ()
+    all: tuple[Share, ...] = ()
     lists: Mapping[str, Taus] = field(default_factory=dict)
     chosen: str | None = None
     part: Annotated[int, Field(gt=0)] | None = None
@@ -338,6 +266,15 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        if self.name == "cache":
+            raise ValueError("name=cache is where token caches go; choose another")
+        self._check_models()
+        self._check_fidelity()
+        self._check_scales()
+        self._check_selection()
+        self._find_classes()
+
+    def _check_models(self) -> None:
         for name in ("patch_nums", "vocab_size", "z_channels"):
             ours, theirs = getattr(self.var, name), getattr(self.vqvae, name)
             if ours != theirs:
@@ -355,12 +292,18 @@ class Config:
         if self.split.expert_size == self.var.hidden:
             size = self.split.expert_size
             raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
-        last = self.var.num_scales - 1
         if self.data.known_classes() not in (None, self.var.num_classes):
             raise ValueError(
                 f"var.num_classes={self.var.num_classes} must be {self.data.known_classes()}, the "
                 f"classes of the data (data.kind={self.data.kind})"
             )
+        if max(self.report.labels or (0,)) >= self.var.num_classes:
+            raise ValueError(
+                f"report.labels={list(self.report.labels or ())} must be within "
+                f"0..{self.var.num_classes - 1}"
+            )
+
+    def _check_fidelity(self) -> None:
         if self.fidelity.backbone == "inception":
             if self.evaluate.num_samples < ISC_SPLITS:
                 raise ValueError(
@@ -379,8 +322,9 @@ class Config:
                     raise ValueError(
                         f"{key}={number} must be greater than fidelity.neighbours={neighbours}"
                     )
-        if self.name == "cache":
-            raise ValueError("name=cache is where token caches go; choose another")
+
+    def _check_scales(self) -> None:
+        last = self.var.num_scales - 1
         for key, scales in (
             ("moe.scales", self.moe.scales),
             ("train_router.scales", self.train_router.scales or ()),
@@ -390,6 +334,8 @@ class Config:
                 raise ValueError(
                     f"{key}={list(scales)} must be distinct scales within 0..{last}, rising"
                 )
+
+    def _check_selection(self) -> None:
         lengths = {1, len(self.moe.scales), self.var.num_scales}
         if len(self.selection.tau) not in lengths:
             allowed = ", ".join(map(str, sorted(lengths)))
@@ -404,12 +350,6 @@ class Config:
         num_experts = self.var.hidden // self.split.expert_size
         if self.selection.rule in ("top_k", "random") and self.selection.k > num_experts:
             raise ValueError(f"selection.k={self.selection.k} must be at most {num_experts}")
-        if max(self.report.labels or (0,)) >= self.var.num_classes:
-            raise ValueError(
-                f"report.labels={list(self.report.labels or ())} must be within "
-                f"0..{self.var.num_classes - 1}"
-            )
-        self._find_classes()
 
     @cached_property
     def leaves(self) -> Mapping[str, Any]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from dmoe_var.config_fields import STRICT, Several, Share
 
 PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
 """The figures of the paper (2a and 11: samples; 2b and 12: experts over the picture)."""
@@ -35,8 +37,6 @@ def _named(name: str) -> tuple[str, ...]:
 
 
 Figures = Annotated[tuple[str, ...], BeforeValidator(_given), Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Several = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FiguresConfig:
     as such on the figures.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     figure: Figures = ("all",)
     make: bool = False

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dmoe_var.arrays import read_npz, write_npz
-from dmoe_var.config import SelectionConfig
 from dmoe_var.figures.expert_maps import ExpertMaps
+from dmoe_var.moe.selection_config import SelectionConfig
 from dmoe_var.stages.evaluate import Bench
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.pictures import collect_maps

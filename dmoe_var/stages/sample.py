@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dmoe_var.config import Config, SelectionConfig
+from dmoe_var.config import Config
 from dmoe_var.data.class_names import class_names, slug, title
 from dmoe_var.errors import CheckpointError, InputError
 from dmoe_var.figures import sample_grid
@@ -26,6 +26,7 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
 from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
+from dmoe_var.moe.selection_config import SelectionConfig
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.tau_schedule import resolve_rules

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dmoe_var.config import SelectionConfig
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
 from dmoe_var.metrics.record import Record
+from dmoe_var.moe.selection_config import SelectionConfig
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.graph import StageResult, run_stage

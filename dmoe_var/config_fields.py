@@ -1,0 +1,23 @@
+"""Kinds of values that several sections of the configuration hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Several = Field(min_length=1)
+
+
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple; a number as a tuple of one."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Taus = Annotated[tuple[Share, ...], BeforeValidator(as_tuple), Several]
+Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
