@@ -235,7 +235,8 @@ def _swept(record: Record) -> Iterator[Point]:
     for row in record.about["settings"]:
         if row["group"] not in ("dense", "chosen"):
             continue
-        quality = {fid: f"{row['fid_mean']:.4g} ± {row['fid_std']:.2g}"}
+        spread = f" ± {row['fid_std']:.2g}" if len(seeds) > 1 else ""
+        quality = {fid: f"{row['fid_mean']:.4g}{spread}"}
         if "label_agreement" in row:
             quality["label_agreement"] = f"{row['label_agreement']:.4g}"
         yield Point(

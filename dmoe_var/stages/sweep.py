@@ -227,7 +227,7 @@ def _publish_samples(work: Work, point_work: Work, name: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], fid_name: str) -> str:
-    """The sweep as a Markdown table."""
+    """The sweep as a Markdown table; one seed has no spread."""
     columns = _columns(rows)
     titles = [column.removesuffix("_mean").replace("_", " ") for column in columns]
     heads = ["setting", "tau", "GMAC", "saved", fid_over_flops.display_name(fid_name)]
@@ -243,7 +243,7 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
             tau,
             f"{row['flops_gmac']:.4f}",
             f"{row['flops_saved']:.1%}",
-            f"{row['fid_mean']:.3f} ± {row['fid_std']:.3f}",
+            f"{row['fid_mean']:.3f}" + (f" ± {row['fid_std']:.3f}" if row["fid_std"] else ""),
             f"{row['fid_change']:+.2%}",
             *(_cell(column, row[column]) for column in columns),
         ]
