@@ -15,6 +15,10 @@ from safetensors.torch import load_file
 
 from dmoe_var import VAR, VQVAE, VARConfig, VQVAEConfig, convert_to_moe, load_var, load_vqvae
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # these share the cores, as what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 TINY = {"patch_nums": (1, 2, 3, 4), "vocab_size": 32, "z_channels": 8}
 TINY_VQVAE = {**TINY, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
 TINY_VAR = {**TINY, "depth": 2, "width": 64, "num_heads": 2, "num_classes": 5}
