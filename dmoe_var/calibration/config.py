@@ -20,8 +20,10 @@ class CalibrateConfig:
     loss: what is made equal per saved FLOP: `ce`, the teacher-forced cross-entropy of the sparse
     scales, each weighing the same; `ce_tokens`, each by its tokens; or `norm`, the squared
     predicted norms that are dropped. by_layer: a tau for each layer.
-    densities: shares of experts at which a loss curve is measured. images, held_out: training and
-    held-out images for losses; drawn: sampled images that correct and verify the FLOPs.
+    densities: shares of experts at which a loss curve is measured. refinements: rounds in which
+    measured losses of all groups together correct what those of each alone suggest; with 0 the
+    latter decide. images, held_out: training and held-out images for losses; drawn: sampled images
+    that correct and verify the FLOPs.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -34,6 +36,7 @@ class CalibrateConfig:
     densities: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)
     ] = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)  # fmt: skip
+    refinements: Annotated[int, Field(ge=0)] = 3
     images: Annotated[int, Field(gt=0)] = 256
     held_out: Annotated[int, Field(gt=0)] = 256
     drawn: Annotated[int, Field(ge=2)] = 200

@@ -52,8 +52,16 @@ class Trial:
     cost: float
 
 
-def search(cost: Cost, loss: Loss, num_scales: int, trials: int, seed: int) -> list[Trial]:
-    """Two-objective TPE search (Optuna): the Pareto points of loss and cost, cheapest first."""
+def search(
+    cost: Cost,
+    loss: Loss,
+    num_scales: int,
+    trials: int,
+    seed: int,
+    progress: Callable[[], object] = lambda: None,
+) -> list[Trial]:
+    """Two-objective TPE search (Optuna): the Pareto points of loss and cost, cheapest first.
+    `progress` is called after each trial."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -66,7 +74,9 @@ def search(cost: Cost, loss: Loss, num_scales: int, trials: int, seed: int) -> l
         for i in range(1, num_scales):
             taus.append(min(1.0, taus[-1] + trial.suggest_float(f"rise{i}", 0, SPREAD)))
         trial.set_user_attr("taus", taus)
-        return loss(taus), cost(taus)
+        found = loss(taus), cost(taus)
+        progress()
+        return found
 
     study.optimize(objective, n_trials=trials)
     found = [Trial(tuple(t.user_attrs["taus"]), *t.values) for t in study.best_trials]

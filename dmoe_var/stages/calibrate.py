@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from dmoe_var.calibration import rivals
 from dmoe_var.calibration.calibrate import Group, Losses, Plan, Taus, measure_losses, taus_for
+from dmoe_var.calibration.config import CalibrateConfig
 from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
+from dmoe_var.calibration.refinement import at_cost, most_losses, refine
 from dmoe_var.calibration.scores import Recorder, record_scores
 from dmoe_var.errors import InputError
 from dmoe_var.figures import calibration as figure
@@ -127,8 +129,7 @@ def _calibrated(work: Work) -> StageResult:
     with tqdm(total=groups * points, desc="losses", disable=not work.progress) as bar:
         measured = partial(_training_loss, bench, loss) if config.loss != "norm" else None
         losses = measure_losses(bench.plan, config.densities, measured, bar.update)
-    evaluations = groups * points + 1
-    metrics: dict[str, float] = {"loss_evaluations": loss.count, "dense_gmac": bench.dense_gmac}
+    metrics: dict[str, float] = {"dense_gmac": bench.dense_gmac}
     about: dict[str, Any] = {"loss": config.loss, "impl": work.config.moe.impl}
     if config.budget_ms is not None:
         table = _cost_table(work, bench)
@@ -138,10 +139,13 @@ def _calibrated(work: Work) -> StageResult:
         share = _share_of_time(bench, _fit(bench, losses, share).plan, losses, table)
     else:
         share = config.budget
-    found = _fit(bench, losses, share)
-    metrics |= _verified(bench, found)
+    found = _refined(bench, _fit(bench, losses, share), loss)
+    if config.budget_ms is not None:  # as many FLOPs may take another time
+        taken = partial(_ms_of, found.plan, table)
+        found = replace(found, taus=at_cost(found.taus, taken, _target_ms(config, table)))
+    metrics |= {"loss_evaluations": loss.count} | _verified(bench, found)
     if config.budget_ms is not None:
-        metrics["predicted_ms"] = _ms_of(found.plan, found.taus, table)
+        metrics["predicted_ms"] = _ms_of(found.plan, table, found.taus)
         metrics |= _check_faster(work, bench, found)
     tau = found.plan.as_lists(found.taus)
     about |= {"budget": share, "tau": tau, "by_layer": config.by_layer}
@@ -150,7 +154,7 @@ def _calibrated(work: Work) -> StageResult:
         for group, each in losses.items()
     ]
     if config.budgets:
-        about["curves"] = _compared(work, bench, losses, loss, evaluations)
+        about["curves"] = _compared(work, bench, losses, loss)
         path = work.folder("calibrate") / "calibration.png"
         figure.draw(about["curves"], bench.dense_gmac, work.config.name, path)
     dtype = work.config.sampling.dtype
@@ -187,6 +191,27 @@ def _fit(bench: Bench, losses: Mapping[Group, Losses], budget: float) -> Found:
     return Found(budget, _taus(plan, losses, target, budget), plan)
 
 
+def _refined(bench: Bench, found: Found, loss: CrossEntropy) -> Found:
+    """As many FLOPs, and a training loss no higher than that of `found` and of one tau everywhere.
+    Images are drawn once more, to correct the FLOPs of the tau that moved."""
+    config, plan = bench.work.config.calibrate, found.plan
+    rounds = config.refinements
+    if config.loss == "norm" or not rounds:
+        return found
+    target = found.budget * bench.dense_gmac
+    one_tau = at_cost(dict.fromkeys(plan.tails, 0.5), plan.gmac, target)
+    most, quiet = most_losses(len(plan.tails), rounds), not bench.work.progress
+    with tqdm(total=most, desc=f"refining {found.budget:.3g}", disable=quiet) as bar:
+
+        def measured(taus: Taus) -> float:
+            bar.update()
+            return loss(plan.rules(taus))
+
+        taus = refine(plan, [found.taus, one_tau], measured, rounds)
+    plan = bench.plan_under(plan.rules(taus), config.seed)
+    return Found(found.budget, at_cost(taus, plan.gmac, target), plan)
+
+
 def _taus(plan: Plan, losses: Mapping[Group, Losses], target: float, budget: float) -> Taus:
     try:
         return taus_for(plan, losses, target)
@@ -220,8 +245,7 @@ def _share_of_time(
     InputError where no tau does, or none is faster than the dense model.
     """
     config = bench.work.config.calibrate
-    assert config.budget_ms is not None
-    target = min(config.budget_ms, table.dense_ms)
+    target = _target_ms(config, table)
     if table.fastest_ms >= target:
         raise InputError(
             f"calibrate.budget_ms={config.budget_ms:g}: out of reach on this device: a batch of "
@@ -235,16 +259,21 @@ def _share_of_time(
     return low / bench.dense_gmac
 
 
+def _target_ms(config: CalibrateConfig, table: CostTable) -> float:
+    assert config.budget_ms is not None
+    return min(config.budget_ms, table.dense_ms)
+
+
 def _ms(plan: Plan, losses: Mapping[Group, Losses], table: CostTable, gmac: float) -> float:
     """Time of the tau that cost so many GMAC."""
     try:
         taus = taus_for(plan, losses, gmac)
     except ValueError:
         return table.fastest_ms
-    return _ms_of(plan, taus, table)
+    return _ms_of(plan, table, taus)
 
 
-def _ms_of(plan: Plan, taus: Taus, table: CostTable) -> float:
+def _ms_of(plan: Plan, table: CostTable, taus: Taus) -> float:
     """Time of these tau, as the table has it."""
     shares = {}
     for si in plan.scales:
@@ -318,7 +347,7 @@ def _check_faster(work: Work, bench: Bench, found: Found) -> dict[str, float]:
 
 
 def _compared(
-    work: Work, bench: Bench, losses: Mapping[Group, Losses], loss: CrossEntropy, evaluations: int
+    work: Work, bench: Bench, losses: Mapping[Group, Losses], loss: CrossEntropy
 ) -> dict[str, list[dict[str, Any]]]:
     """tau, predicted GMAC and held-out loss of every way to choose tau, at every budget.
 
@@ -342,12 +371,16 @@ def _compared(
         return plan.gmac({group: by_scale[group[0]] for group in groups})
 
     first_plan = bench.plan
-    trials = rivals.search(
-        partial(cost_of, first_plan), training_loss, len(scales), evaluations, config.seed
-    )
-    for budget in tqdm(budgets, desc="rivals", disable=not work.progress):
-        found = _fit(bench, losses, budget)
-        target, cost = budget * bench.dense_gmac, partial(cost_of, found.plan)
+    calibrated = [_refined(bench, _fit(bench, losses, budget), loss) for budget in budgets]
+    groups, points = len(losses), len(config.densities) + 1
+    evaluations = max(loss.count, groups * points + 1)  # "norm" measures none
+    cost = partial(cost_of, first_plan)
+    with tqdm(total=evaluations, desc="search", disable=not work.progress) as bar:
+        trials = rivals.search(
+            cost, training_loss, len(scales), evaluations, config.seed, bar.update
+        )
+    for found in tqdm(calibrated, desc="rivals", disable=not work.progress):
+        target, cost = found.budget * bench.dense_gmac, partial(cost_of, found.plan)
         rules = found.plan.rules(found.taus)
         add("calibrated", found, found.plan.as_lists(found.taus), rules)
         chosen = {"fixed": rivals.one_tau(cost, len(scales), target)}

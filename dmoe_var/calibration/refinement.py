@@ -1,0 +1,112 @@
+"""From the tau that losses measured one group at a time suggest to the tau at which the loss of
+quality per saved FLOP is equal where they act together.
+
+Saving at one scale changes what saving at the next costs, so the additive solution is a start only.
+A round measures the slope of the joint loss in every group and moves FLOPs from where saving hurts
+more than on average to where it hurts less, as long as the loss falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from dmoe_var.calibration.allocation import tau_at
+from dmoe_var.calibration.calibrate import Group, Plan, Taus
+
+STEP = 0.1
+"""The largest change of a group's density in a round, and that at which slopes are measured."""
+EDGE = 1e-6
+"""How close to the end of its range a density counts as being there."""
+TRIES = 3
+"""Lengths of a move that are tried in a round, each half of the one before."""
+
+
+def most_losses(num_groups: int, rounds: int) -> int:
+    """How many losses `refine` may measure, with two starts."""
+    return 2 + rounds * (num_groups + TRIES)
+
+
+def refine(plan: Plan, starts: list[Taus], loss: Callable[[Taus], float], rounds: int) -> Taus:
+    """Of tau that cost the same, the best, made better: as many GMAC, and a loss that is no higher.
+
+    loss: of the quality, in any unit, measured at most `most_losses` times.
+    """
+    measured = [(loss(taus), number) for number, taus in enumerate(starts)]
+    lowest, number = min(measured)
+    densities = {group: plan.density(group, tau) for group, tau in starts[number].items()}
+    best, step = starts[number], STEP
+    for _ in range(rounds):
+        slopes = _slopes(plan, densities, lowest, loss, step)
+        for _ in range(TRIES):
+            moved = _moved(plan, densities, slopes, step)
+            taus = _taus(plan, moved)
+            found = loss(taus)
+            if found < lowest:
+                best, lowest, densities = taus, found, moved
+                break
+            step /= 2
+    return best
+
+
+def at_cost(taus: Taus, cost: Callable[[Taus], float], target: float) -> Taus:
+    """All tau times one factor, none above 1, so that they cost `target`."""
+
+    def times(odds: float) -> Taus:
+        factor = odds / (1 - odds) if odds < 1 else float("inf")
+        return {group: min(1.0, tau * factor) if tau else 0.0 for group, tau in taus.items()}
+
+    return times(tau_at(lambda odds: cost(times(odds)), target))
+
+
+def _slopes(
+    plan: Plan,
+    densities: Mapping[Group, float],
+    start: float,
+    loss: Callable[[Taus], float],
+    step: float,
+) -> dict[Group, float]:
+    """Rise of the joint loss per GMAC that a group saves; a group with nothing left to save is
+    measured the other way."""
+    slopes = {}
+    for group, density in densities.items():
+        least = plan.density(group, 1.0)
+        to = density - step if density - step >= least else min(1.0, density + step)
+        saved = (density - to) * plan.full_gmac(group)
+        changed = loss(_taus(plan, {**densities, group: to})) if saved else start
+        slopes[group] = (changed - start) / saved if saved else 0.0
+    return slopes
+
+
+def _moved(
+    plan: Plan, densities: Mapping[Group, float], slopes: Mapping[Group, float], length: float
+) -> dict[Group, float]:
+    """Densities after a move of this length at equal cost: more where saving costs more loss a
+    GMAC than on average."""
+    least = {group: plan.density(group, 1.0) for group in densities}
+    free = set(densities)
+    while True:
+        cost = sum(plan.full_gmac(g) for g in free)
+        mean = sum(plan.full_gmac(g) * slopes[g] for g in free) / cost if free else 0.0
+        pinned = {
+            g
+            for g in free
+            if (slopes[g] > mean and densities[g] > 1 - EDGE)
+            or (slopes[g] < mean and densities[g] < least[g] + EDGE)
+        }
+        if not pinned:
+            break
+        free -= pinned
+    changes = {g: slopes[g] - mean if g in free else 0.0 for g in densities}
+    largest = max((abs(change) for change in changes.values()), default=0.0)
+    if largest == 0:
+        return dict(densities)
+    scale = length / largest
+    for g, change in changes.items():  # no group leaves its range: the whole move is shortened
+        room = 1 - densities[g] if change > 0 else densities[g] - least[g]
+        if change:
+            scale = min(scale, room / abs(change))
+    return {g: densities[g] + scale * change for g, change in changes.items()}
+
+
+def _taus(plan: Plan, densities: Mapping[Group, float]) -> Taus:
+    return {group: plan.tails[group].tau(density) for group, density in densities.items()}
