@@ -10,6 +10,7 @@ from dmoe_var.figures.style import MARKERS, Paths, colour, plt, save
 
 NAMES = {
     "calibrated": "calibrated",
+    "by_layer": "calibrated by layer",
     "fixed": "one tau",
     "linear": "rising linearly",
     "search": "two-objective search",

@@ -25,6 +25,7 @@ COLOURS = {
     "cumulative": "#009E73",
     "random": "#7F7F7F",
     "calibrated": "#D55E00",
+    "by_layer": "#8C6D00",
     "search": "#CC79A7",
     "linear": "#009E73",
     "fixed": "#0072B2",
@@ -43,6 +44,7 @@ MARKERS = {
     "cumulative": "^",
     "random": "X",
     "calibrated": "d",
+    "by_layer": "P",
     "search": "v",
     "linear": "^",
 }

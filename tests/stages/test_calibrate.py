@@ -14,6 +14,7 @@ from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.moe.selection import Threshold
 from dmoe_var.stages import calibrate, models
+from dmoe_var.stages.calibration_bench import Bench, Calibration
 from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.tokens import token_sets
 
@@ -58,9 +59,9 @@ def test_refined_on_training_images(make_work, runs):
     alone = run_stage(made(make_work, runs, budget=0.8, refinements=0), "calibrate")
     assert refined.about["tau"] != alone.about["tau"]
     assert alone.metrics["loss_evaluations"] == 2 * 3 + 1
-    bench = calibrate.Bench(work)
-    loss, dense = bench.loss(held_out=False), alone.metrics["dense_gmac"]
-    plan = bench.plan_under([Threshold(tau) for tau in refined.about["tau"]], 1000)
+    calibration = Calibration(Bench(work), by_layer=False)
+    loss, dense = calibration.bench.training_loss, alone.metrics["dense_gmac"]
+    plan = calibration.plan_under([Threshold(tau) for tau in refined.about["tau"]])
     one_tau = at_cost({(2,): 0.5, (3,): 0.5}, plan.gmac, 0.8 * dense)
     found = loss([Threshold(tau) for tau in refined.about["tau"]])
     for other in (alone.about["tau"], list(one_tau.values())):
@@ -83,8 +84,9 @@ def test_rivals(make_work, runs):
     work = made(make_work, runs, budgets=[0.8, 0.95])
     record = run_stage(work, "calibrate")
     curves = record.about["curves"]
-    assert {"calibrated", "fixed", "linear"} <= set(curves)
-    assert set(curves) <= {"calibrated", "fixed", "linear", "search"}
+    assert {"calibrated", "by_layer", "fixed", "linear"} <= set(curves)
+    assert set(curves) <= {"calibrated", "by_layer", "fixed", "linear", "search"}
+    assert [len(of_scale) for of_scale in curves["by_layer"][0]["tau"]] == [1, 1]  # one layer
     dense = record.metrics["dense_gmac"]
     for name, rows in curves.items():
         assert [row["budget"] for row in rows] == [0.8, 0.95] or name == "search"
@@ -144,7 +146,7 @@ def test_a_time_budget(make_work, runs, monkeypatch):
     tables = [CostTable(1.0, {2: points, 3: points}, 30.0, {}), table(dense=30.0, found=11.0)]
     monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
     record = run_stage(made(make_work, runs, budget_ms=17.0), "calibrate")
-    bench = calibrate.Bench(made(make_work, runs, budget_ms=17.0))
+    bench = Bench(made(make_work, runs, budget_ms=17.0))
     shares = bench.drawn([Threshold(t) for t in record.about["tau"]], 5).expert_share
     assert 1 + sum(12 * share for share in shares.values()) == pytest.approx(17, rel=0.05)
     assert record.metrics["measured_ms"] == 11

@@ -1,0 +1,194 @@
+"""What a calibration measures with: models, images, losses, draws; and tau found with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from tqdm import tqdm
+
+from dmoe_var.calibration.calibrate import Group, Losses, Plan, Taus, measure_losses, taus_for
+from dmoe_var.calibration.config import CalibrateConfig
+from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
+from dmoe_var.calibration.refinement import at_cost, most_losses, refine
+from dmoe_var.calibration.scores import Cell, Recorder, Tails, record_scores
+from dmoe_var.errors import InputError
+from dmoe_var.metrics.flops import FlopReport, report
+from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
+from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.sampling.draw import Drawing, balanced_labels
+from dmoe_var.stages import models
+from dmoe_var.stages.tokens import token_sets
+from dmoe_var.stages.work import Work
+
+ROUNDS = 2
+"""Times that images are drawn to find out what a tau runs."""
+LOSSES_FILE = "losses.jsonl"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The models, the images, and what is measured of them."""
+
+    work: Work
+
+    @property
+    def config(self) -> CalibrateConfig:
+        return self.work.config.calibrate
+
+    @cached_property
+    def model(self) -> DynamicVAR:
+        return models.dynamic(self.work).to(self.work.config.sampling.torch_dtype)
+
+    @cached_property
+    def vqvae(self) -> Any:
+        return models.vqvae(self.work).to(self.work.config.sampling.torch_dtype)
+
+    @cached_property
+    def images(self) -> tuple[TeacherForced, TeacherForced]:
+        """Of the training set, and held-out ones."""
+        counts = (self.config.images, self.config.held_out)
+        sets = token_sets(self.work, self.vqvae)
+        training, held_out = (
+            TeacherForced(tokens, self.vqvae, count, self.config.batch_size)
+            for tokens, count in zip(sets, counts, strict=True)
+        )
+        return training, held_out
+
+    @cached_property
+    def training_loss(self) -> CrossEntropy:
+        """Cross-entropy on training images, kept beside the record."""
+        folder, print_ = self.work.folder("calibrate"), self.work.fingerprint("calibrate")
+        return self._loss(self.images[0], folder / LOSSES_FILE, print_)
+
+    @cached_property
+    def held_out_loss(self) -> CrossEntropy:
+        return self._loss(self.images[1])
+
+    def _loss(self, images: TeacherForced, *kept: Any) -> CrossEntropy:
+        impl, by_tokens = self.work.config.moe.impl, self.config.loss == "ce_tokens"
+        return CrossEntropy(self.model, images, impl, by_tokens, *kept)
+
+    @cached_property
+    def cells(self) -> dict[Cell, Tails]:
+        """Router scores under teacher forcing."""
+        batches = [(labels, teacher) for labels, teacher, _ in self.images[0].batches()]
+        return record_scores(self.model, batches)
+
+    @cached_property
+    def fixed(self) -> FixedCost:
+        return fixed_cost(self.model, self.vqvae, self.work.config.sampling.cfg != 0)
+
+    @cached_property
+    def dense_gmac(self) -> float:
+        guided = self.work.config.sampling.cfg != 0
+        return report(fixed_cost(self.model.dense, self.vqvae, guided), {}, {}, 1).total_gmac
+
+    def drawn(self, rules: Sequence[SelectionRule], seed: int) -> FlopReport:
+        """FLOPs of images that are drawn, as many of each class."""
+        config = self.work.config
+        labels = balanced_labels(self.config.drawn, config.var.num_classes)
+        drawing = Drawing(
+            self.model, self.vqvae, labels, seed, config.sampling, list(rules), config.moe.impl
+        )
+        pairs: dict[int, tuple[int, ...]] = dict.fromkeys(drawing.rules, ())
+        for number in range(drawing.num_batches):
+            for si, of_scale in drawing.batch(number).pairs.items():
+                pairs[si] += tuple(of_scale)
+        return report(self.fixed, pairs, drawing.rules, len(labels))
+
+    def drawn_cells(self, rules: Sequence[SelectionRule]) -> dict[Cell, Tails]:
+        """Router scores while images are drawn under these rules."""
+        recorder = Recorder(self.model, rules)
+        self.drawn(recorder.rules, self.config.seed)
+        return recorder.tails()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A budget's tau, and the plan that it was found by."""
+
+    budget: float
+    taus: Taus
+    plan: Plan
+
+    @property
+    def rules(self) -> list[SelectionRule]:
+        return self.plan.rules(self.taus)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """tau for shares of the dense FLOPs: one a sparse scale, or one a layer of each."""
+
+    bench: Bench
+    by_layer: bool
+
+    @cached_property
+    def plan(self) -> Plan:
+        """By teacher-forced scores."""
+        return Plan.of(self.bench.fixed, self.bench.cells, self.by_layer)
+
+    def plan_under(self, rules: Sequence[SelectionRule]) -> Plan:
+        """By the scores of images that are drawn under these rules, which say better what tau
+        runs."""
+        return Plan.of(self.bench.fixed, self.bench.drawn_cells(rules), self.by_layer)
+
+    @cached_property
+    def losses(self) -> dict[Group, Losses]:
+        """What each group alone costs in quality."""
+        densities = self.bench.config.densities
+        loss = partial(self._loss, self.plan) if self._measures else None
+        with self._bar(len(self.plan.tails) * (len(densities) + 1), "losses") as bar:
+            return measure_losses(self.plan, densities, loss, bar.update)
+
+    def find(self, budget: float) -> Found:
+        """At a share of the dense FLOPs, as losses of all groups together have it best."""
+        found = self.add_up(budget)
+        return self._refined(found) if self._measures and self.bench.config.refinements else found
+
+    def add_up(self, budget: float) -> Found:
+        """At a share of the dense FLOPs, as losses of each group alone have it best. Images are
+        drawn under the tau found, which correct it."""
+        plan = self.plan
+        for _ in range(ROUNDS):
+            plan = self.plan_under(plan.rules(self._added_up(plan, budget)))
+        return Found(budget, self._added_up(plan, budget), plan)
+
+    def _added_up(self, plan: Plan, budget: float) -> Taus:
+        try:
+            return taus_for(plan, self.losses, budget * self.bench.dense_gmac)
+        except ValueError as error:
+            raise InputError(f"calibrate.budget={budget:g}: out of reach ({error} GMAC)") from error
+
+    def _refined(self, found: Found) -> Found:
+        """As many FLOPs, at a training loss no higher than that of `found` and of one tau
+        everywhere. Images are drawn once more, to correct the FLOPs of tau that moved."""
+        rounds, plan = self.bench.config.refinements, found.plan
+        target = found.budget * self.bench.dense_gmac
+        one_tau = at_cost(dict.fromkeys(plan.tails, 0.5), plan.gmac, target)
+        most = most_losses(len(plan.tails), rounds)
+        with self._bar(most, f"refining {found.budget:.3g}") as bar:
+
+            def loss(taus: Taus) -> float:
+                bar.update()
+                return self._loss(plan, taus)
+
+            taus = refine(plan, [found.taus, one_tau], loss, rounds)
+        plan = self.plan_under(plan.rules(taus))
+        return Found(found.budget, at_cost(taus, plan.gmac, target), plan)
+
+    @property
+    def _measures(self) -> bool:
+        """Dropped norms add up; only cross-entropy is measured."""
+        return self.bench.config.loss != "norm"
+
+    def _loss(self, plan: Plan, taus: Taus) -> float:
+        return self.bench.training_loss(plan.rules(taus))
+
+    def _bar(self, total: int, name: str) -> Any:
+        by = " by layer" if self.by_layer else ""
+        return tqdm(total=total, desc=name + by, disable=not self.bench.work.progress)
