@@ -30,11 +30,17 @@ FEW = {
     "figures.k_shares": [0.5],
     "figures.cumulative_shares": [0.9],
     "figures.time_tau": [0.0, 0.9],
+    "figures.budgets": [0.8],
+    "calibrate.densities": [0.7, 0.4],
+    "calibrate.images": 20,
+    "calibrate.held_out": 20,
+    "calibrate.drawn": 60,
+    "calibrate.refinements": 1,
     "figures.batch_size": 2,
     "benchmark.repeats": 1,
     "maps.images": 2,
 }
-CURVES = ("3", "rules")
+CURVES = ("3", "rules", "calibration")
 
 
 @pytest.fixture
@@ -105,6 +111,22 @@ def test_points_of_a_curve_are_those_of_its_name(work_of, tmp_path):
         "dense, depth 1",
         "one tau, last scales, depth 2",
     ]
+
+
+def test_points_of_the_calibration_are_those_of_its_record(work_of, runs):
+    """Each way to choose tau is drawn at the tau that it chose."""
+    work = work_of(runs, "calibration", make=True)
+    assert "calibration come after its tau are found" in plan_text(work, missing(work))
+    (need,) = [need for need in FIGURES["calibration"].needs(work) if need.stage == "calibrate"]
+    record = run_stage(need.work, "calibrate")
+    curves = FIGURES["calibration"].curves(work)[1:]
+    assert {curve.method for curve in curves} == set(record.about["curves"])
+    for curve in curves:
+        (row,), (point,) = record.about["curves"][curve.method], curve.points
+        if curve.method == "by_layer":
+            assert [list(of) for of in point.changes["selection.layer_tau"]] == row["tau"]
+        else:
+            assert list(point.changes["selection.tau"]) == row["tau"]
 
 
 def test_claims_are_those_of_all_figures_in_the_folder(work_of, runs):
