@@ -150,10 +150,12 @@ def verdicts(drawn: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
         names = [curve["name"] for curve in drawn["rules"]["curves"]]
         judge("routers beat chance", "rules", names.index("Eq. 3"), names.index("random k"))
     if "calibration" in drawn:
-        names = [curve["name"] for curve in drawn["calibration"]["curves"]]
-        for other in names[2:]:
-            claim = "calibrated tau is better than tau chosen otherwise"
-            judge(claim, "calibration", 1, names.index(other))
+        methods = [curve["method"] for curve in drawn["calibration"]["curves"]]
+        at = {method: methods.index(method) for method in methods}
+        for ours in (each for each in ("by_layer", "calibrated") if each in at):
+            for rival in (each for each in ("fixed", "linear", "search") if each in at):
+                claim = "calibrated tau is better than tau chosen otherwise"
+                judge(claim, "calibration", at[ours], at[rival])
     return found
 
 

@@ -117,3 +117,19 @@ def test_depths_are_compared_relative_to_their_own_dense_models():
     (verdict,) = verdicts(drawn)
     assert (verdict.better, verdict.gap.mean) == ("depth 4", pytest.approx(-10))
     assert "| 50 to 100 % of dense | -10.00 (0.00) % |" in table([verdict])
+
+
+def test_each_calibration_is_judged_against_each_rival():
+    """By the curves' methods, not by their places."""
+    points = {"dense": 5, "search": 4, "calibrated": 3, "fixed": 2, "by_layer": 1}
+    curves = [
+        {**curve(f"the {method}", [(1, (fid, fid)), (3, (fid, fid + 1))]), "method": method}
+        for method, fid in points.items()
+    ]
+    found = verdicts({"calibration": {"curves": curves}})
+    assert {(v.better, v.worse): v.gap.mean for v in found} == {
+        ("the by_layer", "the fixed"): pytest.approx(-1),
+        ("the by_layer", "the search"): pytest.approx(-3),
+        ("the calibrated", "the fixed"): pytest.approx(1),
+        ("the calibrated", "the search"): pytest.approx(-1),
+    }
