@@ -79,14 +79,16 @@ def now() -> str:
 
 @cache
 def git_commit() -> str:
-    """Commit of the source tree, with "+" where files differ from it; "unknown" outside git."""
-    root = Path(__file__).parent
+    """Commit of the source tree, with "+" where files differ from it; "unknown" where git does not
+    track this very file, which may be installed into a folder of another repository."""
+    source = Path(__file__)
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        command = ["git", "-C", str(source.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", source.name)
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
