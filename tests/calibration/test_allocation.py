@@ -57,6 +57,14 @@ def test_hull_is_convex_and_below_what_was_measured():
         assert np.interp(density, densities, losses) <= loss + 1e-12
 
 
+def test_a_loss_that_seems_to_fall_saves_nothing():
+    """By hand: noise alone takes losses down, and below 0; they stay where they were."""
+    noisy = LossCurve((0.4, 0.8, 0.2, 0.6), (0.1, 0.5, 1.0, 0.2), 1.0)
+    assert noisy.hull() == [(1.0, 0.0), (0.4, 0.5), (0.2, 1.0)]
+    below = LossCurve((0.75, 0.5, 0.25), (-0.3, 0.2, 0.1), 1.0)
+    assert below.hull() == [(1.0, 0.0), (0.75, 0.0), (0.25, 0.2)]
+
+
 def test_nothing_saved_and_too_much():
     curves = {"x": quadratic(1, 2)}
     assert allocate(curves, 0) == {"x": 1.0}

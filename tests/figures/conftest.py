@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib import pyplot as plt
 from PIL import Image
 
 
@@ -19,3 +20,18 @@ def opened(tmp_path):
         return image
 
     return opened
+
+
+@pytest.fixture
+def unsaved(monkeypatch, tmp_path):
+    """unsaved(module, draw, *args): what draw(*args, path) draws, as a figure to look into."""
+    figures = []
+
+    def unsaved(module, draw, *args):
+        monkeypatch.setattr(module, "save", lambda figure, paths: figures.append(figure))
+        draw(*args, tmp_path / "figure.png")
+        return figures[-1]
+
+    yield unsaved
+    for figure in figures:
+        plt.close(figure)

@@ -133,3 +133,11 @@ def test_each_calibration_is_judged_against_each_rival():
         ("the calibrated", "the fixed"): pytest.approx(1),
         ("the calibrated", "the search"): pytest.approx(-1),
     }
+
+
+def test_routers_are_judged_against_chance():
+    """By the curves' names, wherever they stand."""
+    points = {"dense VAR": 5, "top-k": 3, "random k": 4, "oracle, Eq. 3": 1, "Eq. 3": 2}
+    curves = [curve(name, [(1, (fid, fid)), (3, (fid, fid + 1))]) for name, fid in points.items()]
+    (found,) = verdicts({"rules": {"curves": curves}})
+    assert (found.better, found.worse, found.gap.mean) == ("Eq. 3", "random k", pytest.approx(-2))

@@ -51,3 +51,20 @@ def test_every_setting_is_there(monkeypatch, tmp_path):
     assert red > 2 * max(green, blue)
     assert axis.get_ylabel() == "FID"
     assert {text.get_text() for text in axis.texts} == {"0.1", "0.2", "0.3"}
+
+
+def test_both_accountings_of_the_same_points(unsaved):
+    """FID on the y axes, as counted on the left and as the authors charge it on the right."""
+    rows = [
+        {**row, "flops_gmac_authors": row["flops_gmac"] - 1.5 * i} for i, row in enumerate(LAST)
+    ]
+    curves = fid_over_flops.curves_of(rows)
+    left, right = unsaved(
+        fid_over_flops, fid_over_flops.draw_accounting, curves, "fid", "title", "note"
+    ).axes
+    for axis, key in ((left, "flops_gmac"), (right, "flops_gmac_authors")):
+        (container,) = axis.containers
+        points = np.column_stack(container[0].get_data()).tolist()
+        assert points == sorted([row[key], row["fid_mean"]] for row in rows)
+        assert axis.get_ylabel() == "FID"
+    assert ["authors" in axis.get_xlabel() for axis in (left, right)] == [False, True]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dmoe_var import load_var
 from dmoe_var.calibration.costs import CostTable
 from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
 from dmoe_var.calibration.refinement import at_cost, most_losses
 from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import count_flops
-from dmoe_var.moe.selection import Threshold
-from dmoe_var.stages import calibrate, models
+from dmoe_var.moe.selection import LayerThreshold, Threshold
+from dmoe_var.stages import calibrate, calibration_bench, models
 from dmoe_var.stages.calibration_bench import Bench, Calibration
 from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.tokens import token_sets
@@ -35,6 +39,11 @@ def made(make_work, runs, **changes):
     return make_work(runs, changes={**FEW, **given})
 
 
+def token_sets_of(work):
+    """Tokens of the training set and of the held-out one."""
+    return token_sets(work, models.vqvae(work))
+
+
 def test_a_budget_is_hit_on_held_out_images(make_work, runs):
     """Counted once more by `count_flops`, of other images, under the tau that was found."""
     work = made(make_work, runs)
@@ -50,6 +59,91 @@ def test_a_budget_is_hit_on_held_out_images(make_work, runs):
     assert record.metrics["predicted_gmac"] == pytest.approx(0.85 * dense, rel=1e-3)
     assert 2 * 3 + 1 + 2 + 3 < record.metrics["loss_evaluations"] <= 2 * 3 + 1 + most_losses(2, 3)
     assert len(tau) == 2
+
+
+def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
+    """Losses that decide are of training images, and images that correct of one seed; what is
+    told in the end is of held-out images, and of images drawn from another seed."""
+    work = made(make_work, runs, densities=[0.5], refinements=1, drawn=10)
+    training, held_out = (tokens.batch(torch.arange(40))[0] for tokens in token_sets_of(work))
+    measured, seeds = {"training": [], "held out": []}, []
+
+    def level(tau):
+        return 3 * tau[0] + tau[1] ** 2
+
+    def measure(loss, rules):
+        tokens, _ = loss.images.tokens.batch(torch.arange(40))
+        assert torch.equal(tokens, training) != torch.equal(tokens, held_out)
+        of, above = ("training", 1) if torch.equal(tokens, training) else ("held out", 100)
+        tau = [rule.tau for rule in rules]
+        measured[of].append(tau)
+        return above + level(tau)
+
+    drawing = calibration_bench.Drawing
+    monkeypatch.setattr(
+        calibration_bench, "Drawing", lambda *args: seeds.append(args[3]) or drawing(*args)
+    )
+    monkeypatch.setattr(CrossEntropy, "_measure", measure)
+    record = run_stage(work, "calibrate")
+    tau, seed = record.about["tau"], work.config.calibrate.seed
+    assert [0.0, 0.0] in measured["training"]
+    assert len(measured["training"]) > 2 * 2 + 1
+    for each in record.about["losses"]:
+        alone = [[t, 0.0] if each["group"] == [2] else [0.0, t] for t in each["tau"]]
+        assert each["loss"] == pytest.approx([level(taus) for taus in alone])
+    assert measured["held out"] == [tau, [0.0, 0.0]]
+    assert record.metrics["held_out_ce"] == pytest.approx(100 + level(tau))
+    assert record.metrics["held_out_ce_all_experts"] == 100
+    assert seeds == [seed, seed, seed, seed + 1]
+    counted = count_flops(
+        models.dynamic(work), models.vqvae(work), range(10), tau=tau, seed=seed + 1
+    )
+    assert record.metrics["measured_gmac"] == pytest.approx(counted.total_gmac, rel=1e-9)
+    assert record.metrics["measured_gmac_std"] == pytest.approx(counted.total_gmac_std, rel=1e-6)
+    metrics = record.metrics
+    ratio = metrics["predicted_gmac"] / counted.total_gmac
+    assert metrics["predicted_over_measured"] == pytest.approx(ratio)
+    assert metrics["measured_share"] == pytest.approx(counted.total_gmac / metrics["dense_gmac"])
+    assert (record.seed, record.num_samples, record.dtype) == (seed, 10, "float32")
+
+
+def test_a_bench_has_trained_routers_and_its_own_losses(make_work, runs):
+    """Losses of another configuration in the same folder are not taken for its own."""
+    bench = Bench(made(make_work, runs))
+    found = bench.model.moe.state_dict()
+    for stage, alike in (("train_router", True), ("split", False)):
+        stored = load_var(bench.work.folder(stage) / "checkpoint").state_dict()
+        assert all(torch.equal(found[key], stored[key]) for key in stored) == alike
+    assert (bench.training_loss.by_tokens, bench.held_out_loss.by_tokens) == (False, False)
+    work = make_work(runs, edited={"calibrate.images": 20})
+    kept = work.folder("calibrate") / "losses.jsonl"
+    lines = [
+        {"key": name, "ce": 1.0, "fingerprint": of.fingerprint("calibrate")}
+        for name, of in (("ours", work), ("theirs", make_work(runs)))
+    ]
+    write_text(kept, "".join(json.dumps(line) + "\n" for line in lines))
+    assert Bench(work).training_loss.known == {"ours": 1.0}
+    assert Bench(work).held_out_loss.known == {}
+    by_tokens = Bench(made(make_work, runs, loss="ce_tokens"))
+    assert (by_tokens.training_loss.by_tokens, by_tokens.held_out_loss.by_tokens) == (True, True)
+
+
+def test_scores_are_of_training_images_and_costs_of_the_configured_guidance(
+    make_work, runs, monkeypatch
+):
+    bench = Bench(made(make_work, runs, images=10))
+    monkeypatch.setattr(calibration_bench, "record_scores", lambda model, batches: batches)
+    training, _ = token_sets(bench.work, bench.vqvae)
+    tokens_BL, labels_B = training.batch(torch.arange(10) * 4)
+    labels, teachers = zip(*bench.cells, strict=True)
+    assert torch.equal(torch.cat(labels), labels_B)
+    expected = bench.vqvae.teacher_input(training.by_scale(tokens_BL))
+    torch.testing.assert_close(torch.cat(teachers), expected)
+    unguided = Bench(make_work(runs, {"sampling.cfg": 0}))
+    assert (bench.fixed.branches, unguided.fixed.branches) == (2, 1)
+    for each, cfg in ((bench, 1.5), (unguided, 0)):
+        counted = count_flops(each.model.dense, each.vqvae, [0], cfg=cfg)
+        assert each.dense_gmac == pytest.approx(counted.total_gmac, rel=1e-9)
 
 
 def test_refined_on_training_images(make_work, runs):
@@ -94,6 +188,11 @@ def test_rivals(make_work, runs):
             above = 1.011 if name in ("search", "linear") else 1.001
             assert row["gmac"] <= above * row["budget"] * dense
     assert len(set(curves["fixed"][0]["tau"])) == 1
+    held_out_loss = Bench(work).held_out_loss
+    for method, (row, *_) in curves.items():
+        rule = (lambda tau: LayerThreshold(tuple(tau))) if method == "by_layer" else Threshold
+        expected = held_out_loss([rule(tau) for tau in row["tau"]])
+        assert row["ce"] == pytest.approx(expected, rel=1e-5), method
     Image.open(work.folder("calibrate") / "calibration.png").verify()
 
 

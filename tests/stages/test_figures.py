@@ -266,3 +266,38 @@ def test_times_are_ratios_to_the_dense_model_of_their_run(monkeypatch, tmp_path)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
         "dense VAR (4 to 8 ms)", "a", "b",
     ]  # fmt: skip
+
+
+def timing_row(model, tau, ms, compiled=False, by_scale=(2.0, 8.0)):
+    return {
+        "model": model, "tau": tau, "batch_size": 4, "compiled": compiled, "ms_median": ms,
+        "ms_p10": ms - 1, "ms_p90": ms + 1, "by_scale_ms": list(by_scale),
+    }  # fmt: skip
+
+
+def test_what_is_drawn_of_a_benchmark(monkeypatch, tmp_path):
+    """Eager rows alone: images a second through each scale, and times over tau beside dense."""
+    drawn = {}
+    for name in ("draw_throughput", "draw_over_tau"):
+        monkeypatch.setattr(times, name, lambda *given, name=name: drawn.update({name: given}))
+    rows = [
+        timing_row("dense", None, 20.0),
+        timing_row("dense", None, 5.0, compiled=True, by_scale=(1.0, 1.0)),
+        timing_row("dynamic", 0.5, 15.0, by_scale=(2.0, 5.0)),
+        timing_row("random", 0.5, 14.0, by_scale=(1.0, 1.0)),
+        timing_row("dynamic", 0.5, 4.0, compiled=True, by_scale=(1.0, 1.0)),
+    ]
+    timing = {"name": "experts of 32", "method": "last", "shade": 0.5, "rows": rows}
+    data = {"timings": [timing], "note": "a note"}
+    figures._draw_throughput(data, "title", tmp_path)
+    bars, *rest = drawn["draw_throughput"]
+    assert rest == ["title", "a note", tmp_path]
+    assert [(bar["method"], bar["images_per_s"]) for bar in bars] == [
+        ("dense", [2000, 500]),
+        ("chosen", [2000, 800]),
+    ]
+    figures._draw_times(data, "title", tmp_path)
+    ((curve,), *_) = drawn["draw_over_tau"]
+    assert curve["dense"] == rows[0]
+    assert curve["rows"] == [rows[2]]
+    assert (curve["name"], curve["shade"]) == ("experts of 32", 0.5)

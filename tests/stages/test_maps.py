@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from dmoe_var import DynamicVAR, Threshold, generate
+from dmoe_var.metrics.images import to_uint8
+from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.stages import models
 from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.maps import stored_maps
+from dmoe_var.stages.pictures import collect_maps
 
 
 @pytest.mark.parametrize(
@@ -21,7 +28,8 @@ def test_chosen_is_what_is_configured(make_work, runs, selection, name):
     """The chosen maps are of the configured rule, a tau for each layer included; the others of one
     tau."""
     changes = {f"selection.{key}": value for key, value in selection.items()}
-    work = make_work(runs, {**changes, "maps.tau": [0.0, 0.5], "maps.images": 2})
+    shown = {"maps.tau": [0.0, 0.5], "maps.images": 2, "maps.seed": 3}
+    work = make_work(runs, {**changes, **shown})
     record = run_stage(work, "maps")
     shown = [(each["name"], each["selection"]) for each in record.about["settings"]]
     assert shown == [("chosen", name), ("0", "threshold 0"), ("0.5", "threshold 0.5")]
@@ -29,3 +37,25 @@ def test_chosen_is_what_is_configured(make_work, runs, selection, name):
     assert (every == 1).all()
     assert (half < 1).any()
     assert np.array_equal(chosen, half) == (selection.get("rule") != "oracle")
+    drawn = generate(
+        models.dynamic(work), models.vqvae(work), [0, 1], seed=3,
+        selection=work.config.selection.rules(),
+    )  # fmt: skip
+    assert np.array_equal(stored_maps(work.folder("maps"), 0).images[:, 1], to_uint8(drawn))
+    assert (record.seed, record.num_samples) == (3, 2)
+
+
+def test_maps_are_of_the_class_and_of_all_layers(
+    make_work, make_vqvae, make_var, make_moe, tmp_path, no_grad
+):
+    """Of models whose class matters: the null branch, or one layer alone, has other maps."""
+    work = make_work(tmp_path, {"var.depth": 2, "var.width": 64, "var.num_heads": 2})
+    dense, labels, taus = make_var(num_classes=10), [3, 5], [0.4, 0.6]
+    bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
+    maps = collect_maps(work, bench, labels, [Threshold(tau) for tau in taus], seed=1).maps
+    counts, model = ExpertCounts(), DynamicVAR(dense, bench.experts, (2, 3))
+    generate(model, bench.vqvae, labels, seed=1, tau=taus, counts=counts)
+    experts = counts.per_token(3).view(2, 4, 4, 4).double().numpy()  # of layers, rows; eight each
+    assert np.allclose(maps[:, 1], experts[:, :2].sum(0) / 16)
+    for others in (experts[:, 2:].sum(0) / 16, experts[0, :2] / 8, experts[1, :2] / 8):
+        assert not np.allclose(maps[:, 1], others)

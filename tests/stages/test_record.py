@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import metadata
 
 import pytest
+import torch
 
 from dmoe_var.errors import DataError
 from dmoe_var.metrics.record import RESULT_FILE, SCHEMA_VERSION, Record
+from dmoe_var.stages.graph import StageResult, run_stage
 
 RECORD = Record(
     stage="evaluate",
@@ -75,3 +78,21 @@ def test_no_json(path, text):
 def test_no_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         Record.read(tmp_path / RESULT_FILE)
+
+
+@pytest.mark.parametrize("given", [{}, {"seed": 0, "dtype": "float16", "num_samples": 7}])
+def test_a_record_says_how_it_was_made(make_work, tmp_path, monkeypatch, given):
+    """By what ran, where a stage says it, and else by the configuration; 0 is a seed."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    work = make_work(tmp_path, {"seed": 3, "dtype": "bfloat16"})
+    made = run_stage(work, "train_vqvae", lambda _: StageResult({"loss": 1.5}, **given))
+    assert Record.read(work.folder("train_vqvae") / RESULT_FILE) == made
+    expected = {
+        "stage": "train_vqvae", "variant": work.variant("train_vqvae"), "threads": 5,
+        "fingerprint": work.fingerprint("train_vqvae"), "metrics": {"loss": 1.5}, "processes": 1,
+        "config": work.config.leaves, "seed": 3, "dtype": "bfloat16", "num_samples": 0,
+        "weights": {}, "about": {},
+    }  # fmt: skip
+    assert {key: getattr(made, key) for key in expected} == {**expected, **given}
+    assert made.started <= made.ended
+    assert made.libraries["torch"] == metadata.version("torch")
