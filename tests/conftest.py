@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from contextlib import contextmanager
+import runpy
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from dmoe_var import VAR, VQVAE, VARConfig, VQVAEConfig, convert_to_moe, load_va
 if "PYTEST_XDIST_WORKER" in os.environ:  # these share the cores, as what they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+FORMULA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "parity" / "formula.py")))
 
 TINY = {"patch_nums": (1, 2, 3, 4), "vocab_size": 32, "z_channels": 8}
 TINY_VQVAE = {**TINY, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
@@ -128,28 +131,56 @@ def no_grad():
         yield
 
 
-@pytest.fixture(scope="session")
-def parity_dir():
-    """The folder of the published code's outputs; see its README.md."""
-    beside = Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(os.environ.get("DMOE_VAR_SHARED", beside)) / "parity"
-    if not folder.is_dir():
-        pytest.skip(f"no parity data at {folder}; DMOE_VAR_SHARED names the folder that holds them")
-    return folder
+@pytest.fixture(scope="session", params=["separate", "shared", "tiny", "tiny_shared_aln"])
+def parity(request, tmp_path_factory):
+    """One pair of models of the published code: files, configuration, inputs, outputs, and ours.
 
-
-@pytest.fixture(scope="session", params=["tiny", "tiny_shared_aln"])
-def parity(request, parity_dir):
-    """One parity model: its files, configuration, inputs and outputs, and our loaded versions."""
+    The first two lie in tests/parity. The others, larger and with torch's own draws, lie in
+    ../shared/parity, where there is one (or where DMOE_VAR_SHARED says).
+    """
     name = request.param
-    config = json.loads((parity_dir / f"{name}.json").read_text())
-    vae_path, var_path = parity_dir / f"{name}_vae.pth", parity_dir / f"{name}_var.pth"
+    here, beside = Path(__file__).parent / "parity", Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("DMOE_VAR_SHARED", beside)) / "parity"
+    if (here / f"{name}.json").is_file():
+        folder, draws = here, swapped_draws
+    elif folder.is_dir():
+        draws = nullcontext
+    else:
+        pytest.skip(f"no parity data at {folder}; DMOE_VAR_SHARED names the folder that holds them")
+    config = json.loads((folder / f"{name}.json").read_text())
+    io = load_file(folder / f"{name}{'' if folder == here else '_io'}.safetensors")
+    if folder == here:
+        folder = tmp_path_factory.mktemp(name)
+        write_published(folder, name, config, io)
+    vae_path, var_path = folder / f"{name}_vae.pth", folder / f"{name}_var.pth"
     vqvae = load_vqvae(vae_path, config["patch_nums"])
+    step = config.get("pixel_step", 1)
     return SimpleNamespace(
         vae_path=vae_path,
         var_path=var_path,
         config=config,
-        io=load_file(parity_dir / f"{name}_io.safetensors"),
+        io=io,
         vqvae=vqvae,
         var=load_var(var_path, vqvae),
+        draws=draws,
+        pixels=lambda images: images[..., ::step, ::step],
     )
+
+
+def write_published(folder, name, config, io):
+    """The state dicts as the published code saves them, and the inputs, of tests/parity."""
+    states = {"vae": {}, "var": {}}
+    for key, shape in config["shapes"].items():
+        part, tensor_name = key.split(".", 1)
+        states[part][tensor_name] = io[key] if key in io else FORMULA.weight(tensor_name, shape)
+    for part, state in states.items():
+        torch.save(state, folder / f"{name}_{part}.pth")
+    io["label"] = torch.tensor(config["labels"])
+    io["image"] = FORMULA.images(len(io["label"]), config["resolution"])
+
+
+@contextmanager
+def swapped_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "exponential_", FORMULA.exponential_)
+        yield

@@ -122,3 +122,10 @@ def test_counts_keep_scales_and_layers_apart():
     assert counts.scales == [2, 4]
     for si, mask in masks.items():
         assert torch.equal(counts.per_token(si), mask.sum(-1).short())
+
+
+def test_counts_of_many_experts():
+    """More than eight bits hold; the smallest published experts are 8 wide, 960 to a layer."""
+    counts = ExpertCounts()
+    counts.record(0, torch.ones(1, 2, 960, dtype=torch.bool))
+    assert counts.per_token(0).tolist() == [[[960, 960]]]
