@@ -8,7 +8,6 @@ brought to 8 bits first, or the picture is unreadable.
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Image as Picture
 
 from dmoe_var.errors import DataError
+from dmoe_var.files import OUT_OF_RESOURCES
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What a picture's name ends with, in any case: torchvision's list."""
@@ -26,8 +26,6 @@ SCALED_FORMATS = ("PNG", "PPM")
 """Of these formats, mode I always holds 0..65535."""
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 """Tags of TIFF: bits in use, and whether 0 is white (0) or black (1)."""
-
-NO_FAULT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadablePictureError(DataError):
@@ -45,7 +43,7 @@ def open_rgb(path: Path) -> Picture:
     whose range is unknown; MemoryError and OSError where the machine is at its limit.
     """
     try:
-        if path.exists() and not path.is_file():
+        if not path.is_file() and path.exists():
             raise UnreadablePictureError(path, "no regular file")
         with Image.open(path) as picture:
             picture.info.pop("transparency", None)  # of a colour, which `convert` would look up
@@ -56,7 +54,7 @@ def open_rgb(path: Path) -> Picture:
     except UnidentifiedImageError as error:
         raise UnreadablePictureError(path, _what_it_is(path)) from error
     except OSError as error:
-        if error.errno in NO_FAULT_OF_THE_FILE:
+        if error.errno in OUT_OF_RESOURCES:
             raise
         raise UnreadablePictureError(
             path, error.strerror or " ".join(str(error).split())
