@@ -292,10 +292,11 @@ class Config:
         if self.split.expert_size == self.var.hidden:
             size = self.split.expert_size
             raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
-        if self.data.known_classes() not in (None, self.var.num_classes):
+        if not self.data.suits(self.var.num_classes):
+            more = " or more" if self.data.kind == "image_folder" else ""
             raise ValueError(
-                f"var.num_classes={self.var.num_classes} must be {self.data.known_classes()}, the "
-                f"classes of the data (data.kind={self.data.kind})"
+                f"var.num_classes={self.var.num_classes} must be {self.data.known_classes()}{more},"
+                f" the classes of the data (data.kind={self.data.kind})"
             )
         if max(self.report.labels or (0,)) >= self.var.num_classes:
             raise ValueError(

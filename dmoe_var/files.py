@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,6 +24,15 @@ CHUNK = 2**24
 ABANDONED = 3600
 """Seconds without a write after which another machine's temporary file is nobody's any more."""
 HASHING_THREADS = 8
+HASHED_AT_ONCE = 64
+"""Files that a thread hashes before it is given more: a data set has a million."""
+BAR_DELAY = 2
+"""Seconds before a bar is shown: mostly all hashes are kept."""
+SAVED_EVERY = 60
+"""Seconds between two writings of the ledger, which is large for large sets."""
+LEDGER_FORMAT = "dmoe-var-hashes/1"
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""The machine's fault, not the file's."""
 SETTLED_NS = 2_000_000_000
 """Age of a file from which another change must show in its times: file systems tick coarsely."""
 
@@ -90,7 +100,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_all(
-    folder: Path, names: Sequence[str], ledger: Path, *, progress: bool = False
+    folder: Path, names: Sequence[str], ledger: Path | None, *, progress: bool = False
 ) -> list[str]:
     """SHA-256 of each of a folder's files, by name; "" for one that cannot be read.
 
@@ -98,38 +108,39 @@ def sha256_of_all(
     nor time of writing alone proves that a file is the same: a time can be set back, but not the
     time at which the inode changed. An interrupted call keeps what it has hashed.
     """
-    kept = _read_ledger(ledger)
-    stamps = [_stamp_if_there(folder / name) for name in names]
-    found: dict[str, tuple[Stamp, str]] = {}
-    changed = []
-    for name, stamp in zip(names, stamps, strict=True):
-        if stamp is not None and name in kept and kept[name][0] == stamp:
-            found[name] = kept[name]
-        elif stamp is not None:
-            changed.append(name)
-    if not changed:
-        return [found[name][1] if name in found else "" for name in names]
-    bar = tqdm(total=len(changed), desc="hash", unit="file", disable=not progress)
+    kept = _read_ledger(ledger) if ledger is not None else {}
+    parts = [names[i : i + HASHED_AT_ONCE] for i in range(0, len(names), HASHED_AT_ONCE)]
+    hashes: list[str] = []
+    fresh, saved = {}, time.monotonic()
+    bar = tqdm(total=len(names), desc="hash", unit="file", disable=not progress, delay=BAR_DELAY)
     with bar, ThreadPoolExecutor(HASHING_THREADS) as pool:
         try:
-            hashed = pool.map(lambda name: _hashed(folder / name), changed)
-            for name, entry in zip(changed, hashed, strict=True):
-                bar.update()
-                if entry is not None:
-                    found[name] = entry
+            found = pool.map(lambda part: [_hashed(folder, name, kept) for name in part], parts)
+            for part, entries in zip(parts, found, strict=True):
+                bar.update(len(part))
+                hashes += [entry.rpartition(" ")[2] for entry in entries]
+                new = zip(part, entries, strict=True)
+                fresh |= {name: entry for name, entry in new if kept.get(name, "") != entry}
+                if ledger is not None and time.monotonic() - saved > SAVED_EVERY:
+                    _write_ledger(ledger, kept | fresh)
+                    saved = time.monotonic()
         finally:
             pool.shutdown(cancel_futures=True)
-            _write_ledger(ledger, {**kept, **found})
-    return [found[name][1] if name in found else "" for name in names]
+            if ledger is not None and fresh:
+                _write_ledger(ledger, kept | fresh)
+    return hashes
 
 
-def _hashed(path: Path) -> tuple[Stamp, str] | None:
-    """A file's stamp and hash; None for one that cannot be read."""
+def _hashed(folder: Path, name: str, kept: Mapping[str, str]) -> str:
+    """A file's entry of the ledger: its stamp and hash, "" for a file that cannot be read."""
     try:
-        before = _stamp(path)
-        return before, _sha256(path)
-    except OSError:
-        return None
+        stamp = " ".join(map(str, _stamp(folder / name)))  # before it is read
+        entry = kept.get(name, "")
+        return entry if entry.startswith(f"{stamp} ") else f"{stamp} {_sha256(folder / name)}"
+    except OSError as error:
+        if error.errno in OUT_OF_RESOURCES:
+            raise
+        return ""
 
 
 def _stamp(path: Path) -> Stamp:
@@ -137,35 +148,35 @@ def _stamp(path: Path) -> Stamp:
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
-def _stamp_if_there(path: Path) -> Stamp | None:
-    try:
-        return _stamp(path)
-    except OSError:
-        return None
-
-
-def _read_ledger(ledger: Path) -> dict[str, tuple[Stamp, str]]:
-    """Stamps and hashes by name; nothing where the file is missing or broken: all are hashed."""
+def _read_ledger(ledger: Path) -> dict[str, str]:
+    """Entries by name; nothing where the file is missing or broken: all are hashed again."""
     try:
         content = json.loads(ledger.read_text(encoding="utf-8"))
-        return {
-            name: ((int(size), int(mtime), int(ctime), int(inode)), str(digest))
-            for name, (size, mtime, ctime, inode, digest) in content.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}
+        if content["format"] == LEDGER_FORMAT:
+            return {str(name): str(entry) for name, entry in content["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    return {}
 
 
-def _write_ledger(ledger: Path, entries: dict[str, tuple[Stamp, str]]) -> None:
-    """Leaves out what was changed just now, which may change again without a trace."""
+def _write_ledger(ledger: Path, entries: Mapping[str, str]) -> None:
+    """Leaves out what was changed just now, which may change again without a trace.
+
+    A ledger in a folder of another user's is only read.
+    """
     latest = time.time_ns() - SETTLED_NS
-    content = {
-        name: [*stamp, digest]
-        for name, (stamp, digest) in entries.items()
-        if max(stamp[1], stamp[2]) < latest
-    }
-    ledger.parent.mkdir(parents=True, exist_ok=True)
-    write_text(ledger, json.dumps(content))
+
+    def settled(entry: str) -> bool:
+        _, written, changed, _, _ = entry.split()
+        return max(int(written), int(changed)) < latest
+
+    kept = {name: entry for name, entry in entries.items() if entry and settled(entry)}
+    try:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        write_text(ledger, json.dumps({"format": LEDGER_FORMAT, "files": kept}))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 @lru_cache(maxsize=64)

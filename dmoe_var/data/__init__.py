@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -25,13 +26,15 @@ class DataConfig:
 
     digits: scikit-learn's, enlarged to image_size pixels a side; the keys after num_classes are
     read by image_folder alone. image_folder: pictures in `root`/`train`/CLASS and
-    `root`/`val`/CLASS, both of the same classes; `num_classes`, where given, is how many there must
-    be. As published for VAR, the shorter side is resized to `resize_ratio` * image_size; training
-    crops are random, a fixed number (`augmentations`) of each picture that follows from `seed`;
-    held-out crops are central. `limit` and `held_out` are how many training and held-out pictures
-    are used, spread over the classes (None: all). A picture that cannot be decoded is left out
-    (skip), or ends the run once all have been tried (refuse). `workers` processes decode (0: the
-    encoder's own); `encode_batch` images are encoded at a time.
+    `root`/`val`/CLASS, both of the same classes; `num_classes`, where given, is how many folders
+    there must be, or how many classes the model has. A label is a folder's place, whole numbers
+    sorted as numbers; fewer folders than the model's classes keep its labels, where they are named
+    by them or by ImageNet's wnids. As published for VAR, the shorter side is resized to
+    `resize_ratio` * image_size; training crops are random, a fixed number (`augmentations`) of each
+    picture that follows from `seed`; held-out crops are central. `limit` and `held_out` are how
+    many training and held-out pictures are used, spread over the classes (None: all). A picture
+    that cannot be decoded is left out (skip), or ends the run once all have been tried (refuse).
+    `workers` threads decode (0: the encoder's own); `encode_batch` images are encoded at a time.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -68,13 +71,27 @@ class DataConfig:
         """How many classes there are; None where only the folder can tell."""
         return digits.NUM_CLASSES if self.kind == "digits" else self.num_classes
 
+    def suits(self, num_classes: int) -> bool:
+        """Whether a model of num_classes classes may be trained on this: folders may be fewer."""
+        known = self.known_classes()
+        if self.kind == "image_folder":
+            return known is None or known <= num_classes
+        return known == num_classes
 
-def load_data(config: DataConfig) -> tuple[Images, Images]:
+
+def load_data(
+    config: DataConfig,
+    num_classes: int | None = None,
+    *,
+    hashes: Path | None = None,
+    progress: bool = False,
+) -> tuple[Images, Images]:
     """Training and held-out images.
 
-    Raises ConfigError where image_folder has no `root`, DataError where its folders are not as
-    DataConfig says.
+    num_classes: the classes of the model that their labels are for (None: as many as the data
+    has). hashes: a folder that keeps hashes of picture files between runs. Raises ConfigError
+    where image_folder has no `root`, DataError where its folders are not as DataConfig says.
     """
     if config.kind == "digits":
         return load_digits(config.image_size)
-    return load_image_folders(config)
+    return load_image_folders(config, num_classes, hashes, progress)

@@ -1,4 +1,8 @@
-"""Decodes the images of shards in worker processes, while the encoder is at work.
+"""Decodes the images of shards in threads, while the encoder is at work.
+
+Threads, not processes: Pillow lets other threads run while it decodes and resizes (nine tenths of
+the time of a 256-pixel picture), and between processes batches would pass through shared memory,
+of which containers often have little: a full one stops them for ever.
 
 Legend: B batch, R image side.
 """
@@ -6,16 +10,19 @@ Legend: B batch, R image side.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from dmoe_var.data.images import Images, Unreadable
+from dmoe_var.data.images import Decoded, Images, Unreadable
 from dmoe_var.data.token_shards import Shard
+
+AHEAD = 2
+"""Batches that each thread decodes ahead of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -28,45 +35,50 @@ class Batch:
     wait_s: float
 
 
-class _Batches(Dataset[tuple[np.ndarray, list[Unreadable], float]]):
-    """Decodes a batch a call, in the worker process that asks for it."""
-
-    def __init__(self, images: Images, batches: Sequence[range]):
-        self.images = images
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, list[Unreadable], float]:
-        started = time.perf_counter()
-        pixels_BRR3, unreadable = self.images.decode(self.batches[number])
-        return pixels_BRR3, unreadable, time.perf_counter() - started
-
-
 def decoded(
     images: Images, shards: Sequence[Shard], batch_size: int, workers: int
 ) -> Iterator[tuple[Shard, bool, Batch]]:
     """The images of shards in order, a batch at a time; True with the last of each shard.
 
-    A batch never spans two shards, so that a shard does not depend on where a run began.
+    A batch never spans two shards, so that a shard does not depend on where a run began. Without
+    workers a batch is decoded when it is asked for.
     """
     batches = [
         (shard, range(start, min(start + batch_size, shard.last)))
         for shard in shards
         for start in range(shard.first, shard.last, batch_size)
     ]
-    if not batches:
-        return
-    loader = DataLoader(
-        _Batches(images, [indices for _, indices in batches]),
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),  # it draws seeds: not from the generator of training
-    )
     waiting = time.perf_counter()
-    for (shard, indices), (pixels_BRR3, unreadable, busy_s) in zip(batches, loader, strict=True):
+    results = _in_order(images, [indices for _, indices in batches], workers)
+    for (shard, indices), (found, busy_s) in zip(batches, results, strict=True):
         wait_s = time.perf_counter() - waiting
-        batch = Batch(pixels_BRR3, unreadable, busy_s, wait_s)
+        pixels_BRR3 = torch.from_numpy(found.pixels_BRR3)
+        batch = Batch(pixels_BRR3, found.unreadable, busy_s, wait_s)
         yield shard, indices.stop == shard.last, batch
         waiting = time.perf_counter()
+
+
+def _in_order(
+    images: Images, batches: Sequence[range], workers: int
+) -> Iterator[tuple[Decoded, float]]:
+    """Each batch with the seconds that it took."""
+
+    def decode(indices: range) -> tuple[Decoded, float]:
+        started = time.perf_counter()
+        found = images.decode(indices)
+        return found, time.perf_counter() - started
+
+    if workers == 0:
+        yield from map(decode, batches)
+        return
+    pool = ThreadPoolExecutor(workers)
+    under_way: deque[Future[tuple[Decoded, float]]] = deque()
+    try:
+        for indices in batches:
+            under_way.append(pool.submit(decode, indices))
+            if len(under_way) > AHEAD * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

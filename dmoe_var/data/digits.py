@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def about(self) -> dict[str, Any]:
+        return {"content": self.key}
 
     def pixels(self, indices: Indices) -> np.ndarray:
         """Images uint8 (B, R, R, 3)."""

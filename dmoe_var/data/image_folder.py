@@ -1,7 +1,7 @@
 """Pictures in a folder a class, as ImageNet comes, cut as published for VAR.
 
 Nothing is decoded before it is asked for, and where a picture is cut follows from (seed, its place
-in the set, which augmentation) alone: worker processes, batches and interruptions change nothing.
+in the set, which augmentation) alone: threads, batches and interruptions change nothing.
 
 Legend: P pictures, K augmentations of each, N = P * K images, B batch, R image side in pixels.
 """
@@ -11,32 +11,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.Image import Image as Picture
 from torch import Tensor
+from tqdm import tqdm
 
+from dmoe_var.data.class_folders import (
+    SHOWN_LABELS,
+    Listing,
+    balanced,
+    labels_of,
+    list_pictures,
+    shown,
+)
 from dmoe_var.data.images import Decoded, Indices, Unreadable, scaled
+from dmoe_var.data.pictures import UnreadablePictureError, open_rgb
 from dmoe_var.errors import ConfigError, DataError
+from dmoe_var.files import sha256_of_all
+from dmoe_var.training.distributed import is_main
 
 if TYPE_CHECKING:
     from dmoe_var.data import DataConfig
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""What a picture's name ends with, in any case."""
-SHOWN = 3
-"""Names that an error lists."""
-
-Listing: TypeAlias = dict[str, list[tuple[str, int]]]
-"""Of each class, in order: file names, in order, with the files' sizes in bytes."""
+WIDEST = 32
+"""How many times its shorter side a picture's longer side is at most, before it is enlarged: the
+middle is kept of a longer one, which would else take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,8 @@ class Cut:
     seed: int
 
     def opened(self, path: Path) -> Picture:
-        """The resized RGB picture of a file. Raises whatever its decoder does on broken files."""
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
+        """The resized RGB picture of a file. Raises UnreadablePictureError."""
+        rgb = _shortened(open_rgb(path))
         shorter = round(self.resize_ratio * self.image_size)
         sides = [int(shorter * side / min(rgb.size)) for side in rgb.size]
         return rgb.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
@@ -70,28 +80,60 @@ class Cut:
         return np.asarray(picture.crop((left, top, left + R, top + R)))
 
 
+def _shortened(picture: Picture) -> Picture:
+    """At most WIDEST times as long as short (or a pixel more, so that the middle stays there)."""
+    margins = []
+    for side in picture.size:
+        margins.append(max(0, side - WIDEST * min(picture.size)) // 2)
+    if not any(margins):
+        return picture
+    left, top = margins
+    return picture.crop((left, top, picture.width - left, picture.height - top))
+
+
 @dataclass(frozen=True, eq=False)
 class FolderImages:
     """The pictures of one folder. Image p * K + k is augmentation k of picture p."""
 
     folder: Path
-    classes: tuple[str, ...]
-    """Folder names, sorted; a label is the place of a name."""
+    classes: Mapping[str, int]
+    """Label of each class folder, in order."""
+    num_classes: int
+    """The model's, of which some may have no folder."""
     paths_P: np.ndarray
-    """Encoded paths relative to `folder`: one array, which worker processes share."""
+    """Encoded paths relative to `folder`, in one array: Python's texts take three times as much."""
     labels: np.ndarray
     """int64 (N,)."""
-    key: str
+    passed_over: Counter[str]
     cut: Cut
     workers: int
     """Threads of `pixels` and `tensors`."""
+    hashes: Path | None = None
+    """Folder of the ledgers that keep hashes of files between runs."""
+    progress: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
+    @cached_property
+    def key(self) -> str:
+        """Hash of the files' contents in order, their labels and the cut. Reads every file that
+        the ledger does not know, once."""
+        place = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
+        ledger = self.hashes / f"{place}.json" if self.hashes is not None else None
+        paths = [os.fsdecode(path) for path in self.paths_P]
+        files = sha256_of_all(self.folder, paths, ledger, progress=self.progress)
+        content = hashlib.sha256(json.dumps([asdict(self.cut), files]).encode())
+        content.update(self.labels.tobytes())
+        crop = "random" if self.cut.random else "centre"
+        return f"folder-{crop}-{self.cut.image_size}-{content.hexdigest()[:16]}"
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "content": self.key,
+            "classes": dict(self.classes),
+            "passed_over": dict(self.passed_over),
+        }
 
     def path(self, index: int) -> Path:
         """The file of image `index`."""
@@ -106,12 +148,10 @@ class FolderImages:
         crops: list[np.ndarray] = []
         unreadable = []
         for picture_index, group in groupby(indices, lambda index: index // K):
-            path = self.path(picture_index * K)
             try:
-                picture = self.cut.opened(path)
-            except Exception as error:  # a broken file makes decoders raise nearly anything
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                unreadable += [Unreadable(index, printable(path), reason) for index in group]
+                picture = self.cut.opened(self.path(picture_index * K))
+            except UnreadablePictureError as error:
+                unreadable += [Unreadable(index, error.path, error.reason) for index in group]
                 continue
             crops += [self.cut.cropped(picture, picture_index, index % K) for index in group]
         pixels_BRR3 = np.stack(crops) if crops else np.empty((0, R, R, 3), np.uint8)
@@ -129,7 +169,7 @@ class FolderImages:
                 decoded = list(pool.map(self.decode, parts))
         for part in decoded:
             for broken in part.unreadable:
-                raise DataError(f"{broken.path}: unreadable picture ({broken.reason})")
+                raise UnreadablePictureError(Path(broken.path), broken.reason)
         return np.concatenate([part.pixels_BRR3 for part in decoded])
 
     def tensors(self, indices: Indices) -> Tensor:
@@ -137,12 +177,13 @@ class FolderImages:
         return scaled(torch.from_numpy(self.pixels(indices)))
 
 
-def load_image_folders(config: DataConfig) -> tuple[FolderImages, FolderImages]:
-    """Training and held-out pictures, listed but not decoded.
+def load_image_folders(
+    config: DataConfig, num_classes: int | None, hashes: Path | None, progress: bool
+) -> tuple[FolderImages, FolderImages]:
+    """Training and held-out pictures, listed but not decoded; see `load_data`.
 
     Raises ConfigError without `root`; DataError for a missing folder, a class without pictures,
-    training and held-out classes that differ or are not `num_classes`, or too few held-out
-    pictures.
+    training and held-out classes that differ or whose labels are unknown, or too few pictures.
     """
     if config.root is None:
         raise ConfigError(
@@ -153,114 +194,76 @@ def load_image_folders(config: DataConfig) -> tuple[FolderImages, FolderImages]:
     training, held_out = root / config.train, root / config.val
     listings = [list_pictures(training)]
     listings.append(listings[0] if held_out == training else list_pictures(held_out))
-    _check_classes(training, listings[0], held_out, listings[1], config.num_classes)
-    for i, folder, key in ((0, training, "limit"), (1, held_out, "held_out")):
-        number = getattr(config, key)
-        if number is not None:
-            listings[i] = balanced(listings[i], number, folder, f"data.{key}")
+    classes, num_classes = _classes(listings[0], listings[1], config.num_classes, num_classes)
+    _tell(_labels_line(root, classes, num_classes))
+    for listing in listings:
+        _tell(listing.line())
     cut = Cut(config.image_size, config.resize_ratio, True, config.augmentations, config.seed)
     central = replace(cut, random=False, augmentations=1, seed=0)
-    return (
-        _images(training, listings[0], cut, config.workers),
-        _images(held_out, listings[1], central, config.workers),
-    )
+    sets = []
+    for listing, how, key in ((listings[0], cut, "limit"), (listings[1], central, "held_out")):
+        pictures, number = listing.pictures, getattr(config, key)
+        if number is not None:
+            pictures = balanced(pictures, number, listing.folder, f"data.{key}")
+        paths = [os.fsencode(f"{name}/{path}") for name in classes for path in pictures[name]]
+        labels_P = np.repeat(list(classes.values()), [len(pictures[name]) for name in classes])
+        sets.append(
+            FolderImages(
+                folder=listing.folder,
+                classes=classes,
+                num_classes=num_classes,
+                paths_P=np.array(paths),
+                labels=labels_P.repeat(how.augmentations).astype(np.int64),
+                passed_over=listing.passed_over,
+                cut=how,
+                workers=config.workers,
+                hashes=hashes,
+                progress=progress,
+            )
+        )
+    return sets[0], sets[1]
 
 
-def list_pictures(folder: Path) -> Listing:
-    """The pictures of each class folder; names that begin with a dot are passed over.
+def _classes(
+    ours: Listing, theirs: Listing, folders: int | None, num_classes: int | None
+) -> tuple[dict[str, int], int]:
+    """Labels by class folder, and the number of classes.
 
-    Raises DataError where the folder is missing or a class has no picture.
+    folders: data.num_classes. num_classes: the model's, where there is one.
     """
-    listing: Listing = {}
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
-        for name in names:
-            with os.scandir(folder / name) as entries:
-                listing[name] = sorted(
-                    (entry.name, _size(entry))
-                    for entry in entries
-                    if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."
-                )
-    except OSError as error:
-        raise DataError(
-            f"{error.filename}: no readable image folder ({error.strerror}); data.root, data.train "
-            "and data.val name it"
-        ) from error
-    empty = [name for name, pictures in listing.items() if not pictures]
-    kinds = " ".join(EXTENSIONS)
-    if empty:
-        raise DataError(
-            f"{folder}: {len(empty)} class folders hold no picture ({kinds}): {_shown(empty)}"
-        )
-    if not listing:
-        raise DataError(f"{folder}: holds no folders, expected one a class with pictures ({kinds})")
-    return listing
-
-
-def printable(path: Path) -> str:
-    """A path in one line of UTF-8, whatever its bytes are."""
-    return str(path).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:  # a link to nothing: it is listed, and will be found unreadable
-        return -1
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _check_classes(
-    training: Path, ours: Listing, held_out: Path, theirs: Listing, expected: int | None
-) -> None:
-    if expected is not None and len(ours) != expected:
-        raise DataError(
-            f"{training}: found {len(ours)} class folders, expected data.num_classes={expected}"
-        )
+    names, others = ours.pictures.keys(), theirs.pictures.keys()
     only = [
-        f"{folder} alone has {_shown(sorted(a.keys() - b.keys()))}"
-        for folder, a, b in ((training, ours, theirs), (held_out, theirs, ours))
-        if a.keys() - b.keys()
+        f"{listing.folder} alone has {shown(sorted(alone))}"
+        for listing, alone in ((ours, names - others), (theirs, others - names))
+        if alone
     ]
     if only:
         raise DataError(f"training and held-out class folders differ: {'; '.join(only)}")
+    key = "data.num_classes" if num_classes is None else "var.num_classes"
+    expected = num_classes or folders or len(names)
+    labels = labels_of(tuple(names), expected)
+    if folders not in (None, len(names), expected):
+        key, expected, labels = "data.num_classes", folders, None
+    if labels is None:
+        raise DataError(
+            f"{ours.folder}: found {len(names)} class folders, expected {key}={expected}; fewer "
+            "are possible where their names say which of the model's classes they are: its labels "
+            f"(0..{expected - 1}), or wnids of ImageNet's 1,000 classes; any number is possible "
+            f"for a model of its own (var.num_classes={len(names)}, base.var=null)"
+        )
+    return dict(zip(names, labels, strict=True)), expected
 
 
-def balanced(listing: Listing, number: int, folder: Path, key: str) -> Listing:
-    """The first pictures of each class, taken in turns until there are `number`.
-
-    Raises DataError where there are fewer.
-    """
-    most = sum(map(len, listing.values()))
-    if number > most:
-        raise DataError(f"{folder}: holds {most} pictures, {key}={number} asks for more")
-    turns = sorted(
-        (turn, label) for label, files in enumerate(listing.values()) for turn in range(len(files))
-    )
-    taken = np.bincount([label for _, label in turns[:number]], minlength=len(listing))
-    return {name: files[:n] for (name, files), n in zip(listing.items(), taken, strict=True)}
+def _labels_line(root: Path, classes: Mapping[str, int], num_classes: int) -> str:
+    pairs = [f"{name} = {label}" for name, label in classes.items()]
+    if len(pairs) > SHOWN_LABELS:
+        pairs = [*pairs[:SHOWN_LABELS], "...", pairs[-1]]
+    count = len(classes) if len(classes) == num_classes else f"{len(classes)} of {num_classes}"
+    return f"{root}: {count} classes, folder = label: {', '.join(pairs)}"
 
 
-def _images(folder: Path, listing: Listing, cut: Cut, workers: int) -> FolderImages:
-    content = hashlib.sha256(json.dumps([vars(cut), list(listing)], sort_keys=True).encode())
-    paths = []
-    for name, files in listing.items():
-        for file, size in files:
-            paths.append(os.fsencode(f"{name}/{file}"))
-            content.update(b"%s\0%d\n" % (paths[-1], size))
-    labels_P = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()])
-    crop = "random" if cut.random else "centre"
-    return FolderImages(
-        folder=folder,
-        classes=tuple(listing),
-        paths_P=np.array(paths),
-        labels=labels_P.repeat(cut.augmentations).astype(np.int64),
-        key=f"folder-{crop}-{cut.image_size}-{content.hexdigest()[:16]}",
-        cut=cut,
-        workers=workers,
-    )
+@cache
+def _tell(line: str) -> None:
+    """Print a line to stderr, once a process, by the main one."""
+    if line and is_main():
+        tqdm.write(line, file=sys.stderr)

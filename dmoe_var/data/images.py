@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -47,7 +47,14 @@ class Images(Protocol):
 
     @property
     def key(self) -> str:
-        """Names the content (for caches): other pixels, labels or order have another key."""
+        """Names the content (for caches): other files, labels, order or cuts have another key.
+
+        It may have to read every file: it is computed when it is first asked for.
+        """
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """For a record: the content's key, and how labels belong to folders."""
         ...
 
     def __len__(self) -> int: ...

@@ -18,12 +18,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -68,11 +68,12 @@ def weights_hash(module: torch.nn.Module) -> str:
 @dataclass(frozen=True)
 class About:
     """What it took to make a token set: images with tokens, pictures left out as unreadable, and
-    the time, summed over shards."""
+    the time, summed over shards. And what it was made of (see `Images.about`)."""
 
     images: int
     unreadable: int
     seconds: Seconds
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def tokenize(
 ) -> TokenSet:
     """Tokens of all images, from the cache where they are there.
 
-    `workers` processes decode (0: this one); torchrun's processes share the shards. Raises
+    `workers` threads decode (0: this one); torchrun's processes share the shards. Raises
     DataError for a cache file that is not what its key says; for unreadable pictures, once all
     have been tried, unless they are to be skipped; and where none is readable.
     """
@@ -158,7 +159,8 @@ def tokenize(
     shape = json.dumps(asdict(vqvae.config))
     identity = FORMAT + shape + weights_hash(vqvae)
     tokenizer = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = cache / f"{images.key}-{tokenizer}"
+    key = _from_main(lambda: images.key)  # the main process alone reads the files for it
+    folder = cache / f"{key}-{tokenizer}"
     folder.mkdir(parents=True, exist_ok=True)
     store = _Store(folder, images, vqvae.config.patch_nums)
     with _alone(folder, progress):
@@ -305,6 +307,7 @@ class _Store:
                 f"{index.unreadable} unreadable pictures, {listed}; data.unreadable=skip leaves "
                 "them out"
             )
+        data = _from_main(self.images.about)
         problem = ""
         try:
             shards = tuple(self._shards(index))
@@ -314,7 +317,7 @@ class _Store:
         for found in gathered(problem):
             if found:
                 raise DataError(found)
-        about = About(index.rows, index.unreadable, index.seconds)
+        about = About(index.rows, index.unreadable, index.seconds, data)
         return TokenSet(shards, torch.from_numpy(labels_M), self.patch_nums, about)
 
     def _index(self) -> _Index:

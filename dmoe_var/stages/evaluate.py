@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
-from dmoe_var.data import load_data
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.files import write_text
@@ -29,7 +28,7 @@ from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.parts import Drawn, StoredDrawing
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.tokens import token_sets
+from dmoe_var.stages.tokens import image_sets, token_sets
 from dmoe_var.stages.work import Work
 from dmoe_var.training.distributed import from_main, is_main, rank, world_size
 
@@ -127,7 +126,7 @@ class Bench:
 
     @cached_property
     def training_images(self) -> Images:
-        return load_data(self.work.config.data)[0]
+        return image_sets(self.work)[0]
 
     @cached_property
     def fidelity(self) -> Fidelity:

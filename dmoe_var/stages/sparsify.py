@@ -5,7 +5,7 @@ from __future__ import annotations
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.tokens import token_metrics, token_sets
+from dmoe_var.stages.tokens import token_about, token_metrics, token_sets
 from dmoe_var.stages.work import Work
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import SparsifyObjective
@@ -21,4 +21,7 @@ def run(work: Work) -> StageResult:
     objective = SparsifyObjective(var, vqvae, *tokens, config, work.config.conversion)
     metrics = train(objective, config, work.training_run("sparsify"))
     models.save(work, "sparsify", var)
-    return StageResult({**metrics, **token_metrics(tokens)}, about={"checkpoint": "checkpoint"})
+    return StageResult(
+        {**metrics, **token_metrics(tokens)},
+        about={"checkpoint": "checkpoint", **token_about(tokens)},
+    )

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dmoe_var.data import load_data
+from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import TokenSet, tokenize
 from dmoe_var.data.token_shards import Seconds
-from dmoe_var.errors import DataError
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.stages.work import Work
+
+
+def image_sets(work: Work) -> tuple[Images, Images]:
+    """Training and held-out images, labelled for the configured VAR. DataError where they cannot
+    be."""
+    return load_data(
+        work.config.data,
+        work.config.var.num_classes,
+        hashes=work.cache / "hashes",
+        progress=work.progress,
+    )
 
 
 def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
     """Training and held-out tokens. DataError where the images have other classes than the VAR."""
     config = work.config
-    training, held_out = load_data(config.data)
-    if training.num_classes != config.var.num_classes:
-        raise DataError(
-            f"data.root={config.data.root}: {training.num_classes} classes, expected "
-            f"var.num_classes={config.var.num_classes}"
-        )
     tokens = [
         tokenize(
             images,
@@ -31,7 +37,7 @@ def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
             unreadable=config.data.unreadable,
             progress=config.progress,
         )
-        for images in (training, held_out)
+        for images in image_sets(work)
     ]
     return tokens[0], tokens[1]
 
@@ -47,3 +53,10 @@ def token_metrics(sets: Sequence[TokenSet]) -> dict[str, float]:
         "tokens_decode_images_per_s": images / seconds.decode,
         "tokens_encode_images_per_s": images / seconds.encode,
     }
+
+
+def token_about(sets: Sequence[TokenSet]) -> dict[str, Any]:
+    """For a record: which images the training and held-out tokens were made of."""
+    training, held_out = (dict(tokens.about.data) for tokens in sets)
+    held_out.pop("classes", None)  # the same
+    return {"data": {"training": training, "held_out": held_out}}

@@ -7,7 +7,7 @@ import torch
 from dmoe_var.models.var import VAR
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.tokens import token_metrics, token_sets
+from dmoe_var.stages.tokens import token_about, token_metrics, token_sets
 from dmoe_var.stages.work import Work
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import VARObjective
@@ -22,10 +22,13 @@ def run(work: Work) -> StageResult:
         objective = VARObjective(models.dense(work), *given)
         with torch.no_grad():
             metrics = {**objective.validate(), **token_metrics(tokens)}
-            return StageResult(metrics, about={"source": config.base.var})
+            return StageResult(metrics, about={"source": config.base.var, **token_about(tokens)})
     torch.manual_seed(config.seed)
     var = VAR(config.var).to(work.device)
     objective = VARObjective(var, *given)
     metrics = train(objective, config.train_var, work.training_run("train_var"))
     models.save(work, "train_var", var)
-    return StageResult({**metrics, **token_metrics(tokens)}, about={"checkpoint": "checkpoint"})
+    return StageResult(
+        {**metrics, **token_metrics(tokens)},
+        about={"checkpoint": "checkpoint", **token_about(tokens)},
+    )

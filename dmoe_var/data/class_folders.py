@@ -1,0 +1,190 @@
+"""Class folders: which pictures each holds, in what order, and which label it stands for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from dmoe_var.data.imagenet_wnids import WNIDS
+from dmoe_var.data.pictures import EXTENSIONS
+from dmoe_var.errors import DataError
+
+SHOWN = 3
+"""Names that an error lists."""
+SHOWN_LABELS = 10
+"""Classes up to which all labels are told."""
+
+Pictures: TypeAlias = dict[str, list[str]]
+"""By class folder, in order: its pictures, in order, as paths relative to it."""
+Identity: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder of class folders holds, and how many entries are no picture of a class."""
+
+    folder: Path
+    pictures: Pictures
+    passed_over: Counter[str]
+    """By kind."""
+
+    def line(self) -> str:
+        """What was passed over, in one line; "" for nothing."""
+        if not self.passed_over:
+            return ""
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.passed_over.most_common())
+        return (
+            f"{self.folder}: {self.passed_over.total()} entries passed over ({kinds}); pictures "
+            f"are files of {' '.join(EXTENSIONS)} in class folders"
+        )
+
+
+def list_pictures(folder: Path) -> Listing:
+    """The pictures in each class folder and in the folders within it, links followed.
+
+    Pictures have the order of torchvision's ImageFolder, and so have class folders, but that whole
+    numbers are sorted as numbers. Names that begin with a dot are passed over. Raises DataError
+    for a folder that is missing or unreadable, a class without pictures, and two class folders of
+    the same number.
+    """
+    passed_over: Counter[str] = Counter()
+    try:
+        names, files = _entries(folder, passed_over)
+        passed_over.update("outside class folders" for _ in files)
+        above = (_identity(folder),)
+        pictures = {
+            name: _pictures_in(folder / name, above, passed_over)
+            for name in sorted_classes(names, folder)
+        }
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: no readable image folder ({error.strerror}); data.root, data.train "
+            "and data.val name it"
+        ) from error
+    empty = [name for name, found in pictures.items() if not found]
+    kinds = " ".join(EXTENSIONS)
+    if empty:
+        raise DataError(
+            f"{folder}: {len(empty)} class folders hold no picture ({kinds}): {shown(empty)}"
+        )
+    if not pictures:
+        raise DataError(f"{folder}: holds no folders, expected one a class with pictures ({kinds})")
+    return Listing(folder, pictures, passed_over)
+
+
+def _pictures_in(
+    class_folder: Path, above: tuple[Identity, ...], passed_over: Counter[str]
+) -> list[str]:
+    """Paths relative to a class folder, by the text of the folder's path, then by name."""
+    by_folder: dict[str, list[str]] = {}
+    waiting = [("", above)]
+    while waiting:
+        within, above = waiting.pop()
+        here = class_folder / within
+        identity = _identity(here)
+        if identity in above:
+            passed_over["links to a folder that they are in"] += 1
+            continue
+        folders, files = _entries(here, passed_over)
+        waiting += [(os.path.join(within, name), (*above, identity)) for name in folders]
+        by_folder[within] = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+        passed_over.update(
+            f"{os.path.splitext(name)[1].lower() or 'without extension'}"
+            for name in files
+            if not name.lower().endswith(EXTENSIONS)
+        )
+    return [
+        os.path.join(within, name) for within in sorted(by_folder) for name in by_folder[within]
+    ]
+
+
+def _entries(folder: Path, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == ".":
+                passed_over["hidden"] += 1
+            elif _is(os.DirEntry.is_dir, entry):
+                folders.append(entry.name)
+            elif _is(os.DirEntry.is_file, entry) or not os.path.exists(entry.path):
+                files.append(entry.name)  # a link to nothing too: it will be found unreadable
+            else:
+                passed_over["no regular file"] += 1
+    return folders, files
+
+
+def _is(test: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bool:
+    try:
+        return test(entry)
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(folder: Path) -> Identity:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
+
+
+def sorted_classes(names: Sequence[str], folder: Path) -> list[str]:
+    """Names of class folders, sorted: as numbers where all are whole numbers, else as text.
+
+    Raises DataError where two are the same number.
+    """
+    numbers = {name: _number(name) for name in names}
+    if None in numbers.values():
+        return sorted(names)
+    by_number: dict[int, list[str]] = {}
+    for name in sorted(names):
+        by_number.setdefault(numbers[name], []).append(name)
+    for same in by_number.values():
+        if len(same) > 1:
+            raise DataError(f"{folder}: class folders {shown(same)} are the same number")
+    return [by_number[number][0] for number in sorted(by_number)]
+
+
+def _number(name: str) -> int | None:
+    return int(name) if re.fullmatch("-?[0-9]+", name) else None
+
+
+def labels_of(names: Sequence[str], num_classes: int) -> list[int] | None:
+    """Labels of class folders, in order, for a model of num_classes classes; None for unknown.
+
+    As many folders as classes are labelled by their places. Fewer keep the labels of the model:
+    folders named by whole numbers their number, ImageNet's wnids their places among its 1,000.
+    """
+    if len(names) == num_classes:
+        return list(range(num_classes))
+    labels = [_number(name) for name in names]
+    if num_classes == len(WNIDS) and set(names) <= set(WNIDS):
+        labels = [WNIDS.index(name) for name in names]
+    known = [label for label in labels if label is not None and 0 <= label < num_classes]
+    return known if len(known) == len(names) < num_classes else None
+
+
+def balanced(pictures: Pictures, number: int, folder: Path, key: str) -> Pictures:
+    """The first pictures of each class, taken in turns until there are `number`.
+
+    Raises DataError where there are fewer.
+    """
+    most = sum(map(len, pictures.values()))
+    if number > most:
+        raise DataError(f"{folder}: holds {most} pictures, {key}={number} asks for more")
+    turns = sorted(
+        (turn, place) for place, files in enumerate(pictures.values()) for turn in range(len(files))
+    )
+    taken = np.bincount([place for _, place in turns[:number]], minlength=len(pictures))
+    return {name: files[:n] for (name, files), n in zip(pictures.items(), taken, strict=True)}
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are."""
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
