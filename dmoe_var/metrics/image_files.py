@@ -36,7 +36,8 @@ START = 512
 class NamedImages:
     """What `open_images` found.
 
-    images: None where they are not there or not asked for. statistics: whether mu and sigma are in it.
+    images: None where they are not there or not asked for. statistics: whether mu and sigma are
+    there.
     """
 
     path: Path

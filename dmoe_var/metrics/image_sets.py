@@ -88,7 +88,7 @@ class ImageFolder:
             raise DataError(f"{folder}: no image files ({', '.join(EXTENSIONS)}) in it{inside}")
         if others:
             names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            note(f"{folder}: {len(files)} image files; {len(others)} others passed over ({names})")
+            note(f"{folder}: {len(files)} image files, passed over {len(others)} others ({names})")
         return cls(folder, image_size, files, hashes)
 
     @property
@@ -131,8 +131,12 @@ class ImageFolder:
 
 def _visible_files(folder: Path) -> Iterator[Path]:
     """Files under a folder, none of which, nor a folder above it, has a name with a dot first."""
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
             folders.clear()

@@ -248,7 +248,8 @@ def grid(folder: Path, record: Record | None, work: Work) -> dict[str, Any]:
     labels = balanced_labels(record.num_samples, config.var.num_classes)[: report.grid_images]
     pngs = [folder / PNG_FOLDER / f"{index:06d}.png" for index in range(len(labels))]
     if (folder / SAMPLES_FILE).exists():
-        images = np.asarray(Samples.load(folder / SAMPLES_FILE).images[: len(labels)])
+        samples = Samples.load(folder / SAMPLES_FILE)
+        images, labels = np.asarray(samples.images[: len(labels)]), samples.labels[: len(labels)]
     elif all(png.exists() for png in pngs):
         images = all_pixels(ImageFolder(folder, config.data.image_size, tuple(pngs)))
     else:

@@ -208,11 +208,11 @@ class StoredDrawing:
     def _drawn_in(self, folder: Path) -> Drawn | None:
         """What is known of the images of a folder, where they are those of this drawing."""
         try:
-            names = (*EXPERTS_RUN, "seconds", "fingerprint")
-            scales, *experts, seconds, fingerprint = read_npz(folder / DRAWN_FILE, names)
+            if str(read_npz(folder / DRAWN_FILE, ["fingerprint"])[0]) != self.fingerprint:
+                return None
+            names = (*EXPERTS_RUN, "seconds")
+            scales, *experts, seconds = read_npz(folder / DRAWN_FILE, names)
         except DataError:
-            return None
-        if str(fingerprint) != self.fingerprint:
             return None
         pairs, charged = (_by_scale(scales, array_NS) for array_NS in experts)
         return Drawn(pairs, float(seconds), charged)
