@@ -27,8 +27,8 @@ from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
 from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
 from dmoe_var.moe.selection_config import SelectionConfig
-from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.draw import balanced_labels
+from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.tau_schedule import resolve_rules
 from dmoe_var.stages import models

@@ -257,10 +257,8 @@ def test_images_in_another_format_are_not_drawn_again(
     expected = files_of(whole[0])
     kept = {"npz": "s", "png": "p", "both": ("s", "p")}[ours]
     of_format = {name: content for name, content in expected.items() if name.startswith(kept)}
-    if same_folder and ours == "npz":  # what is there is not deleted for the sake of a format
-        assert files_of(folder)["samples.npz"] == expected["samples.npz"]
-    else:
-        assert files_of(folder) == of_format
+    complete = same_folder and theirs == "both"  # nothing is missing, and nothing is deleted
+    assert files_of(folder) == (expected if complete else of_format)
     assert found.draw() == drawn
     assert same_folder or files_of(first.folder) == before
 
