@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dmoe_var.arrays import read_npz, write_npz
 from dmoe_var.errors import CheckpointError, DataError, InputError
-from dmoe_var.files import sha256_of
+from dmoe_var.files import note, sha256_of
 from dmoe_var.metrics.feature_statistics import (
     NUM_FEATURES,
     Features,
@@ -40,7 +40,6 @@ from dmoe_var.metrics.feature_statistics import (
     frechet_distance,
 )
 from dmoe_var.metrics.image_sets import Pixels, as_pixels, evenly_strided
-from dmoe_var.notes import note
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and sampling does without
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from dmoe_var.data.pictures import EXTENSIONS, UnreadablePictureError, open_rgb
 from dmoe_var.errors import DataError, InputError
-from dmoe_var.files import sha256_of, sha256_of_all
+from dmoe_var.files import note, sha256_of, sha256_of_all
 from dmoe_var.metrics.images import check_images
-from dmoe_var.notes import note
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from dmoe_var.data import load_data
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.errors import DataError
-from dmoe_var.files import write_text
+from dmoe_var.files import note, write_text
 from dmoe_var.metrics.agreement import LabelAgreement
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
@@ -30,7 +30,6 @@ from dmoe_var.metrics.reference import HASHES, Reference, load_reference
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.notes import note
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.parts import Drawn, StoredDrawing
@@ -172,7 +171,7 @@ class Bench:
         """How a point's images are drawn: as many of each class, from its seed."""
         config = work.config
         num_samples, num_classes = config.evaluate.num_samples, config.var.num_classes
-        if num_samples % num_classes:
+        if num_samples % num_classes and is_main():
             note(
                 f"evaluate.num_samples={num_samples} is no multiple of {num_classes} classes: some "
                 "have an image more than others"

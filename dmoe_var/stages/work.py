@@ -315,9 +315,8 @@ class Work:
     def fingerprint_of_images(self) -> str:
         """Hash of all that the images of an evaluation depend on; how they are measured or stored
         draws none again."""
-        keys = self.relevant("evaluate").items()
-        drawing = {key: value for key, value in keys if not key.startswith(MEASURING)}
-        return _hash({**drawing, "weights": self.weights("evaluate")})
+        keys = {**self.relevant("evaluate"), **self.weights("evaluate")}  # content for a path
+        return _hash({k: value for k, value in keys.items() if not k.startswith(MEASURING)})
 
     def compared(self, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
         """Hashes, by configuration key, of what a stage compares: `contents`."""

@@ -17,12 +17,12 @@ from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.data import load_data
 from dmoe_var.data.digits import ImageSet, load_digits
 from dmoe_var.errors import ConfigError, DataError, InputError
+from dmoe_var.files import note
 from dmoe_var.metrics.fidelity import Fidelity, precision_recall
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.metrics.record import Record
 from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import Threshold
-from dmoe_var.notes import note
 from dmoe_var.sampling.draw import Drawing, Samples
 from dmoe_var.sampling.parts import StoredDrawing
 from dmoe_var.sampling.sampler import generate
