@@ -103,7 +103,8 @@ class EvaluateConfig:
     whether they are left as samples.npz, as PNG files or as both.
 
     model: dense; dynamic, with experts at `moe.scales` under `selection`; or pruned, with FFNs
-    there that `pruning` made narrower.
+    there that `pruning` made narrower. samples: an .npz file (arr_0) or a folder of somebody's
+    images, which are measured in place of a model's; all other keys here are without effect then.
     """
 
     __pydantic_config__ = STRICT
@@ -112,6 +113,7 @@ class EvaluateConfig:
     num_samples: Annotated[int, Field(ge=2)] = 1000
     seed: Seed = 0
     format: ImageFormat = "npz"
+    samples: Annotated[str, Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,6 +39,12 @@ SETTLED_NS = 2_000_000_000
 
 Stamp: TypeAlias = tuple[int, int, int, int]
 """A file's size, times of change of content and of inode, and inode number."""
+
+
+@cache
+def note(text: str) -> None:
+    """Say something on stderr, once in the life of the process."""
+    tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager

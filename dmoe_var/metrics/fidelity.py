@@ -16,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,17 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 from tqdm import tqdm
 
-from dmoe_var.arrays import names_in, read_npz, write_npz
+from dmoe_var.arrays import read_npz, write_npz
 from dmoe_var.errors import CheckpointError, DataError, InputError
-from dmoe_var.files import sha256_of
+from dmoe_var.files import note, sha256_of
+from dmoe_var.metrics.feature_statistics import (
+    NUM_FEATURES,
+    Features,
+    Moments,
+    Network,
+    Statistics,
+    frechet_distance,
+)
 from dmoe_var.metrics.image_sets import Pixels, as_pixels, evenly_strided
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and sampling does without
@@ -38,16 +46,19 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds, and sampling d
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the InceptionV3 whose weights are those of the published FID."""
-NUM_FEATURES = {"inception": 2048, "efflite0": 1280}
+INCEPTION_SIZE = 299
+"""Pixels a side that InceptionV3 resizes to."""
 ISC_SPLITS = 10
 """Parts of the sample that the inception score's mean and deviation are taken over."""
-ROWS = 1024
-"""Feature vectors that are added to the running covariance at a time."""
 DISTANCE_ROWS = 1024
 """Feature vectors whose distances to all of another set are held at a time."""
 
+T = TypeVar("T")
+
+IDENTITY = "identity"
+"""Of a cached file: which set and network it is of."""
+
 Images = Pixels | npt.NDArray[np.uint8]
-Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,9 @@ class FidelityConfig:
 
     `input_size` (pixels a side that EfficientNet-Lite0 sees) is read by the backbone efflite0
     only; `weights` (a local file of torch-fidelity's InceptionV3; None: torch-fidelity downloads
-    it) by inception only. `reference`: None for the training images, an .npz reference file of
-    the ADM evaluator, or a folder of images of the samples' size. Precision and recall count the
+    it) by inception only. `reference`: None for the training images, a folder of images of the
+    samples' size, or an .npz file: the ADM evaluator's, pytorch-fid's, one that `Statistics.save`
+    wrote, or images alone (arr_0). Precision and recall count the
     `neighbours` nearest of at most `reference_images` reference images.
     """
 
@@ -71,102 +83,6 @@ class FidelityConfig:
     precision_recall: bool = False
     neighbours: Annotated[int, Field(gt=0)] = 3
     reference_images: Annotated[int, Field(gt=0)] = 10_000
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Mean `mu` (D,) and covariance `sigma` (D, D) of the features of a set, float64.
-
-    `num_images` is None where a file does not say it: the ADM evaluator's reference files hold
-    mu and sigma of more images than they carry.
-    """
-
-    mu: npt.NDArray[np.float64]
-    sigma: npt.NDArray[np.float64]
-    num_images: int | None
-
-    @classmethod
-    def of(cls, features_ND: Features) -> Statistics:
-        """Statistics of features (N, D), N > 1, summed in float64."""
-        moments = Moments()
-        moments.add(features_ND)
-        return moments.statistics()
-
-    @classmethod
-    def load(cls, path: Path, num_features: int | None = None) -> Statistics:
-        """Read an .npz file: one of ours, or a reference file of the ADM evaluator.
-
-        Raises DataError, naming the file, where it is missing, broken or of another layout, or of
-        other than `num_features` features.
-        """
-        mu, sigma = read_npz(path, ["mu", "sigma"])
-        stored = "num_images" in names_in(path)
-        num_images = int(read_npz(path, ["num_images"])[0]) if stored else None
-        size = mu.size if num_features is None else num_features
-        for key, array, expected in (("mu", mu, (size,)), ("sigma", sigma, (size, size))):
-            if array.shape != expected:
-                raise DataError(f"{path}: {key} has shape {array.shape}; expected {expected}")
-            if not (np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all()):
-                raise DataError(f"{path}: {key} ({array.dtype}) is not finite floating-point")
-        return cls(mu.astype(np.float64), sigma.astype(np.float64), num_images)
-
-    def save(self, path: Path) -> None:
-        """Write an .npz file; it appears under its name only when it is complete."""
-        counted = {} if self.num_images is None else {"num_images": np.array(self.num_images)}
-        write_npz(path, {"mu": self.mu, "sigma": self.sigma, **counted})
-
-
-class Moments:
-    """Running mean and covariance of features that arrive batch by batch, float64.
-
-    Batches are merged by their deviations from their own means, so that features with a large
-    mean lose no digits.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[Features] = []
-        self._num_waiting = self._count = 0
-        self._mean: Any = 0.0
-        self._scatter: Any = 0.0
-
-    def add(self, features_BD: Features) -> None:
-        self._waiting.append(features_BD)
-        self._num_waiting += len(features_BD)
-        if self._num_waiting >= ROWS:
-            self._merge()
-
-    def _merge(self) -> None:
-        x_BD = np.concatenate(self._waiting).astype(np.float64)
-        self._waiting, self._num_waiting = [], 0
-        mean_D = x_BD.mean(0)
-        x_BD -= mean_D
-        total = self._count + len(x_BD)
-        delta_D = mean_D - self._mean
-        between = np.outer(delta_D, delta_D) * (self._count * len(x_BD) / total)
-        self._scatter = self._scatter + x_BD.T @ x_BD + between
-        self._mean = self._mean + delta_D * (len(x_BD) / total)
-        self._count = total
-
-    def statistics(self) -> Statistics:
-        """Of all features added, of which there must be 2 or more; divisor N - 1."""
-        if self._waiting:
-            self._merge()
-        return Statistics(self._mean, self._scatter / (self._count - 1), self._count)
-
-
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)).
-
-    Rounding leaves about 1e-6 around 0 for equal sets. Raises InputError where D differs.
-    """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
-    if a.mu.size != b.mu.size:
-        raise InputError(f"statistics of {a.mu.size} and of {b.mu.size} features do not compare")
-    metric = fid_statistics_to_metric(
-        {"mu": a.mu, "sigma": a.sigma}, {"mu": b.mu, "sigma": b.sigma}, verbose=False
-    )
-    return float(metric[KEY_METRIC_FID])
 
 
 def precision_recall(
@@ -231,6 +147,13 @@ class Fidelity:
         """SHA-256 of the network's file."""
         return sha256_of(_weights_file(self.config))
 
+    @property
+    def network(self) -> Network:
+        """What a file of its statistics says of it."""
+        of_efflite0 = self.config.backbone == "efflite0"
+        size = self.config.input_size if of_efflite0 else INCEPTION_SIZE
+        return Network(self.config.backbone, size, self.weights_sha256)
+
     def features(
         self, images: Images, indices: Tensor | None = None, *, progress: bool = False
     ) -> Features:
@@ -243,21 +166,23 @@ class Fidelity:
         moments = Moments()
         for layers in self._layers(as_pixels(images, at_least=2), None, progress):
             moments.add(layers[0].numpy())
-        return moments.statistics()
+        return moments.statistics(self.network)
 
     def reference(
         self, images: Images, cache_dir: Path, key: str, *, progress: bool = False
     ) -> Statistics:
         """The statistics of a reference set, computed once and then read from `cache_dir`.
 
-        `key` names the set (data set, split, size): other images need another key. Raises
-        DataError where the cached file is broken or of another number of images.
+        `key` names the content of the set: other images need another key. A cached file that is
+        broken, or says that it is of another set or network, is made again, with a note. Raises
+        DataError where it is of another number of images.
         """
         pixels = as_pixels(images, at_least=2)
-        path = self._cache_file(cache_dir, {"key": key})
-        if not path.exists():
-            self.statistics(pixels, progress=progress).save(path)
-        statistics = Statistics.load(path, self.num_features)
+        path, identity = self._cache_file(cache_dir, {"key": key})
+        statistics = _cached(path, identity, lambda: Statistics.load(path, self.network))
+        if statistics is None:
+            statistics = self.statistics(pixels, progress=progress)
+            write_npz(path, {**statistics.arrays, IDENTITY: np.array(identity)})
         if statistics.num_images != len(pixels):
             found = f"{path} is of {statistics.num_images} images, {key!r} has {len(pixels)}"
             raise DataError(f"{found}: give another key or delete the file")
@@ -270,16 +195,16 @@ class Fidelity:
         and recall are measured against. Computed once, as `reference` is."""
         pixels, most = as_pixels(images), self.config.reference_images
         indices = evenly_strided(len(pixels), most)
-        path = self._cache_file(cache_dir, {"key": key, "most": most})
-        if not path.exists():
+        path, identity = self._cache_file(cache_dir, {"key": key, "most": most})
+        features = _cached(path, identity, lambda: read_npz(path, ["features"])[0])
+        if features is None:
             features = self.features(pixels, indices, progress=progress)
-            write_npz(path, {"features": features})
-        stored: Features = read_npz(path, ["features"])[0]
+            write_npz(path, {"features": features, IDENTITY: np.array(identity)})
         expected = (len(indices), self.num_features)
-        if stored.shape != expected or stored.dtype != np.float32:
-            found = f"features are {stored.dtype} {stored.shape}, expected float32 {expected}"
+        if features.shape != expected or features.dtype != np.float32:
+            found = f"features are {features.dtype} {features.shape}, expected float32 {expected}"
             raise DataError(f"{path}: {found}; delete the file")
-        return stored
+        return features
 
     def score(
         self,
@@ -331,10 +256,24 @@ class Fidelity:
                 layers = self._extractor(batch_BHW3.to(self.device).permute(0, 3, 1, 2))
             yield [layer.cpu() for layer in layers]
 
-    def _cache_file(self, cache_dir: Path, identity: dict[str, Any]) -> Path:
-        text = json.dumps({**identity, "weights": self.weights_sha256})
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return Path(cache_dir) / f"{self.name}_{digest}.npz"
+    def _cache_file(self, cache_dir: Path, about: dict[str, Any]) -> tuple[Path, str]:
+        """Where something is kept, and all that it depends on as text, which stands in the file."""
+        identity = json.dumps({**about, **asdict(self.network)})
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return Path(cache_dir) / f"{self.name}_{digest}.npz", identity
+
+
+def _cached(path: Path, identity: str, read: Callable[[], T]) -> T | None:
+    """What a cached file holds; None where there is none, or none that can be used."""
+    if not path.exists():
+        return None
+    try:
+        if str(read_npz(path, [IDENTITY])[0]) != identity:
+            raise DataError(f"{path}: of another set or network than its name says")
+        return read()
+    except DataError as error:
+        note(f"{error}; it is made again")
+        return None
 
 
 def _weights_file(config: FidelityConfig) -> Path:

@@ -47,7 +47,8 @@ class Record:
     libraries: Mapping[str, str]
     processes: int = 1
     weights: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the files that base models came from, by configuration key."""
+    """SHA-256, by configuration key, of the files that base models came from, and of what images
+    were compared with (the training images: their key)."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What is not a number: file names, tau lists, sources of weights."""
     schema_version: int = SCHEMA_VERSION

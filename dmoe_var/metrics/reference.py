@@ -8,25 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from dmoe_var.arrays import map_npz, names_in
 from dmoe_var.errors import DataError
-from dmoe_var.files import sha256_of
-from dmoe_var.metrics.fidelity import Features, Fidelity, Statistics
-from dmoe_var.metrics.image_sets import ImageArray, ImageFolder, Pixels
+from dmoe_var.metrics.feature_statistics import Features, Statistics
+from dmoe_var.metrics.fidelity import Fidelity
+from dmoe_var.metrics.image_files import IMAGES, NamedImages, open_images
+from dmoe_var.metrics.image_sets import KeyedPixels
 
-ADM_IMAGES = "arr_0"
-"""Name of the images in a reference file of the ADM evaluator."""
-
-
-class KeyedPixels(Pixels, Protocol):
-    """A set of images, and a name for its content."""
-
-    @property
-    def key(self) -> str: ...
+HASHES = "hashes"
+"""Folder, beside that of the statistics, of the hashes of a folder's files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,34 +43,45 @@ def load_reference(
     """The reference that `fidelity.config` names, for samples of image_size pixels a side.
 
     training: opens the training images, where they are the reference. What is computed of images
-    is kept in cache_dir. Raises DataError for a file or folder that is missing, unreadable or not
-    of this network or size.
+    is kept in cache_dir by their content, and hashes of a folder's files beside it. Raises
+    DataError for a file or folder that is missing, unreadable, not of this network or size, or
+    changes meanwhile.
     """
     config = fidelity.config
     if config.reference is None:
         images = training()
         about = {"reference": f"training images ({images.key})"}
         return _of_images(fidelity, images, cache_dir, about, progress)
-    path = Path(config.reference)
-    about = {"reference": str(path)}
-    if path.is_dir():
-        folder = ImageFolder.open(path, image_size)
-        return _of_images(fidelity, folder, cache_dir, about, progress)
-    if not path.is_file():
-        raise DataError(f"fidelity.reference={path}: no such .npz file or folder of images")
-    statistics = Statistics.load(path, fidelity.num_features)
-    about["reference_sha256"] = sha256_of(path)
-    if not config.precision_recall:
+    path = Path(config.reference).expanduser()
+    hashes = cache_dir.parent / HASHES
+    found = open_images(
+        "fidelity.reference", path, image_size, hashes, images_too=config.precision_recall
+    )
+    about = {"reference": str(path), "reference_sha256": found.sha256}
+    if not found.statistics:
+        assert found.images is not None
+        reference = _of_images(fidelity, found.images, cache_dir, about, progress)
+    else:
+        reference = _of_statistics(fidelity, found, cache_dir, about, progress)
+    found.check_unchanged(hashes)
+    return reference
+
+
+def _of_statistics(
+    fidelity: Fidelity, found: NamedImages, cache_dir: Path, about: dict[str, Any], progress: bool
+) -> Reference:
+    """Of mu and sigma as they stand in the file; its images serve precision and recall alone."""
+    statistics = Statistics.load(found.path, fidelity.network)
+    if not fidelity.config.precision_recall:
         return Reference(statistics, None, about)
-    if ADM_IMAGES not in names_in(path):
+    if found.images is None:
         about["precision_recall"] = (
-            f"not measured: {path.name} holds no images ({ADM_IMAGES}) to take features of"
+            f"not measured: {found.path.name} holds no images ({IMAGES}) to take features of"
         )
         return Reference(statistics, None, about)
-    images_of_file = _images_of(path, image_size)
-    key = f"{about['reference_sha256']}-{ADM_IMAGES}"
-    features = fidelity.reference_features(images_of_file, cache_dir, key, progress=progress)
-    about["precision_recall"] = _measured(fidelity, features, path)
+    key = found.images.key
+    features = fidelity.reference_features(found.images, cache_dir, key, progress=progress)
+    about["precision_recall"] = _measured(fidelity, features, found.path)
     return Reference(statistics, features, about)
 
 
@@ -108,13 +110,3 @@ def _measured(fidelity: Fidelity, features_MD: Features, source: object) -> str:
             f"fidelity.neighbours={neighbours} need more than {neighbours}"
         )
     return f"{neighbours} nearest neighbours, {len(features_MD)} reference images"
-
-
-def _images_of(path: Path, image_size: int) -> ImageArray:
-    """The images of a reference file; DataError where they are not of this size."""
-    images = map_npz(path, ADM_IMAGES)
-    expected = (image_size, image_size, 3)
-    if images.dtype != np.uint8 or images.shape[1:] != expected:
-        found = f"{images.dtype} {images.shape}"
-        raise DataError(f"{path}: {ADM_IMAGES} is {found}; expected uint8 {('N', *expected)}")
-    return ImageArray(images)

@@ -37,8 +37,8 @@ RULE_LABELS = {
 VALUES = {"top_k": "k", "random": "k", "cumulative": "share"}
 """The key under `selection` that a rule reads, where it is not tau."""
 GRID_COLUMNS = 10
-UNCOMPARED = ("sampling.batch_size", "fidelity.batch_size", "fidelity.weights")
-"""Keys that change a measured number by rounding alone, or say where a file lies."""
+UNCOMPARED = ("fidelity.weights",)
+"""Keys that say where a file lies."""
 
 
 def stages(work: Work) -> list[dict[str, Any]]:
@@ -71,9 +71,10 @@ def _shown(record: Record) -> dict[str, Any]:
 
 
 def _found(work: Work, stage: str) -> list[tuple[Path, Record]]:
-    """All records of a stage, whatever they were made with."""
+    """All records of a stage, whatever they were made with; none of images that were given."""
     paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
-    return [(path, Record.read(path)) for path in paths]
+    records = [(path, Record.read(path)) for path in paths]
+    return [(p, r) for p, r in records if not r.config.get("evaluate.samples")]
 
 
 def differences(work: Work, record: Record) -> list[str]:
@@ -247,7 +248,8 @@ def grid(folder: Path, record: Record | None, work: Work) -> dict[str, Any]:
     labels = balanced_labels(record.num_samples, config.var.num_classes)[: report.grid_images]
     pngs = [folder / PNG_FOLDER / f"{index:06d}.png" for index in range(len(labels))]
     if (folder / SAMPLES_FILE).exists():
-        images = np.asarray(Samples.load(folder / SAMPLES_FILE).images[: len(labels)])
+        samples = Samples.load(folder / SAMPLES_FILE)
+        images, labels = np.asarray(samples.images[: len(labels)]), samples.labels[: len(labels)]
     elif all(png.exists() for png in pngs):
         images = all_pixels(ImageFolder(folder, config.data.image_size, tuple(pngs)))
     else:

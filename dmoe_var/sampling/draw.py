@@ -135,5 +135,9 @@ class Drawing:
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
-    """Class of each image, int64 (N,): the classes in turn, so that all are as frequent."""
-    return np.arange(num_samples, dtype=np.int64) % num_classes
+    """Class of each image, int64 (N,): the classes in turn, so that all are as frequent; of more
+    classes than images, some that lie evenly over all."""
+    turns = np.arange(num_samples, dtype=np.int64)
+    if num_samples < num_classes:
+        return turns * num_classes // num_samples
+    return turns % num_classes

@@ -1,4 +1,5 @@
-"""One point of a quality-cost curve: samples of a model, their FLOPs and their fidelity."""
+"""One point of a quality-cost curve: samples of a model, their FLOPs and their fidelity; or the
+fidelity alone of images that are given."""
 
 from __future__ import annotations
 
@@ -6,20 +7,25 @@ import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import TokenSet
-from dmoe_var.files import write_text
+from dmoe_var.errors import DataError
+from dmoe_var.files import note, write_text
 from dmoe_var.metrics.agreement import LabelAgreement
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
+from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
 from dmoe_var.metrics.image_sets import ImageArray, ImageFolder, Pixels, all_pixels
-from dmoe_var.metrics.reference import Reference, load_reference
+from dmoe_var.metrics.reference import HASHES, Reference, load_reference
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
@@ -163,10 +169,16 @@ class Bench:
     def drawing(self, work: Work) -> Drawing:
         """How a point's images are drawn: as many of each class, from its seed."""
         config = work.config
+        num_samples, num_classes = config.evaluate.num_samples, config.var.num_classes
+        if num_samples % num_classes and is_main():
+            note(
+                f"evaluate.num_samples={num_samples} is no multiple of {num_classes} classes: some "
+                "have an image more than others"
+            )
         return Drawing(
             self.model(work),
             self.vqvae_of(work),
-            balanced_labels(config.evaluate.num_samples, config.var.num_classes),
+            balanced_labels(num_samples, num_classes),
             config.evaluate.seed,
             config.sampling,
             config.selection.rules() if config.evaluate.model == "dynamic" else None,
@@ -181,13 +193,19 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     """
     bench = bench or Bench(work)
     config = work.config
+    if config.evaluate.samples is not None:
+        measured = from_main(_measure_given(work, bench) if is_main() else None)
+        assert measured is not None
+        return measured
     if is_main():
         _ = bench.reference  # what is wrong with it ends the run before images are drawn
+    folder = work.folder("evaluate")
     stored = StoredDrawing(
         bench.drawing(work),
-        work.folder("evaluate"),
-        work.fingerprint("evaluate"),
+        folder,
+        work.fingerprint_of_images(),
         config.evaluate.format,
+        tuple(sorted(other for other in folder.parent.glob("*") if other != folder)),
     )
     drawn = stored.draw(describe(work) if config.progress else None)
     result = from_main(_measure(work, bench, stored, drawn) if is_main() else None)
@@ -196,35 +214,59 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
 
 
 def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:
-    config, drawing, reference = work.config, stored.drawing, bench.reference
+    config, drawing = work.config, stored.drawing
     num_images, guided = len(drawing.labels), config.sampling.cfg != 0
     fixed = fixed_cost(drawing.model, drawing.vqvae, guided)
     flops = report(fixed, drawn.pairs, drawing.rules, num_images, drawn.charged)
-    images = _stored_images(stored)
-    fidelity = bench.fidelity.score(
-        images, reference.statistics, reference.features_MD, progress=config.progress
-    )
-    metrics = {
-        **flops.metrics(),
-        **fidelity,
-        "sampling_ms_per_image": 1000 * drawn.seconds / num_images,
-    }
-    if bench.agreement is not None:
-        seen = bench.agreement.accuracy(all_pixels(images), drawing.labels)
-        metrics["label_agreement"] = seen
+    fidelity, compared = _compare(bench, _stored_images(stored), drawing.labels)
+    sampling_ms = 1000 * drawn.seconds / num_images
+    metrics = {**flops.metrics(), **fidelity, "sampling_ms_per_image": sampling_ms}
     edges, counts = flops.histogram()
     about = {
         "samples": stored.place,
         "guidance": flops.guided,
         "flops_histogram": {"edges_gmac": list(edges), "images": list(counts)},
-        "fidelity": bench.fidelity.name,
-        "fidelity_weights_sha256": bench.fidelity.weights_sha256,
-        **reference.about,
+        **compared,
     }
     if config.evaluate.model == "pruned":
         about |= _write_pruning(work, bench.pruned_of(work))  # kept since it was drawn from
     dtype = str(next(drawing.model.parameters()).dtype).removeprefix("torch.")
     return StageResult(metrics, num_images, about, config.evaluate.seed, dtype)
+
+
+def _measure_given(work: Work, bench: Bench) -> StageResult:
+    """Of images that somebody else drew; no model is loaded, and nothing said about FLOPs."""
+    config, hashes = work.config, work.cache / HASHES
+    path = Path(config.evaluate.samples or "").expanduser()
+    size = config.data.image_size
+    found = open_images("evaluate.samples", path, size, hashes, images_too=True)
+    if found.images is None:
+        raise DataError(f"evaluate.samples={path}: holds statistics and no images ({IMAGES})")
+    metrics, compared = _compare(bench, found.images, labels_of(found))
+    found.check_unchanged(hashes)
+    about = {"given": str(path), "given_sha256": found.sha256, **compared}
+    return StageResult(metrics, len(found.images), about)
+
+
+def _compare(
+    bench: Bench, images: Pixels, labels: npt.NDArray[np.int64] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of images against the reference, and of their labels where there are some; what a
+    record says of how they were measured."""
+    reference, agreement = bench.reference, None if labels is None else bench.agreement
+    metrics = bench.fidelity.score(
+        images,
+        reference.statistics,
+        reference.features_MD,
+        progress=bench.work.config.progress,
+    )
+    if agreement is not None and labels is not None:
+        metrics = {**metrics, "label_agreement": agreement.accuracy(all_pixels(images), labels)}
+    return metrics, {
+        "fidelity": bench.fidelity.name,
+        "fidelity_weights_sha256": bench.fidelity.weights_sha256,
+        **reference.about,
+    }
 
 
 def _teacher_inputs(
@@ -254,6 +296,8 @@ def _stored_images(stored: StoredDrawing) -> Pixels:
 def describe(work: Work) -> str:
     """A point in a few words."""
     config = work.config
+    if config.evaluate.samples is not None:
+        return f"images of {config.evaluate.samples}"
     scales = ",".join(str(si) for si in config.moe.scales)
     if config.evaluate.model == "dense":
         return f"dense seed {config.evaluate.seed}"

@@ -49,6 +49,8 @@ def measured(work: Work) -> list[Record]:
         for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
             record = Record.read(path)
             shown = dict(upstream)
+            if record.config.get("evaluate.samples"):
+                continue
             if record.config.get("evaluate.model") == "pruned" and stage == "evaluate":
                 continue
             if stage == "evaluate" and record.config.get("evaluate.model") != "dense":

@@ -21,6 +21,7 @@ from dmoe_var.files import write_text
 from dmoe_var.metrics.record import RESULT_FILE, Record
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
+from dmoe_var.stages.compared import held
 from dmoe_var.stages.figure_catalogue import FIGURES, Figure, Need, Run, at_size
 from dmoe_var.stages.graph import StageResult, order, record_if_done, run_stage
 from dmoe_var.stages.maps import CHOSEN, stored_maps
@@ -38,6 +39,7 @@ TIMING_SHOWN = {"throughput": "medians", "times": "bars: p10 to p90"}
 Data = dict[str, Any]
 
 
+@held()
 def missing(work: Work) -> list[Need]:
     """The steps that the chosen figures still need, each after what it builds on, those on the
     same models one after the other."""

@@ -21,6 +21,7 @@ from dmoe_var.metrics.record import (
     library_versions,
     now,
 )
+from dmoe_var.stages.compared import held
 from dmoe_var.stages.work import NEEDS, Work
 from dmoe_var.training.distributed import barrier, from_main, is_main, start, world_size
 from dmoe_var.training.state import STATE_FILE
@@ -55,7 +56,7 @@ def record_if_done(work: Work, stage: str) -> Record | None:
     if not (folder / RESULT_FILE).exists():
         return None
     record = Record.read(folder / RESULT_FILE)
-    if record.fingerprint != work.fingerprint(stage):
+    if record.fingerprint != work.fingerprint(stage, record.weights):
         return None
     samples = record.about.get("samples")
     if samples and not (folder / samples).exists():
@@ -113,6 +114,7 @@ def prepare(work: Work) -> None:
     start(device)
 
 
+@held()
 def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> Record:
     """Run a stage unless it is done; its record either way.
 
@@ -137,7 +139,8 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     barrier()
     started = now()
     result = (function or _function(stage))(work)
-    record = from_main(_record(work, stage, result, started))
+    record = from_main(_record(work, stage, result, started) if is_main() else None)
+    assert record is not None
     if is_main():
         record.write(folder)
         (folder / STATE_FILE).unlink(missing_ok=True)
@@ -171,7 +174,7 @@ def _record(work: Work, stage: str, result: StageResult, started: str) -> Record
         threads=torch.get_num_threads(),
         git_commit=git_commit(),
         libraries=library_versions(),
-        weights=work.weights(stage),
+        weights={**work.weights(stage), **work.compared(stage, {})},
         about=result.about,
     )
 

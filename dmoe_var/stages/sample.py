@@ -27,6 +27,7 @@ from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
 from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
 from dmoe_var.moe.selection_config import SelectionConfig
+from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.tau_schedule import resolve_rules
@@ -62,9 +63,9 @@ class Pictures:
     @classmethod
     def of(cls, config: Config) -> Pictures:
         sample, num_classes = config.sample, config.var.num_classes
-        first = range(min(MOST_CLASSES, num_classes))
+        spread = balanced_labels(min(MOST_CLASSES, num_classes), num_classes).tolist()
         # Config has turned names into indices.
-        labels = tuple(int(label) for label in sample.classes or first)
+        labels = tuple(int(label) for label in sample.classes or spread)
         names = class_names(config.data.kind, num_classes)
         return cls(labels, sample.seeds, sample.per_class, names)
 

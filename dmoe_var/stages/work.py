@@ -16,9 +16,16 @@ from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
 from dmoe_var.config import BenchmarkConfig, Config
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.files import sha256_of
+from dmoe_var.stages.compared import contents
 from dmoe_var.training.distributed import is_main, launched_processes, local_rank
 from dmoe_var.training.loop import Run
 from dmoe_var.training.tracking import Tracking
+
+COMPARING = ("evaluate", "sweep")
+"""Stages whose numbers depend on the content of a reference."""
+
+MEASURING = ("fidelity.", "evaluate.format")
+"""How keys begin that say how images are measured or stored, not which they are."""
 
 DEFAULT_VARIANT = "default"
 MAX_NAME = 60
@@ -109,6 +116,7 @@ HOUSEKEEPING = (
     "micro_batch_size", "activation_checkpointing", "workers", "encode_batch", "root",
     "sweep.part", "sweep.parts",
     "figures.figure", "figures.make", "figures.plan", "figures.minutes",
+    "sampling.batch_size", "fidelity.batch_size",
 )  # fmt: skip
 """Keys that change no result, or only its rounding, by their last name or in full: a run may go on
 with others. `data.root` is
@@ -117,7 +125,7 @@ a run measures, not what they are."""
 
 OF_A_SECTION = tuple(key for key in HOUSEKEEPING if "." in key)
 
-OPTIONAL = ("selection.layer_tau",)
+OPTIONAL = ("selection.layer_tau", "evaluate.samples")
 """Keys that say nothing where they are empty."""
 
 
@@ -176,6 +184,8 @@ class Work:
         """The stages that a stage builds on; a point needs no more than its model is made of."""
         if stage == "sample":
             return self._needs_of_pictures()
+        if stage == "evaluate" and self.config.evaluate.samples is not None:
+            return ()
         if stage == "benchmark" and self.config.benchmark.dynamic:
             return ("train_router",)
         return self._needs_of_point() if stage == "evaluate" else NEEDS[stage]
@@ -212,8 +222,13 @@ class Work:
             raise ConfigError(
                 f"{stage} runs in one process, torchrun started {launched_processes()}"
             )
-        if stage in ("evaluate", "sweep"):
+        if stage in COMPARING:
             self._check_measured()
+        if stage in ("sweep", "figures", "report") and self.config.evaluate.samples is not None:
+            raise ConfigError(
+                f"evaluate.samples={self.config.evaluate.samples}: images that are given are "
+                "measured by scripts/evaluate.py alone; allowed here: null"
+            )
         if stage != "sweep":
             return
         if self.config.sweep.part is not None:
@@ -236,6 +251,12 @@ class Work:
 
     def _check_measured(self) -> None:
         """ConfigError for what fidelity cannot be measured with."""
+        samples = self.config.evaluate.samples
+        if samples is not None and not Path(samples).expanduser().exists():
+            raise ConfigError(
+                f"evaluate.samples={samples}: no such file or folder; allowed: null, an .npz file "
+                "of images (arr_0), a folder of images"
+            )
         if self.config.sampling.more_smooth:
             raise ConfigError(
                 "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "
@@ -247,13 +268,15 @@ class Work:
                 "fidelity.reference=null compares with all training pictures, data.unreadable=skip "
                 "leaves some out; allowed: a reference file or folder, or data.unreadable=refuse"
             )
-        if reference is not None and not Path(reference).exists():
+        if reference is not None and not Path(reference).expanduser().exists():
             raise ConfigError(
                 f"fidelity.reference={reference}: no such file or folder; allowed: null, an .npz "
                 "reference file, a folder of images"
             )
 
     def _reads(self, stage: str, config: Config) -> tuple[str, ...]:
+        if stage == "evaluate" and self.config.evaluate.samples is not None:
+            return ("data", "evaluate.samples", "fidelity")
         models = {"evaluate": config.evaluate.model, "sample": config.sample.model}
         model = models.get(stage)
         unread: tuple[str, ...] = EXPERTS if model in ("dense", "pruned") else ()
@@ -282,9 +305,22 @@ class Work:
                     keys[key] = value
         return keys
 
-    def fingerprint(self, stage: str) -> str:
-        """Hash of all that a stage's result depends on, the content of given weights included."""
-        return _hash({**self.relevant(stage), "weights": self.weights(stage)})
+    def fingerprint(self, stage: str, recorded: Mapping[str, str] | None = None) -> str:
+        """Hash of all that a stage's result depends on, the content of given weights and of what
+        is compared included; of this, what is not at hand counts as `recorded`."""
+        compared = self.compared(stage, recorded or {})
+        content = {"weights": self.weights(stage), **({"compared": compared} if compared else {})}
+        return _hash({**self.relevant(stage), **content})
+
+    def fingerprint_of_images(self) -> str:
+        """Hash of all that the images of an evaluation depend on; how they are measured or stored
+        draws none again."""
+        keys = {**self.relevant("evaluate"), **self.weights("evaluate")}  # content for a path
+        return _hash({k: value for k, value in keys.items() if not k.startswith(MEASURING)})
+
+    def compared(self, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
+        """Hashes, by configuration key, of what a stage compares: `contents`."""
+        return contents(self.config, self.cache, recorded) if stage in COMPARING else {}
 
     def weights(self, stage: str) -> dict[str, str]:
         """SHA-256 of the files of the models that a stage depends on, where they are given, by

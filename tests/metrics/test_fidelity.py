@@ -21,15 +21,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.metrics.efflite0 import EFFLITE0
-from dmoe_var.metrics.fidelity import (
-    ROWS,
-    Fidelity,
-    FidelityConfig,
-    Moments,
-    Statistics,
-    frechet_distance,
-    precision_recall,
-)
+from dmoe_var.metrics.feature_statistics import ROWS, Moments, Statistics, frechet_distance
+from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig, precision_recall
 from dmoe_var.metrics.images import to_uint8
 
 CONFIG = FidelityConfig(input_size=32, batch_size=16)
@@ -329,14 +322,80 @@ def test_key_and_network_have_files_of_their_own(fidelity, images, tmp_path):
     assert len(list(tmp_path.glob("*.npz"))) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip file", None])
-def test_broken_cache_file_is_named(fidelity, images, tmp_path, content):
-    fidelity.reference(images, tmp_path, "a")
+@pytest.mark.parametrize("kind", ["reference", "reference_features"])
+@pytest.mark.parametrize("content", ["empty", "no zip", "cut", "flipped", "of another set"])
+def test_a_broken_cache_file_is_made_again(fidelity, images, tmp_path, capsys, kind, content):
+    """With a note, as after a crash; and so is one that says that it is of something else."""
+    make = getattr(fidelity, kind)
+    expected = make(images, tmp_path, "a")
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
-    with pytest.raises(DataError, match=str(path)) as caught:
-        fidelity.reference(images, tmp_path, "a")
-    assert "\n" not in str(caught.value)
+    whole = path.read_bytes()
+    broken = {
+        "empty": b"",
+        "no zip": b"not a zip file",
+        "cut": whole[:-1000],
+        "flipped": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+    }
+    if content == "of another set":
+        make(images[::-1] // 2, tmp_path / "other", "b")
+        next((tmp_path / "other").iterdir()).replace(path)
+        (tmp_path / "other").rmdir()
+    else:
+        path.write_bytes(broken[content])
+    again = make(images, tmp_path, "a")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(path) in said
+    assert said.endswith("it is made again")
+    assert path.read_bytes() == whole
+    if kind == "reference":
+        expected, again = expected.mu, again.mu
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("kind", ["reference", "reference_features"])
+def test_other_weights_have_files_of_their_own(images, tmp_path, monkeypatch, kind):
+    """Numbers of one network never stand for another's, which has the same name and size."""
+    fidelity = Fidelity(CONFIG)
+    first = getattr(fidelity, kind)(images, tmp_path, "a")
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    other = Fidelity(CONFIG)
+    with torch.no_grad():
+        for parameter in other._extractor.parameters():
+            parameter.mul_(0.9)
+    monkeypatch.setattr(Fidelity, "weights_sha256", "f" * 64)
+    second = getattr(other, kind)(images, tmp_path, "a")
+    if kind == "reference":
+        np.testing.assert_array_equal(second.mu, other.statistics(images).mu)
+        first, second = first.mu, second.mu
+    assert not np.array_equal(first, second)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_processes_write_one_cached_file(fidelity, images, tmp_path, monkeypatch):
+    """The second finds none, computes, and replaces what the first has written meanwhile."""
+    statistics = Fidelity.statistics
+
+    def meanwhile(self, *given, **options):
+        monkeypatch.setattr(Fidelity, "statistics", statistics)
+        self.reference(images, tmp_path, "a")
+        return statistics(self, *given, **options)
+
+    monkeypatch.setattr(Fidelity, "statistics", meanwhile)
+    found = fidelity.reference(images, tmp_path, "a")
+    np.testing.assert_array_equal(found.mu, fidelity.statistics(images).mu)
+    (path,) = tmp_path.iterdir()
+    assert Statistics.load(path, fidelity.network).num_images == 40
+
+
+def test_statistics_of_two_networks_do_not_compare(fidelity, images):
+    ours = fidelity.statistics(images)
+    assert ours.network == fidelity.network
+    assert str(ours.network).startswith("efflite0 at 32 px, weights ")
+    other = replace(ours, network=replace(ours.network, input_size=48))
+    with pytest.raises(InputError, match=r"of efflite0 at 32 px.* and of efflite0 at 48 px"):
+        frechet_distance(ours, other)
 
 
 def test_cached_features_of_another_set_are_noticed(fidelity, images, tmp_path):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+import os
+import pickle
+import tarfile
+import zipfile
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ import torch
 from PIL import Image
 
 from dmoe_var.errors import DataError, InputError
-from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig, Statistics
+from dmoe_var.metrics.feature_statistics import Network, Statistics
+from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig
+from dmoe_var.metrics.image_files import labels_of, open_images
 from dmoe_var.metrics.image_sets import ImageArray, ImageFolder, as_pixels, evenly_strided
 from dmoe_var.metrics.reference import load_reference
 
@@ -74,7 +80,7 @@ def adm_file(statistics, images, tmp_path):
     def adm_file(**arrays):
         content = {
             "arr_0": images, "mu": statistics.mu, "sigma": statistics.sigma,
-            "mu_s": np.zeros(5), "sigma_s": np.eye(5), **arrays,
+            "mu_s": np.zeros(5), "sigma_s": np.eye(5), **asdict(statistics.network), **arrays,
         }  # fmt: skip
         path = tmp_path / "VIRTUAL.npz"
         np.savez(path, **{name: array for name, array in content.items() if array is not None})
@@ -126,6 +132,138 @@ def test_other_files_are_one_line(load, adm_file, arrays, parts):
     assert [part for part in (str(path), *parts) if part not in message] == [], message
 
 
+@pytest.mark.parametrize(
+    ("arr_0", "parts"),
+    [
+        (np.zeros((9, 3, 16, 16), np.uint8), ("(9, 3, 16, 16)", "transpose(0, 2, 3, 1)")),
+        (np.zeros((9, 16, 16, 3), np.float32), ("float32", "rounded to 0..255")),
+        (np.zeros((9, 32, 32, 3), np.uint8), ("(9, 32, 32, 3)", "data.image_size=16")),
+        (np.zeros((9, 16, 16), np.uint8), ("(9, 16, 16)", "expected uint8")),
+        (np.zeros((9, 16, 16, 1), np.uint8), ("(9, 16, 16, 1)", "expected uint8")),
+    ],
+)
+def test_images_of_another_layout(load, tmp_path, arr_0, parts):
+    np.savez(tmp_path / "images.npz", arr_0=arr_0)
+    with pytest.raises(DataError) as caught:
+        load(reference=tmp_path / "images.npz")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in ("images.npz", *parts) if part not in message] == [], message
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_images_alone(load, images, statistics, tmp_path, write):
+    """Their statistics, computed once for each content, whatever the file is called."""
+    path, about = tmp_path / "samples", np.arange(20)
+    with path.open("wb") as file:
+        write(file, arr_0=images, labels=about, seeds=about)
+    reference = load(reference=path)
+    np.testing.assert_array_equal(reference.statistics.mu, statistics.mu)
+    np.testing.assert_array_equal(reference.statistics.sigma, statistics.sigma)
+    assert reference.about == {
+        "reference": str(path),
+        "reference_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "reference_images": 20,
+    }
+    other = path.rename(tmp_path / "other.bin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fidelity, "_layers", lambda *_: pytest.fail("features are computed"))
+        again = load(reference=other)
+    np.testing.assert_array_equal(again.statistics.mu, statistics.mu)
+    with other.open("r+b") as file:  # in place
+        write(file, arr_0=255 - images, labels=about, seeds=about)
+    inverted = load(reference=other)
+    expected = Fidelity(CONFIG).statistics(255 - images)
+    np.testing.assert_array_equal(inverted.statistics.mu, expected.mu)
+
+
+def write_zip(path, name, content=b"content"):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, content)
+
+
+def write_tar(path, name):
+    (path.parent / name).write_bytes(b"content")
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.parent / name, name)
+
+
+OTHER_FILES = {
+    "empty": (lambda path: path.write_bytes(b""), "an empty file"),
+    "cut short": (lambda path: write_zip(path, "mu.npy") or os.truncate(path, 40), "cut short"),
+    "npy": (lambda path: np.save(path.open("wb"), np.zeros(3)), "np.savez(file, arr_0=array)"),
+    "torch": (lambda path: torch.save({"mu": torch.zeros(3)}, path), "a PyTorch file"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"mu": 0})), "a pickle"),
+    "pictures": (lambda path: write_zip(path, "n01/1.JPEG"), "an archive of pictures"),
+    "zip": (lambda path: write_zip(path, "a.txt"), "a zip archive without arrays"),
+    "tar": (lambda path: write_tar(path, "a.png"), "an archive; unpack it"),
+    "picture": (lambda path: Image.new("RGB", (16, 16)).save(path, "PNG"), "a single picture"),
+    "web page": (lambda path: path.write_text("\n<!DOCTYPE html>"), "a web page"),
+    "git-lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
+    "text": (lambda path: path.write_text("mu"), "no .npz file"),
+    "other arrays": (lambda path: np.savez(path.open("wb"), x=0, y=0), "holds x, y"),
+    "mu alone": (lambda path: np.savez(path.open("wb"), mu=0), "holds mu and no sigma"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_what_a_file_is_stands_in_the_line(load, tmp_path, kind):
+    """And what is allowed; nothing is unpickled."""
+    write, said = OTHER_FILES[kind]
+    path = tmp_path / "reference.npz"
+    write(path)
+    with pytest.raises(DataError) as caught:
+        load(reference=path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"fidelity.reference={path}: ")
+    assert said in message
+    assert "a folder of pictures, or an .npz file" in message
+
+
+# Statistics say what made them
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"input_size": 48}, ("efflite0 at 32 px", "efflite0 at 48 px")),
+        ({"backbone": "inception"}, ("mu has shape (1280,)", "(2048,), the features of inception")),
+    ],
+)
+def test_statistics_of_another_network_are_refused(statistics, tmp_path, fields, said):
+    statistics.save(tmp_path / "ours.npz")
+    fields = {"backbone": "efflite0", "input_size": 32, "weights_sha256": "0", **fields}
+    with pytest.raises(DataError) as caught:
+        Statistics.load(tmp_path / "ours.npz", Network(**fields))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in ("ours.npz", *said) if part not in message] == [], message
+
+
+def test_statistics_of_other_weights_are_refused(load, statistics, tmp_path):
+    other = replace(statistics.network, weights_sha256="f" * 64)
+    replace(statistics, network=other).save(tmp_path / "ours.npz")
+    with pytest.raises(DataError, match=r"weights ffffffffffff; fidelity is measured with .*32 px"):
+        load(reference=tmp_path / "ours.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_statistics_that_name_no_network_are_inceptions(load, adm_file, tmp_path, dtype):
+    """Others publish no others: 1,280 features without a name are refused."""
+    unsaid = dict.fromkeys(("backbone", "input_size", "weights_sha256"))
+    with pytest.raises(DataError, match="a network that the file does not name"):
+        load(reference=adm_file(**unsaid))
+    path = tmp_path / "pytorch_fid.npz"
+    np.savez(path, mu=np.zeros(2048, dtype), sigma=np.eye(2048, dtype=dtype))
+    found = Statistics.load(path, Network("inception", 299, "0"))
+    assert (found.sigma == np.eye(2048)).all()
+    assert found.mu.dtype == np.float64
+
+
 def test_a_reference_that_is_not_there(load, tmp_path):
     with pytest.raises(DataError, match=r"fidelity.reference=.*gone.npz: no such"):
         load(reference=tmp_path / "gone.npz")
@@ -155,9 +293,10 @@ def test_folder(load, folder, images):
     assert reference.features_MD.shape == (10, 1280)
 
 
-def test_folder_key_names_places_and_sizes(folder):
+def test_folder_key_names_places_and_content(folder):
     key = ImageFolder.open(folder, SIZE).key
     assert ImageFolder.open(folder, SIZE).key == key
+    assert ImageFolder.open(folder, 8).key != key
     path = folder / "class_0" / "000.PNG"
     content = path.read_bytes()
     path.write_bytes(content + b" ")
@@ -166,6 +305,127 @@ def test_folder_key_names_places_and_sizes(folder):
     assert ImageFolder.open(folder, SIZE).key == key
     path.rename(folder / "class_0" / "0000.PNG")
     assert ImageFolder.open(folder, SIZE).key != key
+
+
+@pytest.fixture
+def bmp_folder(tmp_path):
+    """bmp_folder(name, images): files of one size, whatever they show; the latest are younger."""
+
+    def bmp_folder(name, images):
+        for i, image in enumerate(images):
+            path = tmp_path / name / f"class_{i % 2}" / f"{i:02d}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        return tmp_path / name
+
+    return bmp_folder
+
+
+def test_pictures_of_other_content_have_other_statistics(load, bmp_folder, images):
+    """Under other names, overwritten in place, and where a class is deleted."""
+    order = sorted(range(20), key=lambda i: i % 2)
+    fresh = Fidelity(CONFIG).statistics
+    a, b = bmp_folder("a", images), bmp_folder("b", images[::-1])
+    hashes = set()
+    for folder, shown in ((a, images), (b, images[::-1])):
+        reference = load(reference=folder)
+        np.testing.assert_array_equal(reference.statistics.mu, fresh(shown[order]).mu)
+        hashes.add(reference.about["reference_sha256"])
+    times = {path: path.stat() for path in a.rglob("*.bmp")}
+    bmp_folder("a", 255 - images)
+    for path, before in times.items():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    reference = load(reference=a)
+    np.testing.assert_array_equal(reference.statistics.mu, fresh(255 - images[order]).mu)
+    hashes.add(reference.about["reference_sha256"])
+    for path in (a / "class_1").iterdir():
+        path.unlink()
+    reference = load(reference=a)
+    np.testing.assert_array_equal(reference.statistics.mu, fresh(255 - images[::2]).mu)
+    hashes.add(reference.about["reference_sha256"])
+    assert len(hashes) == 4
+    with pytest.MonkeyPatch.context() as patch:  # the same content elsewhere
+        patch.setattr(Fidelity, "_layers", lambda *_: pytest.fail("features are computed"))
+        load(reference=b.rename(b.with_name("moved")))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_reference_that_changes_while_it_is_read(
+    load, bmp_folder, images, tmp_path, monkeypatch, kind
+):
+    path, layers = tmp_path / "images.npz", Fidelity._layers
+    np.savez(path, arr_0=images)
+    path = bmp_folder("a", images) if kind == "folder" else path
+
+    def meanwhile(*given):
+        yield from layers(*given)
+        if kind == "folder":
+            bmp_folder("a", 255 - images)
+        else:
+            np.savez(path, arr_0=255 - images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fidelity, "_layers", meanwhile)
+        with pytest.raises(DataError, match="changed while it was read; run again"):
+            load(reference=path)
+    shown = 255 - images[sorted(range(20), key=lambda i: i % 2)]
+    expected = Fidelity(CONFIG).statistics(shown if kind == "folder" else 255 - images)
+    np.testing.assert_array_equal(load(reference=path).statistics.mu, expected.mu)
+
+
+def test_what_lies_in_a_folder(folder, tmp_path, capsys):
+    """Links to folders are followed, hidden files are not there, and others are counted."""
+    (folder / "._class").write_bytes(b"a file system's own")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "thumbnail.png").write_bytes(b"broken")
+    away = (folder / "class_1").rename(tmp_path / "away")
+    (folder / "class_1").symlink_to(away)
+    (folder / "class_0" / "up").symlink_to(folder)
+    found = ImageFolder.open(folder, SIZE)
+    assert len(found) == 20
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"{folder}: 20 image files, passed over 1 others (README.txt)"
+
+
+@pytest.mark.parametrize(
+    ("mode", "level"), [("I;16", 32896), ("L", 128), ("LA", 128), ("CMYK", 127), ("P", 128)]
+)
+def test_pictures_of_every_kind_keep_their_grey(tmp_path, mode, level):
+    """A wide grey scale is not cut off at white."""
+    name = "0.tif" if mode == "CMYK" else "0.png"
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((SIZE, SIZE), level, np.uint16))
+    elif mode == "CMYK":
+        picture = Image.new("CMYK", (SIZE, SIZE), (level,) * 3 + (0,))
+    elif mode == "LA":
+        picture = Image.new("LA", (SIZE, SIZE), (level, 40))
+    else:
+        picture = Image.new("L", (SIZE, SIZE), level).convert(mode)
+    picture.save(tmp_path / name)
+    pixels = ImageFolder.open(tmp_path, SIZE).pixels(torch.tensor([0]))
+    assert np.abs(pixels.astype(int) - 128).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["labels", "arr_1"])
+def test_labels_of_files(tmp_path, images, name):
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=images, **{name: np.arange(20, dtype=np.int32)})
+    found = open_images("evaluate.samples", path, SIZE, None, images_too=True)
+    assert labels_of(found).tolist() == list(range(20))
+    np.savez(path, arr_0=images, **{name: np.arange(19)})
+    found = open_images("evaluate.samples", path, SIZE, None, images_too=True)
+    with pytest.raises(DataError, match=rf"{name} is int64 \(19,\); expected a class for each"):
+        labels_of(found)
+
+
+def test_labels_of_folders(folder, tmp_path):
+    def labels():
+        return labels_of(open_images("evaluate.samples", folder, SIZE, None, images_too=True))
+
+    assert labels() is None
+    for i in range(3):
+        (folder / f"class_{i}").rename(folder / str(9 - i))
+    assert labels().tolist() == [7] * 6 + [8] * 7 + [9] * 7
 
 
 def test_folder_pictures_of_another_size_or_kind(load, folder, images, tmp_path):

@@ -69,6 +69,22 @@ def test_labels_are_balanced(num_samples):
     assert counts.max() - counts.min() <= 1
 
 
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(5, 10), (500, 1000), (3, 10), (1, 7)])
+def test_few_images_lie_over_all_classes(num_samples, num_classes):
+    """No class twice, and the classes left out between two neighbours as many but for one."""
+    labels = balanced_labels(num_samples, num_classes)
+    assert labels.dtype == np.int64
+    steps = np.diff([*labels, num_classes])
+    assert steps.min() >= 1
+    assert steps.max() - steps.min() <= 1
+    assert labels[0] == 0
+
+
+@pytest.mark.parametrize("num_samples", [10, 25])
+def test_classes_come_in_turn(num_samples):
+    assert balanced_labels(num_samples, 10).tolist() == [i % 10 for i in range(num_samples)]
+
+
 STORED = {
     "arr_0": np.arange(384, dtype=np.int64).reshape(2, 8, 8, 3).astype(np.uint8),
     "labels": np.array([3, 1]),

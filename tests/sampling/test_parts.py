@@ -240,6 +240,90 @@ def test_a_stored_part_never_outlives_its_pngs(stored, monkeypatch, whole):
     assert files_of(ours.folder) == files_of(whole[0])
 
 
+@pytest.mark.parametrize("theirs", ["npz", "png", "both"])
+@pytest.mark.parametrize("ours", ["npz", "png", "both"])
+@pytest.mark.parametrize("same_folder", [False, True])
+def test_images_in_another_format_are_not_drawn_again(
+    stored, whole, tmp_path, drawn_batches, theirs, ours, same_folder
+):
+    """From another folder or from its own, whole, and with what is known of them."""
+    first = stored(tmp_path / "theirs", format=theirs)
+    drawn = first.draw()
+    before = files_of(first.folder)
+    folder = first.folder if same_folder else tmp_path / "ours"
+    found = replace(stored(folder, format=ours), others=(tmp_path / "gone", first.folder))
+    assert found.draw() == drawn
+    assert drawn_batches == list(range(NUM_PARTS))
+    expected = files_of(whole[0])
+    kept = {"npz": "s", "png": "p", "both": ("s", "p")}[ours]
+    of_format = {name: content for name, content in expected.items() if name.startswith(kept)}
+    complete = same_folder and theirs == "both"  # nothing is missing, and nothing is deleted
+    assert files_of(folder) == (expected if complete else of_format)
+    assert found.draw() == drawn
+    assert same_folder or files_of(first.folder) == before
+
+
+@pytest.mark.parametrize("place", ["samples.npz", "png/000004.png", "drawn.npz"])
+@pytest.mark.parametrize("broken", ["gone", "empty", "cut"])
+def test_broken_images_are_not_taken_over(stored, whole, tmp_path, drawn_batches, place, broken):
+    format = "png" if place.startswith("png") else "npz"
+    theirs = stored(tmp_path / "theirs", format=format)
+    theirs.draw()
+    path = theirs.folder / place
+    content = path.read_bytes()
+    path.write_bytes(b"" if broken == "empty" else content[: len(content) // 2])
+    if broken == "gone":
+        path.unlink()
+    replace(stored(tmp_path / "ours"), others=(theirs.folder,)).draw()
+    assert len(drawn_batches) == 2 * NUM_PARTS
+    samples = (tmp_path / "ours" / "samples.npz").read_bytes()
+    assert samples == (whole[0] / "samples.npz").read_bytes()
+
+
+def test_images_that_are_being_replaced_are_not_taken_over(
+    stored, whole, tmp_path, drawn_batches, monkeypatch
+):
+    """Another process begins to draw in their folder while they are copied."""
+    theirs, link = stored(tmp_path / "theirs"), os.link
+    theirs.draw()
+
+    def replaced_meanwhile(source, target):
+        link(source, target)
+        (theirs.folder / "drawn.npz").unlink(missing_ok=True)
+
+    monkeypatch.setattr(os, "link", replaced_meanwhile)
+    replace(stored(tmp_path / "ours"), others=(theirs.folder,)).draw()
+    assert len(drawn_batches) == 2 * NUM_PARTS
+    assert files_of(tmp_path / "ours") == {"samples.npz": files_of(whole[0])["samples.npz"]}
+
+
+def test_images_are_copied_where_files_have_one_name(stored, tmp_path, drawn_batches, monkeypatch):
+    def no_links(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    theirs = stored(tmp_path / "theirs")
+    drawn = theirs.draw()
+    ours = replace(stored(tmp_path / "ours"), others=(theirs.folder,))
+    assert ours.draw() == drawn
+    assert files_of(ours.folder) == files_of(theirs.folder)
+    assert len(drawn_batches) == NUM_PARTS
+
+
+def test_parts_of_another_batch_size_are_drawn_again(stored):
+    """Part 1 is four images of class 0 in batches of 4 as in batches of 7: 4..7 and 7..10."""
+    of_size = {}
+    for size in (4, 7):
+        sampling = replace(SAMPLING, batch_size=size)
+        drawing = replace(stored().drawing, labels=np.zeros(11, np.int64), sampling=sampling)
+        of_size[size] = replace(stored(), drawing=drawing)
+        of_size[size]._make_part(1)
+    four, seven = (each.drawing.batch(1).samples.images for each in of_size.values())
+    found = of_size[7]._read_part(1).samples.images
+    assert np.array_equal(found, seven)
+    assert not np.array_equal(found, four)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

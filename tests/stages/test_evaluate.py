@@ -10,11 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmoe_var import DynamicVAR, count_flops
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
-from dmoe_var.data.digits import ImageSet
+from dmoe_var.data import load_data
+from dmoe_var.data.digits import ImageSet, load_digits
 from dmoe_var.errors import ConfigError, DataError, InputError
+from dmoe_var.files import note
 from dmoe_var.metrics.fidelity import Fidelity, precision_recall
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.metrics.record import Record
@@ -25,7 +28,7 @@ from dmoe_var.sampling.parts import StoredDrawing
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import evaluate, models
 from dmoe_var.stages.evaluate import Bench, describe
-from dmoe_var.stages.graph import StageResult, run_stage, run_through
+from dmoe_var.stages.graph import StageResult, record_if_done, run_stage, run_through
 from dmoe_var.stages.pictures import collect_maps
 from dmoe_var.stages.work import Work
 
@@ -295,6 +298,285 @@ def test_precision_and_recall_are_recorded(make_work, runs, monkeypatch):
     expected = precision_recall(found, network.features(images.images[::2]), 2)
     assert record.metrics["precision_efflite0_32px"] == expected[0]
     assert record.metrics["recall_efflite0_32px"] == expected[1]
+
+
+# What is compared, by content
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """pictures(seed) -> a folder of noise in two classes, always of the same names and sizes."""
+
+    def pictures(seed, name="reference"):
+        noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+        for i, image in enumerate(noise):
+            path = tmp_path / name / f"class_{i % 2}" / f"{i}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        return tmp_path / name
+
+    return pictures
+
+
+def sha_of(record):
+    return record.about["reference_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_another_content_of_the_reference_is_measured_anew(
+    make_work, runs, pictures, tmp_path, drawn_batches, monkeypatch, kind
+):
+    """Overwritten in place, with the names and sizes that it had, and no image is drawn again."""
+    monkeypatch.setattr(evaluate, "Fidelity", Fidelity)
+
+    def write(seed):
+        path = pictures(seed)
+        if kind == "folder":
+            return path
+        images = [np.asarray(Image.open(each)) for each in sorted(path.rglob("*.bmp"))]
+        np.savez(tmp_path / "reference.npz", arr_0=np.stack(images))
+        return tmp_path / "reference.npz"
+
+    changes = {"fidelity.reference": str(write(0)), "fidelity.input_size": 32}
+    work = make_work(runs, changes)
+    first = run_stage(work, "evaluate")
+    assert run_stage(work, "evaluate") == first
+    write(1)
+    assert record_if_done(work, "evaluate") is None
+    second = run_stage(work, "evaluate")
+    assert drawn_batches == [0, 1, 2]
+    assert sha_of(first) != sha_of(second)
+    assert first.weights["fidelity.reference"] == sha_of(first)
+    assert second.weights["fidelity.reference"] == sha_of(second)
+    assert first.fingerprint != second.fingerprint
+    network = Fidelity(work.config.fidelity)
+    shown = np.load(work.folder("evaluate") / "samples.npz")["arr_0"]
+    reference = [np.asarray(Image.open(p)) for p in sorted(pictures(1).rglob("*.bmp"))]
+    expected = network.score(shown, network.statistics(np.stack(reference)))
+    assert second.metrics[network.name] == pytest.approx(expected[network.name], rel=1e-6)
+    write(0)
+    again = run_stage(work, "evaluate")
+    assert again.metrics[network.name] == first.metrics[network.name]
+    assert again.fingerprint == first.fingerprint
+    (next(pictures(0).rglob("*.bmp"))).unlink()
+    assert (record_if_done(work, "evaluate") is None) == (kind == "folder")
+
+
+def test_other_training_images_are_measured_anew(make_work, runs, drawn_batches, monkeypatch):
+    work = make_work(runs)
+    first = run_stage(work, "evaluate")
+    training, held_out = load_data(work.config.data)
+    others = replace(training, images=255 - training.images, key="others")
+    monkeypatch.setattr("dmoe_var.data.load_digits", lambda image_size: (others, held_out))
+    second = run_stage(work, "evaluate")
+    assert drawn_batches == [0, 1, 2]
+    assert second.metrics["fid_fake"] != first.metrics["fid_fake"]
+    assert second.weights["fidelity.reference"] == "others"
+
+
+def test_a_sweep_sees_another_reference(make_work, runs, pictures, monkeypatch):
+    """All of its points are measured anew, and the table is joined from them."""
+    one = {"sweep.last": [], "sweep.lists": {}, "sweep.chosen": None, "sweep.seeds": [0]}
+    work = make_work(runs, {**one, "fidelity.reference": str(pictures(0))})
+    monkeypatch.setattr("dmoe_var.stages.sweep._draw", lambda *_: None)
+    first = run_stage(work, "sweep")
+    assert run_stage(work, "sweep") == first
+    pictures(1)
+    second = run_stage(work, "sweep")
+    assert second.metrics["dense_fid_mean"] != first.metrics["dense_fid_mean"]
+
+
+def test_records_are_read_where_the_reference_is_not(make_work, runs, pictures):
+    """As on a laptop, where figures are drawn; what is there again is compared again."""
+    folder = pictures(0)
+    work = make_work(runs, {"fidelity.reference": str(folder)})
+    record = run_stage(work, "evaluate")
+    folder.rename(folder.with_name("away"))
+    assert record_if_done(work, "evaluate") == record
+    folder.with_name("away").rename(folder)
+    pictures(1)
+    assert record_if_done(work, "evaluate") is None
+
+
+def test_other_weights_of_the_network_are_measured_anew(make_work, tmp_path):
+    path = tmp_path / "weights.pth"
+    changes = {"fidelity.backbone": "inception", "fidelity.weights": str(path)}
+    found = []
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        work = make_work(changes=changes)
+        found.append((work.fingerprint("evaluate"), work.fingerprint_of_images()))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]
+
+
+# Images are kept by what they depend on
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fidelity.input_size": 96},
+        {"fidelity.neighbours": 2},
+        {"evaluate.format": "both"},
+        {"evaluate.format": "png"},
+        {"sampling.batch_size": 4},
+        {"sampling.batch_size": 20},
+        {"evaluate.format": "both", "sampling.batch_size": 3},
+    ],
+)
+def test_measuring_or_storing_otherwise_draws_nothing(make_work, runs, drawn_batches, changes):
+    first = run_stage(make_work(runs), "evaluate")
+    work = make_work(runs, changes)
+    record = run_stage(work, "evaluate")
+    assert drawn_batches == [0, 1, 2]
+    for name in ("fid_fake", "label_agreement", "flops_gmac", "sampling_ms_per_image"):
+        assert record.metrics[name] == first.metrics[name]
+    folder = work.folder("evaluate")
+    assert (folder / record.about["samples"]).exists()
+    if work.config.evaluate.format != "npz":
+        assert len(list((folder / "png").iterdir())) == 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluate.seed": 1},
+        {"selection.tau": 0.7},
+        {"sampling.cfg": 2},
+        {"evaluate.num_samples": 30},
+        {"train_router.lr": 0.5},
+        {"moe.scales": [3]},
+    ],
+)
+def test_other_images_are_drawn(make_work, changes):
+    assert make_work().fingerprint_of_images() != make_work(changes=changes).fingerprint_of_images()
+
+
+# Images that are given
+
+
+def given(make_work, runs, path, **fields):
+    shutil.rmtree(runs / "tiny", ignore_errors=True)  # no model is needed
+    changes = {"evaluate.samples": str(path), **fields}
+    return make_work(runs, changes)
+
+
+@pytest.mark.parametrize("kind", ["ours", "arr_1", "folder", "unlabelled"])
+def test_given_images_are_measured(make_work, runs, tmp_path, monkeypatch, kind):
+    """Real digits against real digits, without a model: the right class is seen in nearly all,
+    where labels are there."""
+    monkeypatch.setattr(evaluate, "Fidelity", Fidelity)
+    monkeypatch.setattr(models, "var", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(models, "vqvae", lambda *_: pytest.fail("a model is loaded"))
+    real, labels = real_digits()
+    path = tmp_path / "theirs=1.npz"
+    if kind == "folder":
+        for i, (image, label) in enumerate(zip(real, labels, strict=True)):
+            (path / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path / str(label) / f"{i}.png")
+    else:
+        names = {"ours": {"labels": labels}, "arr_1": {"arr_1": labels}, "unlabelled": {}}
+        np.savez(path, arr_0=real, **names[kind])
+    fields = {"fidelity.input_size": 32, "fidelity.precision_recall": True}
+    work = given(make_work, runs, path, **fields)
+    record = run_stage(work, "evaluate")
+    network = Fidelity(work.config.fidelity)
+    training = Bench(work).training_images.images
+    expected = network.score(real, network.statistics(training), network.features(training))
+    rel = 1e-3 if kind == "folder" else 1e-6  # another order
+    agreement = record.metrics.pop("label_agreement", None)
+    assert record.metrics == pytest.approx(expected, rel=rel)
+    assert (agreement is None) == (kind == "unlabelled")
+    assert agreement is None or agreement > 0.8
+    assert record.num_samples == len(real)
+    assert record.about["given"] == str(path)
+    assert record.weights["evaluate.samples"] == record.about["given_sha256"]
+    assert run_stage(work, "evaluate") == Record.read(work.folder("evaluate") / "result.json")
+    assert describe(work) == f"images of {path}"
+
+
+def real_digits():
+    """Held-out digits, 8 x 8, and their classes."""
+    _, held_out = load_digits(8)
+    return held_out.images[:60], held_out.labels[:60]
+
+
+def test_given_images_in_place_of_others_are_measured_anew(make_work, runs, tmp_path):
+    path, (real, labels) = tmp_path / "theirs.npz", real_digits()
+    work = given(make_work, runs, path)
+    found = []
+    for images in (real, 255 - real):
+        np.savez(path, arr_0=images, labels=labels)
+        found.append(run_stage(work, "evaluate").metrics["fid_fake"])
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("write", "parts"),
+    [
+        (lambda p: np.savez(p, arr_0=np.zeros((9, 32, 32, 3), np.uint8)), ("data.image_size=8",)),
+        (
+            lambda p: np.savez(p, mu=np.zeros(9), sigma=np.eye(9)),
+            ("statistics and no images",),
+        ),
+        (lambda p: p.write_bytes(b""), ("evaluate.samples=", "an empty file", "arr_0")),
+    ],
+)
+def test_other_given_files_are_one_line(make_work, runs, tmp_path, write, parts):
+    path = tmp_path / "theirs.npz"
+    write(path)
+    with pytest.raises(DataError) as caught:
+        run_stage(given(make_work, runs, path), "evaluate")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in (str(path), *parts) if part not in message] == [], message
+
+
+def test_given_images_are_for_evaluate_alone(make_work, no_work):
+    work = make_work(changes={"evaluate.samples": "gone.npz"})
+    with pytest.raises(ConfigError, match=r"evaluate.samples=gone.npz: no such file or folder"):
+        run_stage(work, "evaluate")
+    for stage in ("sweep", "figures", "report"):
+        with pytest.raises(ConfigError, match=r"evaluate.samples=gone.npz: .*null"):
+            run_stage(work, stage)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_labels_of_images_are_those_they_were_drawn_for(make_work, runs, monkeypatch, reverse):
+    """A model that draws real digits of the class it is asked for is right, and one that draws
+    those of the classes in reverse is not."""
+    real, labels = real_digits()
+    of_class = [real[labels == label] for label in range(10)]
+
+    def draw(self, number):
+        drawn, batch = self.labels_of(number), Drawing.drawn_batch(self, number)
+        shown = 9 - drawn if reverse else drawn
+        images = np.stack([of_class[label][i % 3] for i, label in enumerate(shown)])
+        return replace(batch, samples=replace(batch.samples, images=images))
+
+    monkeypatch.setattr(Drawing, "drawn_batch", Drawing.batch, raising=False)
+    monkeypatch.setattr(Drawing, "batch", draw)
+    work = make_work(runs, {"evaluate.num_samples": 25, "evaluate.model": "dense"})
+    agreement = run_stage(work, "evaluate").metrics["label_agreement"]
+    assert agreement < 0.2 if reverse else agreement > 0.8
+
+
+@pytest.mark.parametrize(("num_samples", "said"), [(20, 0), (25, 1), (5, 1)])
+def test_unequal_classes_are_told_once(make_work, runs, capsys, num_samples, said):
+    note.cache_clear()
+    bench = Bench(make_work(runs))
+    for seed in (0, 1):
+        changes = {"evaluate.num_samples": num_samples, "evaluate.seed": seed}
+        drawing = bench.drawing(make_work(runs, {**changes, "evaluate.model": "dense"}))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == said
+    line = f"evaluate.num_samples={num_samples} is no multiple of 10 classes"
+    assert [each for each in lines if not each.startswith(line)] == []
+    assert num_samples != 5 or drawing.labels.tolist() == [0, 2, 4, 6, 8]
 
 
 def test_other_processes_draw_and_do_not_measure(make_work, runs, monkeypatch):

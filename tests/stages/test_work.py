@@ -40,6 +40,7 @@ HOUSEKEEPING = [
     {"sparsify.micro_batch_size": 2, "sparsify.activation_checkpointing": True},
     {"figures.figure": "4", "figures.make": True, "figures.plan": True},
     {"sweep.parts": 2, "sweep.part": 1},
+    {"sampling.batch_size": 3, "fidelity.batch_size": 5},
 ]
 
 

@@ -1,0 +1,161 @@
+"""Images and statistics that a user names: recognised by what is in the file, not by its name.
+
+Legend: N images, H W height and width.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoe_var.arrays import map_npz, names_in, read_npz
+from dmoe_var.data.pictures import EXTENSIONS
+from dmoe_var.errors import DataError
+from dmoe_var.files import sha256_of
+from dmoe_var.metrics.image_sets import ImageFolder, KeyedArray, KeyedPixels
+
+IMAGES = "arr_0"
+"""Name of the images in files of the ADM evaluator, and in ours."""
+LABELS = ("labels", "arr_1")
+"""Names of their classes: in ours, and in what ADM's sampler writes."""
+STATISTICS = ("mu", "sigma")
+
+ALLOWED = (
+    "a folder of pictures, or an .npz file of images (arr_0, uint8 (N, H, W, 3)) or of statistics "
+    "(mu, sigma)"
+)
+START = 512
+"""Bytes that tell what a file is."""
+
+
+@dataclass(frozen=True)
+class NamedImages:
+    """What `open_images` found.
+
+    images: None where they are not there or not asked for. statistics: whether mu and sigma are
+    there.
+    """
+
+    path: Path
+    sha256: str
+    images: KeyedPixels | None
+    statistics: bool
+
+    def check_unchanged(self, hashes: Path | None) -> None:
+        """DataError where the content is no longer what it was when it was opened."""
+        if content_sha256(self.path, hashes) != self.sha256:
+            raise DataError(f"{self.path}: changed while it was read; run again once it is whole")
+
+
+def content_sha256(path: Path, hashes: Path | None) -> str:
+    """SHA-256 of a file, or of a folder's pictures and their places; DataError where there is
+    none. `hashes`: a folder in which those of a folder's files are kept."""
+    if path.is_dir():
+        return ImageFolder.open(path, 0, hashes).sha256
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def open_images(
+    key: str, path: Path, image_size: int, hashes: Path | None, *, images_too: bool
+) -> NamedImages:
+    """The images or statistics that a configuration key names, images of image_size pixels a side.
+
+    images_too: whether images that lie beside statistics are asked for.
+
+    Raises DataError, which names the key or the file, where it is missing or something else.
+    """
+    if path.is_dir():
+        folder = ImageFolder.open(path, image_size, hashes)
+        return NamedImages(path, folder.sha256, folder, False)
+    if not path.is_file():
+        raise DataError(f"{key}={path}: no such .npz file or folder of images; allowed: {ALLOWED}")
+    sha256 = content_sha256(path, hashes)
+    found = _arrays_in(key, path)
+    there = [name for name in STATISTICS if name in found]
+    if len(there) == 1:
+        (missing,) = {*STATISTICS} - {*there}
+        raise DataError(f"{key}={path}: holds {there[0]} and no {missing}; allowed: {ALLOWED}")
+    if not there and IMAGES not in found:
+        held = ", ".join(found[:5]) or "no arrays"
+        raise DataError(f"{key}={path}: holds {held}; allowed: {ALLOWED}")
+    images = None
+    if IMAGES in found and (images_too or not there):
+        images = KeyedArray(_images_of(path, image_size), f"{sha256}-{IMAGES}")
+    return NamedImages(path, sha256, images, bool(there))
+
+
+def labels_of(found: NamedImages) -> npt.NDArray[np.int64] | None:
+    """Classes (N,) of images: those in the .npz file, or the names of the folders that they lie in
+    where all are whole numbers; None where nothing tells."""
+    if isinstance(found.images, ImageFolder):
+        names = [path.parent.name for path in found.images.files]
+        if not all(name.isascii() and name.isdecimal() for name in names):
+            return None
+        return np.array([int(name) for name in names], dtype=np.int64)
+    name = next((name for name in LABELS if name in names_in(found.path)), None)
+    if name is None or found.images is None:
+        return None
+    labels: npt.NDArray[np.int64] = read_npz(found.path, [name])[0]
+    if labels.shape != (len(found.images),) or not np.issubdtype(labels.dtype, np.integer):
+        got = f"{labels.dtype} {labels.shape}"
+        raise DataError(f"{found.path}: {name} is {got}; expected a class for each image")
+    return labels.astype(np.int64)
+
+
+def _arrays_in(key: str, path: Path) -> list[str]:
+    """Names of the arrays in an .npz file; DataError says what another file is."""
+    with path.open("rb") as file:
+        start = file.read(START)
+    if start[:4] != b"PK\3\4":
+        raise DataError(f"{key}={path}: {_what_it_is(start)}; allowed: {ALLOWED}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{key}={path}: cut short or broken ({error})") from error
+    if not any(name.endswith(".npy") for name in members):
+        what = "a zip archive without arrays"
+        if any(name.endswith("data.pkl") for name in members):
+            what = "a PyTorch file"
+        elif any(name.lower().endswith(EXTENSIONS) for name in members):
+            what = "an archive of pictures, which is not unpacked here"
+        raise DataError(f"{key}={path}: {what}; allowed: {ALLOWED}")
+    return names_in(path)
+
+
+def _what_it_is(start: bytes) -> str:
+    """Of a file that begins like this and is no .npz file."""
+    pictures = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+    known = (
+        (not start, "an empty file"),
+        (start.startswith(b"\x93NUMPY"), "a single array; np.savez(file, arr_0=array) writes .npz"),
+        (start.startswith(b"version https://git-lfs"), "a pointer of git-lfs; run git lfs pull"),
+        (start.lstrip()[:1] == b"<", "a web page in the file's place"),
+        (start[:1] == b"\x80", "a pickle or a PyTorch file"),
+        (start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar", "an archive; unpack it"),
+        (start.startswith(pictures), "a single picture"),
+    )
+    return next((what for true, what in known if true), "no .npz file")
+
+
+def _images_of(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
+    """The images of an .npz file; DataError where they are not uint8 of this size."""
+    images = map_npz(path, IMAGES)
+    expected = (image_size, image_size, 3)
+    if images.dtype == np.uint8 and images.shape[1:] == expected:
+        return images
+    found, hint = f"{images.dtype} {images.shape}", ""
+    if images.dtype != np.uint8:
+        hint = "; rounded to 0..255 they are uint8"
+    elif images.ndim == 4 and images.shape[1] == 3:
+        hint = "; transpose(0, 2, 3, 1) brings channels last"
+    elif images.ndim == 4 and images.shape[3] == 3:
+        hint = f"; data.image_size={image_size} is the side of what is compared"
+    raise DataError(f"{path}: {IMAGES} is {found}; expected uint8 {('N', *expected)}{hint}")
