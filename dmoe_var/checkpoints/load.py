@@ -66,9 +66,9 @@ def _within(path: Path) -> Path:
         return path / CHECKPOINT
     try:
         inside = sorted(path.iterdir())
+        stages = [each for each in inside if (each / CHECKPOINT).is_dir()]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    stages = [each for each in inside if (each / CHECKPOINT).is_dir()]
     files = [each for each in inside if each.suffix in (".pth", ".pt", ".safetensors")]
     snapshots = list(path.glob("snapshots/*")) if not stages and not files else []
     choice = ", ".join(str(each) for each in (stages or files or snapshots)[:8])

@@ -79,7 +79,9 @@ def test_a_trainer_s_checkpoint_is_read_strictly(trainer, tmp_path):
     del trainer["trainer"]["var_wo_ddp"]["head.bias"]
     trainer["trainer"]["var_wo_ddp"]["more"] = torch.zeros(1)
     torch.save(trainer, tmp_path / "var.pth")
-    with pytest.raises(CheckpointError, match=r"missing 1 keys: head\.bias; unexpected 1 keys: more"):
+    with pytest.raises(
+        CheckpointError, match=r"missing 1 keys: head\.bias; unexpected 1 keys: more"
+    ):
         load_var(tmp_path / "var.pth")
 
 
@@ -137,7 +139,10 @@ class Code:
     [
         ({"blocks.0.attn.proj.lora_A.weight": torch.zeros(2, 2)}, "LoRA"),
         ({"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1}]}, "optimiser"),
-        ({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, "found conv1.weight, fc.bias"),
+        (
+            {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)},
+            "found conv1.weight, fc.bias",
+        ),
         ([torch.zeros(1)], "found list"),
         (torch.zeros(1), "found Tensor"),
         ({"model": Code()}, "posix.getcwd, which may be code"),
@@ -163,5 +168,7 @@ def test_var_and_vqvae_the_other_way_round(make_var, make_vqvae, tmp_path):
     save_file(make_vqvae().state_dict(), tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match=r"holds a VAR, not a VQ-VAE: load_var, base\.var"):
         load_vqvae(tmp_path / "var.pth")
-    with pytest.raises(CheckpointError, match=r"holds a VQ-VAE, not a VAR: load_vqvae, base\.vqvae"):
+    with pytest.raises(
+        CheckpointError, match=r"holds a VQ-VAE, not a VAR: load_vqvae, base\.vqvae"
+    ):
         load_var(tmp_path / "vae.safetensors")
