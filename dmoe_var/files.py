@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path, failure: type[InputError]) -> Any:
     """Content of a JSON file; `failure` names a file that is missing, unreadable or cut short."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors leave a mark
     except OSError as error:
         raise failure(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +12,15 @@ from dmoe_var.errors import CheckpointError
 
 REPOSITORY = "FoundationVision/var"
 PUBLISHED = ("var_d16", "var_d20", "var_d24", "var_d30", "var_d36", "vae_ch160v4096z32")
+
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+BY_STATUS = {
+    401: f"it wants to know who asks: {LOG_IN}",
+    403: f"the token may not do this; with one that may, {LOG_IN}",
+    404: "there is nothing of that name",
+    429: "too many requests; try again later",
+}
+"""What helps against an answer of the hub."""
 
 
 @cache
@@ -22,9 +32,18 @@ def fetch(name: str) -> Path:
         return Path(hf_hub_download(REPOSITORY, f"{name}.pth"))
 
 
+def cached(name: str) -> Path | None:
+    """Path of a published file that is in the local cache; nothing is asked of the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(REPOSITORY, f"{name}.pth")
+    return Path(found) if isinstance(found, str) else None
+
+
 @contextmanager
 def network_errors(what: str) -> Iterator[None]:
-    """CheckpointError, in one line, for a hub that cannot be reached, refuses, or a full disk."""
+    """CheckpointError, in one line that says what helps, for a hub that cannot be reached, refuses,
+    or a full disk."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # The base class of the HTTP library's errors, whichever library this huggingface_hub uses.
@@ -33,4 +52,44 @@ def network_errors(what: str) -> Iterator[None]:
         yield
     except (LocalEntryNotFoundError, HfHubHTTPError, http_error, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{what} ({reason})") from error
+        advice = _advice(error)
+        raise CheckpointError(f"{what}{advice and ': '}{advice} ({reason})") from error
+
+
+def _advice(error: BaseException) -> str:
+    """What helps against an error of the hub's client; "" where its own words have to do.
+
+    Of its classes those are named that every version since 0.26 has; all else goes by the status
+    that the hub answered, which an error about the cache carries as its cause.
+    """
+    from huggingface_hub import constants, errors
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    if isinstance(error, errors.GatedRepoError):
+        return f"gated: accept its conditions on its page on the hub, then {LOG_IN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such repository, or a private one: {LOG_IN}"
+    local = isinstance(error, errors.LocalEntryNotFoundError)
+    if isinstance(error, errors.EntryNotFoundError) and not local:
+        return "the repository has no such file"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return LOG_IN
+    numbers = {each.errno for each in causes if isinstance(each, OSError)}
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "the disk of the cache is full; HF_HOME names another place"
+    answers = (getattr(each, "response", None) for each in causes)
+    status = next((answer.status_code for answer in answers if answer is not None), None)
+    if status in BY_STATUS:
+        return BY_STATUS[status]
+    if status is not None:
+        return "the hub failed; try again later" if status >= 500 else ""
+    offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in causes)
+    if offline or (local and constants.HF_HUB_OFFLINE):
+        return "not in the cache, and HF_HUB_OFFLINE forbids fetching it"
+    if local or isinstance(error, (ConnectionError, TimeoutError)):
+        return "not in the cache, and the hub cannot be reached; a path to a copy will do"
+    return ""

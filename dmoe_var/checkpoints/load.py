@@ -2,99 +2,79 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe_var.checkpoints import hub, var_adapter
-from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, build_strictly, load_checkpoint
+from dmoe_var.checkpoints.file_kinds import kind_of_file
+from dmoe_var.checkpoints.safetensors_io import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    build_strictly,
+    is_described,
+    load_checkpoint,
+    read_bare,
+    read_tensors,
+)
+from dmoe_var.checkpoints.state_dicts import meant, read_pth
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 
 PACKAGED = Path(__file__).parent / "packaged"
 """Base models that this package carries, NAME/vqvae and NAME/var."""
+CHECKPOINT = "checkpoint"
+"""What the folder of a finished stage holds its model in."""
 
 
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    """State dict of a .pth file: tensors only, never code; memory-mapped, so that loading holds
-    the weights once (compressed files and those in torch's format before 1.6 are read)."""
-    try:
-        content = torch.load(
-            str(path), map_location="cpu", weights_only=True, mmap=_can_be_mapped(path)
-        )
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, holds something else than plain tensors, or no state dict at all"
-        ) from error
-    except Exception as error:  # a broken file makes the readers raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
-    plain = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    )
-    if not plain:
-        found = ", ".join(map(str, content))[:80] if isinstance(content, dict) else type(content)
-        raise CheckpointError(f"{path}: not a state dict of tensors (found {found})")
-    tensors = {name: _in_order(tensor.detach()) for name, tensor in content.items()}
-    _check_storage(tensors, path)
-    return tensors
-
-
-def _in_order(tensor: Tensor) -> Tensor:
-    """Channels-last weights of convolutions in the usual order; all else as it is."""
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous() if last else tensor
-
-
-def _can_be_mapped(path: Path) -> bool:
-    """Whether a file is a zip archive without compression: torch would map packed bytes as well."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-
-
-def _check_storage(tensors: dict[str, Tensor], path: Path) -> None:
-    """CheckpointError for tensors that are not plain numbers in memory of their own."""
-    problems: list[str] = []
-    places: list[tuple[int, int, str]] = []
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            problems.append(f"{name} holds no plain numbers")
-        elif not tensor.is_contiguous():
-            problems.append(f"{name} has gaps or repeats in memory")
-        elif tensor.numel():
-            places.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
-    for (_, end, name), (start, _, other) in pairwise(sorted(places)):
-        if start < end:
-            problems.append(f"{name} and {other} share memory")
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+def _packaged() -> list[str]:
+    """Names of the base models that this package carries."""
+    return sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
 
 
 def _locate(source: str | Path, kind: str) -> Path:
     """The file or folder that a name ("digits") or a path ("./digits") stands for."""
-    packaged = sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
+    packaged = _packaged()
     if isinstance(source, str) and source in packaged:
         return PACKAGED / source / kind
     if isinstance(source, str) and source in hub.PUBLISHED:
         return hub.fetch(source)
     try:
-        there = source != "" and Path(source).exists()
-    except (OSError, ValueError):  # too long, or with a null byte
+        path = Path(source).expanduser()
+        there = source != "" and path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, with a null byte, of no such user
         there = False
     if there:
-        return Path(source)
+        return _within(path)
     names = ", ".join([*packaged, *hub.PUBLISHED])
     raise CheckpointError(
         f"{str(source)[:200] or repr(source)}: no such file or folder; names are {names}"
+    )
+
+
+def _within(path: Path) -> Path:
+    """A file, or the checkpoint folder that a folder is or (a finished stage's) has in it.
+
+    CheckpointError, which says what to give, for a folder of such folders or of files.
+    """
+    if not path.is_dir() or any((path / name).exists() for name in (CONFIG_FILE, MODEL_FILE)):
+        return path
+    if (path / CHECKPOINT / CONFIG_FILE).is_file():
+        return path / CHECKPOINT
+    try:
+        inside = sorted(path.iterdir())
+        stages = [each for each in inside if (each / CHECKPOINT).is_dir()]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    files = [each for each in inside if each.suffix in (".pth", ".pt", ".safetensors")]
+    snapshots = list(path.glob("snapshots/*")) if not stages and not files else []
+    choice = ", ".join(str(each) for each in (stages or files or snapshots)[:8])
+    raise CheckpointError(
+        f"{path}: no checkpoint, it has no {CONFIG_FILE} and {MODEL_FILE}"
+        + (f"; give one of {choice}" if choice else "")
     )
 
 
@@ -102,6 +82,34 @@ def weights_file(source: str | Path, kind: str) -> Path:
     """The file that holds the weights of a source of `kind` "vqvae" or "var" (for its hash)."""
     path = _locate(source, kind)
     return path / MODEL_FILE if path.is_dir() else path
+
+
+def is_name(source: str | Path) -> bool:
+    """Whether a source is a name, of a published model or of a packaged one, and not a path."""
+    return isinstance(source, str) and (source in _packaged() or source in hub.PUBLISHED)
+
+
+def cached_file(source: str | Path, kind: str) -> Path | None:
+    """As `weights_file`, without fetching anything: None for what is not on this machine."""
+    if isinstance(source, str) and source in hub.PUBLISHED and source not in _packaged():
+        return hub.cached(source)
+    return weights_file(source, kind)
+
+
+def file_dtype(source: str | Path, kind: str) -> str:
+    """The precision of the weights of a source, as they are in its file: "bfloat16"."""
+    path = weights_file(source, kind)
+    tensors = _read(path, kind).values()
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.ndim > 1}
+    return ", ".join(sorted(name for name in found if "float" in name))
+
+
+def _read(path: Path, kind: str) -> dict[str, Tensor]:
+    """The state dict of a kind in a file, whatever reads it."""
+    if kind_of_file(path) == "torch":
+        return read_pth(path, kind)
+    tensors = read_tensors(path)[0] if is_described(path) else read_bare(path)
+    return meant(tensors, kind, path)
 
 
 @contextmanager
@@ -116,39 +124,42 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 
 
 def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> VQVAE:
-    """A VQ-VAE in eval mode on the CPU.
+    """A VQ-VAE in eval mode on the CPU, in the precision of its file.
 
-    source: a published .pth file, a checkpoint folder of ours, a published name
-    ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). patch_nums: a
-    published file does not hold it; None means the 256 px schedule there, and what the folder says
-    otherwise. CheckpointError where anything does not fit.
+    source: a file of published weights (.pth, .safetensors, or what the published trainer saves), a
+    checkpoint of ours (its folder, that of its stage, or the .safetensors file in it), a published
+    name ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). What a file
+    is, its content says. patch_nums: a published file does not hold it; None means the 256 px
+    schedule there, and what the folder says otherwise. CheckpointError where anything does not fit.
     """
     path = _locate(source, "vqvae")
-    if path.is_dir():
-        model = load_checkpoint(path, "vqvae")
-        assert isinstance(model, VQVAE)
-        if patch_nums is not None and tuple(patch_nums) != model.config.patch_nums:
-            ours, theirs = tuple(patch_nums), model.config.patch_nums
-            raise CheckpointError(f"{path}: patch_nums={ours}, but the checkpoint has {theirs}")
-        return model
-    tensors = _read_pth(path)
-    with _as_checkpoint_error(path):
-        config = var_adapter.vqvae_config(tensors, patch_nums, str(path))
-        return build_strictly(lambda: VQVAE(config), tensors, path)
+    if not _is_ours(path):
+        tensors = _read(path, "vqvae")
+        with _as_checkpoint_error(path):
+            config = var_adapter.vqvae_config(tensors, patch_nums, str(path))
+            tensors = var_adapter.fit_counter(tensors, config.patch_nums)
+            return build_strictly(lambda: VQVAE(config), tensors, path)
+    model = _load_ours(path, "vqvae")
+    assert isinstance(model, VQVAE)
+    if patch_nums is not None and tuple(patch_nums) != model.config.patch_nums:
+        ours, theirs = tuple(patch_nums), model.config.patch_nums
+        raise CheckpointError(f"{path}: patch_nums={ours}, but the checkpoint has {theirs}")
+    return model
 
 
 def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
-    """A VAR (dense, or with experts from a folder of ours) in eval mode on the CPU.
+    """A VAR (dense, or with experts from a checkpoint of ours) in eval mode on the CPU, in the
+    precision of its file.
 
     source: as for `load_vqvae`, e.g. "var_d16". With `vqvae`, the two are checked to belong
     together. CheckpointError where anything does not fit.
     """
     path = _locate(source, "var")
-    if path.is_dir():
-        model = load_checkpoint(path, "var")
+    if _is_ours(path):
+        model = _load_ours(path, "var")
         assert isinstance(model, VAR)
     else:
-        tensors = _read_pth(path)
+        tensors = _read(path, "var")
         with _as_checkpoint_error(path):
             config = var_adapter.var_config(tensors, str(path))
             model = build_strictly(lambda: VAR(config), tensors, path)
@@ -156,3 +167,17 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
         with _as_checkpoint_error(path):
             check_pair(vqvae, model.config)
     return model
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a config.json of ours says what the weights are: always for a folder."""
+    return path.is_dir() or (kind_of_file(path) == "safetensors" and is_described(path))
+
+
+def _load_ours(path: Path, kind: str) -> nn.Module:
+    """From a checkpoint folder, or from the file in it."""
+    return (
+        load_checkpoint(path, kind)
+        if path.is_dir()
+        else load_checkpoint(path.parent, kind, path.name)
+    )

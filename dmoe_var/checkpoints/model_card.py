@@ -119,8 +119,16 @@ def _rules(model: DynamicVAR) -> dict[int, SelectionRule]:
 
 
 def _shown_rule(rule: SelectionRule) -> str:
-    values = [f"{field.name} {getattr(rule, field.name):g}" for field in fields(rule)]  # type: ignore[arg-type]
+    values = [f"{field.name} {_shown_value(getattr(rule, field.name))}" for field in fields(rule)]  # type: ignore[arg-type]
     return " ".join([type(rule).__name__, *values])
+
+
+def _shown_value(value: object) -> str:
+    """A field of a rule, whatever it holds: a number, or one a layer."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown_value, value))}]"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:g}" if number else str(value)
 
 
 def _usage(load_as: str, tokenizers: Sequence[str]) -> str:

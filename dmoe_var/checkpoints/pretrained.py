@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.hub import network_errors
 from dmoe_var.checkpoints.model_card import model_card
 from dmoe_var.checkpoints.safetensors_io import (
     CONFIG_FILE,
     FORMAT,
     MODEL_FILE,
+    READ_BY,
     build_strictly,
     read_tensors,
     recover,
@@ -45,6 +48,8 @@ from dmoe_var.moe.selection import selection_from_json, selection_to_json
 KIND = "dynamic_var"
 CARD_FILE = "README.md"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE)
+EXPORTED = "dynamic_var"
+"""What the export stage calls a saved model's folder."""
 FRAMEWORK = {"format": "pt"}
 """What the hub's tools look for in a file's metadata; all else there names shared tensors."""
 
@@ -67,9 +72,10 @@ def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()
     """Write a model's folder whole or not at all; in a run of several processes, from one of them.
 
     records: what was measured of it, as records or paths to result.json files; they fill the model
-    card, which without any says that nothing was measured. An existing folder is replaced only if
-    it is empty or holds such a model and nothing else. CheckpointError otherwise, and for what
-    cannot be written; DataError for a record that is broken or of another model.
+    card, which without any says that nothing was measured. In an existing folder only the files of
+    such a model are replaced: hidden and other files stay. CheckpointError where there are other
+    files and no such model, and for what cannot be written; DataError for a record that is broken
+    or of another model.
     """
     place = Path(folder).resolve()
     _write_folder(model, place, str(folder), place.name, records)
@@ -84,21 +90,51 @@ def from_pretrained(
 ) -> DynamicVAR:
     """A model in eval mode on the CPU, its weights memory-mapped, from a folder or from the hub.
 
-    source: a folder of `save_pretrained`, or a hub repository ("owner/name"), of which `revision`
-    names a branch, tag or commit. cache_dir, local_files_only and token are huggingface_hub's.
+    source: a folder of `save_pretrained` (or the file of weights in it, or the folder of the export
+    stage around it), or a hub repository ("owner/name"), of which `revision` names a branch, tag or
+    commit. cache_dir, local_files_only and token are huggingface_hub's.
     Only numbers are read, strictly: CheckpointError, in one line, for anything missing, unexpected,
     cut short or out of range, and for a hub that cannot be reached.
     """
-    local = Path(source)
-    if local.name:
-        recover(local)
-    if local.is_dir():
+    local = _local(source)
+    if local is not None:
         if revision is not None:
             raise CheckpointError(
                 f"revision={revision}: {source} is a folder; a revision is for hub repositories"
             )
         return _load_folder(local)
     return _load_folder(_download(str(source), revision, cache_dir, local_files_only, token))
+
+
+def locate(source: str) -> Path:
+    """The folder of a saved model on this machine, fetched from the hub unless it is there."""
+    return _local(source) or _fetched(source)
+
+
+@cache
+def _fetched(repo_id: str) -> Path:
+    return _download(repo_id, None, None, False, None)
+
+
+def _local(source: str | Path) -> Path | None:
+    """The folder that a path stands for; None for what is no path here."""
+    try:
+        path = Path(source).expanduser()
+        if path.name:
+            recover(path)
+        if path.is_file():
+            if path.name not in FILES:
+                what = kind_of_file(path)
+                raise CheckpointError(f"{source}: a file ({what}); a saved DynamicVAR is a folder")
+            return path.parent
+        if not path.is_dir():
+            return None
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        return None
+    inner = path / EXPORTED
+    return inner if (inner / CONFIG_FILE).is_file() and not (path / CONFIG_FILE).exists() else path
 
 
 def push_to_hub(
@@ -135,6 +171,7 @@ def _write_folder(
     config = json.dumps(_config(model), indent=2, allow_nan=False) + "\n"
     card = model_card(model, load_as, records)
     replaced = recover(folder)
+    _keep_foreign(replaced, folder)
     _check_replaceable(folder, shown)
     temporary = folder.with_name(f".{folder.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
@@ -148,6 +185,7 @@ def _write_folder(
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(temporary, folder)
+        _keep_foreign(replaced, folder)
     except OSError as error:
         raise CheckpointError(f"{shown}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -176,22 +214,33 @@ def _version() -> str:
 
 
 def _check_replaceable(folder: Path, shown: str) -> None:
-    """CheckpointError for a folder whose content saving would destroy."""
+    """CheckpointError for a folder with files that are no saved model's, or with other files alone.
+    Hidden ones are no obstacle."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise CheckpointError(f"{shown}: is a file; a model needs a folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
-    if others:
+    inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if CONFIG_FILE not in inside and inside:
         raise CheckpointError(
-            f"{shown}: not replaced, it holds other files than a saved model's: {others[0]}"
-            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            f"{shown}: not replaced, it holds other files than a saved model's: {inside[0]}"
+            + (f" and {len(inside) - 1} more" if len(inside) > 1 else "")
         )
-    if any(folder.iterdir()):
+    if inside:
         try:
             _read_config(folder)
         except CheckpointError as error:
             raise CheckpointError(f"{shown}: not replaced, no saved model ({error})") from error
+
+
+def _keep_foreign(replaced: Path, folder: Path) -> None:
+    """Move what is no file of a saved model from the folder's older state to the newer one; after a
+    kill in between, the next save does it."""
+    if not replaced.is_dir() or not folder.is_dir():
+        return
+    for path in replaced.iterdir():
+        if path.name not in FILES and not (folder / path.name).exists():
+            os.replace(path, folder / path.name)
 
 
 def _without_twins(
@@ -247,9 +296,11 @@ def _read_config(folder: Path) -> DynamicVARConfig:
     content = read_json(path, CheckpointError)
     about = content if isinstance(content, dict) else {}
     if (about.get("format"), about.get("kind")) != (FORMAT, KIND):
+        kind = about.get("kind")
+        advice = f": {READ_BY[kind]} take it" if kind in READ_BY and kind != KIND else ""
         raise CheckpointError(
-            f"{path}: format={about.get('format')!r}, kind={about.get('kind')!r}; expected "
-            f"{FORMAT!r} and {KIND!r}"
+            f"{path}: format={about.get('format')!r}, kind={kind!r}; expected {FORMAT!r} and "
+            f"{KIND!r}{advice}"
         )
     try:
         # From JSON text, where strict still takes a list for a tuple.

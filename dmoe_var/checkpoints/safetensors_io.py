@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.files import read_json, whole_file, write_text
@@ -32,6 +34,12 @@ CONFIG_FILE = "config.json"
 RENAMES = 10
 """Tries to put a checkpoint where others are reading the older one."""
 WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+READ_BY = {
+    "vqvae": "load_vqvae, base.vqvae",
+    "var": "load_var, base.var",
+    "dynamic_var": "DynamicVAR.from_pretrained, sample.pretrained",
+}
+"""What reads a checkpoint of each kind, in Python and as a configuration key."""
 KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "vqvae": (VQVAE, VQVAEConfig),
     "var": (VAR, VARConfig),
@@ -59,6 +67,8 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
     """Tensors (memory-mapped) and metadata of a safetensors file, or CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
+    if kind_of_file(path) != "safetensors":
+        raise CheckpointError(f"{path}: a file of torch (.pth), no safetensors file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -98,7 +108,7 @@ def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | s
 
 def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """CheckpointError where numbers that follow from the shape (scale numbers, the mask) differ, or
-    the weights have several types."""
+    the weights are of a type that is not computed with."""
     for name, buffer in skeleton.named_buffers():
         given = tensors[name]
         if buffer.is_meta or given.is_meta:  # without values
@@ -106,9 +116,9 @@ def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: 
         if not torch.equal(buffer.to(given), given):
             raise CheckpointError(f"{source}: {name} is not what follows from the shape")
     dtypes = {tensors[name].dtype for name, _ in skeleton.named_parameters()}
-    if len(dtypes) > 1 or not dtypes <= WEIGHT_TYPES:
+    if not dtypes <= WEIGHT_TYPES:
         found, allowed = (", ".join(sorted(map(str, types))) for types in (dtypes, WEIGHT_TYPES))
-        raise CheckpointError(f"{source}: weights are {found}; allowed: one of {allowed}")
+        raise CheckpointError(f"{source}: weights are {found}; allowed: {allowed}")
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:
@@ -134,7 +144,8 @@ def build_strictly(
     build: Callable[[], Model], tensors: Mapping[str, Tensor], source: Path | str
 ) -> Model:
     """The module that `build` makes, in eval mode, with these very tensors: no copy, no second
-    set of weights (it is built on the meta device). CheckpointError where they do not fit."""
+    set of weights (it is built on the meta device). Weights of several precisions become the one
+    that loses nothing. CheckpointError where they do not fit."""
     try:
         with torch.device("meta"), _WithoutInitialValues():
             model = build()
@@ -143,7 +154,8 @@ def build_strictly(
     check_fit(model, tensors, source)
     check_constants(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return (model.to(reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model).eval()
 
 
 def recover(folder: Path) -> Path:
@@ -216,7 +228,10 @@ def read_config(folder: Path, kind: str) -> Any:
     content = read_json(path, CheckpointError)
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: kind={found!r}, expected a {FORMAT} checkpoint of {kind!r}")
+        advice = f": {READ_BY[found]} take it" if found in READ_BY else ""
+        raise CheckpointError(
+            f"{path}: kind={found!r}, expected a {FORMAT} checkpoint of {kind!r}{advice}"
+        )
     try:
         return TypeAdapter(KINDS[kind][1]).validate_python(content.get("config"))
     except ValidationError as error:
@@ -225,11 +240,39 @@ def read_config(folder: Path, kind: str) -> Any:
         raise CheckpointError(f"{path}: config.{where}: {first['msg']}") from error
 
 
-def load_checkpoint(folder: Path, kind: str) -> nn.Module:
-    """A model from a checkpoint folder, strictly, on the CPU, in eval mode."""
+def load_checkpoint(folder: Path, kind: str, name: str = MODEL_FILE) -> nn.Module:
+    """A model from a checkpoint folder, strictly, on the CPU, in eval mode. name: of the file there
+    that holds the weights."""
     if folder.absolute().name:  # "/" has none, and no place beside it
         recover(folder.absolute())
-    config = read_config(folder, kind)
-    tensors, _ = read_tensors(folder / MODEL_FILE)
-    check_size(config, tensors, str(folder / MODEL_FILE))
-    return build_strictly(lambda: KINDS[kind][0](config), tensors, folder / MODEL_FILE)
+    config, path = read_config(folder, kind), folder / name
+    tensors, _ = read_tensors(path)
+    check_size(config, tensors, str(path))
+    return build_strictly(lambda: KINDS[kind][0](config), tensors, path)
+
+
+def is_described(path: Path) -> bool:
+    """Whether a config.json of ours lies beside a file of weights and says what they are."""
+    config = path.parent / CONFIG_FILE
+    content = read_json(config, CheckpointError) if config.is_file() else None
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_bare(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file that no config.json describes: published ones in that format.
+
+    CheckpointError for a file of ours: its names do not tell all of its model, and a ReLU would be
+    taken for a GELU.
+    """
+    tensors, about = read_tensors(path)
+    if "state" in about:
+        raise CheckpointError(
+            f"{path}: the state of a training that is not finished, no model; the finished one is "
+            "in checkpoint/"
+        )
+    if "fingerprint" in about:
+        raise CheckpointError(
+            f"{path}: a checkpoint of ours without its {CONFIG_FILE} beside it, which says what "
+            "the weights do not (the activation, say); give its folder, or put that file there"
+        )
+    return tensors

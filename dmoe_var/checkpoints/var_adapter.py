@@ -15,6 +15,9 @@ from dmoe_var.errors import CheckpointError
 from dmoe_var.models.var import HEAD_DIM, VARConfig
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
 
+COUNTER = "quantize.ema_vocab_hit_SV"
+"""How often each code was used at each scale while the VQ-VAE was trained."""
+
 
 def count(tensors: Mapping[str, Tensor], pattern: str, source: str) -> int:
     """How many numbers from 0 on the pattern's group matches in names; CheckpointError for gaps."""
@@ -49,8 +52,8 @@ def check_size(config: VARConfig | VQVAEConfig, tensors: Mapping[str, Tensor], s
                 count(tensors, r"encoder\.down\.0\.block\.(\d+)\.", source),
                 config.num_res_blocks,
             ),
-            "quantize.ema_vocab_hit_SV": (
-                _shape(tensors, "quantize.ema_vocab_hit_SV", source, 2),
+            COUNTER: (
+                _shape(tensors, COUNTER, source, 2),
                 (len(config.patch_nums), config.vocab_size),
             ),
             "num_phi": (
@@ -78,14 +81,15 @@ def vqvae_config(
     """Shape of a published VQ-VAE.
 
     It does not hold patch_nums: None means the 256 px schedule, and CheckpointError where the
-    number of scales shows that this cannot be.
+    number of scales that it was trained with shows that this cannot be. With others it is the same
+    model: see `fit_counter`.
     """
-    num_scales, vocab_size = _shape(tensors, "quantize.ema_vocab_hit_SV", source, 2)
+    num_scales, vocab_size = _shape(tensors, COUNTER, source, 2)
     schedule = tuple(patch_nums) if patch_nums is not None else PATCH_NUMS_256
-    if len(schedule) != num_scales:
-        given = "none given, so the 256 px schedule" if patch_nums is None else "given"
+    if patch_nums is None and len(schedule) != num_scales:
         raise CheckpointError(
-            f"{source}: patch_nums ({given}) has {len(schedule)} scales, the file has {num_scales}"
+            f"{source}: patch_nums (none given, so the 256 px schedule) has {len(schedule)} "
+            f"scales, the file has {num_scales}; give patch_nums"
         )
     levels = count(tensors, r"encoder\.down\.(\d+)\.", source)
     ch = _shape(tensors, "encoder.conv_in.weight", source, 4)[0]
@@ -109,6 +113,18 @@ def vqvae_config(
         num_phi=num_phi,
         conv_kernel=kernel,
     )
+
+
+def fit_counter(tensors: Mapping[str, Tensor], patch_nums: Sequence[int]) -> dict[str, Tensor]:
+    """The same, with the counter of code use made anew where it is that of other scales.
+
+    It is a statistic of training that nothing computes with, and the only tensor whose shape
+    follows from the scales: a published VQ-VAE serves VARs of any schedule.
+    """
+    counter = tensors[COUNTER]
+    if len(counter) == len(patch_nums):
+        return dict(tensors)
+    return {**tensors, COUNTER: counter.new_zeros(len(patch_nums), *counter.shape[1:])}
 
 
 def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:

@@ -49,6 +49,8 @@ class Record:
     weights: Mapping[str, str] = field(default_factory=dict)
     """SHA-256, by configuration key, of the files that base models came from, and of what images
     were compared with (the training images: their key)."""
+    weights_dtype: Mapping[str, str] = field(default_factory=dict)
+    """The precision of base models in those files, by configuration key; `dtype` is what ran."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What is not a number: file names, tau lists, sources of weights."""
     schema_version: int = SCHEMA_VERSION
@@ -64,7 +66,7 @@ class Record:
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise DataError(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
-        for name in ("metrics", "config", "libraries", "weights", "about"):
+        for name in ("metrics", "config", "libraries", "weights", "weights_dtype", "about"):
             if not isinstance(content.get(name, {}), dict):
                 raise DataError(f"{path}: {name} is {content[name]!r}, expected a mapping")
         try:

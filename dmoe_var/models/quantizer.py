@@ -17,14 +17,19 @@ from dmoe_var.models.products import Conv2d, at_least_float32
 
 
 class Phi(Conv2d):
-    """phi(h) = (1 - r) h + r conv3x3(h): smooths an upsampled code map."""
+    """phi(h) = (1 - r) h + r conv3x3(h): smooths an upsampled code map. In float32 at least, also
+    where its weights are half and under autocast: it is part of the sum that tokens code."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__(channels, channels, kernel_size=3, padding=1)
         self.ratio = ratio
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
-        smooth_BCHW = super().forward(h_BCHW.to(self.weight.dtype))
+        dtype = torch.promote_types(at_least_float32(h_BCHW).dtype, self.weight.dtype)
+        assert self.bias is not None
+        weight, bias, h_BCHW = (x.to(dtype) for x in (self.weight, self.bias, h_BCHW))
+        with torch.autocast(h_BCHW.device.type, enabled=False):
+            smooth_BCHW = self._conv_forward(h_BCHW, weight, bias)
         return h_BCHW * (1 - self.ratio) + smooth_BCHW * self.ratio
 
 
@@ -123,7 +128,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def nearest_code(self, z_NC: Tensor) -> Tensor:
         """Indices (N,) of the codes with the least L2 distance to each row of z_NC."""
-        codes_VC = self.embedding.weight
+        codes_VC = at_least_float32(self.embedding.weight)
         with torch.autocast(z_NC.device.type, enabled=False):  # 8 bits do not tell codes apart
             z_NC = z_NC.to(codes_VC.dtype)
             distance_NV = z_NC.square().sum(1, keepdim=True) + codes_VC.square().sum(1)
@@ -158,7 +163,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def encode_with_inputs(self, f_BCHW: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of each scale the tokens (B, p*p) and the vectors (N, C) that they stand for."""
-        residual_BCHW = f_BCHW.detach().clone()
+        residual_BCHW = at_least_float32(f_BCHW.detach()).clone()
         scales = []
         for si in range(len(self.patch_nums)):
             z_NC = self._vectors_of(residual_BCHW, si)
@@ -193,6 +198,7 @@ class MultiScaleQuantizer(nn.Module):
         Returns f_hat with the straight-through gradient (B, C, H, W), the quantisation loss
         mean_si(beta |sg(f_hat) - f|^2 + |f_hat - sg(f)|^2), and the tokens of each scale.
         """
+        f_BCHW = at_least_float32(f_BCHW)
         target_BCHW = f_BCHW.detach()
         f_hat_BCHW = torch.zeros_like(target_BCHW)
         loss = f_BCHW.new_zeros(())

@@ -249,6 +249,8 @@ class VQVAE(nn.Module):
         if images_B3RR.shape[-3:] != (3, size, size):
             shape = tuple(images_B3RR.shape)
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {shape}")
+        if images_B3RR.is_floating_point():
+            images_B3RR = images_B3RR.to(self.quant_conv.weight.dtype)
         out: Tensor = self.quant_conv(self.encoder(images_B3RR))
         return out
 
@@ -277,4 +279,5 @@ class VQVAE(nn.Module):
     def forward(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Training pass: unclamped reconstruction, quantisation loss, tokens of each scale."""
         f_hat_BCHW, loss, tokens = self.quantize(self.features(images_B3RR))
-        return self.decoder(self.post_quant_conv(f_hat_BCHW)), loss, tokens
+        z_BCHW = f_hat_BCHW.to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z_BCHW)), loss, tokens

@@ -90,7 +90,7 @@ def differences(work: Work, record: Record) -> list[str]:
         upstream = "train_var"
     elif record.stage == "evaluate" and model == "pruned":
         upstream = "sparsify" if record.config["pruning.model"] == "sparse" else "train_var"
-    return _differing(work.relevant(upstream), record)
+    return work.differing(upstream, record)
 
 
 def _differing(keys: Mapping[str, Any], record: Record) -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.safetensors_io import is_described
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.figures.part_times import draw_part_times
 from dmoe_var.metrics.flops import FlopReport, count_flops
@@ -384,8 +385,9 @@ def _check_compiler(work: Work) -> None:
 
 
 def _openable(path: Path) -> Path:
-    """The folder of a checkpoint of ours, or a .pth file."""
-    return path.parent if path.suffix == ".safetensors" else path
+    """The folder of a checkpoint of ours, or a file of published weights."""
+    ours = path.suffix == ".safetensors" and is_described(path)
+    return path.parent if ours else path
 
 
 def _check_published(folder: str, sources: Mapping[str, str]) -> None:

@@ -51,7 +51,7 @@ class Bench:
     def images(self) -> tuple[TeacherForced, TeacherForced]:
         """Of the training set, and held-out ones."""
         counts = (self.config.images, self.config.held_out)
-        sets = token_sets(self.work, self.vqvae)
+        sets = token_sets(self.work, models.vqvae(self.work))  # float32, whatever samples
         training, held_out = (
             TeacherForced(tokens, self.vqvae, count, self.config.batch_size)
             for tokens, count in zip(sets, counts, strict=True)

@@ -1,4 +1,4 @@
-"""What an evaluation compares, by content: reference, given samples, the network's own weights.
+"""What an evaluation compares, by content: reference, given samples.
 
 A path says where something lies, not what: files are overwritten in place, folders lose pictures.
 """
@@ -35,12 +35,10 @@ def held() -> Iterator[None]:
 def contents(config: Config, cache: Path, recorded: Mapping[str, str]) -> dict[str, str]:
     """Hash of content by configuration key. What is not at hand is taken as `recorded`: records
     are read where the pictures are not."""
-    fidelity = config.fidelity
     places: dict[str, Path | DataConfig] = {
         key: Path(value).expanduser()
         for key, value in (
-            ("fidelity.reference", fidelity.reference),
-            ("fidelity.weights", fidelity.weights if fidelity.backbone == "inception" else None),
+            ("fidelity.reference", config.fidelity.reference),
             ("evaluate.samples", config.evaluate.samples),
         )
         if value is not None

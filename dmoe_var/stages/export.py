@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
 from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
 from dmoe_var.metrics.record import RESULT_FILE, Record
 from dmoe_var.stages import models
@@ -9,7 +12,6 @@ from dmoe_var.stages.graph import StageResult, require
 from dmoe_var.stages.work import OPTIONAL, Work
 from dmoe_var.training.distributed import is_main
 
-FOLDER = "dynamic_var"
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""
 
@@ -39,7 +41,6 @@ def run(work: Work) -> StageResult:
 def measured(work: Work) -> list[Record]:
     """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
     sample counts and references; of a stage that has no record, none."""
-    upstream = work.relevant("train_router")
     said = work.config.leaves.items()
     given = {key: value for key, value in said if key.startswith("selection.")}
     rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
@@ -48,16 +49,17 @@ def measured(work: Work) -> list[Record]:
     for stage in MEASURING:
         for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
             record = Record.read(path)
-            shown = dict(upstream)
+            shown: dict[str, Any] = {}
             if record.config.get("evaluate.samples"):
                 continue
             if record.config.get("evaluate.model") == "pruned" and stage == "evaluate":
                 continue
             if stage == "evaluate" and record.config.get("evaluate.model") != "dense":
-                shown |= rule | scales
+                shown = rule | scales
             more = [key for key in OPTIONAL if key not in shown and record.config.get(key)]
             if more and stage == "evaluate" and record.config.get("evaluate.model") != "dense":
                 continue  # another rule, which this model does not have
-            if all(record.config.get(key) == value for key, value in shown.items()):
+            same = all(record.config.get(key) == value for key, value in shown.items())
+            if same and not work.differing("train_router", record):
                 records.append(record)
     return records

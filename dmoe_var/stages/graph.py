@@ -86,12 +86,7 @@ def require(work: Work, stage: str) -> Record:
             f"{stage} is not done in {path.parent}; run scripts/{stage}.py or scripts/pipeline.py "
             "with the same options first"
         )
-    ours, theirs = work.relevant(stage), Record.read(path).config
-    differs = [
-        f"{key} is {ours.get(key)}, there {theirs.get(key)}"
-        for key in sorted(ours)
-        if ours.get(key) != theirs.get(key)
-    ]
+    differs = work.differing(stage, Record.read(path))
     raise InputError(
         f"{path.parent}: made with another configuration ({'; '.join(differs)}); run "
         f"scripts/{stage}.py or scripts/pipeline.py again"
@@ -175,6 +170,7 @@ def _record(work: Work, stage: str, result: StageResult, started: str) -> Record
         git_commit=git_commit(),
         libraries=library_versions(),
         weights={**work.weights(stage), **work.compared(stage, {})},
+        weights_dtype=work.weights_dtype(stage),
         about=result.about,
     )
 

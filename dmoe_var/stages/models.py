@@ -1,9 +1,15 @@
-"""The models that stages hand to each other: loaded strictly, checked to be the configured ones."""
+"""The models that stages hand to each other: loaded strictly, checked to be the configured ones.
+
+They are float32 whatever precision their files hold: images are coded and models are trained so.
+What samples in another precision (`sampling.dtype`) casts them itself.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.safetensors_io import build_strictly, save_checkpoint
@@ -36,7 +42,7 @@ def vqvae(work: Work) -> VQVAE:
     source = given if given is not None else checkpoint(work, "train_vqvae")
     model = load_vqvae(source, work.config.vqvae.patch_nums)
     _check(str(source), model.config, work.config.vqvae, ("beta",))
-    return model.to(work.device).requires_grad_(False)
+    return model.to(work.device, torch.float32).requires_grad_(False)
 
 
 def dense(work: Work) -> VAR:
@@ -83,7 +89,7 @@ def _var(work: Work, source: str | Path, expected: VARConfig) -> VAR:
         config = replace(config, experts=experts)
     _check(str(source), config, expected, TRAINING_ONLY)
     configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
-    return configured.to(work.device)
+    return configured.to(work.device, torch.float32)
 
 
 def _check(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.load import cached_file, file_dtype, is_name, weights_file
 from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
 from dmoe_var.config import BenchmarkConfig, Config
-from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.files import sha256_of
+from dmoe_var.metrics.record import Record
 from dmoe_var.stages.compared import contents
 from dmoe_var.training.distributed import is_main, launched_processes, local_rank
 from dmoe_var.training.loop import Run
@@ -29,6 +30,8 @@ MEASURING = ("fidelity.", "evaluate.format")
 
 DEFAULT_VARIANT = "default"
 MAX_NAME = 60
+SHOWN = 16
+"""Characters of a given file's hash, or of its name, in the name of a variant."""
 
 EXPERTS = ("moe", "selection")
 """Sections that say nothing about a dense model."""
@@ -122,6 +125,9 @@ HOUSEKEEPING = (
 with others. `data.root` is
 where the pictures are, not which: other pictures want another `name`. `sweep.part` is which points
 a run measures, not what they are."""
+
+GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
+"""Keys that name files. What is in the files counts, and not where they lie."""
 
 OF_A_SECTION = tuple(key for key in HOUSEKEEPING if "." in key)
 
@@ -310,54 +316,80 @@ class Work:
         is compared included; of this, what is not at hand counts as `recorded`."""
         compared = self.compared(stage, recorded or {})
         content = {"weights": self.weights(stage), **({"compared": compared} if compared else {})}
-        return _hash({**self.relevant(stage), **content})
+        return _hash({**self._settings(stage), **content})
 
     def fingerprint_of_images(self) -> str:
         """Hash of all that the images of an evaluation depend on; how they are measured or stored
         draws none again."""
-        keys = {**self.relevant("evaluate"), **self.weights("evaluate")}  # content for a path
+        keys = {**self._settings("evaluate"), **self.weights("evaluate")}
         return _hash({k: value for k, value in keys.items() if not k.startswith(MEASURING)})
 
     def compared(self, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
         """Hashes, by configuration key, of what a stage compares: `contents`."""
         return contents(self.config, self.cache, recorded) if stage in COMPARING else {}
 
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """What a stage depends on, but for the places of given files."""
+        return {k: v for k, v in self.relevant(stage).items() if k not in GIVEN}
+
     def weights(self, stage: str) -> dict[str, str]:
-        """SHA-256 of the files of the models that a stage depends on, where they are given, by
-        configuration key. CheckpointError where a base model cannot be found or fetched."""
+        """SHA-256 of the files that a stage depends on, where they are given, by configuration key.
+        CheckpointError where one cannot be found or fetched."""
+        keys = self.relevant(stage)
+        found: dict[str, str] = {}
+        for key in GIVEN:
+            if keys.get(key) is not None:
+                found |= _contents(key, keys[key])
+        return found
+
+    def weights_dtype(self, stage: str) -> dict[str, str]:
+        """The precision that base models have in their files, by configuration key."""
         given = {"vqvae": self.config.base.vqvae, "var": self.config.base.var}
         keys = self.relevant(stage)
-        found = {
-            f"base.{kind}": sha256_of(weights_file(source, kind))
+        return {
+            f"base.{kind}": file_dtype(source, kind)
             for kind, source in given.items()
             if source is not None and f"base.{kind}" in keys
         }
-        pretrained = self.config.sample.pretrained
-        if stage == "sample" and pretrained is not None and Path(pretrained).is_dir():
-            stored = Path(pretrained) / MODEL_FILE  # a name on the hub stands for its content
-            rules = Path(pretrained) / CONFIG_FILE
-            found |= {"sample.pretrained": sha256_of(stored)} if stored.is_file() else {}
-            found |= {"sample.pretrained.config": sha256_of(rules)} if rules.is_file() else {}
-        return found
+
+    def differing(self, stage: str, record: Record) -> list[str]:
+        """In what a record was made otherwise than a stage would be now, a line a key. Given files
+        differ by their content."""
+        ours, theirs = self.relevant(stage), record.config
+        weights = self.weights(stage)
+        return [
+            f"{key} is {ours[key]}, there {theirs.get(key)}"
+            for key in sorted(ours)
+            if (
+                weights.get(key) != record.weights.get(key)
+                if key in GIVEN
+                else theirs.get(key) != ours[key]
+            )
+        ]
 
     def variant(self, stage: str) -> str:
-        """`default`, or a short name with a hash of what differs from the experiment's own."""
+        """`default`, or a short name with a hash of what differs from the experiment's own.
+
+        Two places of the same file do not differ, if its content is known without fetching it.
+        """
         baseline = self.relevant(stage, self.baseline)
         ours = self.relevant(stage)
-        keys = sorted(baseline.keys() | ours.keys())
         missing = object()
-        differs = [k for k in keys if baseline.get(k, missing) != ours.get(k, missing)]
+        differs = [
+            key
+            for key in sorted(baseline.keys() | ours.keys())
+            if baseline.get(key, missing) != ours.get(key, missing)
+            and not _same_content(key, baseline.get(key), ours.get(key))
+        ]
         if not differs:
             return DEFAULT_VARIANT
+        told = {key: _told(key, ours[key]) for key in differs if key in ours}
         parts = []
-        for key in differs:
-            if key not in ours:  # a dense point does not depend on experts
-                continue
-            value = ours[key]
+        for key, value in told.items():  # a dense point does not depend on experts
             text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(f"{key.rpartition('.')[2]}={text}")
+            parts.append(f"{key.rpartition('.')[2]}={text[:SHOWN] if key in GIVEN else text}")
         name = "".join(c if c.isalnum() or c in "=._-+" else "-" for c in "_".join(parts))
-        return f"{name[:MAX_NAME]}-{_hash({k: ours.get(k) for k in differs})[:8]}"
+        return f"{name[:MAX_NAME]}-{_hash({key: told.get(key) for key in differs})[:8]}"
 
     def folder(self, stage: str) -> Path:
         """runs/<experiment>/<stage>/<variant>."""
@@ -387,6 +419,45 @@ def _unread_by(benchmark: BenchmarkConfig) -> tuple[str, ...]:
     if not benchmark.dynamic:
         return EXPERTS
     return () if benchmark.chosen else ("selection",)
+
+
+def _contents(key: str, source: str) -> dict[str, str]:
+    """SHA-256 of what a key that names files stands for, by key; fetched where it has to be."""
+    if key == "fidelity.weights":
+        return {key: sha256_of(Path(source))}
+    if key != "sample.pretrained":
+        return {key: sha256_of(weights_file(source, key.removeprefix("base.")))}
+    from dmoe_var.checkpoints.pretrained import locate  # reads the hub's client, half a second
+
+    folder = locate(source)
+    files = {key: folder / MODEL_FILE, f"{key}.config": folder / CONFIG_FILE}
+    return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
+
+
+def _known(key: str, source: str | None) -> dict[str, str] | None:
+    """As `_contents`, of what is on this machine; None for what is not, or cannot be read."""
+    try:
+        if source is None:
+            return None
+        if key.startswith("base."):
+            file = cached_file(source, key.removeprefix("base."))
+            return None if file is None else {key: sha256_of(file)}
+        return _contents(key, source) if Path(source).expanduser().exists() else None
+    except (CheckpointError, OSError, ValueError):  # whoever reads it says what is wrong with it
+        return None
+
+
+def _same_content(key: str, one: Any, other: Any) -> bool:
+    return key in GIVEN and (known := _known(key, one)) is not None and known == _known(key, other)
+
+
+def _told(key: str, value: Any) -> Any:
+    """What stands for a value in a variant's name: of files their content, or the name that they
+    are fetched by."""
+    if key not in GIVEN or value is None or is_name(value):
+        return value
+    known = _known(key, value)
+    return value if known is None else _hash(known)
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -138,11 +138,6 @@ def test_no_state_dicts(tmp_path, content):
     assert_refused(load_var, tmp_path / "other.pth", "state dict")
 
 
-def test_a_wrapped_state_dict_says_what_it_found(make_var, tmp_path):
-    torch.save({"model": make_var().state_dict()}, tmp_path / "var.pth")
-    assert_refused(load_var, tmp_path / "var.pth", "found model")
-
-
 # Archives
 
 

@@ -167,6 +167,12 @@ def test_a_file_is_downloaded_once(server, cache, make_var):
     assert gets(server) == [None]  # and no second download in the next
 
 
+def test_what_is_in_the_cache_is_known_without_asking(no_server, cache):
+    assert hub.cached("var_d16") is None
+    path = in_cache(cache, b"weights")
+    assert hub.cached("var_d16") == path
+
+
 def test_an_interrupted_download_goes_on_where_it_stopped(server):
     """The client writes chunks (of 10 MiB): what it has written is not sent again."""
     server.content, server.break_first = random.Random(0).randbytes(24 * 2**20), 1
@@ -185,24 +191,27 @@ def test_a_download_that_is_always_interrupted(server, cache):
 
 
 @pytest.mark.parametrize(
-    ("status", "code"),
+    ("status", "code", "helps"),
     [
-        (404, "EntryNotFound"),
-        (404, "RepoNotFound"),
-        (401, "RepoNotFound"),
-        (403, "GatedRepo"),
-        (500, ""),
+        (404, "EntryNotFound", "no such file"),
+        (404, "RepoNotFound", "hf auth login"),
+        (401, "RepoNotFound", "hf auth login"),
+        (401, "", "hf auth login"),
+        (403, "GatedRepo", "accept its conditions"),
+        (403, "", "with one that may"),
+        (429, "", "try again later"),
+        (500, "", "try again later"),
     ],
 )
-def test_a_hub_that_refuses(server, cache, status, code):
+def test_a_hub_that_refuses(server, cache, status, code, helps):
     server.status, server.code = status, code
-    assert_refused()
+    assert_refused(helps)
     server.status = 200
     assert hub.fetch("var_d16").read_bytes() == server.content  # the failure is not remembered
 
 
 def test_no_hub(no_server):
-    assert_refused()
+    assert_refused("cannot be reached")
 
 
 def test_a_cached_file_serves_without_a_hub(no_server, cache):
@@ -217,7 +226,7 @@ def test_offline(server, cache, monkeypatch, cached):
     if cached:
         assert hub.fetch("var_d16") == path
     else:
-        assert_refused()
+        assert_refused("HF_HUB_OFFLINE")
     assert server.asked == []
 
 

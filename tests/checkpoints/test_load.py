@@ -11,12 +11,14 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 
-from dmoe_var import load_var, load_vqvae
+from dmoe_var import DynamicVAR, load_var, load_vqvae
 from dmoe_var.checkpoints import hub
-from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.load import file_dtype, weights_file
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.errors import CheckpointError
+from dmoe_var.training.state import StateFile
 
 PATCH_NUMS = (1, 2, 3, 4)
 
@@ -129,8 +131,7 @@ def test_patch_nums_default_to_the_256_px_schedule(make_vqvae, tmp_path):
 @pytest.mark.parametrize(
     ("patch_nums", "said"),
     [
-        (None, ("patch_nums", "10 scales", "4")),
-        ((1, 2, 3), ("patch_nums", "3 scales", "4")),
+        (None, ("patch_nums", "10 scales", "4", "give patch_nums")),
         ((1, 2, 3, 3), ("patch_nums", "(1, 2, 3, 3)")),
         ((0, 1, 2, 3), ("patch_nums",)),
     ],
@@ -138,6 +139,130 @@ def test_patch_nums_default_to_the_256_px_schedule(make_vqvae, tmp_path):
 def test_patch_nums_that_cannot_be(make_vqvae, tmp_path, patch_nums, said):
     path = save_pth(tmp_path / "vae.pth", make_vqvae())
     assert_refused(lambda p: load_vqvae(p, patch_nums), path, *said)
+
+
+@pytest.mark.parametrize("patch_nums", [(1, 2, 3), (1, 2, 3, 4, 5), (1, 4), (2, 3, 4, 6)])
+def test_a_vqvae_serves_any_scales(make_vqvae, tmp_path, patch_nums):
+    """The counter of code use alone is of the scales of its training, and nothing reads it."""
+    vqvae = make_vqvae()
+    loaded = load_vqvae(save_pth(tmp_path / "vae.pth", vqvae), patch_nums)
+    assert loaded.config.patch_nums == patch_nums
+    other = make_vqvae(patch_nums=patch_nums)
+    ours, theirs, given = loaded.state_dict(), other.state_dict(), vqvae.state_dict()
+    counter = "quantize.ema_vocab_hit_SV"
+    assert ours[counter].shape == (len(patch_nums), 32)
+    assert all(torch.equal(ours[k], given[k]) for k in ours if k != counter)
+    other.load_state_dict({**given, counter: theirs[counter]})
+    size = loaded.config.image_size
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = loaded.encode(images)
+    assert all(map(torch.equal, tokens, other.encode(images)))
+    assert [t.shape[1] for t in tokens] == [p * p for p in patch_nums]
+
+
+def test_a_vqvae_of_other_scales_agrees_with_the_published_code(parity, tmp_path):
+    """A counter cut to fewer scales, as another schedule leaves it: tokens stay the published."""
+    state = torch.load(parity.vae_path, weights_only=True)
+    counter = "quantize.ema_vocab_hit_SV"
+    state[counter] = state[counter][:2]
+    torch.save(state, tmp_path / "vae.pth")
+    vqvae = load_vqvae(tmp_path / "vae.pth", parity.config["patch_nums"])
+    for si, tokens in enumerate(vqvae.encode(parity.io["image"])):
+        assert torch.equal(tokens, parity.io[f"tokens.{si}"])
+
+
+# Safetensors files
+
+
+@pytest.fixture(params=["relu", "gelu"])
+def ours(request, make_var, tmp_path):
+    """A checkpoint folder of ours, whose tensors do not tell the activation."""
+    var = make_var(activation=request.param)
+    save_checkpoint(tmp_path / "ours", var)
+    return tmp_path / "ours", var
+
+
+def test_a_file_in_our_folder_is_the_folder(ours):
+    folder, var = ours
+    for path in (folder / "model.safetensors", folder / "best.pth"):  # a name says nothing
+        if not path.exists():
+            (folder / "model.safetensors").rename(path)
+        loaded = load_var(path)
+        assert loaded.config == var.config
+        assert same(loaded, var)
+
+
+def test_a_file_of_ours_alone_is_refused(ours, tmp_path):
+    """It would be read as a GELU."""
+    path = (ours[0] / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    assert_refused(load_var, path, "config.json")
+    (tmp_path / "config.json").write_text('{"architectures": ["VAR"]}')  # somebody else's
+    assert_refused(load_var, path, "config.json")
+
+
+def test_published_tensors_as_safetensors(make_var, make_vqvae, tmp_path):
+    for load, model in ((load_var, make_var()), (vqvae_of, make_vqvae())):
+        save_file(model.state_dict(), tmp_path / "bare.safetensors", {"format": "pt"})
+        loaded = load(tmp_path / "bare.safetensors")
+        assert same(loaded, model)
+        assert loaded.config == model.config
+
+
+def test_a_training_state_is_no_model(make_var, tmp_path):
+    path = tmp_path / "state.safetensors"
+    StateFile(path, "print").save(1, make_var(), torch.optim.SGD(make_var().parameters()))
+    assert_refused(load_var, path, "not finished", "checkpoint/")
+
+
+def test_a_saved_dynamic_model_is_no_base(make_var, make_moe, tmp_path):
+    DynamicVAR(make_var(), make_moe(make_var()), (2, 3)).save_pretrained(tmp_path / "both")
+    for path in (tmp_path / "both", tmp_path / "both" / "model.safetensors"):
+        assert_refused(load_var, path, "DynamicVAR.from_pretrained")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((tmp_path / "both" / "model.safetensors").read_bytes())
+    assert_refused(load_var, alone, "DynamicVAR.from_pretrained")
+
+
+# Folders of folders
+
+
+def test_the_folder_of_a_stage(make_var, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "train_var" / "default" / "checkpoint", make_var())
+    assert same(load_var(tmp_path / "train_var" / "default"), make_var())
+    file = tmp_path / "train_var" / "default" / "checkpoint" / "model.safetensors"
+    assert weights_file(tmp_path / "train_var" / "default", "var") == file
+    assert_refused(load_var, tmp_path / "train_var", f"give one of {tmp_path}/train_var/default")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert same(load_var("~/train_var/default"), make_var())
+
+
+def test_a_folder_of_published_files(make_var, tmp_path):
+    """As a download of the whole repository is, and the hub's cache around it."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    save_pth(snapshot / "var_d16.pth", make_var())
+    assert_refused(load_var, snapshot, "config.json", f"give one of {snapshot}/var_d16.pth")
+    assert_refused(load_var, tmp_path / "models--a--b", f"give one of {snapshot}")
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_model_has_the_precision_of_its_file(make_var, tmp_path, dtype):
+    path = save_pth(tmp_path / "var.pth", make_var().to(dtype))
+    assert {p.dtype for p in load_var(path).parameters()} == {dtype}
+    assert file_dtype(path, "var") == str(dtype).removeprefix("torch.")
+
+
+def test_several_precisions_become_the_one_that_loses_nothing(make_var, tmp_path):
+    var = make_var()
+    state = {n: t.bfloat16() if n.startswith("blocks") else t for n, t in var.state_dict().items()}
+    torch.save(state, tmp_path / "var.pth")
+    loaded = load_var(tmp_path / "var.pth")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(torch.equal(t.float(), state[n].float()) for n, t in loaded.state_dict().items())
+    assert file_dtype(tmp_path / "var.pth", "var") == "bfloat16, float32"
 
 
 @LOADERS

@@ -33,7 +33,7 @@ from dmoe_var.checkpoints import pretrained
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.errors import CheckpointError, DataError
 from dmoe_var.metrics.record import SCHEMA_VERSION, Record
-from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.moe.selection import LayerThreshold, SelectionRule
 
 SCALES = (1, 3)
 RULES = [Threshold(0.3), TopK(2)]
@@ -300,14 +300,93 @@ def test_an_empty_folder_is_filled(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(pretrained.FILES)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".git", "weights"])
-def test_a_folder_with_other_files_is_not_replaced(model, folder, name):
-    (folder / name).write_text("mine")
-    before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=f"not replaced, it holds other files.*: {name}"):
+def test_a_folder_of_other_files_is_not_written_to(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="it holds other files than a saved model"):
+        model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+FOREIGN = (".DS_Store", ".git/HEAD", "LICENSE", "assets/grid.png")
+
+
+def add_foreign(folder, names=FOREIGN):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_other_files_in_a_saved_model_s_folder_stay(make_model, folder):
+    add_foreign(folder)
+    other = make_model(Threshold(0.9))
+    for _ in range(2):
+        other.save_pretrained(folder)
+    assert DynamicVAR.from_pretrained(folder).selection == Threshold(0.9)
+    assert all((folder / name).read_text() == name for name in FOREIGN)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_hidden_files_are_no_obstacle(model, tmp_path):
+    """A repository that was just made."""
+    add_foreign(tmp_path, FOREIGN[:2])
+    model.save_pretrained(tmp_path)
+    assert all((tmp_path / name).read_text() == name for name in FOREIGN[:2])
+    assert set(pretrained.FILES) < {path.name for path in tmp_path.iterdir()}
+
+
+def test_other_files_survive_a_kill(model, folder, monkeypatch):
+    """Between the renames and the moving of what stays: the next save finds it."""
+    add_foreign(folder)
+    keep = pretrained._keep_foreign
+    calls = []
+
+    def killed(replaced, into):
+        calls.append(into)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        keep(replaced, into)
+
+    monkeypatch.setattr(pretrained, "_keep_foreign", killed)
+    with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
-    assert (folder / name).read_text() == "mine"
-    assert (folder / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    model.save_pretrained(folder)
+    assert all((folder / name).read_text() == name for name in FOREIGN)
+
+
+@pytest.mark.parametrize(
+    "selection", [LayerThreshold((0.25, 0.5)), [LayerThreshold((0.1, 0.2)), TopK(2)]]
+)
+def test_a_tau_for_each_layer(make_model, tmp_path, selection):
+    """Saved, told in the card, and loaded: the same images."""
+    model = make_model(selection)
+    model.save_pretrained(tmp_path / "model")
+    loaded = DynamicVAR.from_pretrained(tmp_path / "model")
+    assert loaded.selection == selection
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first = selection[0] if isinstance(selection, list) else selection
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"LayerThreshold taus [{first.taus[0]:g}, {first.taus[1]:g}]" in card
+
+
+@pytest.mark.parametrize("rule", [*RULES, Cumulative(0.5), Oracle(0.1), Random(1, seed=3), All()])
+def test_every_rule_has_a_card(make_model, tmp_path, rule):
+    make_model(rule).save_pretrained(tmp_path / "model")
+    assert type(rule).__name__ in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_what_stands_for_a_saved_folder(model, tmp_path, monkeypatch):
+    """The file of weights in it; the folder of the export stage around it."""
+    model.save_pretrained(tmp_path / "default" / "dynamic_var")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    inside = tmp_path / "default" / "dynamic_var" / "model.safetensors"
+    for source in (inside, tmp_path / "default", "~/default/dynamic_var"):
+        ours, theirs = DynamicVAR.from_pretrained(source).state_dict(), model.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (tmp_path / "zipped").write_bytes(b"PK\x05\x06" + bytes(18))
+    with pytest.raises(CheckpointError, match="a zip archive of nothing"):
+        DynamicVAR.from_pretrained(tmp_path / "zipped")
 
 
 def test_what_is_no_saved_model_is_not_replaced(model, tmp_path):

@@ -150,3 +150,54 @@ def test_gradient_is_straight_through(quantizer, f_BCHW):
 
 def test_training_pass_draws_the_tokens_of_encode(quantizer, f_BCHW):
     assert_close(quantizer(f_BCHW)[2], quantizer.encode(f_BCHW))
+
+
+@pytest.fixture
+def half():
+    """A quantiser in bfloat16, the same values in float64, and features of bfloat16."""
+    torch.manual_seed(0)
+    quantizer = MultiScaleQuantizer(64, 8, PATCH_NUMS, num_phi=2)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 3)
+    quantizer.bfloat16()
+    double = MultiScaleQuantizer(64, 8, PATCH_NUMS, num_phi=2).double()
+    double.load_state_dict(quantizer.state_dict())
+    return quantizer, double, torch.randn(16, 8, 5, 5).bfloat16()
+
+
+def test_half_precision_codes_as_float64(half):
+    """The values are of 8 bits; what is computed with them is not."""
+    quantizer, double, f_BCHW = half
+    for ours, exact in zip(quantizer.encode(f_BCHW), double.encode(f_BCHW.double()), strict=True):
+        assert torch.equal(ours, exact)
+
+
+def test_half_precision_adds_up_as_float64(half):
+    quantizer, double, f_BCHW = half
+    tokens = double.encode(f_BCHW.double())
+    for ours, exact in zip(
+        quantizer.partial_sums(tokens), double.partial_sums(tokens), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert_close(ours.double(), exact, rtol=0, atol=1e-5)
+    assert_close(
+        quantizer.teacher_input(tokens).double(), double.teacher_input(tokens), rtol=0, atol=1e-5
+    )
+    f_hat_BCHW, loss, found = quantizer(f_BCHW)
+    exact_BCHW, exact_loss, _ = double(f_BCHW.double())
+    assert all(map(torch.equal, found, tokens))
+    assert_close(f_hat_BCHW.double(), exact_BCHW, rtol=0, atol=1e-5)
+    assert_close(loss.double(), exact_loss, rtol=1e-5, atol=0)
+
+
+def test_autocast_changes_nothing(half):
+    """Float32 weights and features that autocast left in bfloat16: as without it."""
+    _, double, f_BCHW = half
+    quantizer = double.float()
+    plain = quantizer(f_BCHW.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, tokens = quantizer(f_BCHW), quantizer.encode(f_BCHW)
+    assert torch.equal(plain[0], inside[0])
+    assert all(map(torch.equal, plain[2], inside[2]))
+    assert all(map(torch.equal, plain[2], tokens))

@@ -107,3 +107,16 @@ def test_attention_is_softmax_over_positions():
 def test_patch_nums_have_to_rise(patch_nums):
     with pytest.raises(ValueError, match="patch_nums"):
         VQVAEConfig(patch_nums=patch_nums)
+
+
+def test_half_precision_takes_images_of_any_precision(make_vqvae):
+    vqvae = make_vqvae().bfloat16()
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = vqvae.encode(images)
+    assert all(map(torch.equal, tokens, vqvae.encode(images.bfloat16())))
+    exact = make_vqvae().bfloat16()
+    f_BCHW = exact.features(images)
+    expected = exact.float().quantize.encode(f_BCHW.float())
+    assert all(map(torch.equal, tokens, expected))
+    reconstruction, _, _ = vqvae(images)
+    assert reconstruction.isfinite().all()

@@ -1,0 +1,180 @@
+"""The one state dict that is meant in a file: bare, or within a trainer's checkpoint.
+
+The published trainer leaves both models beside its optimiser; others wrap theirs as "model" or
+"state_dict"; DistributedDataParallel, torch.compile and FSDP put a word into every name. What a
+state dict is follows from its own names, whatever the file calls it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe_var.checkpoints.safetensors_io import READ_BY
+from dmoe_var.errors import CheckpointError
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What torch's wrappers put into a name."""
+LANDMARKS = {
+    "vqvae": ("quantize.embedding.weight", "quant_conv.weight", "post_quant_conv.weight"),
+    "var": ("pos_start", "pos_1LC", "lvl_1L", "word_embed.weight"),
+}
+"""Names that a state dict of a kind has, and one of the other kind has not."""
+TITLES = {"vqvae": "VQ-VAE", "var": "VAR"}
+SEVERAL = 3
+"""State dicts in one dictionary that are looked at: more than one is refused."""
+DEEPEST = 4
+"""Dictionaries within dictionaries that are looked into."""
+
+
+def read_pth(path: Path, kind: str) -> dict[str, Tensor]:
+    """The state dict of `kind` "vqvae" or "var" in a file of torch: tensors only, never code;
+    memory-mapped, so that loading holds the weights once (compressed files and those in torch's
+    format before 1.6 are read)."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a trainer's options
+            content = torch.load(
+                str(path), map_location="cpu", weights_only=True, mmap=_can_be_mapped(path)
+            )
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        held = f"{code[1]}, which may be code" if code else "something else than plain tensors"
+        raise CheckpointError(
+            f"{path}: refused, holds {held}, or no state dict at all; save the weights alone: "
+            "torch.save(model.state_dict(), file)"
+        ) from error
+    except Exception as error:  # a broken file makes the readers raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
+    tensors = {name: _in_order(t.detach()) for name, t in meant(content, kind, path).items()}
+    _check_storage(tensors, path)
+    return tensors
+
+
+def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
+    """The one state dict of a kind in what a file holds, without the words of wrappers.
+
+    CheckpointError, which says what there is, where there is none or more than one.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    others: set[str] = set()
+    for place, candidate in _mappings(content):
+        names = _unwrapped(candidate, path)
+        if any(n.startswith("dense.") for n in names) and any(n.startswith("moe.") for n in names):
+            raise CheckpointError(
+                f"{path}: both models of a DynamicVAR: {READ_BY['dynamic_var']} take its folder"
+            )
+        for other in LANDMARKS:
+            for prefix, state in _of_kind(names, other):
+                if other == kind:
+                    found[f"{place}{prefix}".rstrip(".")] = state
+                else:
+                    others.add(other)
+    if not found:
+        raise CheckpointError(f"{path}: {_without(content, kind, others)}")
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: several state dicts of a {TITLES[kind]}: {', '.join(found)}; save "
+            "the one that you mean in a file of its own"
+        )
+    (state,) = found.values()
+    wrong = [f"{n} is {type(t).__name__}" for n, t in state.items() if not isinstance(t, Tensor)]
+    if wrong:
+        raise CheckpointError(f"{path}: not a state dict of tensors ({', '.join(wrong)[:80]})")
+    return state
+
+
+def _mappings(content: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary with names in a file's content, with its place in it ("trainer.var.")."""
+    todo: list[tuple[str, object, int]] = [("", content, 0)]
+    seen: set[int] = set()
+    while todo:
+        place, item, depth = todo.pop(0)
+        if not isinstance(item, Mapping) or id(item) in seen or depth > DEEPEST:
+            continue
+        seen.add(id(item))
+        named = {key: value for key, value in item.items() if isinstance(key, str)}
+        yield place, named
+        todo += [(f"{place}{key}.", value, depth + 1) for key, value in named.items()]
+
+
+def _unwrapped(names: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The same without the words of torch's wrappers; CheckpointError where two become one."""
+    plain: dict[str, Any] = {}
+    for name, value in names.items():
+        short = ".".join(word for word in name.split(".") if word not in WRAPPERS) or name
+        if short in plain and isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {short} is there twice, wrapped and not")
+        plain[short] = value
+    return plain
+
+
+def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """State dicts of a kind in one dictionary: itself, or the parts of a larger module."""
+    prefixes = {
+        name.removesuffix(landmark): None
+        for landmark in LANDMARKS[kind]
+        for name, value in names.items()
+        if isinstance(value, Tensor) and (name == landmark or name.endswith(f".{landmark}"))
+    }
+    for prefix in list(prefixes)[:SEVERAL]:
+        own = {n.removeprefix(prefix): t for n, t in names.items() if n.startswith(prefix)}
+        yield prefix, own
+
+
+def _without(content: object, kind: str, others: set[str]) -> str:
+    """What is said of a file without a state dict of the kind."""
+    wanted = f"a {TITLES[kind]}"
+    if others:
+        (other,) = others
+        return f"holds a {TITLES[other]}, not {wanted}: {READ_BY[other]} take it"
+    if not isinstance(content, Mapping):
+        return f"not a state dict of {wanted} (found {type(content).__name__})"
+    names = [str(name) for name in content]
+    if any("lora" in name.lower() for name in names):
+        return f"LoRA weights alone, not a state dict of {wanted}: merge them into the model first"
+    if {"state", "param_groups"} <= set(names):
+        return f"an optimiser's state, not a state dict of {wanted}"
+    shown = ", ".join(names[:8])[:120] or "nothing"
+    return f"not a state dict of {wanted} (found {shown})"
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Channels-last weights of convolutions in the usual order; all else as it is."""
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous() if last else tensor
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a file is a zip archive without compression: torch would map packed bytes as well."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _check_storage(tensors: dict[str, Tensor], path: Path) -> None:
+    """CheckpointError for tensors that are not plain numbers in memory of their own."""
+    problems: list[str] = []
+    places: list[tuple[int, int, str]] = []
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            problems.append(f"{name} holds no plain numbers")
+        elif not tensor.is_contiguous():
+            problems.append(f"{name} has gaps or repeats in memory")
+        elif tensor.numel():
+            places.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
+    for (_, end, name), (start, _, other) in pairwise(sorted(places)):
+        if start < end:
+            problems.append(f"{name} and {other} share memory")
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")

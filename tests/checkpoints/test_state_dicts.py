@@ -1,0 +1,174 @@
+"""Trainers' checkpoints and wrapped state dicts load as the bare ones, strictly; what else a file
+holds is said in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmoe_var import load_var, load_vqvae
+from dmoe_var.errors import CheckpointError
+
+PATCH_NUMS = (1, 2, 3, 4)
+
+
+def renamed(state, word):
+    return OrderedDict((f"{word}{name}", tensor) for name, tensor in state.items())
+
+
+def compiled_blocks(state):
+    """As where each block was compiled by itself."""
+    return {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in state.items()}
+
+
+def same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def optimiser(var):
+    """The state of an optimiser after a step, as the published trainer nests it."""
+    adam = torch.optim.AdamW(var.parameters())
+    for parameter in var.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    adam.step()
+    return {"optimizer": adam.state_dict(), "scaler": {"scale": 2.0, "_growth_tracker": 0}}
+
+
+@pytest.fixture
+def trainer(make_var, make_vqvae):
+    """What the published trainer saves after an epoch, with these two models."""
+    var, vqvae = make_var(), make_vqvae()
+    settings = {"patch_nums": PATCH_NUMS, "resos": (2, 4, 6, 8), "prog_it": 3, "first_prog": True}
+    return {
+        "epoch": 10,
+        "iter": 0,
+        "trainer": {
+            "config": settings,
+            "var_wo_ddp": var.state_dict(),
+            "vae_local": vqvae.state_dict(),
+            "var_opt": optimiser(make_var()),
+        },
+        "args": OrderedDict(depth=2, pn="1_2_3_4", patch_nums=PATCH_NUMS, seed=None, tlr=1e-4),
+    }
+
+
+def test_the_published_trainer_s_checkpoint(trainer, make_var, make_vqvae, tmp_path):
+    path = tmp_path / "ar-ckpt-last.pth"
+    torch.save(trainer, path)
+    vqvae = load_vqvae(path, PATCH_NUMS)
+    assert same(vqvae, make_vqvae())
+    assert same(load_var(path, vqvae), make_var())
+
+
+@pytest.mark.parametrize(("part", "load"), [("var_wo_ddp", load_var), ("vae_local", load_vqvae)])
+def test_a_trainer_s_checkpoint_without_a_part(trainer, tmp_path, part, load):
+    del trainer["trainer"][part]
+    torch.save(trainer, tmp_path / "cut.pth")
+    other = {"var_wo_ddp": "load_vqvae", "vae_local": "load_var"}[part]
+    with pytest.raises(CheckpointError, match=f"cut.pth: holds a .*: {other}, base"):
+        load(tmp_path / "cut.pth")
+
+
+def test_a_trainer_s_checkpoint_is_read_strictly(trainer, tmp_path):
+    del trainer["trainer"]["var_wo_ddp"]["head.bias"]
+    trainer["trainer"]["var_wo_ddp"]["more"] = torch.zeros(1)
+    torch.save(trainer, tmp_path / "var.pth")
+    with pytest.raises(
+        CheckpointError, match=r"missing 1 keys: head\.bias; unexpected 1 keys: more"
+    ):
+        load_var(tmp_path / "var.pth")
+
+
+WRAPPED = {
+    "module": lambda s: renamed(s, "module."),
+    "compiled": lambda s: renamed(s, "_orig_mod."),
+    "both": lambda s: renamed(s, "_orig_mod.module."),
+    "both, otherwise": lambda s: renamed(s, "module._orig_mod."),
+    "each block": compiled_blocks,
+    "model": lambda s: {"model": s, "epoch": 3},
+    "state_dict": lambda s: {"state_dict": renamed(s, "module."), "best": 0.5},
+    "a larger module": lambda s: {"state_dict": {**renamed(s, "net.var."), "x": torch.zeros(1)}},
+    "options": lambda s: {"model": s, "args": argparse.Namespace(depth=2, name="a")},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_state_dicts(make_var, tmp_path, name):
+    content = WRAPPED[name](make_var().state_dict())
+    torch.save(content, tmp_path / "var.pth")
+    assert same(load_var(tmp_path / "var.pth"), make_var())
+
+
+def test_a_wrapped_safetensors_file(make_vqvae, tmp_path):
+    save_file(renamed(make_vqvae().state_dict(), "module."), tmp_path / "vae.safetensors")
+    assert same(load_vqvae(tmp_path / "vae.safetensors", PATCH_NUMS), make_vqvae())
+
+
+def test_one_of_several_is_not_guessed(make_var, tmp_path):
+    state = make_var().state_dict()
+    torch.save({"model": state, "ema": {k: t + 1 for k, t in state.items()}}, tmp_path / "var.pth")
+    with pytest.raises(CheckpointError, match="several state dicts of a VAR: model, ema; save"):
+        load_var(tmp_path / "var.pth")
+    torch.save({**renamed(state, "module."), **state}, tmp_path / "var.pth")
+    with pytest.raises(CheckpointError, match="is there twice"):
+        load_var(tmp_path / "var.pth")
+
+
+def test_an_endless_file_ends(tmp_path):
+    """Dictionaries within each other, in a circle."""
+    content = {"a": {}}
+    content["a"]["b"] = content
+    torch.save(content, tmp_path / "var.pth")
+    with pytest.raises(CheckpointError, match="not a state dict of a VAR"):
+        load_var(tmp_path / "var.pth")
+
+
+class Code:
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"blocks.0.attn.proj.lora_A.weight": torch.zeros(2, 2)}, "LoRA"),
+        ({"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1}]}, "optimiser"),
+        (
+            {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)},
+            "found conv1.weight, fc.bias",
+        ),
+        ([torch.zeros(1)], "found list"),
+        (torch.zeros(1), "found Tensor"),
+        ({"model": Code()}, "posix.getcwd, which may be code"),
+    ],
+    ids=["lora", "optimiser", "other", "list", "tensor", "code"],
+)
+def test_what_holds_no_such_model(tmp_path, content, said):
+    torch.save(content, tmp_path / "x.pth")
+    for load in (load_var, load_vqvae):
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path / "x.pth")
+        assert said in str(caught.value)
+
+
+def test_a_state_dict_with_more_than_tensors(make_var, tmp_path):
+    torch.save({**make_var().state_dict(), "epoch": 3}, tmp_path / "var.pth")
+    with pytest.raises(CheckpointError, match="epoch is int"):
+        load_var(tmp_path / "var.pth")
+
+
+def test_var_and_vqvae_the_other_way_round(make_var, make_vqvae, tmp_path):
+    torch.save(make_var().state_dict(), tmp_path / "var.pth")
+    save_file(make_vqvae().state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds a VAR, not a VQ-VAE: load_var, base\.var"):
+        load_vqvae(tmp_path / "var.pth")
+    with pytest.raises(
+        CheckpointError, match=r"holds a VQ-VAE, not a VAR: load_vqvae, base\.vqvae"
+    ):
+        load_var(tmp_path / "vae.safetensors")
