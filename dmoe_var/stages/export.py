@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
-from dmoe_var.metrics.record import RESULT_FILE, Record
+from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult, require
 from dmoe_var.stages.work import OPTIONAL, Work
@@ -38,7 +38,7 @@ def run(work: Work) -> StageResult:
 
 def measured(work: Work) -> list[Record]:
     """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
-    sample counts and references; of a stage that has no record, none."""
+    sample counts and references; of a stage that has no record, or a broken one, none."""
     upstream = work.relevant("train_router")
     said = work.config.leaves.items()
     given = {key: value for key, value in said if key.startswith("selection.")}
@@ -47,8 +47,10 @@ def measured(work: Work) -> list[Record]:
     records = []
     for stage in MEASURING:
         for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
-            record = Record.read(path)
+            record = whole_record(path, "left out")
             shown = dict(upstream)
+            if record is None:
+                continue
             if record.config.get("evaluate.model") == "pruned" and stage == "evaluate":
                 continue
             if stage == "evaluate" and record.config.get("evaluate.model") != "dense":
