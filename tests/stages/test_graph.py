@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.metrics.record import Record
@@ -23,7 +24,7 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.report import records
-from dmoe_var.stages import export, figures, models
+from dmoe_var.stages import calibration_bench, evaluate, export, figures, models
 from dmoe_var.stages.graph import (
     StageResult,
     order,
@@ -189,9 +190,8 @@ def test_a_record_that_a_crash_left_broken(make_work, runs, capsys, kind):
     path, content = work.folder("train_vqvae") / "result.json", BROKEN[kind]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(
-        InputError, match=r"result\.json: .*; run scripts/train_vqvae\.py"
-    ) as caught:
+    said = r"result\.json: .*; run scripts/train_vqvae\.py"
+    with pytest.raises(InputError, match=said) as caught:
         require(work, "train_vqvae")
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().err.count("\n") == 1
@@ -356,6 +356,34 @@ def test_models_go_from_stage_to_stage(make_work, runs):
     before, after = split.state_dict(), routed.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if ".router." in name}
+
+
+def test_fine_tuning_starts_from_the_dense_model(make_work, runs):
+    """At a rate at which nothing moves, its weights are what comes out."""
+    still = {"sparsify.lr": 1e-12, "sparsify.lr_end": 0.0, "sparsify.steps": 1}
+    work = make_work(runs, still)
+    run_stage(work, "sparsify")
+    expected, found = models.dense(work).state_dict(), models.sparse(work).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_trained_routers_are_what_is_used(make_work, runs):
+    """Joined, exported, calibrated, evaluated: never those that the split left untrained."""
+    work = make_work(runs)
+    expected = load_file(work.folder("train_router") / "checkpoint" / "model.safetensors")
+    routers = {name: tensor for name, tensor in expected.items() if ".router." in name}
+    before = load_file(work.folder("split") / "checkpoint" / "model.safetensors")
+    assert all(not torch.equal(before[name], tensor) for name, tensor in routers.items())
+    run_stage(work, "export")
+    used = {
+        "joined": models.dynamic(work).moe,
+        "exported": from_pretrained(work.folder("export") / export.FOLDER).moe,
+        "calibrated": calibration_bench.Bench(work).model.moe,
+        "evaluated": evaluate.Bench(work).model(work).moe,
+    }
+    for name, moe in used.items():
+        found = moe.state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in routers.items()), name
 
 
 def without_speeds(metrics):
