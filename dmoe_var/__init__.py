@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from dmoe_var.devices import settle_threads
+
+settle_threads()  # before torch is imported
+
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.metrics.flops import count_flops

@@ -1,18 +1,22 @@
-"""Files that appear whole or not at all, and what identifies their content."""
+"""Files that appear whole or not at all, folders in which one process works at a time, and what
+identifies a file's content."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +28,9 @@ from dmoe_var.errors import InputError
 CHUNK = 2**24
 ABANDONED = 3600
 """Seconds without a write after which another machine's temporary file is nobody's any more."""
+LOCK_FILE = ".lock"
+NOT_OFFERED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system says that has no locks, or cannot write through to its disk."""
 HASHING_THREADS = 8
 HASHED_AT_ONCE = 64
 """Files that a thread hashes before it is given more: a data set has a million."""
@@ -40,6 +47,10 @@ SETTLED_NS = 2_000_000_000
 Stamp: TypeAlias = tuple[int, int, int, int]
 """A file's size, times of change of content and of inode, and inode number."""
 
+_writers = itertools.count()
+_held: set[tuple[int, Path]] = set()
+"""Threads and the folders that they hold."""
+
 
 @cache
 def note(text: str) -> None:
@@ -51,15 +62,18 @@ def note(text: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name to write under; `path` exists once the block has ended without an error.
 
-    The temporary file is removed on an error (a full disk, an interrupt).
+    The temporary file is removed on an error (a full disk, an interrupt). Its content is on the
+    disk before it gets the name: otherwise a machine that crashes could leave an empty file.
     """
     prefix = f".{path.name}."
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
         if _abandoned(leftover, leftover.name[len(prefix) :].removesuffix(".tmp")):
             leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f"{prefix}{platform.node()}-{os.getpid()}.tmp")
+    owner = f"{platform.node()}-{os.getpid()}.{next(_writers)}"
+    temporary = path.with_name(f"{prefix}{owner}.tmp")
     try:
         yield temporary
+        _write_through(temporary)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, str(temporary), temporary):
@@ -69,9 +83,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _write_through(path: Path) -> None:
+    """Wait until a file's content is on the disk, where the file system offers that."""
+    with path.open("rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
+
+
 def _abandoned(temporary: Path, owner: str) -> bool:
     """Whether a temporary file is that of a killed process, here or (by its age) elsewhere."""
-    node, _, pid = owner.rpartition("-")
+    node, _, number = owner.rpartition("-")
+    pid = number.partition(".")[0]
     if node == platform.node() and pid.isdecimal():
         try:
             os.kill(int(pid), 0)
@@ -83,6 +108,72 @@ def _abandoned(temporary: Path, owner: str) -> bool:
         return time.time() - temporary.stat().st_mtime > ABANDONED
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process, and no other thread, works in a folder meanwhile; one that does is waited
+    for, which a line on stderr says. A process that dies lets go of it.
+
+    The thread that holds a folder may ask for it again. A folder that cannot be written to is not
+    worked in by anyone, and nothing is locked. Neither is it where the file system has no locks: a
+    line says so, for to refuse would keep the whole project from such file systems.
+    """
+    holder = threading.get_ident(), folder.resolve()
+    if holder in _held or not os.access(folder, os.W_OK):
+        yield
+        return
+    path = folder / LOCK_FILE
+    descriptor = _lock(path)
+    _held.add(holder)
+    try:
+        yield
+    finally:
+        _held.discard(holder)
+        if _is_open_as(descriptor, path):  # else the folder was removed, and made again by others
+            path.unlink(missing_ok=True)  # who waits for it finds it gone, and takes a new one
+        with suppress(OSError):  # where there are none
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that inherited it
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of a lock file that is there and held."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait_for(descriptor, path)
+            if _is_open_as(descriptor, path):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace")
+        tqdm.write(f"waiting for another run ({owner}), at {path.parent}", file=sys.stderr)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        note(
+            f"{path.parent}: its file system has no locks ({error.strerror}), so nothing keeps two "
+            "runs from working in one folder: do not start the same one twice at once"
+        )
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether a path still names the file that is open."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

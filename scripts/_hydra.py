@@ -9,7 +9,6 @@ configs/experiment holds it: `model=d16` is `experiment=imagenet_d16`, which is 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -103,7 +102,7 @@ def _stop(error: Exception, status: int) -> NoReturn:
     The others wait: torchrun ends all processes as soon as one has failed, and would end the main
     one before it has spoken.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not distributed.launched_as_main():
         time.sleep(GRACE)
     print(" ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(status)

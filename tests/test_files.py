@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from dmoe_var import files
-from dmoe_var.files import sha256_of, whole_file, write_text
+from dmoe_var.files import alone, sha256_of, whole_file, write_text
 from dmoe_var.metrics.record import Record
 
 HOUR = 3600
@@ -135,6 +139,189 @@ def test_a_script_on_a_full_disk(tmp_path, full_disk, room, named):
     assert left <= {"config.yaml", "metrics.jsonl"} - {named}
 
 
+@pytest.mark.parametrize("refuses", [None, errno.EINVAL, errno.EOPNOTSUPP])
+def test_the_content_is_on_the_disk_before_the_name(old_file, monkeypatch, refuses):
+    """Else a crash of the machine leaves an empty file. Some file systems cannot be waited for."""
+    events, replace = [], os.replace
+
+    def fsync(descriptor):
+        events.append(os.pread(descriptor, 100, 0))
+        if refuses is not None:
+            raise OSError(refuses, "not here")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("named") or replace(*paths))
+    write_text(old_file, "new")
+    assert events == [b"new", "named"]
+    assert old_file.read_text() == "new"
+
+
+def test_a_disk_that_fails_at_last(old_file, monkeypatch):
+    """A quota over the network shows when the content is waited for."""
+
+    def fsync(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="quota") as caught:
+        write_text(old_file, "new")
+    assert caught.value.filename == str(old_file)
+    assert old_file.read_text() == "old"
+    assert os.listdir(old_file.parent) == ["file.txt"]
+
+
+def test_two_writers_of_one_process(old_file):
+    """Each has a temporary file of its own; the later one's content stays."""
+    with whole_file(old_file) as first:
+        first.write_text("first")
+        with whole_file(old_file) as second:
+            second.write_text("second")
+        assert old_file.read_text() == "second"
+    assert old_file.read_text() == "first"
+    assert os.listdir(old_file.parent) == ["file.txt"]
+
+
+# One at a time
+
+FORK = multiprocessing.get_context("fork")
+
+
+def take(folder, then):
+    with alone(folder):
+        then()
+
+
+def until(condition):
+    """Waits for it, at most ten seconds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_another_process_is_waited_for(tmp_path, capfd):
+    """It says which, and where; the lock leaves nothing."""
+    folder, said, got = tmp_path / "folder", [], tmp_path / "got"
+    folder.mkdir()
+    with alone(folder):
+        other = FORK.Process(target=take, args=(folder, got.touch))
+        other.start()
+        until(lambda: said.append(capfd.readouterr().err) or any(said))
+        assert not got.exists()
+    other.join()
+    assert got.exists()
+    owner = f"process {os.getpid()} on {platform.node()}"
+    assert "".join(said) == f"waiting for another run ({owner}), at {folder}\n"
+    assert os.listdir(folder) == []
+
+
+def test_a_killed_process_lets_go(tmp_path):
+    other = FORK.Process(target=take, args=(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    other.start()
+    other.join()
+    assert os.listdir(tmp_path) == [".lock"]
+    with alone(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def count_up(folder, times):
+    for _ in range(times):
+        with alone(folder):
+            number = int((folder / "number").read_text())
+            (folder / "number").write_text(str(number + 1))
+
+
+@pytest.mark.parametrize("kind", [FORK.Process, threading.Thread])
+def test_many_at_once_take_turns(tmp_path, kind):
+    """Who waited for a lock file that is gone does not think that it holds the new one."""
+    (tmp_path / "number").write_text("0")
+    others = [kind(target=count_up, args=(tmp_path, 40)) for _ in range(4)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert (tmp_path / "number").read_text() == "160"
+    assert os.listdir(tmp_path) == ["number"]
+
+
+def is_held(folder):
+    with open(folder / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_the_holder_may_ask_again(tmp_path):
+    with alone(tmp_path):
+        with alone(tmp_path):
+            assert is_held(tmp_path)
+        assert is_held(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_child_does_not_keep_what_its_parent_let_go(tmp_path):
+    """Workers that are forked meanwhile inherit the open file."""
+    with alone(tmp_path):
+        child = FORK.Process(target=time.sleep, args=(60,))
+        child.start()
+        late = FORK.Process(target=take, args=(tmp_path, (tmp_path / "got").touch))
+        late.start()
+        time.sleep(0.2)
+    try:
+        until((tmp_path / "got").exists)
+    finally:
+        child.kill()
+    late.join()
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, reason):
+    """Work goes on, and one line says what is missing."""
+
+    def flock(descriptor, operation):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):
+        with alone(tmp_path):
+            pass
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path}: its file system has no locks ({os.strerror(reason)})")
+    assert said.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_fails_otherwise(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output") as caught, alone(tmp_path):
+        pass
+    assert caught.value.filename == str(tmp_path / ".lock")
+
+
+def test_a_folder_that_is_only_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with alone(tmp_path):
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_removed_meanwhile(tmp_path):
+    """And made again by another, who holds it now."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with alone(folder):
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        folder.mkdir()
+        (folder / ".lock").touch()
+    assert os.listdir(folder) == [".lock"]
+
+
 # Temporary files of others
 
 
@@ -152,8 +339,9 @@ def leftover(path, owner, age):
     return temporary
 
 
-def test_a_killed_process_of_this_machine_leaves_nothing(old_file):
-    leftover(old_file, f"{platform.node()}-{ended_process()}", 0)
+@pytest.mark.parametrize("number", ["", ".3"])
+def test_a_killed_process_of_this_machine_leaves_nothing(old_file, number):
+    leftover(old_file, f"{platform.node()}-{ended_process()}{number}", 0)
     write_text(old_file, "new")
     assert os.listdir(old_file.parent) == ["file.txt"]
 

@@ -64,7 +64,7 @@ class CrossEntropy:
         self.by_tokens = by_tokens
         self.count = 0
         self.kept, self.fingerprint = kept, fingerprint
-        lines = read_lines(kept) if kept is not None and kept.exists() else []
+        lines = [] if kept is None else read_lines(kept, key=str, ce=(int, float), fingerprint=str)
         self.known = {
             line["key"]: float(line["ce"]) for line in lines if line["fingerprint"] == fingerprint
         }

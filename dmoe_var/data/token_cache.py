@@ -3,7 +3,7 @@
 The cache folder is keyed by the images and the tokenizer's weights. It holds shards, each made by
 one process and each appearing whole, so that an interrupted run goes on where it stopped;
 labels.npy; unreadable.txt where pictures were unreadable; and at last index.json. A run that finds
-another one at the same cache waits for it (.lock), and then finds what that one made.
+another one at the same cache waits for it (`alone`), and then finds what that one made.
 
 Times are kept apart (`Seconds`): images a second of decoding and of encoding are what either
 would do alone, the lower one the bottleneck.
@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +25,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from pydantic import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
@@ -44,13 +41,12 @@ from dmoe_var.data.token_shards import (
     write_json,
 )
 from dmoe_var.errors import DataError, InputError
-from dmoe_var.files import whole_file, write_text
+from dmoe_var.files import alone, whole_file, write_text
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.training.distributed import barrier, from_main, gathered, is_main, rank, world_size
 
 FORMAT = "dmoe-var-tokens/2"
 INDEX_FILE, LABELS_FILE, REPORT_FILE = "index.json", "labels.npy", "unreadable.txt"
-LOCK_FILE = ".lock"
 
 Policy = Literal["refuse", "skip"]
 T = TypeVar("T")
@@ -164,35 +160,13 @@ def tokenize(
     folder = cache / f"{key}-{tokenizer}"
     folder.mkdir(parents=True, exist_ok=True)
     store = _Store(folder, images, vqvae.config.patch_nums)
-    with _alone(folder, progress):
+    with alone(folder) if is_main() else nullcontext():
         missing = _from_main(lambda: store.begin(unreadable))
         if missing is not None:
             store.make(vqvae, missing[rank() :: world_size()], batch_size, workers, progress)
             barrier()
             _from_main(store.finish)
         return store.open(unreadable)
-
-
-@contextmanager
-def _alone(folder: Path, progress: bool) -> Iterator[None]:
-    """No other run is at this cache; the main process holds the lock, its death releases it.
-
-    A folder that cannot be written to is not made by anyone, and is read without a lock.
-    """
-    if not is_main() or not os.access(folder, os.W_OK):
-        yield
-        return
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if progress:
-            tqdm.write(f"waiting for another run, at {folder}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _from_main(function: Callable[[], T]) -> T:

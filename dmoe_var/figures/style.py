@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+
+from dmoe_var.files import whole_file
 
 COLOURS = {
     "dense": "#000000",
@@ -80,9 +81,8 @@ def save(figure: Figure, paths: Paths) -> None:
     """Write each file, PNG or PDF by its ending, whole or not at all, and close the figure."""
     for path in (paths,) if isinstance(paths, Path) else paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         kind = path.suffix.removeprefix(".")
         metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
-        figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
     plt.close(figure)

@@ -16,11 +16,15 @@ from typing import Any
 import torch
 
 from dmoe_var.errors import DataError
-from dmoe_var.files import read_json, write_text
+from dmoe_var.files import note, read_json, write_text
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "fvcore", "torch-fidelity")
 RESULT_FILE = "result.json"
+
+
+class OtherSchema(DataError):
+    """A record is whole, but of another version of the schema: it is nobody's to write over."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """A stored record; DataError where the file is missing, broken or of another schema."""
+        """A stored record; DataError where the file is missing or broken, its subclass OtherSchema
+        where another version of this program wrote it."""
         content = read_json(path, DataError)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise DataError(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
+            kind = OtherSchema if type(version) is int else DataError
+            raise kind(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
         for name in ("metrics", "config", "libraries", "weights", "weights_dtype", "about"):
             if not isinstance(content.get(name, {}), dict):
                 raise DataError(f"{path}: {name} is {content[name]!r}, expected a mapping")
@@ -73,6 +79,18 @@ class Record:
             return cls(**content)
         except TypeError as error:
             raise DataError(f"{path}: {error}") from error
+
+
+def whole_record(path: Path, otherwise: str) -> Record | None:
+    """A stored record; None, and a note that ends with `otherwise`, where a crash left something
+    else in its place. DataError where another version of this program wrote it."""
+    try:
+        return Record.read(path)
+    except OtherSchema:
+        raise
+    except DataError as error:
+        note(f"{error}; {otherwise}")
+        return None
 
 
 def now() -> str:

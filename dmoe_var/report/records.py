@@ -17,7 +17,7 @@ from dmoe_var.figures.fid_over_flops import ALONE, LABELS, display_name
 from dmoe_var.figures.style import MARKERS, colour
 from dmoe_var.metrics.flops import SAMPLER_PARTS
 from dmoe_var.metrics.image_sets import ImageFolder, all_pixels
-from dmoe_var.metrics.record import RESULT_FILE, Record
+from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.report.pictures import grid_uri
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples, balanced_labels
 from dmoe_var.sampling.parts import PNG_FOLDER
@@ -71,10 +71,11 @@ def _shown(record: Record) -> dict[str, Any]:
 
 
 def _found(work: Work, stage: str) -> list[tuple[Path, Record]]:
-    """All records of a stage, whatever they were made with; none of images that were given."""
+    """All whole records of a stage, whatever they were made with; none of images that were
+    given."""
     paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
-    records = [(path, Record.read(path)) for path in paths]
-    return [(p, r) for p, r in records if not r.config.get("evaluate.samples")]
+    read = [(path, whole_record(path, "left out")) for path in paths]
+    return [(p, r) for p, r in read if r is not None and not r.config.get("evaluate.samples")]
 
 
 def differences(work: Work, record: Record) -> list[str]:
@@ -106,8 +107,8 @@ def sweep_record(work: Work) -> Record | None:
     path = work.folder("sweep") / RESULT_FILE
     if not path.exists():
         return None
-    record = Record.read(path)
-    return None if differences(work, record) else record
+    record = whole_record(path, "left out")
+    return None if record is None or differences(work, record) else record
 
 
 class Curves:

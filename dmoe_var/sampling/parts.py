@@ -7,6 +7,7 @@ interrupted run goes on where it was. Legend: N images, B images of a part, S sc
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -145,7 +146,8 @@ class StoredDrawing:
         first = self._first(number)
         (self.folder / PNG_FOLDER).mkdir(parents=True, exist_ok=True)
         # One temporary name a process: `whole_file` would list the folder for every image.
-        temporary = self.folder / PNG_FOLDER / f".{rank()}.tmp"
+        owner = f"{platform.node()}-{os.getpid()}"
+        temporary = self.folder / PNG_FOLDER / f".{owner}.tmp"
         try:
             for index, image in enumerate(images, start=first):
                 path = self.png_path(index)

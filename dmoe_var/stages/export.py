@@ -6,7 +6,7 @@ from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
 from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
-from dmoe_var.metrics.record import RESULT_FILE, Record
+from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult, require
 from dmoe_var.stages.work import OPTIONAL, Work
@@ -40,7 +40,7 @@ def run(work: Work) -> StageResult:
 
 def measured(work: Work) -> list[Record]:
     """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
-    sample counts and references; of a stage that has no record, none."""
+    sample counts and references; of a stage that has no record, or a broken one, none."""
     said = work.config.leaves.items()
     given = {key: value for key, value in said if key.startswith("selection.")}
     rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
@@ -48,9 +48,9 @@ def measured(work: Work) -> list[Record]:
     records = []
     for stage in MEASURING:
         for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
-            record = Record.read(path)
+            record = whole_record(path, "left out")
             shown: dict[str, Any] = {}
-            if record.config.get("evaluate.samples"):
+            if record is None or record.config.get("evaluate.samples"):
                 continue
             if record.config.get("evaluate.model") == "pruned" and stage == "evaluate":
                 continue

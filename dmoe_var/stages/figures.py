@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,8 +18,9 @@ from dmoe_var.errors import DataError
 from dmoe_var.figures import claims, expert_maps, fid_over_flops, sample_grid, times
 from dmoe_var.figures import training_curves as training
 from dmoe_var.figures.style import Paths
-from dmoe_var.files import write_text
-from dmoe_var.metrics.record import RESULT_FILE, Record
+from dmoe_var.files import note as say_once
+from dmoe_var.files import read_json, write_text
+from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.compared import held
@@ -29,6 +31,7 @@ from dmoe_var.stages.points import joined, vary
 from dmoe_var.stages.sample import Pictures
 from dmoe_var.stages.work import Work
 from dmoe_var.training.distributed import from_main, is_main
+from dmoe_var.training.tracking import read_lines
 
 LOSSES = (
     training.Panel("ce", "cross-entropy, nats a token"),
@@ -68,8 +71,10 @@ def minutes(work: Work, stages: Collection[str]) -> dict[str, float]:
     for stage in stages:
         taken = []
         for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
-            record = Record.read(path)
-            taken.append(_seconds(record) / (record.num_samples if stage == "evaluate" else 1) / 60)
+            record = whole_record(path, "left out")
+            if record is not None:
+                images = record.num_samples if stage == "evaluate" else 1
+                taken.append(_seconds(record) / images / 60)
         told = work.config.figures.minutes
         if taken:
             found[stage] = median(taken)
@@ -152,9 +157,19 @@ def run(work: Work) -> StageResult:
 def _drawn(work: Work) -> dict[str, Data]:
     """The data of all figures in the folder that are of these settings, by earlier commands too."""
     files = {name: work.folder("figures") / f"figure_{name}.json" for name in FIGURES}
-    there = {n: json.loads(path.read_text("utf-8")) for n, path in files.items() if path.exists()}
+    there = {name: _stored(path) for name, path in files.items() if path.exists()}
     now = at_size(work).fingerprint("figures")
-    return {name: data for name, data in there.items() if data["fingerprint"] == now}
+    return {name: data for name, data in there.items() if data.get("fingerprint") == now}
+
+
+def _stored(path: Path) -> Data:
+    """Data of a figure; none, and a note, where a crash left something else in the file."""
+    try:
+        data = read_json(path, DataError)
+    except DataError as error:
+        say_once(f"{error}; left out")
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def note(work: Work) -> str:
@@ -217,7 +232,7 @@ def _curve_data(work: Work, curves: Sequence[Any]) -> Data:
 def _training_data(work: Work, run: Run) -> Data:
     """Every logged value of a training run, by key, as [step, value]."""
     folder = vary(work, run.changes).folder(run.stage)
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = read_lines(folder / "metrics.jsonl", step=int)
     keys = {key for line in lines for key in line if key in ("ce", "hoyer", "loss")}
     values = {key: [[x["step"], x[key]] for x in lines if key in x] for key in sorted(keys)}
     return {"name": run.name, "shade": run.shade, **values}

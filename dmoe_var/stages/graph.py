@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
 from dmoe_var.checkpoints.safetensors_io import read_fingerprint
-from dmoe_var.errors import CheckpointError, InputError
-from dmoe_var.files import write_text
+from dmoe_var.devices import limit_threads
+from dmoe_var.errors import CheckpointError, DataError, InputError
+from dmoe_var.files import alone, write_text
 from dmoe_var.metrics.record import (
     RESULT_FILE,
+    OtherSchema,
     Record,
     device_name,
     git_commit,
     library_versions,
     now,
+    whole_record,
 )
 from dmoe_var.stages.compared import held
 from dmoe_var.stages.work import NEEDS, Work
@@ -50,13 +55,17 @@ StageFunction = Callable[[Work], StageResult]
 def record_if_done(work: Work, stage: str) -> Record | None:
     """The stage's record where it is done with this configuration, else None.
 
-    CheckpointError where it is done, but its checkpoint is cut short or gone.
+    A record that a crash left empty or broken is none. CheckpointError where the stage is done, but
+    its checkpoint is cut short or gone; DataError for a record of another version of this program.
     """
     folder = work.folder(stage)
     if not (folder / RESULT_FILE).exists():
         return None
-    record = Record.read(folder / RESULT_FILE)
-    if record.fingerprint != work.fingerprint(stage, record.weights):
+    try:
+        record = whole_record(folder / RESULT_FILE, f"{stage} is not done")
+    except OtherSchema as error:
+        raise DataError(f"{error}; remove {folder} to make it again") from error
+    if record is None or record.fingerprint != work.fingerprint(stage, record.weights):
         return None
     samples = record.about.get("samples")
     if samples and not (folder / samples).exists():
@@ -86,17 +95,26 @@ def require(work: Work, stage: str) -> Record:
             f"{stage} is not done in {path.parent}; run scripts/{stage}.py or scripts/pipeline.py "
             "with the same options first"
         )
-    differs = work.differing(stage, Record.read(path))
+    again = f"run scripts/{stage}.py or scripts/pipeline.py again"
+    try:
+        found = Record.read(path)
+    except DataError as error:
+        raise DataError(f"{error}; {again}") from error
+    if found.fingerprint == work.fingerprint(stage, found.weights):
+        raise InputError(f"{path.parent}: {found.about.get('samples')} is not there; {again}")
+    differs = work.differing(stage, found)
     raise InputError(
-        f"{path.parent}: made with another configuration ({'; '.join(differs)}); run "
-        f"scripts/{stage}.py or scripts/pipeline.py again"
+        f"{path.parent}: made with another configuration "
+        f"({'; '.join(differs) or 'other files behind the same names'}); {again}"
     )
 
 
 def prepare(work: Work) -> None:
     """Settings of the whole process: threads, determinism, TF32; joins torchrun's others."""
     config, device = work.config, work.device
-    if config.threads is not None:
+    if config.threads is None:
+        limit_threads()
+    else:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -113,21 +131,35 @@ def prepare(work: Work) -> None:
 def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> Record:
     """Run a stage unless it is done; its record either way.
 
-    What it builds on must be done (InputError); `run_through` does that first. `function` stands
-    in for the `run` of the stage's module (a sweep shares loaded models between its points).
+    What it builds on must be done (InputError); `run_through` does that first. Another run that is
+    at the same stage's folder is waited for. `function` stands in for the `run` of the stage's
+    module (a sweep shares loaded models between its points).
     """
     work.check(stage)
+    done = _done(work, stage)
+    if done is not None:
+        return done
+    _require_upstream(work, stage)
     folder = work.folder(stage)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder) if is_main() else nullcontext():
+        done = _done(work, stage)  # another run's, by now
+        return _run(work, stage, folder, function) if done is None else done
+
+
+def _done(work: Work, stage: str) -> Record | None:
+    """The record of a stage that need not run, in every process; what is left over then goes."""
     of_this_machine = stage == "calibrate" and work.config.calibrate.budget_ms is not None
     skippable = is_main() and stage not in ALWAYS_RUN and not of_this_machine
     done = from_main(record_if_done(work, stage) if skippable else None)
-    if done is not None:
-        if is_main():
-            (folder / STATE_FILE).unlink(missing_ok=True)
-        return done
-    _require_upstream(work, stage)
+    if done is not None and is_main():
+        (work.folder(stage) / STATE_FILE).unlink(missing_ok=True)
+    return done
+
+
+def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -> Record:
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT_FILE).unlink(missing_ok=True)
         settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
         write_text(folder / "config.yaml", settings)

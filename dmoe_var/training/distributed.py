@@ -6,17 +6,29 @@ Everything here does nothing, or the obvious, in a single process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from dmoe_var.errors import InputError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """How long processes wait for one: the main process alone may measure fidelity for hours."""
+MEETING = timedelta(minutes=5)
+"""How long they wait for all to be there at first."""
+SILENCE = 10
+"""Seconds of that after which the main process says what it waits for."""
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets, all of it; one of them alone is left over from something else."""
 BUCKET = 2**25
 """Elements that are summed over processes in one call."""
 
@@ -38,19 +50,77 @@ def is_main() -> bool:
 
 def local_rank() -> int:
     """Number of this process on its machine: its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0) if launched_processes() > 1 else 0
 
 
 def launched_processes() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that torchrun started; 1 without it. InputError for what it would not set."""
+    if not all(os.environ.get(name) for name in TORCHRUN):
+        return 1
+    processes, number, _ = _number("WORLD_SIZE", 1), _number("RANK", 0), _number("MASTER_PORT", 1)
+    if number >= processes:
+        raise InputError(
+            f"RANK={number}: allowed with WORLD_SIZE={processes}: 0 to {processes - 1}; unset both "
+            "to run without torchrun"
+        )
+    return processes
+
+
+def launched_as_main() -> bool:
+    """Whether this process is, or will be, the main one."""
+    return os.environ.get("RANK", "0") == "0" or not all(map(os.environ.get, TORCHRUN))
+
+
+def _number(name: str, least: int) -> int:
+    value = os.environ.get(name) or "0"
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        raise InputError(
+            f"{name}={value} (environment): torchrun sets a whole number, at least {least}; unset "
+            "it to run without torchrun"
+        )
+    return int(value)
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
-    if launched_processes() > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+    """Join the other processes that torchrun started: NCCL between GPUs, gloo between CPUs.
+
+    InputError where they are not all there after minutes, or cannot be reached.
+    """
+    processes = launched_processes()
+    if processes == 1 or dist.is_initialized():
+        return
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    about = f"WORLD_SIZE={processes}, RANK={os.environ['RANK']}"
+    try:
+        with _not_silent(f"waiting for {processes} processes at {place} ({about})"):
+            store, number, _ = next(rendezvous("env://", timeout=MEETING))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{about}: the {processes} processes did not meet at {place} ({reason}); to run "
+            "without torchrun, unset WORLD_SIZE"
+        ) from error
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("default_pg", store),
+        rank=number,
+        world_size=processes,
+        timeout=PATIENCE,
+    )
+
+
+@contextmanager
+def _not_silent(text: str) -> Iterator[None]:
+    """Says so in the main process where the block takes more than seconds."""
+    timer = Timer(SILENCE, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if launched_as_main():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def stop() -> None:

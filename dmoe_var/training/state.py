@@ -41,13 +41,18 @@ class StateFile:
         """
         if not self.path.exists():
             return 0
-        tensors, metadata = read_tensors(self.path)
+        try:
+            tensors, metadata = read_tensors(self.path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove it to start afresh") from error
         try:
             header = json.loads(metadata["state"])
             step, fingerprint = int(header["step"]), str(header["fingerprint"])
             keys = {str(key) for key in header["keys"]}
         except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: not a training state") from error
+            raise CheckpointError(
+                f"{self.path}: not a training state; remove it to start afresh"
+            ) from error
         if fingerprint != self.fingerprint:
             raise CheckpointError(
                 f"{self.path}: belongs to another configuration (fingerprint {fingerprint}, this "
@@ -57,7 +62,10 @@ class StateFile:
         keys |= {f"model/{name}" for name in changing(module)}
         missing = sorted(keys - tensors.keys())
         if missing:
-            raise CheckpointError(f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}")
+            raise CheckpointError(
+                f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}; remove it to "
+                "start afresh"
+            )
         with torch.no_grad():
             for name, tensor in changing(module).items():
                 tensor.copy_(tensors[f"model/{name}"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dmoe_var.files import write_text
+from dmoe_var.files import note, write_text
 
 WandbMode = Literal["disabled", "offline", "online"]
 
@@ -74,7 +74,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         if not enabled:
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= resume_step]
+        kept = [line for line in read_lines(self.path, step=int) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._wandb = tracking.start(folder, config or {})
 
@@ -96,9 +96,27 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+def read_lines(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file, none where it is missing; each has these keys, with values
+    of these types. A last line that a kill cut short is left out, and so, with a note, is what a
+    crash of the machine leaves in the place of lines."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines = [_parsed(line.strip(b"\0 \r"), kinds) for line in whole if line]
+    broken = lines.count(None)
+    if broken:
+        note(f"{path}: {broken} of {len(lines)} lines are broken and were left out")
+    return [line for line in lines if line is not None]
+
+
+def _parsed(line: bytes, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
+    """A JSON object with these keys; None for anything else."""
+    try:
+        content = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    fits = all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    return content if fits else None

@@ -156,12 +156,16 @@ def test_options_may_stand_anywhere(shared, monkeypatch, arguments):
     assert (again.overrides, again.multirun) == (["a=1", "b=2,3"], True)
 
 
-@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("3", ["waits"])])
-def test_the_main_process_speaks_first(shared, monkeypatch, capsys, rank, waits):
-    """torchrun ends the others, silent so far, once it has; a process that fails alone speaks."""
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+@pytest.mark.parametrize(
+    ("rank", "rest", "waits"),
+    [("", True, []), ("0", True, []), ("3", True, ["waits"]), ("3", False, [])],
+)
+def test_the_main_process_speaks_first(shared, monkeypatch, capsys, rank, rest, waits):
+    """torchrun ends the others, silent so far, once it has; a process that fails alone speaks, and
+    one where a rank is left over from something else."""
+    monkeypatch.setenv("RANK", rank)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "4" if rest else "")
     events = []
     monkeypatch.setattr(shared.time, "sleep", lambda seconds: events.append("waits"))
     with pytest.raises(SystemExit) as stopped:

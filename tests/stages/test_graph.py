@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,13 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.metrics.record import Record
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import ExpertConfig
-from dmoe_var.stages import models
+from dmoe_var.report import records
+from dmoe_var.stages import calibration_bench, evaluate, export, figures, models
 from dmoe_var.stages.graph import (
     StageResult,
     order,
@@ -109,6 +113,117 @@ def test_record(make_work, runs):
     trained = {k: v for k, v in record.metrics.items() if not k.startswith("tokens_")}
     assert json.loads(logged[-1]) == {"step": 2, **trained}
     assert record.metrics["tokens_unreadable"] == 0
+
+
+def run_twice(work, stage, function):
+    """In two threads that start together, as two processes would; their records."""
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run_stage, work, stage, function) for _ in range(2)]
+        return [each.result() for each in both]
+
+
+@pytest.mark.parametrize("stage", ["train_vqvae", "sparsify", "evaluate", "sample"])
+def test_the_same_stage_twice_at_once(make_work, runs, capfd, stage):
+    """The second waits, says so, and finds it done."""
+    work, ran = make_work(runs, edited={"seed": 1}), []
+
+    def slow(work):
+        ran.append(1)
+        until_said(capfd)
+        return StageResult({})
+
+    for upstream in order(work, stage)[:-1]:
+        run_stage(work, upstream, lambda work: StageResult({}))
+    first, second = run_twice(work, stage, slow)
+    assert (ran, first) == ([1], second)
+    assert ".lock" not in {path.name for path in work.folder(stage).iterdir()}
+
+
+def until_said(capfd):
+    """Waits until another thread says that it waits."""
+    said, end = "", time.monotonic() + 10
+    while "waiting for another run" not in said:
+        assert time.monotonic() < end, said
+        time.sleep(0.01)
+        said += capfd.readouterr().err
+
+
+def test_what_always_runs_takes_turns(make_work, runs):
+    work, events = make_work(runs), []
+
+    def slow(work):
+        events.append("starts")
+        time.sleep(0.05)
+        events.append("ends")
+        return StageResult({})
+
+    run_twice(work, "export", slow)
+    assert events == ["starts", "ends"] * 2
+
+
+def test_stages_within_a_stage_do_not_wait_for_themselves(make_work, tmp_path):
+    work, result = make_work(tmp_path), StageResult({})
+
+    def outer(work):
+        run_stage(make_work(tmp_path, {"seed": 3}), "train_vqvae", lambda work: result)
+        run_stage(work, "train_vqvae", lambda work: result)
+        return result
+
+    run_stage(work, "train_vqvae", outer)
+    assert record_if_done(work, "train_vqvae") is not None
+
+
+BROKEN = {
+    "empty": b"",
+    "NULs": b"\0" * 500,
+    "half": None,
+    "a list": b"[1]",
+    "no keys": b"{}",
+    "no UTF-8": b"\xff\xfe{}",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_record_that_a_crash_left_broken(make_work, runs, capsys, kind):
+    """The stage is not done: it runs again, with a note; what builds on it says what to do."""
+    work = make_work(runs)
+    path, content = work.folder("train_vqvae") / "result.json", BROKEN[kind]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    said = r"result\.json: .*; run scripts/train_vqvae\.py"
+    with pytest.raises(InputError, match=said) as caught:
+        require(work, "train_vqvae")
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err.count("\n") == 1
+    record = run_stage(work, "train_vqvae", lambda work: StageResult({"found": 1.0}))
+    assert Record.read(path) == record
+    assert record_if_done(work, "train_vqvae").metrics == {"found": 1.0}
+
+
+def test_a_record_of_a_newer_version_stays(make_work, runs):
+    work = make_work(runs)
+    path = work.folder("train_vqvae") / "result.json"
+    newer = json.dumps({**json.loads(path.read_text()), "schema_version": 2})
+    path.write_text(newer)
+    for attempt in (record_if_done, require, run_stage):
+        with pytest.raises(InputError, match=f"schema_version=2.*remove {path.parent}"):
+            attempt(work, "train_vqvae")
+    assert path.read_text() == newer
+
+
+def test_broken_records_beside_others_are_left_out(make_work, runs, capsys):
+    """Of what is told of all the records of a stage."""
+    work = make_work(runs)
+    path = work.root / "evaluate" / "seed=9-0a1b2c3d" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert export.measured(work) == []
+    assert figures.minutes(work, ["evaluate"]) == {}
+    (row,) = [row for row in records.stages(work) if row["name"] == "evaluate"]
+    assert row["state"] == "missing"
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}: ")
+    assert said.count("\n") == 1
 
 
 def test_leftover_state_of_a_done_stage_goes(make_work, runs, no_work):
@@ -241,6 +356,34 @@ def test_models_go_from_stage_to_stage(make_work, runs):
     before, after = split.state_dict(), routed.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if ".router." in name}
+
+
+def test_fine_tuning_starts_from_the_dense_model(make_work, runs):
+    """At a rate at which nothing moves, its weights are what comes out."""
+    still = {"sparsify.lr": 1e-12, "sparsify.lr_end": 0.0, "sparsify.steps": 1}
+    work = make_work(runs, still)
+    run_stage(work, "sparsify")
+    expected, found = models.dense(work).state_dict(), models.sparse(work).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_trained_routers_are_what_is_used(make_work, runs):
+    """Joined, exported, calibrated, evaluated: never those that the split left untrained."""
+    work = make_work(runs)
+    expected = load_file(work.folder("train_router") / "checkpoint" / "model.safetensors")
+    routers = {name: tensor for name, tensor in expected.items() if ".router." in name}
+    before = load_file(work.folder("split") / "checkpoint" / "model.safetensors")
+    assert all(not torch.equal(before[name], tensor) for name, tensor in routers.items())
+    run_stage(work, "export")
+    used = {
+        "joined": models.dynamic(work).moe,
+        "exported": from_pretrained(work.folder("export") / export.FOLDER).moe,
+        "calibrated": calibration_bench.Bench(work).model.moe,
+        "evaluated": evaluate.Bench(work).model(work).moe,
+    }
+    for name, moe in used.items():
+        found = moe.state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in routers.items()), name
 
 
 def without_speeds(metrics):

@@ -27,11 +27,19 @@ def work(make_work, runs):
     return work
 
 
-def test_the_checkpoint_is_the_converted_model(work):
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_checkpoint_is_the_converted_model(make_work, work, monkeypatch, seed):
+    """Of this seed, by which neurons are clustered and routers begin."""
+    work, seeds = make_work(work.config.run_dir, edited={"seed": seed}), []
+    cluster_layer = split.cluster_layer
+    monkeypatch.setattr(
+        split, "cluster_layer", lambda *given: seeds.append(given[3:]) or cluster_layer(*given)
+    )
     result = split.run(work)
     var = models.sparse(work)
-    expected = convert_to_moe(var, work.config.split.expert_size, work.config.seed)
+    expected = convert_to_moe(var, work.config.split.expert_size, seed)
     assert same(models.split(work, "split").state_dict(), expected.state_dict())
+    assert seeds == [(seed,)]
     assert result.metrics == {"num_experts": 4, "expert_size": 32}
     assert read_fingerprint(models.checkpoint(work, "split")) == work.fingerprint("split")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import fields
 
 import pytest
 import torch
 
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.stages.work import NEEDS, chosen_device
+from dmoe_var.training.loop import OptimConfig
 from dmoe_var.training.tracking import Tracking
 
 STAGES = tuple(NEEDS)
@@ -103,6 +105,28 @@ def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_work, chang
     work, plain = make_work(edited=changes), make_work()
     assert set(variants(work).values()) == {"default"}
     assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
+
+
+TRAINED_BY = {
+    "steps": 3, "batch_size": 4, "lr": 0.01, "lr_end": 0.001, "schedule": "constant",
+    "warmup": 0.1, "betas": [0.8, 0.9], "weight_decay": 0.2, "clip": 0.5,
+}  # fmt: skip
+"""Another value for every setting of training that changes its result."""
+NO_RESULT = {"log_every", "validate_every", "checkpoint_every", "micro_batch_size"}
+
+
+def test_every_setting_of_training_is_known():
+    """`epochs` stands in the place of `steps`."""
+    known = TRAINED_BY.keys() | NO_RESULT | {"epochs"}
+    assert {each.name for each in fields(OptimConfig)} == known
+
+
+@pytest.mark.parametrize("key", TRAINED_BY)
+@pytest.mark.parametrize("stage", ["train_vqvae", "train_var", "sparsify", "train_router"])
+def test_how_a_stage_trains_is_part_of_what_it_is(make_work, stage, key):
+    work, plain = make_work(changes={f"{stage}.{key}": TRAINED_BY[key]}), make_work()
+    changed = {each for each in STAGES if work.fingerprint(each) != plain.fingerprint(each)}
+    assert changed == from_(stage) | DRAWN
 
 
 GRID = {

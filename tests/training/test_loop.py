@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from dmoe_var.errors import TrainingDiverged
-from dmoe_var.training.loop import BatchOrder, OptimConfig, parameter_groups
+from dmoe_var.models.blocks import whole
+from dmoe_var.training.loop import BatchOrder, OptimConfig, parameter_groups, step_seed
 from dmoe_var.training.state import STATE_FILE, StateFile
 
 KINDS = ("vqvae", "var", "sparsify", "router")
+SEED = 3
+"""Of every run here."""
 
 
 class Interrupted(Exception):
@@ -72,11 +75,48 @@ def test_the_optimiser_gets_the_schedule(toy, run_in, tmp_path):
 
 @pytest.mark.parametrize(
     ("length", "batch_size", "expected"),
-    [({"steps": 7}, 4, 7), ({"epochs": 2}, 4, 5), ({"epochs": 0.01}, 4, 1), ({"epochs": 2}, 64, 2)],
+    [
+        ({"steps": 7}, 4, 7),
+        ({"epochs": 2}, 4, 5),
+        ({"epochs": 1}, 4, 3),
+        ({"epochs": 1.3}, 4, 4),
+        ({"epochs": 0.01}, 4, 1),
+        ({"epochs": 2}, 64, 2),
+    ],
 )
 def test_number_of_steps(length, batch_size, expected):
-    """Of ten examples; a batch is never larger than the set."""
+    """Of ten examples; a batch is never larger than the set, and every epoch is finished."""
     assert OptimConfig(**length, batch_size=batch_size).num_steps(10) == expected
+
+
+@pytest.mark.parametrize("clip", [1e-8, 1e-6, 1e3])
+def test_the_gradient_is_clipped(toy, run_in, tmp_path, clip):
+    """AdamW's first step is lr * g / (|g| + 1e-8): a gradient as small as that shows in it."""
+    objective, plain = toy(), toy()
+    torch.manual_seed(step_seed(SEED, 0))
+    indices = BatchOrder(plain.num_examples, 8, SEED).batch(0)
+    loss, _ = plain.loss(indices, 0, 1, whole(8))
+    gradients = [g.double() for g in torch.autograd.grad(loss, list(plain.module.parameters()))]
+    norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
+    assert 1e-3 < norm < 1e3
+    config = OptimConfig(steps=1, batch_size=8, lr=0.5, clip=clip, weight_decay=0.0)
+    run_in(tmp_path, objective, config)
+    parameters = zip(objective.module.parameters(), plain.module.parameters(), strict=True)
+    for (after, before), gradient in zip(parameters, gradients, strict=True):
+        clipped = gradient * min(1.0, clip / norm)
+        expected = before.double() - 0.5 * clipped / (clipped.abs() + 1e-8)
+        torch.testing.assert_close(after.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_training_goes_on_in_train_mode_after_a_validation(toy, run_in, tmp_path):
+    """Validation sees the model in eval mode, every step in train mode."""
+    objective, modes = toy(), []
+    loss, validate = objective.loss, objective.validate
+    objective.loss = lambda *args: modes.append(objective.module.training) or loss(*args)
+    objective.validate = lambda: modes.append(objective.module.training) or validate()
+    run_in(tmp_path, objective, OptimConfig(steps=4, validate_every=2))
+    assert modes == [True, True, False, True, True, False]
+    assert not objective.module.training
 
 
 @pytest.mark.parametrize(("num", "size"), [(10, 3), (7, 7), (5, 64)])
@@ -212,6 +252,7 @@ def within_blocks_and_head(name):
 @pytest.mark.parametrize(
     ("kind", "fields", "trains"),
     [
+        ("var", {}, lambda name: True),
         ("sparsify", {"conversion": {"train": "ffn"}}, lambda name: ".ffn." in name),
         ("sparsify", {"conversion": {"train": "blocks+head"}}, within_blocks_and_head),
         ("router", {}, lambda name: ".router." in name),

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from dmoe_var.checkpoints.safetensors_io import read_tensors
 from dmoe_var.models.blocks import Rows, whole
-from dmoe_var.training.loop import Run, StepGradients
+from dmoe_var.training.loop import OptimConfig, Run, StepGradients
 from dmoe_var.training.rehearsal import rehearse
 from dmoe_var.training.state import STATE_FILE
 
@@ -72,6 +72,31 @@ def test_logged_values_are_means_over_the_step(build):
     assert logged[3] == pytest.approx(logged[None], rel=1e-12)
     parts = logged[3]
     assert parts["loss"] == pytest.approx(parts["ce"] + 0.1 * parts["hoyer"], rel=1e-12)
+
+
+class OneWeight:
+    """The gradient of its weight is the mean of the examples' own, which nearly cancel."""
+
+    num_examples, repeatable = 4, True
+    gradients = (2.0**30, 1.0, -(2.0**30), 0.0)
+
+    def __init__(self):
+        self.module = torch.nn.Linear(1, 1, bias=False)
+
+    def loss(self, indices_B, step, num_steps, rows):
+        gradients_B = torch.tensor(self.gradients)[indices_B]
+        return (self.module.weight.sum() * gradients_B).mean(), {}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1)])
+def test_gradients_are_summed_in_float64(order):
+    """In float32 the sum would depend on its order, and be 0 in the first two."""
+    objective = OneWeight()
+    config = OptimConfig(steps=1, batch_size=4, micro_batch_size=1)
+    run = Run(folder=None, fingerprint="ours", name="test", seed=3)
+    StepGradients(objective, config, run, 1).compute(torch.tensor(order), 0)
+    assert objective.module.weight.grad.item() == 0.25
+    assert objective.module.weight.grad.dtype == torch.float32
 
 
 def test_a_micro_batch_draws_for_its_own_rows(build):

@@ -36,6 +36,38 @@ def test_resuming_drops_what_will_be_written_again(tmp_path, tail):
     assert [line["loss"] for line in written(tmp_path)] == [0.1, 0.2, 9.0]
 
 
+BROKEN = {
+    "NULs": b"\0" * 40,
+    "a list": b"[1]",
+    "a number": b"7",
+    "no UTF-8": b'{"step": 2, "loss": "\xff\xfe"}',
+    "no JSON": b'{"step": 2, "lo',
+    "no step": b'{"loss": 0.5}',
+    "a step that is none": b'{"step": "2"}',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_a_crash_left_between_lines(tmp_path, capsys, kind):
+    """The rest stays, a note says how much went, and a run goes on."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + BROKEN[kind] + b'\n{"step": 3, "loss": 0.1}\n')
+    with MetricsLog(tmp_path, resume_step=3) as log:
+        log.write(4, {"loss": 9.0})
+    assert [(line["step"], line["loss"]) for line in written(tmp_path)] == [
+        (1, 0.5), (3, 0.1), (4, 9.0)
+    ]  # fmt: skip
+    said = f"{path}: 1 of 3 lines are broken and were left out\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_line_after_nuls_stays(tmp_path):
+    """A crash may leave them where the next run then goes on."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\0{"step": 2}\n\0\0')
+    assert read_lines(tmp_path / "metrics.jsonl", step=int) == [{"step": 1}, {"step": 2}]
+
+
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_wandb_gets_the_same_lines(tmp_path, monkeypatch, mode):
     sent, given = [], {}
