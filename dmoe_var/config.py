@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from dmoe_var.calibration.config import CalibrateConfig
-from dmoe_var.config_fields import STRICT, Scales, Seed, Share, Taus, as_tuple
+from dmoe_var.config_fields import STRICT, PathOrName, Scales, Seed, Share, Taus, as_tuple
 from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data import DataConfig
 from dmoe_var.data.class_names import class_index
@@ -59,8 +60,8 @@ class BaseConfig:
 
     __pydantic_config__ = STRICT
 
-    vqvae: str | None = None
-    var: str | None = None
+    vqvae: PathOrName | None = None
+    var: PathOrName | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class SampleConfig:
     single_pngs: bool = False
     model: Literal["dense", "dynamic", "both"] | None = None
     """None: both where the experts are made, else dense alone (see stages/sample.py)."""
-    pretrained: str | None = None
+    pretrained: PathOrName | None = None
     """A DynamicVAR that `save_pretrained` wrote, a folder or a name on the hub; both models come
     from it then."""
     selection: Literal["stored", "given"] = "stored"
@@ -150,10 +151,10 @@ class BenchmarkConfig:
     ] = ()  # fmt: skip
     chosen: bool = False
     random_masks: bool = False
-    smaller: Annotated[str, Field(min_length=1)] | None = None
+    smaller: PathOrName | None = None
     compile: Literal["eager", "compiled", "both"] = "eager"
     parts: bool = False
-    published: str | None = None
+    published: PathOrName | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "tau"):
@@ -230,7 +231,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    run_dir: Annotated[str, Field(min_length=1)] = "runs"
+    run_dir: PathOrName = "runs"
     seed: Seed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -407,13 +408,40 @@ def describe(error: ValidationError) -> str:
     return f"{key}={first['input']!r}: {message}"
 
 
+def is_text(key: str) -> bool:
+    """Whether the value of a dotted key is text and nothing else (a path, a name), or null."""
+    return set(_kinds(_type_of(key.split(".")))) == {str}
+
+
+def is_entry(key: str) -> bool:
+    """Whether a dotted key lies in a section whose keys are the user's own (sweep.lists.mine)."""
+    *path, _ = key.split(".")
+    return typing.get_origin(_type_of(path)) is Mapping
+
+
+def _type_of(path: Sequence[Any]) -> Any:
+    """The type that a key is declared with; None for an unknown one."""
+    found: Any = Config
+    for part in path:
+        if dataclasses.is_dataclass(found):
+            found = typing.get_type_hints(found).get(str(part))
+        elif typing.get_origin(found) is Mapping:
+            found = typing.get_args(found)[1]
+        else:
+            return None
+    return found
+
+
+def _kinds(type_: Any) -> tuple[Any, ...]:
+    """The members of a union without None."""
+    union = typing.get_origin(type_) in (typing.Union, types.UnionType)
+    members = typing.get_args(type_) if union else (type_,)
+    return tuple(member for member in members if member is not types.NoneType)
+
+
 def known_keys(path: tuple[Any, ...], wrong: str) -> str:
     """What a section allows, the likeliest meant key first."""
-    section: Any = Config
-    for part in path:
-        if not dataclasses.is_dataclass(section):
-            break
-        section = typing.get_type_hints(section).get(str(part), None)
+    section = _type_of(path)
     if not dataclasses.is_dataclass(section):
         return "it takes no keys"
     names = [f.name for f in dataclasses.fields(section)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Several = Field(min_length=1)
@@ -21,3 +22,5 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Taus = Annotated[tuple[Share, ...], BeforeValidator(as_tuple), Several]
 Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+PathOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""Where something lies: a path, `~` being the home folder, or a name that stands for one."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class InputError(ValueError):
     """Something the user gave is wrong: the message names it, its value and what is allowed.
@@ -27,3 +30,17 @@ class DataError(InputError):
 
 class TrainingDiverged(RuntimeError):
     """The loss was not finite; the last good training state stays on disk."""
+
+
+def sentence(error: OSError) -> str:
+    """What the system refused, in one line: the file, where it names one, and the reason.
+
+    An error without a file is one of the whole machine (no locks, too many open files), and one
+    without a number is a library's own text.
+    """
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.filename is not None:
+        named = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+        return f"{named}: {reason}"
+    code = errno.errorcode.get(error.errno or 0)
+    return f"{code}: {reason}, says the system of this machine" if code else reason

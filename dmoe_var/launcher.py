@@ -11,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -26,15 +27,40 @@ GRACE_S = 120
 """Seconds between SLURM's warning and its kill; a job that is warned is sent again."""
 
 
+OURS = {
+    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint",
+    "time": "hours",
+}  # fmt: skip
+"""Options of sbatch that have a key of their own."""
+INSTEAD = {
+    "mem": "mem_gb", "mem_per_cpu": "mem_gb", "mem_per_gpu": "mem_gb",
+    "cpus_per_task": "cpus", "cpus_per_gpu": "cpus",
+    "gpus": "gpus", "gpus_per_node": "gpus", "gpus_per_task": "gpus",
+}  # fmt: skip
+"""Options of sbatch that say in another way what a key says; sbatch refuses both together."""
+OUTER_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "TORCHELASTIC_")
+OUTER_TORCHRUN = (
+    "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+    "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE",
+)  # fmt: skip
+"""Variables of a job, or of torchrun, in which the jobs are sent: those that say what it is."""
+OF_THE_CLUSTER = (
+    "SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION",
+)  # fmt: skip
+"""Variables that a user sets: no job sets them for what it starts."""
+
+
 @dataclass(frozen=True)
 class LauncherConfig:
     """What a job asks for. `cluster`: slurm, local (processes of this machine, all at once), or
     None, no jobs at all.
 
     gpus, cpus, mem_gb, hours: of one job, which is one point of the multirun; with several GPUs
-    torchrun starts a process on each. parallel: jobs of an array that run at once. restarts: how
-    often a job that ran out of time is sent again, to go on where it was. setup: lines of shell
-    before the job. more: further options of sbatch, by name.
+    torchrun starts a process on each. cpus, mem_gb: None leaves them to the cluster. parallel: jobs
+    of an array that run at once. restarts: how often a job that ran out of time is sent again, to
+    go on where it was. setup: lines of shell before the job. more: further options of sbatch, by
+    name; one that says the same in another way (mem-per-gpu, cpus-per-gpu, gres) stands in the
+    place of mem_gb, cpus or gpus.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -45,13 +71,19 @@ class LauncherConfig:
     qos: Word | None = None
     constraint: Word | None = None
     gpus: Annotated[int, Field(ge=0)] = 1
-    cpus: Annotated[int, Field(gt=0)] = 8
-    mem_gb: Annotated[int, Field(gt=0)] = 64
+    cpus: Annotated[int, Field(gt=0)] | None = 8
+    mem_gb: Annotated[int, Field(gt=0)] | None = 64
     hours: Annotated[float, Field(gt=0)] = 24.0
     parallel: Annotated[int, Field(gt=0)] = 8
     restarts: Annotated[int, Field(ge=0)] = 3
     setup: tuple[Word, ...] = ()
     more: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.more:
+            ours = OURS.get(name.replace("-", "_"))
+            if ours is not None:
+                raise ValueError(f"more.{name}: this option is launcher.{ours}")
 
     def command(self, script: str, overrides: Sequence[str]) -> list[str]:
         """The command line of one point."""
@@ -60,12 +92,19 @@ class LauncherConfig:
 
     def parameters(self, name: str) -> dict[str, Any]:
         """What submitit's AutoExecutor is told; names with slurm_ only SLURM reads."""
+        more = {option.replace("-", "_"): value for option, value in self.more.items()}
+        said = {key for option, key in INSTEAD.items() if option in more}
+        if str(more.get("gres", "")).startswith("gpu"):
+            said.add("gpus")
+        cpus = None if "cpus" in said else self.cpus
         asked = {
             "name": name,
             "timeout_min": max(1, round(60 * self.hours)),
-            "cpus_per_task": self.cpus,
-            "mem_gb": self.mem_gb,
-            "gpus_per_node": self.gpus or None,
+            "cpus_per_task": cpus,
+            # Since SLURM 22.05 a job's step no longer takes the number of CPUs from the job.
+            "slurm_srun_args": ["--cpus-per-task", str(cpus)] if cpus is not None else None,
+            "mem_gb": None if "mem_gb" in said else self.mem_gb,
+            "gpus_per_node": None if "gpus" in said else self.gpus or None,
             "slurm_partition": self.partition,
             "slurm_account": self.account,
             "slurm_qos": self.qos,
@@ -73,7 +112,7 @@ class LauncherConfig:
             "slurm_array_parallelism": self.parallel,
             "slurm_signal_delay_s": GRACE_S,
             "slurm_setup": list(self.setup) or None,
-            "slurm_additional_parameters": dict(self.more) or None,
+            "slurm_additional_parameters": more or None,
         }
         return {key: value for key, value in asked.items() if value is not None}
 
@@ -114,6 +153,23 @@ def _not_warned() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Within: no variable of the job or torchrun that this process may run in, which its own jobs
+    would take for theirs (an interactive allocation's size, for one)."""
+    outer = {
+        name: value
+        for name, value in os.environ.items()
+        if (name.startswith(OUTER_JOB) or name in OUTER_TORCHRUN) and name not in OF_THE_CLUSTER
+    }
+    for name in outer:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(outer)
+
+
 def check(config: LauncherConfig) -> None:
     """ConfigError where jobs are asked for and submitit is not installed."""
     if config.cluster is not None and importlib.util.find_spec("submitit") is None:
@@ -128,7 +184,8 @@ def run_jobs(
 ) -> list[Finished]:
     """Send a job for each point (its overrides), wait for all, and say how each ended.
 
-    Logs go to a new folder under `folder`. ConfigError where the cluster cannot be reached.
+    Logs go to a new folder under `folder`. ConfigError where the cluster cannot be reached. An
+    interrupt from the keyboard cancels the jobs; they outlive a connection that is lost.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -146,10 +203,16 @@ def run_jobs(
     commands = [config.command(str(script.resolve()), overrides) for overrides in points]
     streams = [logs / f"{number:03d}" for number in range(len(points))]
     try:
-        jobs = executor.map_array(Job(), commands, [str(path) for path in streams])
+        with _outside_of_jobs():
+            jobs = executor.map_array(Job(), commands, [str(path) for path in streams])
     except (FailedJobError, FailedSubmissionError) as error:  # sbatch refuses
         raise ConfigError(f"launcher.cluster={config.cluster}: {error}") from error
-    return [_finished(*each) for each in zip(jobs, points, streams, strict=True)]
+    try:
+        return [_finished(*each) for each in zip(jobs, points, streams, strict=True)]
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.cancel(check=False)
+        raise
 
 
 def _finished(job: Any, overrides: Sequence[str], streams: Path) -> Finished:
@@ -160,7 +223,7 @@ def _finished(job: Any, overrides: Sequence[str], streams: Path) -> Finished:
         error = f"{point}: job {job.job_id} ended without a result ({job.state}); see {errors}"
         return Finished(1, "", error)
     status = job.result()
-    lines = errors.read_text().strip().splitlines()
+    lines = errors.read_text("utf-8", "replace").strip().splitlines()
     said = lines[-1] if lines else f"exit status {status}"
     error = f"{point}: {said} (all of it: {errors})" if status else ""
-    return Finished(status, output.read_text(), error)
+    return Finished(status, output.read_text("utf-8", "replace"), error)

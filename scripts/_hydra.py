@@ -1,51 +1,61 @@
 """What every script shares: Hydra composes, one conversion, one line for wrong input.
 
-A script is `main(run)` with run(work: Work). Every point of a multirun is checked before the
-first one runs; with `launcher=slurm` each is a job. Under torchrun only the main process prints.
+A script is `main(run)` with run(work: Work). Every point of a multirun is composed and checked
+before the first one runs: a wrong key or value ends all of them before any work. What shows only
+once a point runs (a file that is missing, a loss that diverges) ends that point alone; its line
+is printed, the others go on, and the script ends with the first failure's status. With
+`launcher=slurm` each point is a job. Under torchrun only the main process prints.
 
 `model=NAME` without `experiment=` runs that model's own experiment, imagenet_NAME, where
-configs/experiment holds it: `model=d16` is `experiment=imagenet_d16`, which is made for it.
+one is found: `model=d16` is `experiment=imagenet_d16`, which is made for it.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
+import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from _streams import Terminated, open_streams, stopped_at_once, stopped_by, stopped_in_order
 
+# A notebook's backend, which its shell hands down, may not exist here; figures need none.
+os.environ["MPLBACKEND"] = "Agg"
 # torch-fidelity scripts functions at import, which torch 2.13 and later announce to be going.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit.*")
 
-from dmoe_var import launcher  # noqa: E402
-from dmoe_var.config import Config, known_keys, parse_config  # noqa: E402
-from dmoe_var.errors import ConfigError, InputError, TrainingDiverged  # noqa: E402
-from dmoe_var.metrics.record import Record  # noqa: E402
-from dmoe_var.stages.graph import prepare, run_stage  # noqa: E402
-from dmoe_var.stages.work import Work  # noqa: E402
-from dmoe_var.training import distributed  # noqa: E402
+with stopped_at_once():
+    from _command_line import options_of, read
+    from _compose import combinations, composing, own_experiment, show, work_of
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-EXPERIMENT = re.compile(r"\+*experiment=")
+    from dmoe_var import launcher
+    from dmoe_var.config import Config
+    from dmoe_var.errors import ConfigError, InputError, TrainingDiverged, sentence
+    from dmoe_var.metrics.record import Record
+    from dmoe_var.stages.graph import prepare, run_stage
+    from dmoe_var.stages.work import Work
+    from dmoe_var.training import distributed
+    from dmoe_var.training.tracking import Tracking
+
 LAUNCHER = re.compile(r"\+*launcher[.=]")
 WRONG_INPUT, FAILED = 2, 1
 GRACE = 10
 """Seconds that a process under torchrun leaves the main one to say what is wrong."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one run of a script is given."""
+
+    overrides: Sequence[str]
+    work: Work
 
 
 def main(
@@ -55,27 +65,62 @@ def main(
 
     in_full: writes out what a script's command line has short forms for.
     """
-    script = Path(sys.argv[0]).stem
-    arguments = _command_line(in_full or list)
-    configs = _check_all(script, arguments)
-    if configs and configs[0].launcher.cluster is not None:
-        _launch(configs[0], arguments.overrides)
-        return
-
-    def task(content: DictConfig) -> None:
-        try:
-            work = _work(script, content, HydraConfig.get().overrides.task)
-            prepare(work)
-            run(work)
-        except InputError as error:
-            _stop(error, WRONG_INPUT)
-        except OSError as error:  # a folder that cannot be written, a full disk
-            _stop(InputError(f"{error.filename}: {error.strerror}"), WRONG_INPUT)
-        except TrainingDiverged as error:
-            _stop(error, FAILED)
-
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=script)(task)()
+    open_streams()
+    try:
+        with stopped_in_order():
+            status = _run(run, in_full or list)
+    except (KeyboardInterrupt, Terminated) as error:
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped_by(number), file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+    if status:
+        sys.exit(status)
     distributed.stop()
+
+
+def _run(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]]) -> int:
+    """The script; its exit status."""
+    script = Path(sys.argv[0]).stem
+    try:
+        arguments = read(in_full)
+        with composing(script, arguments):
+            arguments.overrides = own_experiment(arguments.overrides)
+            if show(script, arguments):
+                return 0
+            points = _points(script, arguments)
+    except InputError as error:
+        _stop(error, WRONG_INPUT)
+    if points[0].work.config.launcher.cluster is not None:
+        return _launch(points, options_of(arguments))
+    statuses = [_run_point(run, point, arguments.multirun) for point in points]
+    return next((status for status in statuses if status), 0)
+
+
+def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int:
+    """Run one point; its exit status, once what is wrong has been printed.
+
+    Processes that torchrun started stay in step: there the first failure ends them all.
+    """
+    alone = not multirun or distributed.launched_processes() > 1
+    try:
+        prepare(point.work)
+        run(point.work)
+        return 0
+    except (InputError, OSError) as error:
+        failure: Exception = InputError(sentence(error)) if isinstance(error, OSError) else error
+        status = WRONG_INPUT
+    except TrainingDiverged as error:
+        failure, status = error, FAILED
+    except Exception:  # a fault of ours, which is no reason to leave out the other points
+        if alone:
+            raise
+        traceback.print_exc()
+        failure, status = RuntimeError("failed, see above"), FAILED
+    if alone:
+        _stop(failure, status)
+    print(_in_one_line(f"{' '.join(point.overrides)}: {failure}"), file=sys.stderr, flush=True)
+    return status
 
 
 def stage_main(stage: str) -> None:
@@ -104,101 +149,56 @@ def _stop(error: Exception, status: int) -> NoReturn:
     """
     if not distributed.launched_as_main():
         time.sleep(GRACE)
-    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+    print(_in_one_line(str(error)), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
-def _command_line(in_full: Callable[[list[str]], list[str]]) -> Namespace:
-    """The arguments as Hydra parses them, overrides written out; sys.argv becomes what they are.
-
-    Ends the process for what is neither an option of Hydra's nor key=value.
-    """
-    parser = get_args_parser()
-
-    def stop(message: str) -> NoReturn:
-        _stop(ConfigError(message), WRONG_INPUT)
-
-    parser.error = stop  # type: ignore[method-assign]
-    arguments, unknown = parser.parse_known_intermixed_args()
-    if unknown:
-        stop(f"{unknown[0]}: unknown option; settings are key=value, options --help, --cfg job, -m")
-    for override in arguments.overrides:
-        if "=" not in override and not override.startswith("~"):
-            stop(f"{override}: no setting; settings are key=value, options --help, --cfg job, -m")
-    options = list(sys.argv[1:])
-    for override in arguments.overrides:
-        options.remove(override)
-    try:
-        arguments.overrides = _own_experiment(in_full(arguments.overrides))
-    except InputError as error:
-        _stop(error, WRONG_INPUT)
-    sys.argv[1:] = [*arguments.overrides, *options]
-    return arguments
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
-def _own_experiment(overrides: list[str]) -> list[str]:
-    """`model=NAME` as `experiment=imagenet_NAME` where there is one and none is named.
-
-    ConfigError for a multirun over models of which only some have their own.
-    """
-    if any(EXPERIMENT.match(override) for override in overrides):
-        return overrides
-    found = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        models = value.split(",") if key == "model" else []
-        own = [f"imagenet_{model}" for model in models]
-        exist = [(CONFIGS / "experiment" / f"{name}.yaml").is_file() for name in own]
-        if any(exist) and not all(exist):
-            with_own = ", ".join(m for m, there in zip(models, exist, strict=True) if there)
-            raise ConfigError(
-                f"{override}: of these only {with_own} have an experiment of their own; give "
-                "experiment= too"
-            )
-        found.append(f"experiment={','.join(own)}" if any(exist) else override)
-    return found
-
-
-def _launch(config: Config, overrides: Sequence[str]) -> None:
-    """Run each point as a job, say what each said, and end as the first that failed did."""
-    points = [
-        [override for override in point if not LAUNCHER.match(override)]
-        for point in _points(overrides, multirun=True)
+def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
+    """Run each point as a job and say what each said; the status of the first that failed."""
+    config = points[0].work.config
+    commands = [
+        [*(each for each in point.overrides if not LAUNCHER.match(each)), *options]
+        for point in points
     ]
     folder = Path(config.run_dir) / "multirun"
     say(f"{len(points)} jobs ({config.launcher.cluster}), logs under {folder}")
     try:
-        finished = launcher.run_jobs(config.launcher, Path(sys.argv[0]), points, folder)
+        finished = launcher.run_jobs(config.launcher, Path(sys.argv[0]), commands, folder)
     except InputError as error:
         _stop(error, WRONG_INPUT)
+    except OSError as error:
+        _stop(InputError(sentence(error)), WRONG_INPUT)
     for each in finished:
         print(each.output, end="", flush=True)
-    failed = [each for each in finished if each.status]
-    for each in failed[1:]:
-        print(each.error, file=sys.stderr)
-    if failed:
-        _stop(InputError(failed[0].error), failed[0].status)
+    for each in finished:
+        if each.status:
+            print(_in_one_line(each.error), file=sys.stderr, flush=True)
+    return next((each.status for each in finished if each.status), 0)
 
 
-def _check_all(script: str, arguments: Namespace) -> list[Config]:
-    """Compose and convert every point of the command line; exit with one line at the first error.
+def _points(script: str, arguments: Namespace) -> list[Point]:
+    """Compose and convert every point of the command line; ConfigError for the first thing wrong.
 
     Hydra itself would print several lines, exit with 1, and find an error in a multirun's last
     point only after running the others.
     """
-    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
-        return []
-    configs = []
-    try:
-        for overrides in _points(arguments.overrides, arguments.multirun):
-            work = _work(script, _compose(script, overrides), overrides)
-            _check_launcher(work.config, configs, arguments.multirun)
-            configs.append(work.config)
-            if work.config.launcher.cluster is None:  # a job's machine may have another
-                _ = work.device
-    except InputError as error:
-        _stop(error, WRONG_INPUT)
-    return configs
+    name = arguments.config_name or script
+    overrides = arguments.overrides
+    points: list[Point] = []
+    for each in combinations(name, overrides) if arguments.multirun else [overrides]:
+        work = work_of(script, name, each)
+        _check_launcher(work.config, [point.work.config for point in points], arguments.multirun)
+        Tracking(work.config.wandb).check()
+        if work.config.launcher.cluster is None:  # a job's machine may have another
+            _ = work.device
+        points.append(Point(each, work))
+    if not points:
+        raise ConfigError(f"{' '.join(overrides)}: not one point")
+    return points
 
 
 def _check_launcher(config: Config, others: Sequence[Config], multirun: bool) -> None:
@@ -214,64 +214,3 @@ def _check_launcher(config: Config, others: Sequence[Config], multirun: bool) ->
             f"launcher.cluster={cluster}: start it without torchrun, launcher.gpus starts it in "
             "each job"
         )
-
-
-def _points(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
-    """The overrides of each point."""
-    if not multirun:
-        return [list(overrides)]
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(_one_line(error, overrides)) from error
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [list(point) for batch in batches for point in batch]
-
-
-def _configs(script: str) -> Any:
-    return hydra.initialize_config_dir(str(CONFIGS), job_name=script, version_base="1.3")
-
-
-def _compose(script: str, overrides: Sequence[str]) -> DictConfig:
-    running = GlobalHydra.instance().is_initialized()
-    try:
-        with nullcontext() if running else _configs(script):
-            return hydra.compose(config_name=script, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error, overrides)) from error
-
-
-def _work(script: str, content: DictConfig, overrides: Sequence[str]) -> Work:
-    """The configuration, beside that of the experiment alone, which names what differs."""
-    experiment = [override for override in overrides if EXPERIMENT.match(override)]
-    baseline = _compose(script, experiment)
-    return Work(config=parse_config(_plain(content)), baseline=parse_config(_plain(baseline)))
-
-
-def _plain(content: DictConfig) -> dict[str, Any]:
-    try:
-        plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message with the key, its value and what is allowed."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: {text}"
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        *path, last = unknown[1].split(".")
-        given = next((o for o in overrides if o.lstrip("+~").startswith(unknown[1])), unknown[1])
-        return f"{given}: unknown key; {known_keys(tuple(path), last)}"
-    missing = re.search(r"Could not find '([^']+)'", text)
-    options = re.search(
-        r"Available options in '[^']+':\s*(.*?)\s*(Config search path|$)", text, re.S
-    )
-    if missing and options:
-        group, _, name = missing[1].rpartition("/")
-        return f"{group}={name}: no such option; allowed: {', '.join(options[1].split())}"
-    return text

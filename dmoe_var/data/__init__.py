@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from dmoe_var.config_fields import PathOrName
 from dmoe_var.data import digits
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.image_folder import load_image_folders
@@ -42,7 +43,7 @@ class DataConfig:
     kind: Literal["digits", "image_folder"] = "digits"
     image_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     num_classes: Count | None = None
-    root: Name | None = None
+    root: PathOrName | None = None
     train: Name = "train"
     val: Name = "val"
     resize_ratio: Annotated[float, Field(ge=1, le=8)] = 1.125

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmoe_var.figures.fid_over_flops import finish
-from dmoe_var.figures.style import MARKERS, Paths, colour, plt, save
+from dmoe_var.figures.style import MARKERS, Paths, colour, save, styled, subplots
 
 NAMES = {
     "calibrated": "calibrated",
@@ -17,11 +17,12 @@ NAMES = {
 }
 
 
+@styled
 def draw(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], dense_gmac: float, title: str, paths: Paths
 ) -> None:
     """One curve a method; rows hold gmac (predicted) and ce (held-out, nats a token)."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    figure, axis = subplots(figsize=(5.2, 3.6))
     for method, rows in curves.items():
         points = sorted((row["gmac"], row["ce"]) for row in rows)
         axis.plot(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from dmoe_var.config_fields import STRICT, Several, Share
+from dmoe_var.config_fields import STRICT, PathOrName, Several, Share
 
 PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
 """The figures of the paper (2a and 11: samples; 2b and 12: experts over the picture)."""
@@ -77,7 +77,7 @@ class FiguresConfig:
         8, 16, 32, 64, 128, 256,
     )  # fmt: skip
     single_scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (5, 6, 7, 8, 9)
-    depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], str | None] = field(
+    depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], PathOrName | None] = field(
         default_factory=dict
     )
     """By depth, where its dense VAR comes from, as `base.var` says it (null trains it). Figure 5

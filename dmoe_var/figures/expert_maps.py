@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmoe_var.figures.style import Paths, plt, save
+from dmoe_var.figures.style import Paths, save, styled, subplots
 
 
 class ExpertMaps(NamedTuple):
@@ -21,11 +21,12 @@ class ExpertMaps(NamedTuple):
     maps: np.ndarray
 
 
+@styled
 def draw(by_tau: dict[str, ExpertMaps], scales: list[int], paths: Paths) -> None:
     """A block of rows a tau, two rows an image: picture and map; darker means fewer experts."""
     num_images = len(next(iter(by_tau.values())).images)
     columns = len(by_tau) * len(scales)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         2 * num_images, columns, figsize=(1.1 * columns, 2.2 * num_images), squeeze=False
     )
     for axis in axes.flat:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from dmoe_var.figures.style import MARKERS, SHADED_MARKERS, Paths, colour, plt, save
+from dmoe_var.figures.style import MARKERS, SHADED_MARKERS, Paths, colour, save, styled, subplots
 
 LABELS = {
     "dense": "dense VAR",
@@ -48,29 +48,32 @@ def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[Curve]:
     return [curve for curve in curves if curve["rows"]]
 
 
+@styled
 def draw(settings: Sequence[Mapping[str, Any]], fid_name: str, title: str, paths: Paths) -> None:
     """Draw the settings of a sweep record as a PNG."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    figure, axis = subplots(figsize=(5.2, 3.6))
     plot(axis, curves_of(settings))
     finish(axis, FLOPS, display_name(fid_name), title)
     save(figure, paths)
 
 
+@styled
 def draw_curves(
     curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
 ) -> None:
     """Draw curves with the standard deviation over seeds as error bars; `note` goes below."""
-    figure, axis = plt.subplots(figsize=(5.4, 3.8))
+    figure, axis = subplots(figsize=(5.4, 3.8))
     plot(axis, curves)
     finish(axis, FLOPS, display_name(fid_name), title, note)
     save(figure, paths)
 
 
+@styled
 def draw_accounting(
     curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
 ) -> None:
     """The same points over FLOPs as counted, and over the figure of the authors' accounting."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
+    figure, axes = subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
     authors = "transformer GMAC an image by the authors' accounting"
     for axis, (x, label) in zip(
         axes, (("flops_gmac", FLOPS), ("flops_gmac_authors", authors)), strict=True

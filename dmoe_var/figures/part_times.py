@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmoe_var.figures.style import plt, save
+from matplotlib.patches import Rectangle
+
+from dmoe_var.figures.style import save, styled, subplots
 
 PART_COLOURS = {
     "attention": "#0072B2",
@@ -25,10 +27,11 @@ PART_COLOURS = {
 """By part of `metrics.part_timing`, from the palette of the methods."""
 
 
+@styled
 def draw_part_times(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Milliseconds an image by part; rows: a benchmark's, with `by_part_ms` where it was timed."""
     shown = [row for row in rows if "by_part_ms" in row]
-    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(shown)))
+    figure, axis = subplots(figsize=(6.4, 0.9 + 0.32 * len(shown)))
     for i, row in enumerate(shown):
         left = 0.0
         for part, colour in PART_COLOURS.items():
@@ -36,7 +39,7 @@ def draw_part_times(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.barh(i, width, left=left, color=colour, edgecolor="white", linewidth=0.3)
             left += width
     present = [p for p in PART_COLOURS if any(p in row["by_part_ms"] for row in shown)]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=PART_COLOURS[part]) for part in present]
+    handles = [Rectangle((0, 0), 1, 1, color=PART_COLOURS[part]) for part in present]
     axis.legend(handles, present, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     axis.set_yticks(
         range(len(shown)), [f"{row['name']}, batch {row['batch_size']}" for row in shown]

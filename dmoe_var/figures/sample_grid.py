@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dmoe_var.figures.style import Paths, plt, save
+from dmoe_var.figures.style import DPI, Paths, new_figure, save, styled
 
 SMALLEST, LARGEST = 0.7, 1.7
 """Side of a picture in inches."""
@@ -28,6 +28,7 @@ def tile(images_NRR3: np.ndarray, columns: int) -> np.ndarray:
     return canvas
 
 
+@styled
 def draw(
     panels: dict[str, np.ndarray],
     columns: int,
@@ -42,11 +43,11 @@ def draw(
     """
     num, side = next(iter(panels.values())).shape[:2]
     rows = -(-num // columns)
-    inches = min(max(side / plt.rcParams["figure.dpi"], SMALLEST), LARGEST)
+    inches = min(max(side / DPI, SMALLEST), LARGEST)
     inches = min(inches, MOST / max(rows, columns))
     width, height = inches * columns, inches * rows
     whole = width * len(panels) + GAP * (len(panels) - 1)
-    figure = plt.figure(figsize=(whole, height))  # titles and names lie outside, see `save`
+    figure = new_figure(whole, height)  # titles and names lie outside, see `save`
     for i, (title, images) in enumerate(panels.items()):
         axis = figure.add_axes((i * (width + GAP) / whole, 0, width / whole, 1))
         axis.imshow(tile(images, columns), interpolation="nearest")

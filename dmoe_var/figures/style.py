@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -52,9 +51,10 @@ MARKERS = {
 SHADED_MARKERS = "osD^vP*X"
 """Of curves that differ by a number (scale, width, alpha, depth), beside their shade."""
 
-plt.rcParams.update(
+DPI = 150
+styled = rc_context(
     {
-        "figure.dpi": 150,
+        "figure.dpi": DPI,
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -64,13 +64,29 @@ plt.rcParams.update(
         "pdf.fonttype": 42,
     }
 )
+"""Decorates what draws a figure; a notebook's own style stays what it is."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches, whatever the backend for figures on a screen is."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any
+) -> Any:
+    """A new figure, and its axes."""
+    figure = new_figure(*figsize)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def colour(method: str, shade: float | None = None) -> str:
     """The colour of a method, or for shade 0..1 one of cividis, which is even without colour."""
     if shade is None:
         return COLOURS[method]
-    return to_hex(plt.get_cmap("cividis")(0.9 * shade))
+    return to_hex(colormaps["cividis"](0.9 * shade))
 
 
 Paths = Path | Sequence[Path]
@@ -78,11 +94,10 @@ Paths = Path | Sequence[Path]
 
 
 def save(figure: Figure, paths: Paths) -> None:
-    """Write each file, PNG or PDF by its ending, whole or not at all, and close the figure."""
+    """Write each file, PNG or PDF by its ending, whole or not at all."""
     for path in (paths,) if isinstance(paths, Path) else paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = path.suffix.removeprefix(".")
         metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
         with whole_file(path) as temporary:
             figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
-    plt.close(figure)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import LogFormatter
 
 from dmoe_var.figures.fid_over_flops import finish
-from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, plt, save
+from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, save, styled, subplots
 
 Bars = Mapping[str, Any]
 """name, method, shade, images_per_s: one value a scale."""
@@ -17,9 +17,10 @@ Times = Mapping[str, Any]
 """name, method, shade; dense, rows: ms_median, ms_p10, ms_p90, of rows also tau."""
 
 
+@styled
 def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -> None:
     """A group of bars a scale, a bar a model."""
-    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    figure, axis = subplots(figsize=(5.6, 3.4))
     width = 0.8 / len(bars)
     for i, each in enumerate(bars):
         places = np.arange(len(each["images_per_s"])) + (i - (len(bars) - 1) / 2) * width
@@ -36,9 +37,10 @@ def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -
     save(figure, paths)
 
 
+@styled
 def draw_over_tau(curves: Sequence[Times], title: str, note: str, paths: Paths) -> None:
     """Time of a batch over tau, as a ratio to the dense model's of the same run; p10 to p90."""
-    figure, axis = plt.subplots(figsize=(5.4, 3.6))
+    figure, axis = subplots(figsize=(5.4, 3.6))
     times_ms = [curve["dense"]["ms_median"] for curve in curves]
     dense = f"dense VAR ({min(times_ms):.0f} to {max(times_ms):.0f} ms)"
     axis.axhline(1, color=colour("dense", None), linestyle="--", label=dense)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from dmoe_var.figures import fid_over_flops
-from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, plt, save
+from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, save, styled, subplots
 
 Run = Mapping[str, Any]
 """name, shade (0..1), and by panel a list of [step, value]."""
@@ -38,11 +38,12 @@ def plot(axis: Axes, runs: Sequence[Run], panel: Panel) -> None:
     fid_over_flops.finish(axis, "optimiser step", panel.label, "")
 
 
+@styled
 def draw(data: Mapping[str, Any], panels: Sequence[Panel], title: str, paths: Paths) -> None:
     """One panel a loss, and one for the FID that the runs led to: over FLOPs, or over the number
     in which the runs differ where all experts ran."""
     runs, curves = data["runs"], data["curves"]
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.6))
+    figure, axes = subplots(1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.6))
     for axis, panel in zip(axes, panels, strict=False):
         plot(axis, runs, panel)
     last, fid_name = axes[-1], fid_over_flops.display_name(data["fid"])

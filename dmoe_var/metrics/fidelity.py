@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmoe_var.arrays import read_npz, write_npz
+from dmoe_var.config_fields import PathOrName
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.files import note, sha256_of
 from dmoe_var.metrics.feature_statistics import (
@@ -78,8 +79,8 @@ class FidelityConfig:
     backbone: Literal["efflite0", "inception"] = "efflite0"
     input_size: Annotated[int, Field(ge=32)] = 64
     batch_size: Annotated[int, Field(gt=0)] = 64
-    weights: str | None = None
-    reference: str | None = None
+    weights: PathOrName | None = None
+    reference: PathOrName | None = None
     precision_recall: bool = False
     neighbours: Annotated[int, Field(gt=0)] = 3
     reference_images: Annotated[int, Field(gt=0)] = 10_000

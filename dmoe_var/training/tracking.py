@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.files import note, write_text
 
 WandbMode = Literal["disabled", "offline", "online"]
@@ -23,21 +26,62 @@ class Tracking:
     job_type: str = ""
     name: str = ""
 
-    def start(self, folder: Path, config: Mapping[str, Any]) -> Any:
-        """A run of wandb, its files under `folder`; None where it is off."""
+    def check(self) -> None:
+        """ConfigError for a mode that needs a login where nothing holds one: wandb itself would ask
+        for it, or fail, once the first run starts."""
+        if self.mode != "online":
+            return
+        import requests
+        import wandb
+
+        settings = wandb.setup().settings
+        known = (
+            settings.api_key,
+            os.environ.get("WANDB_API_KEY"),
+            os.environ.get("WANDB_IDENTITY_TOKEN_FILE"),
+            requests.utils.get_netrc_auth(settings.base_url),
+        )
+        if not any(known):
+            raise ConfigError(
+                f"wandb=online: no login for {settings.base_url} on this machine; run wandb login, "
+                "set WANDB_API_KEY, or give wandb=offline and send the runs later with wandb sync"
+            )
+
+    def start(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        run_id: str | None = None,
+        again: bool = False,
+    ) -> Any:
+        """A run of wandb, its files under `folder`; None where it is off.
+
+        again: go on with the run of that id. InputError where wandb cannot start one.
+        """
         if self.mode == "disabled":
             return None
         import wandb
 
-        return wandb.init(
-            project="dmoe-var",
-            group=self.group or None,
-            job_type=self.job_type or None,
-            name=self.name or None,
-            dir=folder,
-            mode=self.mode,
-            config=dict(config),
-        )
+        # Offline there is no run to go on with: wandb sync joins what has the same id.
+        further = {"resume": "allow"} if again and self.mode == "online" else {}
+        try:
+            return wandb.init(
+                project="dmoe-var",
+                group=self.group or None,
+                job_type=self.job_type or None,
+                name=self.name or None,
+                dir=folder,
+                mode=self.mode,
+                config=dict(config),
+                id=run_id,
+                **further,
+            )
+        except Exception as error:  # of the network, the server, its own service process
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"wandb={self.mode}: no run could be started ({reason}); allowed beside it: "
+                "offline, to be sent later with wandb sync, and disabled"
+            ) from error
 
     def summarise(
         self, folder: Path, metrics: Mapping[str, float], config: Mapping[str, Any]
@@ -52,6 +96,9 @@ class Tracking:
 
 
 OFF = Tracking()
+
+RUN_ID_FILE = "wandb_run.txt"
+"""Beside metrics.jsonl: the id of the folder's run of wandb."""
 
 
 class MetricsLog:
@@ -76,7 +123,13 @@ class MetricsLog:
             return
         kept = [line for line in read_lines(self.path, step=int) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._wandb = tracking.start(folder, config or {})
+        if tracking.mode == "disabled":
+            return
+        begun = folder / RUN_ID_FILE
+        again = resume_step > 0 and begun.exists()
+        run_id = begun.read_text(encoding="utf-8").strip() if again else uuid.uuid4().hex[:8]
+        self._wandb = tracking.start(folder, config or {}, run_id, again)
+        write_text(begun, run_id + "\n")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics of a step; step counts finished steps, from 1."""
@@ -91,9 +144,9 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(*(() if kind is None else (1,)))
 
 
 def read_lines(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:

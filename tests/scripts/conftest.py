@@ -46,16 +46,17 @@ def start_server():
 
 @pytest.fixture(scope="session")
 def launch(start_server, tmp_path_factory):
-    """launch(script, *arguments, cwd=, kill=) -> Finished, in a process of its own.
+    """launch(script, *arguments, cwd=, kill=, env=) -> Finished, in a process of its own.
 
-    kill=(function, n): SIGKILL before its n-th call of the function of that dotted name.
+    kill=(function, n): SIGKILL before its n-th call of the function of that dotted name; a third
+    item is another signal. env: variables beside the server's own.
     """
     folder = tmp_path_factory.mktemp("streams")
 
-    def launch(script, *arguments, cwd, kill=None):
+    def launch(script, *arguments, cwd, kill=None, env=None):
         streams = {name: str(folder / name) for name in ("stdout", "stderr")}
         argv = [str(SCRIPTS / f"{script}.py"), *arguments]
-        request = {"argv": argv, "cwd": str(cwd), "kill": kill, **streams}
+        request = {"argv": argv, "cwd": str(cwd), "kill": kill, "env": env, **streams}
         start_server.stdin.write(json.dumps(request) + "\n")
         start_server.stdin.flush()
         status = int(start_server.stdout.readline())

@@ -1,8 +1,9 @@
 """Starts scripts as children of one process that has imported all they need: a start costs 0.2 s.
 
-Reads a JSON request a line ({"argv", "cwd", "stdout", "stderr", "kill"}) and answers each with the
-exit status, negative for a signal. "kill": [name, n] sends the child SIGKILL before its n-th call
-of the function of that dotted name. The digits are cut to a few images.
+Reads a JSON request a line ({"argv", "cwd", "stdout", "stderr", "kill", "env"}) and answers each
+with the exit status, negative for a signal. "kill": [name, n] sends the child SIGKILL before its
+n-th call of the function of that dotted name, [name, n, signal] another one. The digits are cut
+to a few images.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -34,8 +36,8 @@ def few_digits(image_size, load=dmoe_var.data.load_digits):
     )
 
 
-def arm(name, n):
-    """SIGKILL this process before the n-th call of a function."""
+def arm(name, n, number=signal.SIGKILL):
+    """Send this process a signal before the n-th call of a function."""
     owner, _, attribute = name.rpartition(".")
     owner = pkgutil.resolve_name(owner)
     function, calls = getattr(owner, attribute), iter(range(1, 10**9))
@@ -43,7 +45,7 @@ def arm(name, n):
     @functools.wraps(function)
     def armed(*args, **kwargs):
         if next(calls) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
     setattr(owner, attribute, armed)
@@ -57,6 +59,7 @@ def become(request):
     for fd, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
     os.chdir(request["cwd"])
+    os.environ.update(request.get("env") or {})
     sys.argv = request["argv"]
     if request["kill"]:
         arm(*request["kill"])
@@ -78,8 +81,11 @@ def warm_up():
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
     for module in ("dmoe_var.stages.sweep", "k_means_constrained"):
         pkgutil.resolve_name(module)
-    shared = pkgutil.resolve_name("_hydra")
-    shared._compose("pipeline", ["seed=1", "moe.scales=[1]"])
+    pkgutil.resolve_name("_hydra")
+    compose = pkgutil.resolve_name("_compose")
+    options = SimpleNamespace(config_path=None, config_dir=None)
+    with compose.composing("pipeline", options):
+        compose.work_of("pipeline", "pipeline", ["seed=1", "moe.scales=[1]"])
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     dmoe_var.data.load_digits = few_digits
     few_digits(8)

@@ -1,0 +1,174 @@
+"""The command line: options, and settings as Hydra's grammar wants them.
+
+The parser is our own: Hydra's does not start under Python 3.14. What a shell passes is written out
+before Hydra reads it, so that a path may hold whatever a path can hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString, Sweep
+from hydra.errors import HydraException
+
+from dmoe_var.config import is_entry, is_text
+from dmoe_var.errors import ConfigError
+
+USE = "settings are key=value, options --help, --cfg job, -m"
+SHOWN = ("job", "hydra", "all")
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+BRACKETS = dict(zip("[{(", "]})", strict=True))
+
+
+def parser() -> ArgumentParser:
+    """Hydra's options, those that a script of ours can follow."""
+    options = ArgumentParser(add_help=False)
+    add = options.add_argument
+    add("overrides", nargs="*", help="settings, key=value; dots for what lies within a section")
+    add("--help", "-h", action="store_true", help="this text")
+    add("--hydra-help", action="store_true", help="Hydra's own configuration")
+    add("--cfg", "-c", choices=SHOWN, help="show the configuration and do nothing")
+    add("--resolve", action="store_true", help="with --cfg: interpolations resolved")
+    add("--package", "-p", help="with --cfg: this section alone")
+    add("--info", "-i", nargs="?", const="all", choices=INFO, help="show where it comes from")
+    add("--run", "-r", action="store_true", help="one run, which is what happens anyway")
+    add("--multirun", "-m", action="store_true", help="a run for each combination of a,b,c")
+    add("--config-dir", "-cd", help="a folder of your own, beside configs/: FOLDER/experiment/NAME")
+    add("--config-name", "-cn", help="another root than the script's own")
+    add("--config-path", "-cp", help="a folder in the place of configs/")
+    return options
+
+
+def read(in_full: Callable[[list[str]], list[str]]) -> Namespace:
+    """The arguments of this process; ConfigError for what is neither an option nor key=value.
+
+    in_full: writes out what a script's settings have short forms for.
+    """
+    for given in sys.argv[1:]:
+        if "\r" in given:
+            raise ConfigError(
+                f"{given!r}: holds a carriage return: the file that it comes from has the line "
+                "ends of Windows (CRLF); convert that file, for example with dos2unix"
+            )
+    options = parser()
+    options.error = _refuse  # type: ignore[method-assign]
+    arguments, unknown = options.parse_known_intermixed_args()
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: unknown option; {USE}")
+    if arguments.run and arguments.multirun:
+        raise ConfigError("--run (-r) and --multirun (-m): give one of them")
+    for override in arguments.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigError(f"{override}: no setting; {USE}")
+        if override.startswith(("hydra.", "hydra/")) and not is_searchpath(override):
+            raise ConfigError(
+                f"{override}: not read here; of Hydra's own settings hydra.searchpath alone is. "
+                "Results go to run_dir, and `launcher` says where the points of a multirun run"
+            )
+    for option in ("config_dir", "config_path"):
+        folder = getattr(arguments, option)
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            raise ConfigError(f"--{option.replace('_', '-')}={folder}: no such folder")
+        setattr(arguments, option, folder and str(Path(folder).expanduser().resolve()))
+    written = in_full(arguments.overrides)
+    arguments.overrides = [written_out(each, arguments.multirun) for each in written]
+    return arguments
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message)
+
+
+def is_searchpath(override: str) -> bool:
+    """Whether a setting says where further configurations lie."""
+    return override.startswith("hydra.searchpath=")
+
+
+def options_of(arguments: Namespace) -> list[str]:
+    """The options that a job needs to compose the same configuration."""
+    given = {option: getattr(arguments, option) for option in ("config_dir", "config_path")}
+    given["config_name"] = arguments.config_name
+    return [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
+
+
+def written_out(override: str, multirun: bool) -> str:
+    """A setting as Hydra reads it: quoted where its grammar would refuse a text or change it.
+
+    Lists, sections, interpolations, null and, in a multirun, several values stay what they are.
+    ConfigError for several values without a multirun.
+    """
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+")
+    if not equals or key.startswith("~"):
+        return override
+    if is_entry(name):  # of a section whose keys are the user's own: may be new
+        key = f"++{name}"
+    text = is_text(name)
+    if text and _is_there(value):
+        return f"{key}={_quoted(value, text)}"
+    found = _parsed(value)
+    if isinstance(found, Sweep) and not multirun:
+        raise ConfigError(
+            f"{override}: several values are for a multirun, -m; a list is written [a,b]"
+        )
+    if multirun and (isinstance(found, Sweep) or (found is None and "," in value)):
+        parts = _split(value)
+        several = len(parts) > 1
+        return f"{key}={','.join(_quoted(each, text) for each in parts) if several else value}"
+    return f"{key}={_quoted(value, text)}"
+
+
+def _is_there(value: str) -> bool:
+    try:
+        return value != "" and Path(value).expanduser().exists()
+    except (OSError, RuntimeError):  # too long; a user without a home
+        return False
+
+
+def _parsed(value: str) -> Any:
+    """What Hydra takes a value for; None for what it refuses."""
+    try:
+        return OverridesParser.create().parse_override(f"key={value}")._value or ""
+    except HydraException:
+        return None
+
+
+def _quoted(value: str, text: bool) -> str:
+    """A value, in quotes where Hydra refuses it, or takes a text for something else."""
+    found = _parsed(value)
+    kept = found is not None and (
+        not text or found == value or isinstance(found, QuotedString) or "${" in value
+    )
+    if kept or value == "" or value.lower() == "null":
+        return value
+    if not text and value.startswith("["):
+        inner = _split(value[1:-1]) if value.endswith("]") else []
+        elements = [_quoted(each, text) for each in inner]
+        return f"[{','.join(elements)}]" if elements and elements != inner else value
+    if not text and value.startswith("{"):
+        return value
+    return QuotedString(text=value, quote=Quote.single).with_quotes()
+
+
+def _split(text: str) -> Sequence[str]:
+    """At the commas outside of brackets and quotes; a quote within a word is a letter."""
+    parts, open_, quote = [""], [], ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not parts[-1].strip():
+            quote = letter
+        elif letter in BRACKETS:
+            open_.append(BRACKETS[letter])
+        elif open_ and letter == open_[-1]:
+            open_.pop()
+        elif letter == "," and not open_:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return parts

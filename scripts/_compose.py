@@ -1,0 +1,168 @@
+"""Hydra composes configurations, from configs/ and from folders that the command line names."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from _command_line import is_searchpath, parser
+from hydra import compose, version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dmoe_var.config import Config, known_keys, parse_config
+from dmoe_var.errors import ConfigError, InputError, sentence
+from dmoe_var.stages.work import Work
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENT = re.compile(r"\+*experiment=")
+
+
+@contextmanager
+def composing(script: str, arguments: Namespace) -> Iterator[None]:
+    """Within: Hydra knows where configurations lie, those of the command line's folders too."""
+    version.setbase("1.3")
+    path = create_config_search_path(arguments.config_path or str(CONFIGS))
+    if arguments.config_dir is not None:
+        folder = f"file://{arguments.config_dir}"
+        path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(script, path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def show(script: str, arguments: Namespace) -> bool:
+    """Print what an option asks for in the place of a run; whether there is one."""
+    hydra, name = GlobalHydra.instance().hydra, arguments.config_name or script
+    assert hydra is not None
+    with _one_line_errors(arguments.overrides):
+        if arguments.help:
+            hydra.app_help(config_name=name, args_parser=parser(), args=arguments)
+        elif arguments.hydra_help:
+            hydra.hydra_help(config_name=name, args_parser=parser(), args=arguments)
+        elif arguments.cfg:
+            hydra.show_cfg(
+                name, arguments.overrides, arguments.cfg, arguments.package, arguments.resolve
+            )
+        elif arguments.info:
+            hydra.show_info(arguments.info, config_name=name, overrides=arguments.overrides)
+    return bool(arguments.help or arguments.hydra_help or arguments.cfg or arguments.info)
+
+
+def own_experiment(overrides: Sequence[str]) -> list[str]:
+    """`model=NAME` as `experiment=imagenet_NAME` where there is one and none is named.
+
+    ConfigError for a multirun over models of which only some have their own.
+    """
+    if any(EXPERIMENT.match(override) for override in overrides):
+        return list(overrides)
+    there = _experiments(overrides) if any(o.startswith("model=") for o in overrides) else []
+    found = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        models = value.split(",") if key == "model" else []
+        own = [f"imagenet_{model}" for model in models]
+        exist = [name in there for name in own]
+        if any(exist) and not all(exist):
+            with_own = ", ".join(m for m, known in zip(models, exist, strict=True) if known)
+            raise ConfigError(
+                f"{override}: of these only {with_own} have an experiment of their own; give "
+                "experiment= too"
+            )
+        found.append(f"experiment={','.join(own)}" if any(exist) else override)
+    return found
+
+
+def _experiments(overrides: Sequence[str]) -> list[str]:
+    """The names of all experiments, in configs/ and in the folders of the command line."""
+    loader = GlobalHydra.instance().config_loader()
+    searched = [override for override in overrides if is_searchpath(override)]
+    with _one_line_errors(searched):
+        return loader.get_group_options("experiment", overrides=searched)
+
+
+def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each point; hydra.sweeper.params of a configuration come first."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    with _one_line_errors(overrides):
+        content = hydra.compose_config(name, list(overrides), RunMode.MULTIRUN, from_shell=False)
+        params = OmegaConf.select(content, "hydra.sweeper.params") or {}
+        given = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+        parsed = OverridesParser.create(hydra.config_loader).parse_overrides(given)
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [list(point) for batch in batches for point in batch]
+
+
+def work_of(script: str, name: str, overrides: Sequence[str]) -> Work:
+    """The configuration, beside that of its experiment alone, which names what differs."""
+    config, experiment = _compose(name, overrides)
+    alone = [override for override in overrides if is_searchpath(override)]
+    if experiment is not None:
+        alone.append(f"experiment={experiment}")
+    return Work(config=config, baseline=_compose(script, alone)[0])
+
+
+def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:
+    """A configuration, and the name of its experiment."""
+    with _one_line_errors(overrides):
+        content = compose(name, list(overrides), return_hydra_config=True)
+        experiment = content.hydra.runtime.choices.get("experiment")
+        OmegaConf.set_struct(content, False)
+        del content["hydra"]
+        plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return parse_config({str(key): value for key, value in plain.items()}), experiment
+
+
+@contextmanager
+def _one_line_errors(overrides: Sequence[str]) -> Iterator[None]:
+    """What Hydra and the files it reads may raise, as ConfigError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=r"(?s).*is not available")
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error, overrides)) from error
+    except OSError as error:
+        raise ConfigError(sentence(error)) from error
+    except (yaml.YAMLError, ValueError, UserWarning) as error:
+        if isinstance(error, InputError):
+            raise
+        raise ConfigError(f"a configuration file cannot be read: {error}") from error
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's message with the key, its value and what is allowed."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {text}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        *path, last = unknown[1].split(".")
+        given = next((o for o in overrides if o.lstrip("+~").startswith(unknown[1])), unknown[1])
+        return f"{given}: unknown key; {known_keys(tuple(path), last)}"
+    missing = re.search(r"Could not find '([^']+)'", text)
+    options = re.search(
+        r"Available options in '[^']+':\s*(.*?)\s*(Config search path|$)", text, re.S
+    )
+    if missing and options:
+        group, _, name = missing[1].rpartition("/")
+        return f"{group}={name}: no such option; allowed: {', '.join(options[1].split())}"
+    return text
