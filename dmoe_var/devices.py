@@ -14,11 +14,10 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
-"""How long a thread without work looks out for some before it sleeps: turns for GNU's OpenMP, tens
-of microseconds; milliseconds for LLVM's and Intel's. By default it is longer than the system lets a
-thread run, so that beside another busy process each of an image's thousands of products waits for a
-thread that only looked out. GNU's itself takes this number where it knows that cores are too few.
-"""
+"""How long a thread without work looks out for some before it sleeps: turns for GNU's OpenMP, here
+tens of microseconds; milliseconds for LLVM's and Intel's. By default GNU's takes 300,000 turns, up
+to 16 ms, longer than the system lets a thread run beside another busy process: then each of an
+image's thousands of products waits for a thread that only looked out."""
 SAID_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
 COUNTED_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -47,8 +46,9 @@ def limit_threads() -> None:
 def usable_cores() -> int:
     """Cores that this process may use, at least 1: those of its affinity, or fewer where a control
     group's quota (of a container, of a job) is lower; part of a core counts as one."""
-    if hasattr(os, "process_cpu_count"):  # 3.13: also as PYTHON_CPU_COUNT says
-        cores = os.process_cpu_count() or 1
+    counted = getattr(os, "process_cpu_count", None)  # from 3.13: also as PYTHON_CPU_COUNT says
+    if counted is not None:
+        cores = counted() or 1
     elif hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

@@ -48,8 +48,8 @@ Stamp: TypeAlias = tuple[int, int, int, int]
 """A file's size, times of change of content and of inode, and inode number."""
 
 _writers = itertools.count()
-_held: set[tuple[int, Path]] = set()
-"""Threads and the folders that they hold."""
+_held: set[tuple[int, int, Path]] = set()
+"""Processes (a fork copies the set), threads and the folders that they hold."""
 
 
 @cache
@@ -119,7 +119,7 @@ def alone(folder: Path) -> Iterator[None]:
     worked in by anyone, and nothing is locked. Neither is it where the file system has no locks: a
     line says so, for to refuse would keep the whole project from such file systems.
     """
-    holder = threading.get_ident(), folder.resolve()
+    holder = os.getpid(), threading.get_ident(), folder.resolve()
     if holder in _held or not os.access(folder, os.W_OK):
         yield
         return

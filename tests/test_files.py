@@ -209,6 +209,7 @@ def test_another_process_is_waited_for(tmp_path, capfd):
         until(lambda: said.append(capfd.readouterr().err) or any(said))
         assert not got.exists()
     other.join()
+    said.append(capfd.readouterr().err)
     assert got.exists()
     owner = f"process {os.getpid()} on {platform.node()}"
     assert "".join(said) == f"waiting for another run ({owner}), at {folder}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +211,18 @@ def test_a_record_of_a_newer_version_stays(make_work, runs):
         with pytest.raises(InputError, match=f"schema_version=2.*remove {path.parent}"):
             attempt(work, "train_vqvae")
     assert path.read_text() == newer
+
+
+def test_a_record_that_cannot_be_read_now_is_not_made_again(make_work, runs, monkeypatch):
+    """A network's file system that fails for a while must not cost what is done."""
+    work = make_work(runs)
+
+    def read_text(path, encoding):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(InputError, match=r"result\.json: cannot be read \(Input/output error\)"):
+        run_stage(work, "train_vqvae", lambda work: pytest.fail("it runs"))
 
 
 def test_broken_records_beside_others_are_left_out(make_work, runs, capsys):
