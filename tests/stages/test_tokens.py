@@ -106,7 +106,7 @@ def test_classes_that_only_the_folder_tells(on_pictures, make_vqvae):
     from dmoe_var.stages.tokens import token_sets
 
     work = on_pictures(**{"var.num_classes": 3})
-    with pytest.raises(DataError, match=r"pictures: 2 classes, expected var.num_classes=3"):
+    with pytest.raises(DataError, match=r"found 2 class folders, expected var.num_classes=3"):
         token_sets(work, make_vqvae())
 
 
