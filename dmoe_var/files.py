@@ -209,7 +209,8 @@ def sha256_of_all(
     kept = _read_ledger(ledger) if ledger is not None else {}
     parts = [names[i : i + HASHED_AT_ONCE] for i in range(0, len(names), HASHED_AT_ONCE)]
     hashes: list[str] = []
-    fresh, saved = {}, time.monotonic()
+    fresh: dict[str, str] = {}
+    saved = time.monotonic()
     bar = tqdm(total=len(names), desc="hash", unit="file", disable=not progress, delay=BAR_DELAY)
     with bar, ThreadPoolExecutor(HASHING_THREADS) as pool:
         try:

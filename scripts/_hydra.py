@@ -12,6 +12,7 @@ one is found: `model=d16` is `experiment=imagenet_d16`, which is made for it.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -71,7 +72,7 @@ def main(
             status = _run(run, in_full or list)
     except (KeyboardInterrupt, Terminated) as error:
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":
+        if distributed.launched_as_main():
             print(stopped_by(number), file=sys.stderr, flush=True)
         sys.exit(128 + number)
     if status:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dmoe_var import files
-from dmoe_var.files import alone, sha256_of, whole_file, write_text
+from dmoe_var.files import alone, sha256_of, sha256_of_all, whole_file, write_text
 from dmoe_var.metrics.record import Record
 
 HOUR = 3600
@@ -462,3 +462,107 @@ def test_sha256_follows_a_file_put_in_place_with_its_old_time(tmp_path):
 def test_sha256_of_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         sha256_of(tmp_path / "none")
+
+
+# Hashes of many files
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """many(names=None) -> hashes of a folder's files, from a ledger; `many.read` says which files
+    were read since it was last cleared."""
+    monkeypatch.setattr(files, "SETTLED_NS", -(10**12))  # what is new is kept too
+    monkeypatch.setattr(files, "HASHED_AT_ONCE", 2)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.bin").write_bytes(bytes([number]) * 5)
+    sha256 = files._sha256
+
+    def counted(path):
+        many.read.append(path.name)
+        return sha256(path)
+
+    def many(names=None, ledger=tmp_path / "new" / "ledger.json"):
+        return sha256_of_all(folder, names or sorted(os.listdir(folder)), ledger)
+
+    monkeypatch.setattr(files, "_sha256", counted)
+    many.read, many.folder, many.ledger = [], folder, tmp_path / "new" / "ledger.json"
+    return many
+
+
+def of_content(folder, names):
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+
+
+def test_many_hashes_are_those_of_the_files(many):
+    names = ["6.bin", "0.bin", "3.bin", "0.bin"]
+    assert many(names) == of_content(many.folder, names)
+    assert many() == of_content(many.folder, sorted(os.listdir(many.folder)))
+    assert many(["none.bin", "1.bin"]) == ["", *of_content(many.folder, ["1.bin"])]
+    assert many(["1.bin"], None) == of_content(many.folder, ["1.bin"])
+
+
+def test_only_what_has_changed_is_read_again(many):
+    """Its size and its time of writing are what they were."""
+    whole = many()
+    many.read.clear()
+    assert many() == whole
+    assert many.read == []
+    path, times = many.folder / "3.bin", (many.folder / "3.bin").stat()
+    time.sleep(0.05)
+    path.write_bytes(b"other")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert many() == of_content(many.folder, sorted(os.listdir(many.folder))) != whole
+    assert many.read == ["3.bin"]
+
+
+def test_what_has_just_been_written_is_read_again(many, monkeypatch):
+    """A change within a tick of the file system's clock would not show."""
+    monkeypatch.setattr(files, "SETTLED_NS", 10**12)
+    many()
+    many()
+    assert many.read.count("3.bin") == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"format": "dmoe-var-hashes/1"}', '{"3.bin": "1 1 1 1 0"}']
+)
+def test_a_broken_ledger_is_made_again(many, content):
+    whole = many()
+    many.ledger.write_text(content)
+    many.read.clear()
+    assert many() == whole
+    assert len(many.read) == 7
+    many.read.clear()
+    assert many() == whole
+    assert many.read == []
+
+
+def test_a_part_leaves_the_rest_in_the_ledger(many):
+    many()
+    (many.folder / "9.bin").write_bytes(b"new")
+    many(["9.bin"])
+    many.read.clear()
+    many()
+    assert many.read == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EMFILE, "too many")])
+def test_an_interrupted_call_keeps_what_it_has_hashed(many, monkeypatch, error):
+    """An error of the machine is none of the file: it is not taken for unreadable."""
+    counted = files._sha256
+
+    def fail(path):
+        if path.name == "6.bin":
+            time.sleep(0.2)
+            raise error
+        return counted(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_sha256", fail)
+        with pytest.raises(type(error)):
+            many()
+    many.read.clear()
+    many()
+    assert many.read == ["6.bin"]

@@ -138,16 +138,17 @@ def sorted_classes(names: Sequence[str], folder: Path) -> list[str]:
 
     Raises DataError where two are the same number.
     """
-    numbers = {name: _number(name) for name in names}
-    if None in numbers.values():
-        return sorted(names)
-    by_number: dict[int, list[str]] = {}
+    by_number: dict[int, str] = {}
     for name in sorted(names):
-        by_number.setdefault(numbers[name], []).append(name)
-    for same in by_number.values():
-        if len(same) > 1:
-            raise DataError(f"{folder}: class folders {shown(same)} are the same number")
-    return [by_number[number][0] for number in sorted(by_number)]
+        number = _number(name)
+        if number is None:
+            return sorted(names)
+        if number in by_number:
+            raise DataError(
+                f"{folder}: class folders {by_number[number]} and {name} are one number"
+            )
+        by_number[number] = name
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _number(name: str) -> int | None:

@@ -239,17 +239,16 @@ def _classes(
     ]
     if only:
         raise DataError(f"training and held-out class folders differ: {'; '.join(only)}")
-    key = "data.num_classes" if num_classes is None else "var.num_classes"
     expected = num_classes or folders or len(names)
     labels = labels_of(tuple(names), expected)
-    if folders not in (None, len(names), expected):
-        key, expected, labels = "data.num_classes", folders, None
-    if labels is None:
+    if labels is None or folders not in (None, len(names), expected):
+        of_model = num_classes is not None and folders in (None, len(names), expected)
+        wanted = f"var.num_classes={expected}" if of_model else f"data.num_classes={folders}"
         raise DataError(
-            f"{ours.folder}: found {len(names)} class folders, expected {key}={expected}; fewer "
-            "are possible where their names say which of the model's classes they are: its labels "
-            f"(0..{expected - 1}), or wnids of ImageNet's 1,000 classes; any number is possible "
-            f"for a model of its own (var.num_classes={len(names)}, base.var=null)"
+            f"{ours.folder}: found {len(names)} class folders, expected {wanted}; fewer are "
+            "possible where their names say which of the model's classes they are: "
+            f"0..{expected - 1}, or wnids of ImageNet's 1,000; a model of its own takes any number "
+            f"(var.num_classes={len(names)}, base.var=null)"
         )
     return dict(zip(names, labels, strict=True)), expected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dmoe_var.data.image_folder import Cut, balanced, list_pictures
+from dmoe_var.data import DataConfig, load_data
+from dmoe_var.data.image_folder import WIDEST, Cut
 from dmoe_var.errors import ConfigError, DataError
 
 CENTRE = Cut(image_size=32, resize_ratio=1.125, random=False, augmentations=1, seed=0)
@@ -57,7 +59,6 @@ def saved_as(kind, path):
     """A picture of an unusual kind."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned: the published transform does not turn it
-    grey16 = np.random.default_rng(0).integers(0, 2**16, (50, 41), dtype=np.uint16)
     pictures = {
         "tall.png": lambda: Image.fromarray(noise(1, 41, 97, 3)).save(path),
         "wide.bmp": lambda: Image.fromarray(noise(2, 111, 37, 3)).save(path),
@@ -67,14 +68,13 @@ def saved_as(kind, path):
         "cmyk.jpg": lambda: Image.fromarray(noise(6, 50, 41, 4), "CMYK").save(path),
         "palette.png": lambda: Image.fromarray(noise(7, 50, 41, 3)).quantize(9).save(path),
         "alpha.png": lambda: Image.fromarray(noise(8, 50, 41, 4), "RGBA").save(path),
-        "grey16.png": lambda: Image.fromarray(grey16).save(path),
         "turned.jpg": lambda: Image.fromarray(noise(9, 50, 41, 3)).save(path, exif=exif),
     }
     pictures[kind]()
 
 
 KINDS = ["tall.png", "wide.bmp", "small.webp", "as_resized.png", "grey.JPEG", "cmyk.jpg"]
-KINDS += ["palette.png", "alpha.png", "grey16.png", "turned.jpg"]
+KINDS += ["palette.png", "alpha.png", "turned.jpg"]
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter")
@@ -179,19 +179,6 @@ def test_tensors_lie_in_minus_one_to_one(root, folder_images):
 # Which pictures
 
 
-def test_what_is_a_picture(tmp_path):
-    names = ["b.JPG", "a.jpeg", "c.PnG", "d.webp", "e.bmp"]
-    others = ["notes.txt", ".hidden.jpg", "jpg", "f.gif", "g.jpg.part"]
-    for folder in ("dogs", "cats", ".thumbnails"):
-        (tmp_path / folder).mkdir()
-        for number, name in enumerate(names + others):
-            (tmp_path / folder / name).write_bytes(b"x" * number)
-    (tmp_path / "list.jpg").touch()
-    sizes = [("a.jpeg", 1), ("b.JPG", 0), ("c.PnG", 2), ("d.webp", 3), ("e.bmp", 4)]
-    listing = list_pictures(tmp_path)
-    assert list(listing.items()) == [("cats", sizes), ("dogs", sizes)]
-
-
 def test_labels_are_places_of_sorted_names(root, folder_images):
     training, held_out = folder_images(root, augmentations=2, num_classes=3)
     assert training.classes == held_out.classes == ("a", "b", "c")
@@ -222,7 +209,7 @@ def test_held_out_pictures_are_balanced(root, folder_images, number):
 
 
 def test_keys_name_the_content(root, copy, folder_images):
-    """Other names, sizes, order or cuts have another key; another place or more workers do not."""
+    """Other content, order or cuts have another key; another place, names or workers do not."""
     base = folder_images(root)
     same = folder_images(copy, workers=4, encode_batch=3, unreadable="skip")
     assert [images.key for images in same] == [images.key for images in base]
@@ -230,13 +217,47 @@ def test_keys_name_the_content(root, copy, folder_images):
     for fields in ({"seed": 1}, {"augmentations": 2}, {"resize_ratio": 1.25}, {"image_size": 16}):
         keys.append(folder_images(root, **fields)[0].key)
     keys += [folder_images(root, image_size=16)[1].key, folder_images(root, held_out=3)[1].key]
-    (copy / "train" / "a" / "00.png").rename(copy / "train" / "a" / "0.png")
+    first, second = copy / "train" / "a" / "00.png", copy / "train" / "a" / "01.png"
+    first.rename(copy / "train" / "a" / "0.png")
+    assert folder_images(copy)[0].key == keys[0]
+    second.rename(copy / "train" / "a" / "-.png")  # before the other
     keys.append(folder_images(copy)[0].key)
-    with (copy / "train" / "a" / "0.png").open("ab") as file:
-        file.write(b"x")
+    (copy / "train" / "a" / "-.png").rename(copy / "train" / "b" / "01.png")  # another label
     keys.append(folder_images(copy)[0].key)
     assert len(set(keys)) == len(keys)
     assert folder_images(root, seed=1, augmentations=2)[1].key == base[1].key
+
+
+def bmp(path, seed):
+    """A picture whose file has one size, whatever is seen in it."""
+    Image.fromarray(noise(seed, 12, 10, 3)).save(path)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_keys_see_content_of_the_same_size_and_time(tmp_path, make_folder, monkeypatch, kept):
+    """Another folder, and the same one overwritten in place; with and without a ledger."""
+    monkeypatch.setattr("dmoe_var.files.SETTLED_NS", -(10**12))  # new files are kept too
+    hashes, keys = tmp_path / "hashes" if kept else None, []
+    root, other = make_folder(tmp_path / "x", train=(2,), val=(2,)), tmp_path / "y"
+    config = DataConfig("image_folder", image_size=8, root=str(root))
+    for path in root.glob("*/*/*.png"):
+        bmp(path.with_suffix(".bmp"), 0)
+        path.unlink()
+    shutil.copytree(root, other)
+    times = {path: path.stat().st_mtime_ns for path in root.glob("*/*/*.bmp")}
+    keys.append(load_data(config, hashes=hashes)[0].key)
+    time.sleep(0.05)  # a tick of the file system's clock
+    for path, written in times.items():
+        bmp(path, 1)
+        os.utime(path, ns=(written, written))
+    keys.append(load_data(config, hashes=hashes)[0].key)
+    keys.append(load_data(replace(config, root=str(other)), hashes=hashes)[0].key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_nothing_is_read_before_the_key_is_asked_for(root, folder_images, monkeypatch):
+    monkeypatch.setattr("dmoe_var.data.image_folder.sha256_of_all", None)
+    assert len(folder_images(root)[0].pixels(torch.arange(3))) == 3
 
 
 def one_line(caught, *parts):
@@ -247,8 +268,6 @@ def one_line(caught, *parts):
 
 
 def test_root_is_needed_where_it_is_used(folder_images):
-    from dmoe_var.data import DataConfig, load_data
-
     config = DataConfig(kind="image_folder", train="a", val="b")
     with pytest.raises(ConfigError) as caught:
         load_data(config)
@@ -291,9 +310,26 @@ def test_empty_class(copy, folder_images):
     one_line(caught, f"{copy}/val: 1 class folders hold no picture", ": b")
 
 
-def test_balanced_keeps_empty_classes_in_place(tmp_path):
-    listing = {"a": [("x", 1)], "b": [("y", 1), ("z", 1)]}
-    assert balanced(listing, 1, tmp_path, "data.limit") == {"a": [("x", 1)], "b": []}
+# Very long pictures
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_001), (960, 4), (4, 131), (33, 1)])
+def test_long_pictures_are_cut_before_they_are_enlarged(tmp_path, size):
+    """The centre is the one of the whole picture enlarged; its height is a divisor, so that both
+    scales are the same."""
+    pixels = noise(1, *size, 3)
+    Image.fromarray(pixels).save(tmp_path / "long.png")
+    opened = CENTRE.opened(tmp_path / "long.png")
+    assert max(opened.size) <= (WIDEST + 1) * 36
+    whole = Image.fromarray(pixels).resize([36 * n // min(size) for n in size], Image.LANCZOS)
+    left, top = (round((pixels - 32) / 2) for pixels in whole.size)
+    expected = np.asarray(whole.crop((left, top, left + 32, top + 32)))
+    assert np.array_equal(CENTRE.cropped(opened, 0, 0), expected)
+
+
+def test_pictures_that_are_not_very_long_stay_whole(tmp_path):
+    Image.fromarray(noise(1, 32 * WIDEST, 32, 3)).save(tmp_path / "long.png")
+    assert CENTRE.opened(tmp_path / "long.png").size == (36 * WIDEST, 36)
 
 
 # Broken pictures

@@ -16,10 +16,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
-from dmoe_var.data import token_cache, token_shards
+from dmoe_var.data import image_folder, token_cache, token_shards
 from dmoe_var.data.digits import load_digits
+from dmoe_var.data.pictures import UnreadablePictureError
 from dmoe_var.data.token_cache import tokenize
 from dmoe_var.errors import DataError
 
@@ -478,7 +480,7 @@ def test_skipped_pictures_have_no_rows(pictures, vqvae, cached, tmp_path, worker
     lines = (folder / "unreadable.txt").read_text().splitlines()
     paths, reasons = zip(*(line.split("\t") for line in lines), strict=True)
     assert paths == tuple(f"{tmp_path}/pictures/train/{name}" for name in BROKEN)
-    assert all("UnidentifiedImageError" in reason for reason in reasons)
+    assert all(reason == "of no format that Pillow knows" for reason in reasons)
 
 
 def test_refused_once_all_have_been_seen(pictures, cached, encoded, tmp_path):
@@ -488,29 +490,61 @@ def test_refused_once_all_have_been_seen(pictures, cached, encoded, tmp_path):
     assert sum(encoded) == 6
     (folder,) = (tmp_path / "cache").iterdir()
     message = str(caught.value)
-    assert message.startswith(f"3 unreadable pictures, first {images.path(2)} (Unidentified")
+    assert message.startswith(f"3 unreadable pictures, first {images.path(2)} (of no format")
     assert f"all in {folder}/unreadable.txt" in message
     assert "data.unreadable=skip" in message
     assert "\n" not in message
     assert len((folder / "unreadable.txt").read_text().splitlines()) == 3
 
 
-def test_refused_pictures_are_tried_again(pictures, cached, encoded, tmp_path):
+def test_labels_are_those_of_the_pictures_that_are_left(pictures, vqvae, cached):
+    """Left-out pictures in the middle of either class: every row has its own picture's label."""
+    images = pictures("a/01.png", "b/00.png")
+    tokens_BL, labels_B = everything(cached(images, unreadable="skip"))
+    kept = torch.tensor([0, 1, 4, 5, 6, 7, 10, 11])
+    assert torch.equal(tokens_BL, direct(images, vqvae, kept))
+    assert labels_B.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    one_by_one = [cached(images, unreadable="skip").batch(torch.tensor([i]))[1] for i in range(8)]
+    assert torch.cat(one_by_one).tolist() == images.labels[kept].tolist()
+
+
+def test_refused_pictures_are_tried_again(pictures, cached, encoded, tmp_path, monkeypatch):
     """What kept them from being read is gone; shards without such pictures are kept."""
-    images = pictures("b/00.png")
-    good = replace(images, folder=tmp_path / "good")  # the same key, as if the disk were back
-    shutil.copytree(tmp_path / "pictures" / "train", good.folder)
-    shutil.copy(good.folder / "a" / "00.png", good.folder / "b" / "00.png")
-    with pytest.raises(DataError):
-        cached(images)
-    assert len(cached(images, unreadable="skip")) == 10
-    with pytest.raises(DataError):
-        cached(images)
+    images = pictures()
+
+    def opened(path, open_rgb=image_folder.open_rgb):
+        if path.parent.name == "b" and path.name == "00.png":
+            raise UnreadablePictureError(path, "the disk is gone")
+        return open_rgb(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "open_rgb", opened)
+        with pytest.raises(DataError, match="the disk is gone"):
+            cached(images)
+        assert len(cached(images, unreadable="skip")) == 10
+        with pytest.raises(DataError):
+            cached(images)
     encoded.clear()
-    tokens = cached(good)
+    tokens = cached(images)
     assert (len(tokens), sum(encoded)) == (12, 4)
     (folder,) = (tmp_path / "cache").iterdir()
     assert not (folder / "unreadable.txt").exists()
+
+
+def test_pictures_of_the_same_names_and_sizes(pictures, vqvae, cached, tmp_path):
+    """Other content in their place: other tokens, from one cache."""
+    first = pictures()
+    tokens_BL, _ = everything(cached(first))
+    for part in ("a", "b"):
+        for path in (tmp_path / "pictures" / "train" / part).iterdir():
+            size = path.stat().st_size
+            Image.effect_noise((13, 11), 90).save(path)
+            path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))  # after the end of it
+    second = replace(first)
+    others_BL, _ = everything(cached(second))
+    assert not torch.equal(others_BL, tokens_BL)
+    assert torch.equal(others_BL, direct(second, vqvae, torch.arange(12)))
+    assert cached(second).about.data["content"] == second.key != first.key
 
 
 @pytest.mark.parametrize("policy", ["refuse", "skip"])

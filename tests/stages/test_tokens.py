@@ -106,8 +106,45 @@ def test_classes_that_only_the_folder_tells(on_pictures, make_vqvae):
     from dmoe_var.stages.tokens import token_sets
 
     work = on_pictures(**{"var.num_classes": 3})
-    with pytest.raises(DataError, match=r"pictures: 2 classes, expected var.num_classes=3"):
+    with pytest.raises(DataError, match=r"found 2 class folders, expected var.num_classes=3"):
         token_sets(work, make_vqvae())
+
+
+def readable(pictures):
+    for part in ("train", "test"):
+        (pictures / part / "cats" / "0.png").unlink()
+
+
+def test_records_say_which_pictures(on_pictures, pictures):
+    """Labels by folder, what was passed over, and a name for the content."""
+    readable(pictures)
+    (pictures / "train" / "dogs" / "notes.txt").touch()
+    data = through(on_pictures(), "train_var").about["data"]
+    assert data["training"]["classes"] == {"cats": 0, "dogs": 1}
+    assert data["training"]["passed_over"] == {".txt": 1}
+    assert data["held_out"]["passed_over"] == {}
+    assert data["training"]["content"].startswith("folder-random-8-")
+    assert data["held_out"]["content"].startswith("folder-centre-8-")
+
+
+def test_other_pictures_in_the_same_experiment(on_pictures, pictures, tmp_path, make_vqvae):
+    """A moved folder is the same data; one of other content is none of this experiment's."""
+    from dmoe_var.stages.tokens import token_sets
+
+    readable(pictures)
+    through(on_pictures(), "train_var")
+    moved = pictures.rename(tmp_path / "moved")
+    vqvae = make_vqvae()
+    token_sets(on_pictures(root=str(moved)), vqvae)
+    (moved / "train" / "dogs" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"moved: other training pictures than train_var") as caught:
+        token_sets(on_pictures(root=str(moved)), vqvae)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_classes_than_the_model_s_are_no_wrong_configuration(make_work):
+    changes = {"data.kind": "image_folder", "data.num_classes": 100, "var.num_classes": 1000}
+    assert make_work(changes=changes).config.data.num_classes == 100
 
 
 def test_classes_are_checked_without_the_disk(make_work):

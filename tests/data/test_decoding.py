@@ -1,0 +1,68 @@
+"""Decoding beside the encoder: in order, not too far ahead, and without shared memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dmoe_var.data.decoding import AHEAD, decoded
+from dmoe_var.data.images import Decoded
+from dmoe_var.data.token_shards import Shard
+
+SHARDS = [Shard(None, 0, 0, 10), Shard(None, 1, 10, 17)]
+
+
+class Numbers:
+    """Images that are their own indices; later batches are decoded sooner."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.started, self.children, self.names = fails_at, 0, [], set()
+
+    def decode(self, indices):
+        self.started += 1
+        self.names.add(threading.current_thread().name)
+        self.children += multiprocessing.active_children()
+        if self.fails_at in indices:
+            raise MemoryError
+        time.sleep(0.002 * (20 - indices[0]) / 20)
+        return Decoded(np.array(indices, np.uint8).reshape(-1, 1, 1, 1), [])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order(workers):
+    found = list(decoded(Numbers(), SHARDS, 4, workers))
+    batches = [batch.pixels_BRR3.flatten().tolist() for _, _, batch in found]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12, 13], [14, 15, 16]]
+    assert [(shard.number, last) for shard, last, _ in found] == [
+        (0, False), (0, False), (0, True), (1, False), (1, True),
+    ]  # fmt: skip
+    assert all(batch.busy_s > 0 for _, _, batch in found)
+
+
+def test_nothing_is_shared_between_processes():
+    """Threads of this process alone: shared memory may be as small as it likes."""
+    images = Numbers()
+    for _, _, batch in decoded(images, SHARDS, 1, 3):
+        assert not batch.pixels_BRR3.is_shared()
+    assert images.children == []
+    assert threading.current_thread().name not in images.names
+
+
+def test_decoders_do_not_run_far_ahead():
+    images = Numbers()
+    batches = decoded(images, SHARDS, 1, 2)
+    next(batches)
+    time.sleep(0.1)
+    assert images.started <= AHEAD * 2 + 1
+    batches.close()
+    assert images.started <= AHEAD * 2 + 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_decoder_ends_the_run(workers):
+    with pytest.raises(MemoryError):
+        list(decoded(Numbers(fails_at=5), SHARDS, 2, workers))
