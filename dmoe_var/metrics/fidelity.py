@@ -207,6 +207,11 @@ class Fidelity:
             raise DataError(f"{path}: {found}; delete the file")
         return features
 
+    def forget(self, cache_dir: Path, key: str) -> None:
+        """Remove what `reference` and `reference_features` keep of a set."""
+        for about in ({"key": key}, {"key": key, "most": self.config.reference_images}):
+            self._cache_file(cache_dir, about)[0].unlink(missing_ok=True)
+
     def score(
         self,
         images: Images,

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,9 +91,10 @@ class ImageFolder:
             note(f"{folder}: {len(files)} image files, passed over {len(others)} others ({names})")
         return cls(folder, image_size, files, hashes)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hash of the files' places and content. Raises DataError for a file that is unreadable."""
+        """Hash of the files' places and content when it is first asked for. Raises DataError for a
+        file that is unreadable."""
         places = [path.relative_to(self.folder).as_posix() for path in self.files]
         if self.hashes is None:
             found = [sha256_of(path) for path in self.files]

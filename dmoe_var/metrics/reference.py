@@ -63,7 +63,12 @@ def load_reference(
         reference = _of_images(fidelity, found.images, cache_dir, about, progress)
     else:
         reference = _of_statistics(fidelity, found, cache_dir, about, progress)
-    found.check_unchanged(hashes)
+    try:
+        found.check_unchanged(hashes)
+    except DataError:
+        if found.images is not None:
+            fidelity.forget(cache_dir, found.images.key)
+        raise
     return reference
 
 

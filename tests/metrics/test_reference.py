@@ -368,6 +368,7 @@ def test_a_reference_that_changes_while_it_is_read(
         patch.setattr(Fidelity, "_layers", meanwhile)
         with pytest.raises(DataError, match="changed while it was read; run again"):
             load(reference=path)
+    assert not list((tmp_path / "cache").glob("*.npz"))  # of neither content
     shown = 255 - images[sorted(range(20), key=lambda i: i % 2)]
     expected = Fidelity(CONFIG).statistics(shown if kind == "folder" else 255 - images)
     np.testing.assert_array_equal(load(reference=path).statistics.mu, expected.mu)

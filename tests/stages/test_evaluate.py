@@ -127,6 +127,24 @@ def test_a_pruned_point(make_work, runs, inputs_of_training, images_of, changes,
     assert np.abs(image[0].permute(1, 2, 0).numpy() * 255 - drawn).max() < 0.51
 
 
+@pytest.mark.parametrize("num_images", [15, 40])
+def test_means_are_over_the_whole_set(make_work, runs, inputs_of_training, monkeypatch, num_images):
+    """Every image that they are taken over, which lie evenly: in all batches, with its label."""
+    seen = []
+
+    def record(var, inputs, scales, signed):
+        seen.extend(inputs)
+        return [torch.rand(var.config.hidden)]
+
+    monkeypatch.setattr(evaluate, "mean_activations", record)
+    work = make_work(runs, {"evaluate.model": "pruned", "pruning.images": num_images})
+    Bench(work).pruned_of(work)
+    indices = [i * 40 // num_images for i in range(num_images)]
+    labels, teacher = inputs_of_training(work, indices)
+    assert torch.cat([labels_B for labels_B, _ in seen]).tolist() == labels.tolist()
+    torch.testing.assert_close(torch.cat([teacher_B for _, teacher_B in seen]), teacher)
+
+
 RULES = [
     ({"selection.rule": "oracle", "selection.tau": 0.5}, "split", None),
     ({"selection.rule": "random", "selection.k": 3}, "split", 3),
