@@ -155,8 +155,7 @@ def assert_counted(counts, equations):
         assert_close(counts.per_token(si).long(), torch.stack(equations.counts[si]))
 
 
-@pytest.mark.parametrize("impl", ["grouped", "reference"])
-def test_teacher_forcing(case, make_teacher, impl):
+def test_teacher_forcing(case, make_teacher):
     model, given, equations = case
     teacher = make_teacher(model.dense, batch=3)
     inputs = [None, *teacher.split([p * p for p in equations.patch_nums[1:]], dim=1)]
@@ -166,35 +165,35 @@ def test_teacher_forcing(case, make_teacher, impl):
         for si, f_hat in enumerate(inputs)
     ]
     counts = ExpertCounts()
-    logits = model(LABELS, teacher, impl=impl, counts=counts, **given)
+    logits = model(LABELS, teacher, counts=counts, **given)
     assert_close(logits, torch.cat(expected, dim=1), **EXACT)
     assert_counted(counts, equations)
 
 
-@pytest.mark.parametrize("cfg", [0.0, 3.0])
-def test_greedy_sampling(case, make_vqvae, cfg):
+def test_greedy_sampling(case, make_vqvae):
     """Every scale's logits of both branches, and what is drawn of them."""
     model, given, equations = case
     vqvae = make_vqvae(patch_nums=equations.patch_nums).double()
-    labels = torch.cat([LABELS, torch.full_like(LABELS, NULL)]) if cfg else LABELS
-    past, f_hat = [[] for _ in range(equations.depth)], 0
-    expected_logits, expected_f_hats, read = [], [], None
-    for si, p in enumerate(equations.patch_nums):
+    cfg, last = 3.0, len(equations.patch_nums) - 1
+    labels = torch.cat([LABELS, torch.full_like(LABELS, NULL)])
+    past, f_hat, read = [[] for _ in range(equations.depth)], 0, None
+    expected_logits, expected_f_hats = [], []
+    for si in range(last + 1):
         logits = equations.logits(si, labels, equations.embed(si, labels, read), past)
         expected_logits.append(logits)
-        t = cfg * si / (len(equations.patch_nums) - 1)
-        guided = (1 + t) * logits[:3] - t * logits[3:] if cfg else logits
-        f_hat = f_hat + vqvae.quantize.spread(vqvae.quantize.lookup(guided.argmax(-1), si), si)
+        cond, null = logits.chunk(2)
+        tokens = (cond + cfg * si / last * (cond - null)).argmax(-1)
+        f_hat = f_hat + vqvae.quantize.spread(vqvae.quantize.lookup(tokens, si), si)
         expected_f_hats.append(f_hat)
-        if p != equations.patch_nums[-1]:
-            read = vqvae.quantize.next_input(f_hat, si + 1).repeat(2 if cfg else 1, 1, 1)
+        if si < last:
+            read = vqvae.quantize.next_input(f_hat, si + 1).repeat(2, 1, 1)
 
     logits, f_hats, counts = [], [], ExpertCounts()
     hooks = [
         backbone.head.register_forward_hook(lambda _, __, out: logits.append(out.clone()))
         for backbone in (model.dense, model.moe)
     ]
-    options = {"cfg": cfg, "top_k": 1, "counts": counts, **given}
+    options = {"cfg": cfg, "top_k": 1, "impl": "reference", "counts": counts, **given}
     images = generate(
         model, vqvae, LABELS, on_scale=lambda _, drawn: f_hats.append(drawn.clone()), **options
     )
