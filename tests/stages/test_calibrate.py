@@ -121,6 +121,7 @@ def test_a_bench_has_trained_routers_and_its_own_losses(make_work, runs):
         {"key": name, "ce": 1.0, "fingerprint": of.fingerprint("calibrate")}
         for name, of in (("ours", work), ("theirs", make_work(runs)))
     ]
+    kept.parent.mkdir(parents=True)
     write_text(kept, "".join(json.dumps(line) + "\n" for line in lines))
     assert Bench(work).training_loss.known == {"ours": 1.0}
     assert Bench(work).held_out_loss.known == {}

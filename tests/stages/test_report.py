@@ -15,6 +15,9 @@ from PIL import Image
 
 from dmoe_var.errors import ConfigError, DataError, InputError
 from dmoe_var.files import write_text
+from dmoe_var.metrics.flops import SAMPLER_PARTS
+from dmoe_var.metrics.record import Record
+from dmoe_var.report.records import Curves, setting_of
 from dmoe_var.stages import report
 from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.sweep import point, settings
@@ -124,6 +127,65 @@ def test_single_evaluations_are_shown_too(make_work, runs):
     run_stage(work, "report")
     (row,) = rows_of(data_of(work))
     assert (row["label"], row["seeds"], len(row["at"])) == ("2", 2, 2)
+
+
+def test_a_point_is_the_mean_over_its_seeds(make_work, tmp_path):
+    """Of records by hand; the spread is the sample's standard deviation."""
+    numbers = {
+        0: {"fid_fake": 3.0, "flops_gmac": 10.0, "flops_gmac_std": 1.0, "label_agreement": 0.5},
+        1: {"fid_fake": 5.0, "flops_gmac": 14.0, "flops_gmac_std": 2.0, "label_agreement": 1.0},
+    }
+    about = {"about": {"fidelity": "fid_fake"}, "num_samples": 20, "dtype": "float32"}
+    about |= {"started": "a", "ended": "b", "device": "cpu", "threads": 1, "git_commit": ""}
+    for seed, metrics in numbers.items():
+        parts = {f"flops_{part}_gmac": seed + i for i, part in enumerate(SAMPLER_PARTS)}
+        scales = {"flops_scale0_gmac": 2.0 * seed, "flops_scale1_gmac": 8.0}
+        each = make_work(tmp_path, {"selection.tau": [0.25], "evaluate.seed": seed})
+        metrics = {**metrics, **parts, **scales, "experts_share_scale1": 0.5 + seed / 4}
+        folder, config = each.folder("evaluate"), each.config.leaves
+        folder.mkdir(parents=True)
+        names = ("evaluate", each.variant("evaluate"), each.fingerprint("evaluate"))
+        Record(*names, metrics, config, seed=seed, libraries={}, **about).write(folder)
+    (curve,) = Curves(make_work(tmp_path)).shown()["curves"]
+    (row,) = curve["rows"]
+    expected = {
+        "label": "0.25", "fid": 4, "gmac": 12, "gmac_std": 1.5, "agreement": 0.75, "seeds": 2,
+        "parts": [i + 0.5 for i in range(len(SAMPLER_PARTS))],
+        "scales": [{"gmac": 1, "share": None}, {"gmac": 8, "share": 0.625}],
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == expected
+    assert row["fid_std"] == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "curve", "label"),
+    [
+        ({"evaluate.model": "dense"}, "dense", "dense VAR", "dense"),
+        (
+            {"evaluate.model": "pruned", "pruning.share": 0.3},
+            "pruned", "Pruned-FFN (dense, mean_abs), scales 3, 4", "share 0.3",
+        ),
+        ({"selection.tau": [0.5]}, "last", "Eq. 3, evaluated alone, scales 3, 4", "0.5"),
+        ({"selection.tau": [0.5, 1]}, "lists", "Eq. 3, evaluated alone, scales 3, 4", "0.5, 1"),
+        (
+            {"selection.layer_tau": [[0.5], [0.25]]},
+            "lists", "a tau a layer, scales 3, 4", "0.5; 0.25",
+        ),
+        (
+            {"selection.rule": "oracle", "selection.tau": [0.5], "moe.scales": [1]},
+            "oracle", "Eq. 3 on true norms (oracle), scales 2", "0.5",
+        ),
+        ({"selection.rule": "top_k", "selection.k": 3}, "top_k", "top-k, scales 3, 4", "3"),
+        ({"selection.rule": "random", "selection.k": 2}, "random", "k at random, scales 3, 4", "2"),
+        (
+            {"selection.rule": "cumulative", "selection.share": 0.7},
+            "cumulative", "cumulative share, scales 3, 4", "0.7",
+        ),
+        ({"selection.rule": "all"}, "all", "all experts, scales 3, 4", "all"),
+    ],
+)  # fmt: skip
+def test_the_curve_of_a_setting(make_work, changes, method, curve, label):
+    assert setting_of(make_work(changes=changes).config.leaves) == (method, curve, label)
 
 
 def test_records_of_another_model_stay_out(make_work, runs):
