@@ -14,6 +14,9 @@ Everywhere else this is torch's own Linear and Conv2d.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -21,8 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN_LINEAR = "_linear_pointwise"
+_SAMPLING: ContextVar[bool] = ContextVar("sampling", default=False)
 FEW_ROWS = 16
 """Up to here a product only streams its weights, and bfloat16 is half the bytes."""
+
+
+@contextmanager
+def sampling() -> Iterator[None]:
+    """Within it this thread draws images: no gradients, and the products that are fastest there.
+    Its tensors are plain ones, which inference mode's are not: others may train through them."""
+    outside = _SAMPLING.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _SAMPLING.reset(outside)
 
 
 @cache
@@ -72,7 +88,8 @@ def _by_onednn(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.is_inference_mode_enabled()
+        and _SAMPLING.get()
+        and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()

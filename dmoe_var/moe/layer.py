@@ -13,6 +13,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.models.blocks import activation
 from dmoe_var.models.products import activated_linear, at_least_float32, linear
 from dmoe_var.moe.experts import ExpertWeights, check_impl, run_experts
@@ -31,6 +32,9 @@ class ExpertConfig:
 
     expert_size: Annotated[int, Field(gt=0)] = 128
     router_hidden: Annotated[int, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        values.take_fields(self)
 
 
 class ExpertCounts:
