@@ -14,6 +14,9 @@ from typing import TypeVar
 
 G = TypeVar("G", bound=Hashable)
 
+ROUNDING = 1e-9
+"""How far, as a share, sums may miss what they are to come to."""
+
 
 @dataclass(frozen=True)
 class LossCurve:
@@ -66,14 +69,18 @@ def allocate(curves: Mapping[G, LossCurve], saved: float) -> dict[G, float]:
         taken = min(left, width)
         densities[group] = high - (high - low) * taken / width
         left -= taken
-    if left > 1e-9 * max(saved, 1e-300):
+    if left > ROUNDING * max(saved, 1e-300):
         most = sum(piece[-1] for piece in pieces)
         raise ValueError(f"{saved:.4g} cannot be saved, at most {most:.4g}")
     return densities
 
 
 def tau_at(falls: Callable[[float], float], target: float) -> float:
-    """The tau in [0, 1] at which a quantity that falls as tau rises has come down to `target`."""
+    """The tau in [0, 1] at which a quantity that falls as tau rises has come down to `target`;
+    ValueError where tau 1 leaves more."""
+    least = falls(1.0)
+    if least > target + ROUNDING * abs(target):
+        raise ValueError(f"{target:.4g} cannot be reached, tau 1 leaves {least:.4g}")
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -49,13 +49,19 @@ def refine(plan: Plan, starts: list[Taus], loss: Callable[[Taus], float], rounds
 
 
 def at_cost(taus: Taus, cost: Callable[[Taus], float], target: float) -> Taus:
-    """All tau times one factor, none above 1, so that they cost `target`."""
+    """All tau times one factor, none above 1, so that they cost `target`. Where that is not enough,
+    as those of 0 stay 0, these rise together beside the others at 1. ValueError where tau 1
+    everywhere costs more."""
 
     def times(odds: float) -> Taus:
         factor = odds / (1 - odds) if odds < 1 else float("inf")
         return {group: min(1.0, tau * factor) if tau else 0.0 for group, tau in taus.items()}
 
-    return times(tau_at(lambda odds: cost(times(odds)), target))
+    def beside(low: float) -> Taus:
+        return {group: 1.0 if tau else low for group, tau in taus.items()}
+
+    way = times if cost(times(1.0)) <= target else beside
+    return way(tau_at(lambda along: cost(way(along)), target))
 
 
 def _slopes(

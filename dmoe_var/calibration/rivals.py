@@ -23,23 +23,23 @@ MARGIN = 0.01
 
 
 def one_tau(cost: Cost, num_scales: int, target: float) -> Taus:
-    """The same tau on all sparse scales that costs `target`."""
+    """The same tau on all sparse scales that costs `target`; ValueError where none does."""
     tau = tau_at(lambda t: cost((t,) * num_scales), target)
     return (tau,) * num_scales
 
 
 def rising(cost: Cost, loss: Loss, num_scales: int, target: float, tries: int) -> Taus:
-    """tau rising linearly over the sparse scales: of `tries` slopes the one of least loss."""
+    """tau rising linearly over the sparse scales: of `tries` slopes the one of least loss.
+    ValueError where none costs as little as `target`."""
     steps = np.linspace(0, 1 / max(1, num_scales - 1), tries)
 
     def line(first: float, step: float) -> Taus:
         return tuple(min(1.0, first + i * float(step)) for i in range(num_scales))
 
-    lines = []
-    for step in steps:
-        found = line(tau_at(lambda t, s=step: cost(line(t, s)), target), step)  # type: ignore[misc]
-        if cost(found) <= target * (1 + MARGIN):
-            lines.append(found)
+    lines = [
+        line(tau_at(lambda t, s=step: cost(line(t, s)), target), step)  # type: ignore[misc]
+        for step in steps
+    ]
     return min(lines, key=loss)
 
 

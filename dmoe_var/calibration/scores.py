@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.selection import SelectionRule, Threshold
+from dmoe_var.moe.selection import SelectionRule, Threshold, check_finite
 
 BINS = 4096
 """Steps of tau that are told apart."""
@@ -93,8 +93,12 @@ class _Recording(SelectionRule):
     def at(self, layer: int) -> SelectionRule:
         return _Recording(self.rule.at(layer), self.sums, layer)
 
+    def check(self, depth: int, num_experts: int) -> None:
+        self.rule.check(depth, num_experts)
+
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         assert self.layer is not None
+        check_finite(scores)
         self.sums[self.layer].add(scores)
         return self.rule(scores, noise)
 

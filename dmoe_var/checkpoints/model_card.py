@@ -14,7 +14,7 @@ from dmoe_var.errors import DataError
 from dmoe_var.metrics.record import Record
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import SelectionRule, Threshold
-from dmoe_var.sampling.tau_schedule import resolve_rules
+from dmoe_var.sampling.tau_schedule import rules_of
 
 PAPER = "https://arxiv.org/abs/2510.08629"
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
@@ -115,7 +115,7 @@ def _shown_selection(model: DynamicVAR) -> str:
 
 
 def _rules(model: DynamicVAR) -> dict[int, SelectionRule]:
-    return resolve_rules(None, model.selection, model.config.num_scales, model.moe_scales)
+    return rules_of(model)
 
 
 def _shown_rule(rule: SelectionRule) -> str:

@@ -13,7 +13,6 @@ published axis may show; where every expert runs, both are the same.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmoe_var import values
 from dmoe_var.metrics.flops_fixed import OTHER, FixedCost, fixed_cost
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import SelectionRule
-from dmoe_var.sampling.sampler import check_labels, config_device, generate
-from dmoe_var.sampling.tau_schedule import resolve_rules
+from dmoe_var.sampling.sampler import Call, Labels, generate
 
 SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "adaln")
 """What the total is made of. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
@@ -204,7 +203,7 @@ class FlopReport:
 def count_flops(
     model: VAR | DynamicVAR,
     vqvae: VQVAE,
-    labels: Sequence[int] | Tensor,
+    labels: Labels,
     batch_size: int = 64,
     **generate_options: Any,
 ) -> FlopReport:
@@ -215,17 +214,11 @@ def count_flops(
     and nothing has to be sampled. An oracle's pass over the true norms is left out, as in the
     paper. Raises what `generate` raises, and UnknownOperatorError for an operator of unknown cost.
     """
-    call = inspect.signature(generate).bind(model, vqvae, labels, **generate_options)
-    call.apply_defaults()
-    options = call.arguments
-    config = model.config
-    given = (options["tau"], options["selection"])
-    rules = resolve_rules(*given, config.num_scales, model.moe_scales, model.selection)
-    labels_N = check_labels(labels, config.num_classes, config_device(model))
-    fixed = fixed_cost(
-        model, vqvae, options["cfg"] != 0, options["adaln_every_scale"], options["more_smooth"]
-    )
-    first = generate_options.pop("start_index", options["start_index"])
+    batch_size = values.whole("batch_size", batch_size, 1)
+    call = Call.of(model, vqvae, labels, **generate_options)
+    labels_N, rules, first = call.labels_B, call.rules, call.start_index
+    fixed = fixed_cost(model, vqvae, call.cfg != 0, call.adaln_every_scale, call.more_smooth)
+    generate_options.pop("start_index", None)
 
     def batches() -> Iterator[ExpertCounts]:
         for start in range(0, len(labels_N), batch_size) if rules else ():

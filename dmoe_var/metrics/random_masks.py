@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dmoe_var import values
 from dmoe_var.moe.selection import SelectionRule
 
 
@@ -26,7 +27,7 @@ class RandomDensity(SelectionRule):
     mean: float
 
     def __post_init__(self) -> None:
-        self._within("mean", 0, 2**31)
+        self._set("mean", values.number("mean", self.mean, 0, 2**31))
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         num_experts = scores.shape[-1]

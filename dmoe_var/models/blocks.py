@@ -168,12 +168,14 @@ class Block(nn.Module):
         rows: Rows | None = None,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
+        if cache is None:  # over a cache nothing is trained, whatever mode the model is in
+            gamma1, gamma2 = self.drop_path(gamma1, rows), self.drop_path(gamma2, rows)
         h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
         attended = self.attn(h_BLC, layer, mask_11LL, cache)
-        x_BLC = torch.addcmul(x_BLC, attended, self.drop_path(gamma1, rows))
+        x_BLC = torch.addcmul(x_BLC, attended, gamma1)
         h_BLC = torch.addcmul(shift2, self._norm(x_BLC), 1 + scale2)
         fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
-        return torch.addcmul(x_BLC, fed, self.drop_path(gamma2, rows))
+        return torch.addcmul(x_BLC, fed, gamma2)
 
 
 class HeadNorm(nn.Module):

@@ -14,6 +14,9 @@ Everywhere else this is torch's own Linear and Conv2d.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -21,8 +24,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN_LINEAR = "_linear_pointwise"
+_SAMPLING: ContextVar[bool] = ContextVar("sampling", default=False)
+_GIVES_FLOAT32 = any("out_dtype" in str(s) for s in torch._C._jit_get_schemas_for_operator("aten::mm"))
+"""Whether this torch hands out a GPU's float32 sums of half-precision products (2.8 and up)."""
 FEW_ROWS = 16
 """Up to here a product only streams its weights, and bfloat16 is half the bytes."""
+
+
+@contextmanager
+def sampling() -> Iterator[None]:
+    """Within it this thread draws images: no gradients, and the products that are fastest there.
+    Its tensors are plain ones, which inference mode's are not: others may train through them."""
+    outside = _SAMPLING.set(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _SAMPLING.reset(outside)
 
 
 @cache
@@ -72,7 +90,8 @@ def _by_onednn(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.is_inference_mode_enabled()
+        and _SAMPLING.get()
+        and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
@@ -101,6 +120,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool =
     with torch.autocast("cpu", enabled=False):
         out = F.linear(_rounded(x), _rounded(weight), _rounded(bias))  # type: ignore[arg-type]
         return out.bfloat16()
+
+
+def unrounded_linear(x: Tensor, weight: Tensor, ragged: bool = False) -> Tensor:
+    """x weight^T as `linear`, but of half precisions the products' sums in float32, not rounded:
+    for those who add up several."""
+    if at_least_float32(x).dtype == x.dtype:
+        return at_least_float32(linear(x, weight, ragged=ragged))
+    weight = weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and not torch.is_grad_enabled() and _GIVES_FLOAT32:
+            flat: Tensor = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return flat.view(*x.shape[:-1], -1)
+        return F.linear(x.float(), weight.float())
 
 
 class Linear(nn.Linear):

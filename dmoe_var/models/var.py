@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,15 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.products import Linear, at_least_float32
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 
+Labels = Sequence[int] | np.ndarray | Tensor
+"""Classes of any integer type, on any device."""
 HEAD_DIM = 64
 ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
 
@@ -52,6 +55,7 @@ class VARConfig:
     experts: ExpertConfig | None = None
 
     def __post_init__(self) -> None:
+        values.take_fields(self)
         derived = {"width": HEAD_DIM * self.depth, "drop_path": 0.1 * self.depth / 24}
         derived["adaln_gamma_gain"] = ADALN_GAMMA_GAIN.get(self.depth, 1e-3)
         for name, value in derived.items():
@@ -101,6 +105,22 @@ class VARConfig:
         """Where each scale's tokens lie among all L."""
         ends = [sum(p * p for p in self.patch_nums[: si + 1]) for si in range(self.num_scales)]
         return tuple(slice(end - p * p, end) for end, p in zip(ends, self.patch_nums, strict=True))
+
+
+def check_labels(labels: Labels, num_classes: int, device: torch.device) -> Tensor:
+    """Labels as LongTensor (B,) on a device; ValueError for anything but a non-empty list of whole
+    numbers within 0..num_classes (the last is the null class)."""
+    if torch.compiler.is_compiling() and isinstance(labels, Tensor):  # knows no values
+        if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point():
+            raise ValueError("labels must be a non-empty list of whole numbers")
+        return labels.to(device).long()
+    given = values.whole_numbers("labels", labels)
+    if min(given) < 0 or max(given) > num_classes:
+        raise ValueError(
+            f"labels must be within 0..{num_classes} ({num_classes} is the null class), got "
+            f"{min(given)}..{max(given)}"
+        )
+    return torch.tensor(given, device=device)
 
 
 class Modulation(NamedTuple):
@@ -264,17 +284,21 @@ class VAR(nn.Module):
         drop_B = drop[start : start + len(labels_B)]
         return torch.where(drop_B, self.config.num_classes, labels_B)
 
-    def check_teacher(self, labels_B: Tensor, teacher_BLC: Tensor) -> None:
-        """ValueError where the teacher input is not that of these labels and scales."""
-        config = self.config
+    def check_teacher(self, labels: Labels, teacher_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and teacher input on the model's device; ValueError where they are not those
+        of this model and of each other."""
+        config, device = self.config, self.pos_1LC.device
+        labels_B = check_labels(labels, config.num_classes, device)
+        teacher_BLC = torch.as_tensor(teacher_BLC, device=device)
         num_given = config.num_tokens - config.patch_nums[0] ** 2
         expected = (labels_B.shape[0], num_given, config.z_channels)
         if tuple(teacher_BLC.shape) != expected:
             raise ValueError(f"teacher_BLC must be {expected}, got {tuple(teacher_BLC.shape)}")
+        return labels_B, teacher_BLC
 
     def forward(
         self,
-        labels_B: Tensor,
+        labels_B: Labels,
         teacher_BLC: Tensor,
         rows: Rows | None = None,
         activation_checkpointing: bool = False,
@@ -286,7 +310,7 @@ class VAR(nn.Module):
         the whole batch, for what training draws at random. activation_checkpointing: blocks run
         again in the backward pass instead of storing what it needs.
         """
-        self.check_teacher(labels_B, teacher_BLC)
+        labels_B, teacher_BLC = self.check_teacher(labels_B, teacher_BLC)
         rest = slice(self.config.scale_slices[0].stop, None)
         cond_BC = self.condition(self.drop_labels(labels_B, rows))
         words_BLC = self.word_embed(teacher_BLC.to(self.word_embed.weight.dtype))
@@ -311,10 +335,9 @@ def build_models(
     """
     shared = ("patch_nums", "vocab_size", "z_channels")
     base = vqvae if vqvae is not None else VQVAEConfig()
-    values = {name: overrides.pop(name, getattr(base, name)) for name in shared}
-    values["patch_nums"] = tuple(values["patch_nums"])  # type: ignore[arg-type]
-    vqvae_config = replace(base, **values)  # type: ignore[arg-type]
-    var_config = VARConfig(depth=depth, **values, **overrides)  # type: ignore[arg-type]
+    common: dict[str, Any] = {name: overrides.pop(name, getattr(base, name)) for name in shared}
+    vqvae_config = replace(base, **common)
+    var_config = VARConfig(depth=depth, **common, **overrides)  # type: ignore[arg-type]
     return VQVAE(vqvae_config), VAR(var_config)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.models.products import Conv2d, at_least_float32
 from dmoe_var.models.quantizer import MultiScaleQuantizer
 
@@ -51,6 +52,7 @@ class VQVAEConfig:
     conv_kernel: Annotated[int, Field(ge=1)] = 3
 
     def __post_init__(self) -> None:
+        values.take_fields(self)
         if list(self.patch_nums) != sorted(set(self.patch_nums)) or self.patch_nums[0] < 1:
             raise ValueError(
                 f"patch_nums must rise from scale to scale, from 1 or more: {self.patch_nums}"

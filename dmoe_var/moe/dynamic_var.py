@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.checkpoints.safetensors_io import build_strictly
 from dmoe_var.models.kv_cache import KVCache
-from dmoe_var.models.var import VAR, VARConfig
+from dmoe_var.models.var import VAR, Labels, VARConfig
+from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.layer import ExpertCounts, Routing
 from dmoe_var.moe.selection import Selection
-from dmoe_var.sampling.tau_schedule import Tau, resolve_rules
+from dmoe_var.sampling.tau_schedule import Tau, rules_of
 
 if TYPE_CHECKING:
     from dmoe_var.metrics.record import Record
@@ -76,13 +78,16 @@ class DynamicVAR(nn.Module):
             theirs, ours = getattr(moe.config, name), getattr(dense.config, name)
             if theirs != ours:
                 raise ValueError(f"{name}: the dense model has {ours}, the MoE model has {theirs}")
-        scales = tuple(sorted(set(moe_scales)))
+        scales = tuple(values.whole_numbers("moe_scales", moe_scales))
         last = dense.config.num_scales - 1
-        if not scales or scales[0] < 0 or scales[-1] > last:
-            raise ValueError(f"moe_scales={tuple(moe_scales)}: each must be within 0..{last}")
+        if min(scales) < 0 or max(scales) > last:
+            raise ValueError(f"moe_scales={scales}: each must be within 0..{last}")
+        if list(scales) != sorted(set(scales)):  # a list of tau would be in another order
+            raise ValueError(f"moe_scales={scales} must rise from scale to scale")
         self.dense = dense
         self.moe = _over_common_tensors(dense, moe)
         self._scales = scales
+        self._selection: Selection = None
         self.selection = selection
 
     @property
@@ -107,7 +112,7 @@ class DynamicVAR(nn.Module):
 
     @selection.setter
     def selection(self, selection: Selection) -> None:
-        resolve_rules(None, selection, self.config.num_scales, self.moe_scales)
+        rules_of(self, selection=selection)
         self._selection = selection
 
     def backbone_at(self, si: int) -> VAR:
@@ -129,7 +134,7 @@ class DynamicVAR(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        labels_B: Tensor,
+        labels_B: Labels,
         teacher_BLC: Tensor,
         tau: Tau = None,
         selection: Selection = None,
@@ -142,10 +147,9 @@ class DynamicVAR(nn.Module):
         teacher_BLC: (B, L - 1, Cvae). No gradients: the cache is written in place.
         """
         config = self.config
-        rules = resolve_rules(
-            tau, selection, config.num_scales, self.moe_scales, default=self.selection
-        )
-        self.dense.check_teacher(labels_B, teacher_BLC)
+        rules = rules_of(self, tau, selection)
+        check_impl(impl)
+        labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
         cache = self.new_cache(labels_B.shape[0])
         slices = config.scale_slices

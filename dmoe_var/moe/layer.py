@@ -13,8 +13,9 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.models.blocks import activation
-from dmoe_var.models.products import activated_linear, at_least_float32, linear
+from dmoe_var.models.products import activated_linear, linear, unrounded_linear
 from dmoe_var.moe.experts import ExpertWeights, check_impl, run_experts
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.selection import All, SelectionRule
@@ -31,6 +32,9 @@ class ExpertConfig:
 
     expert_size: Annotated[int, Field(gt=0)] = 128
     router_hidden: Annotated[int, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        values.take_fields(self)
 
 
 class ExpertCounts:
@@ -111,7 +115,7 @@ class MoEFFN(nn.Module):
         norms = []
         for w1_DC, b1_D, w2_DC in zip(self.w1_EDC, self.b1_ED, self.w2_EDC, strict=True):
             h_BLD = activated_linear(self.act, x_BLC, w1_DC, b1_D)
-            out_BLC = at_least_float32(linear(h_BLD, w2_DC.T))
+            out_BLC = unrounded_linear(h_BLD, w2_DC.T)
             norms.append(torch.linalg.vector_norm(out_BLC, dim=-1))
         return torch.stack(norms, dim=-1)
 

@@ -15,6 +15,8 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from dmoe_var import values
+from dmoe_var.errors import InputError
 from dmoe_var.models.products import widest_float
 
 
@@ -36,10 +38,12 @@ class SelectionRule:
         """The rule of one layer; most rules are the same in all."""
         return self
 
-    def _within(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not low <= value <= high:
-            raise ValueError(f"{name}={value} is not within [{low}, {high}]")
+    def check(self, depth: int, num_experts: int) -> None:
+        """ValueError where a model of `depth` layers of so many experts cannot run the rule."""
+
+    def _set(self, name: str, value: object) -> None:
+        """A field as `values` has it."""
+        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,12 @@ class Threshold(SelectionRule):
     tau: float
 
     def __post_init__(self) -> None:
-        self._within("tau", 0, 1)
+        self._set("tau", values.number("tau", self.tau, 0, 1))
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        if self.tau == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        check_finite(scores)
         return scores >= self.tau * scores.amax(-1, keepdim=True)
 
 
@@ -62,13 +69,21 @@ class LayerThreshold(SelectionRule):
     taus: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.taus or not all(0 <= tau <= 1 for tau in self.taus):
-            raise ValueError(f"taus={self.taus} must be a tau within [0, 1] for each layer")
+        taus = tuple(values.numbers("taus", self.taus, 0, 1))
+        if not taus:
+            raise ValueError("taus=() must be a tau within [0, 1] for each layer")
+        self._set("taus", taus)
 
     def at(self, layer: int) -> SelectionRule:
-        if layer >= len(self.taus):
-            raise ValueError(f"taus={self.taus}: {len(self.taus)} layers, the model has more")
         return Threshold(self.taus[layer])
+
+    def check(self, depth: int, num_experts: int) -> None:
+        if len(self.taus) != depth:
+            more = "more" if depth > len(self.taus) else "fewer"
+            raise ValueError(
+                f"taus={values.shown(self.taus)}: {len(self.taus)} layers, the model has {more} "
+                f"({depth})"
+            )
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         raise TypeError("a rule by layer selects through at(layer)")
@@ -82,16 +97,32 @@ class Oracle(Threshold):
 
 
 @dataclass(frozen=True)
-class TopK(SelectionRule):
-    """The k experts of the largest scores."""
+class _Counted(SelectionRule):
+    """Rules that run k experts."""
 
     k: int
 
     def __post_init__(self) -> None:
-        self._within("k", 1, 2**31)
+        self._set("k", values.whole("k", self.k, 1, 2**31))
+
+    def check(self, depth: int, num_experts: int) -> None:
+        if self.k > num_experts:
+            raise ValueError(f"k={self.k} is more than the {num_experts} experts")
+
+    def _mask(self, ranks: Tensor) -> Tensor:
+        """Of exactly k experts a token; ties go to torch.topk's order."""
+        self.check(0, ranks.shape[-1])
+        chosen = ranks.topk(self.k, dim=-1).indices
+        return torch.zeros_like(ranks, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+@dataclass(frozen=True)
+class TopK(_Counted):
+    """The k experts of the largest scores."""
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        return top_k_mask(scores, self.k)
+        check_finite(scores)
+        return self._mask(scores)
 
 
 @dataclass(frozen=True)
@@ -104,9 +135,10 @@ class Cumulative(SelectionRule):
     share: float
 
     def __post_init__(self) -> None:
-        self._within("share", 0, 1)
+        self._set("share", values.number("share", self.share, 0, 1))
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        check_finite(scores)
         ordered, order = scores.to(widest_float(scores.device)).sort(-1, descending=True)
         reached = ordered.cumsum(-1)
         # Shifted, not reached - ordered: that would round, and share = 1 keep or drop too much.
@@ -117,25 +149,25 @@ class Cumulative(SelectionRule):
 
 
 @dataclass(frozen=True)
-class Random(SelectionRule):
+class Random(_Counted):
     """k experts by chance, whatever the scores: the baseline that any router has to beat.
 
     `noise` (..., E): uniform draws to rank by, where a sampler gives every image its own stream;
     without it the draws come from `seed`.
     """
 
-    k: int
     seed: int = 0
     uses_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self._within("k", 1, 2**31)
+        super().__post_init__()
+        self._set("seed", values.whole("seed", self.seed))
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         if noise is None:
             generator = torch.Generator(scores.device).manual_seed(self.seed)
             noise = torch.rand(scores.shape, generator=generator, device=scores.device)
-        return top_k_mask(noise, self.k)
+        return self._mask(noise)
 
 
 @dataclass(frozen=True)
@@ -166,7 +198,7 @@ RULES: dict[str, type[SelectionRule]] = {
 def selection_to_json(selection: Selection) -> Any:
     """Rules as plain values: {"rule": name, ...}, a list of such, or None.
 
-    ValueError for a rule that is none of `RULES`, or that holds something else than plain numbers.
+    ValueError for a rule that is none of `RULES`.
     """
     if selection is None:
         return None
@@ -175,12 +207,7 @@ def selection_to_json(selection: Selection) -> Any:
     name = next((name for name, rule in RULES.items() if type(selection) is rule), None)
     if name is None:
         raise ValueError(f"selection={selection!r}: its rule is none of {', '.join(RULES)}")
-    values = asdict(selection)  # type: ignore[call-overload]
-    for key, value in values.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int | float):
-                raise ValueError(f"selection={selection!r}: {key} is not a plain number")
-    return {"rule": name, **values}
+    return {"rule": name, **asdict(selection)}  # type: ignore[call-overload]
 
 
 def selection_from_json(content: Any) -> Selection:
@@ -196,11 +223,11 @@ def _rule_from_json(content: Any) -> SelectionRule:
     name = content.get("rule") if isinstance(content, dict) else content
     if not isinstance(content, dict) or not isinstance(name, str) or name not in RULES:
         raise ValueError(f"selection.rule={name!r} is none of {', '.join(RULES)}")
-    values = {key: value for key, value in content.items() if key != "rule"}
+    fields = {key: value for key, value in content.items() if key != "rule"}
     try:
         # From JSON text, where strict still takes an object for a dataclass.
         rule: SelectionRule = TypeAdapter(RULES[name]).validate_json(
-            json.dumps(values), strict=True
+            json.dumps(fields), strict=True
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -209,10 +236,7 @@ def _rule_from_json(content: Any) -> SelectionRule:
     return rule
 
 
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """Mask of exactly k experts a token; ties go to torch.topk's order."""
-    num_experts = scores.shape[-1]
-    if k > num_experts:
-        raise ValueError(f"k={k} is more than the {num_experts} experts")
-    chosen = scores.topk(k, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+def check_finite(scores: Tensor) -> None:
+    """InputError for scores among which NaN or infinity would decide what runs."""
+    if not bool(scores.isfinite().all()):
+        raise InputError("an expert's score is not finite: the router or its input has overflowed")

@@ -38,6 +38,11 @@ class SelectionConfig:
     layer_tau: tuple[Annotated[tuple[Share, ...], Several], ...] = ()
     """For threshold, in the place of `tau`: by sparse scale, a tau for each layer."""
 
+    def __post_init__(self) -> None:
+        if self.layer_tau and self.rule != "threshold":
+            given = [list(taus) for taus in self.layer_tau]
+            raise ValueError(f"layer_tau={given} goes with rule=threshold, but rule={self.rule}")
+
     def rules(self) -> SelectionRule | list[SelectionRule]:
         """What `generate(selection=...)` takes."""
         if self.rule == "threshold" and self.layer_tau:

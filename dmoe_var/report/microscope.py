@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from dmoe_var.metrics.images import to_uint8
-from dmoe_var.models.products import activated_linear, at_least_float32, linear
+from dmoe_var.models.products import activated_linear, at_least_float32, unrounded_linear
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import MoEFFN, Routing
-from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.selection import Threshold, check_finite
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
 STEPS = 65535
@@ -58,6 +58,8 @@ def record(
 ) -> Recording:
     """Draw picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
     recording = Recording()
+    # Another over the same memory: whoever else draws from the model is not watched.
+    model = DynamicVAR(model.dense, model.moe, model.moe_scales)
     ratios: dict[int, list[np.ndarray]] = {}
     errors: dict[int, list[np.ndarray]] = {}
 
@@ -93,6 +95,7 @@ def record(
 
 def quantised_ratios(scores_E: Tensor) -> Tensor:
     """Scores (..., E) over the largest of each token, int32 in 0..STEPS."""
+    check_finite(scores_E)
     scores_E = at_least_float32(scores_E)
     largest = scores_E.amax(-1, keepdim=True)
     ratios = torch.where(largest > 0, scores_E / largest, torch.ones_like(scores_E))
@@ -117,7 +120,7 @@ def _errors(ffn: MoEFFN, x_NC: Tensor, ratios_NE: Tensor) -> Tensor:
     outputs = []
     for w1_DC, b1_D, w2_DC in zip(ffn.w1_EDC, ffn.b1_ED, ffn.w2_EDC, strict=True):
         h_ND = activated_linear(ffn.act, x_NC, w1_DC, b1_D)
-        outputs.append(at_least_float32(linear(h_ND, w2_DC.T)))
+        outputs.append(unrounded_linear(h_ND, w2_DC.T))
     out_NEC = torch.stack(outputs, dim=1)
     order_NE = ratios_NE.argsort(dim=-1, descending=True, stable=True)
     out_NEC = out_NEC.take_along_dim(order_NE[..., None], dim=1)

@@ -24,7 +24,7 @@ from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.sampling.sampler import SamplingConfig, generate
-from dmoe_var.sampling.tau_schedule import resolve_rules
+from dmoe_var.sampling.tau_schedule import rules_of
 
 SAMPLES_FILE = "samples.npz"
 
@@ -97,9 +97,7 @@ class Drawing:
     @cached_property
     def rules(self) -> dict[int, SelectionRule]:
         """The selection rule of each scale that has one."""
-        model = self.model
-        num_scales, sparse = model.config.num_scales, model.moe_scales
-        return resolve_rules(None, self.selection, num_scales, sparse, model.selection)
+        return rules_of(self.model, selection=self.selection)
 
     def labels_of(self, number: int) -> np.ndarray:
         """Labels (B,) of a batch, counted from 0."""

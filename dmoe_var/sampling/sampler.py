@@ -6,22 +6,25 @@ a scale, C width, V vocabulary, Cvae latent channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from dmoe_var.models.var import VAR, Modulation, check_pair
-from dmoe_var.models.vqvae import VQVAE
+from dmoe_var import values
+from dmoe_var.errors import InputError
+from dmoe_var.models.products import sampling
+from dmoe_var.models.var import VAR, Labels, Modulation, VARConfig, check_labels, check_pair
+from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.layer import ExpertCounts, Routing
-from dmoe_var.moe.selection import SelectionRule
-from dmoe_var.sampling.tau_schedule import Tau, resolve_rules
+from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.sampling.tau_schedule import Tau, rules_of
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
     draw_tokens,
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from dmoe_var.metrics.part_timing import PartClock
 
 OnScale = Callable[[int, Tensor], None]
-P = ParamSpec("P")
+MAX_INDEX = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -51,55 +54,103 @@ class SamplingConfig:
     batch_size: Annotated[int, Field(gt=0)] = 128
     dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def __post_init__(self) -> None:
+        values.take_fields(self)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
-def check_labels(labels: Sequence[int] | Tensor, num_classes: int, device: torch.device) -> Tensor:
-    """Labels as LongTensor (B,); ValueError outside 0..num_classes (the last is the null class)."""
-    labels_B = torch.as_tensor(labels, device=device)
-    if labels_B.ndim != 1 or labels_B.numel() == 0 or labels_B.is_floating_point():
-        raise ValueError("labels must be a non-empty list of whole numbers")
-    if labels_B.min() < 0 or labels_B.max() > num_classes:
-        raise ValueError(
-            f"labels must be within 0..{num_classes} ({num_classes} is the null class), got "
-            f"{int(labels_B.min())}..{int(labels_B.max())}"
+class Call(NamedTuple):
+    """The arguments of `generate`, checked, as plain Python."""
+
+    labels_B: Tensor
+    rules: dict[int, SelectionRule]
+    cfg: float
+    top_k: int
+    top_p: float
+    seed: int
+    start_index: int
+    more_smooth: bool
+    adaln_every_scale: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: VAR | DynamicVAR,
+        vqvae: VQVAE,
+        labels: Labels,
+        cfg: Any = 1.5,
+        top_k: Any = 900,
+        top_p: Any = 0.96,
+        seed: Any = 0,
+        tau: Tau = None,
+        selection: Selection = None,
+        generator: torch.Generator | None = None,
+        start_index: Any = 0,
+        more_smooth: Any = False,
+        impl: str = "grouped",
+        adaln_every_scale: Any = False,
+        counts: ExpertCounts | None = None,
+        on_scale: OnScale | None = None,
+        clock: PartClock | None = None,
+    ) -> Call:
+        """ValueError for the first that is wrong."""
+        device = _check_models(model, vqvae)
+        check_impl(impl)
+        _check_generator(generator, device)
+        if counts is not None and not isinstance(counts, ExpertCounts):
+            raise ValueError(f"counts={values.shown(counts)} must be an ExpertCounts or None")
+        if on_scale is not None and not callable(on_scale):
+            raise ValueError(f"on_scale={values.shown(on_scale)} must be a function or None")
+        return cls(
+            check_labels(labels, model.config.num_classes, device),
+            rules_of(model, tau, selection),
+            values.number("cfg", cfg, 0),
+            values.whole("top_k", top_k, 0),
+            values.number("top_p", top_p, 0, 1),
+            values.whole("seed", seed),
+            values.whole("start_index", start_index, 0, MAX_INDEX),
+            values.flag("more_smooth", more_smooth),
+            values.flag("adaln_every_scale", adaln_every_scale),
         )
-    return labels_B.long()
 
 
-def _in_eval_mode(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Samples without drop path, whatever mode the model is in, and leaves it in that mode."""
-
-    @wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        model = args[0] if args else kwargs["model"]
-        assert isinstance(model, torch.nn.Module)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
-
-    return wrapped
+def _check_models(model: VAR | DynamicVAR, vqvae: VQVAE) -> torch.device:
+    """The device that both are on; ValueError where they do not belong together."""
+    for name, given, kind in (("model", model, VARConfig), ("vqvae", vqvae, VQVAEConfig)):
+        if not isinstance(getattr(given, "config", None), kind):
+            wanted = "VQVAE" if kind is VQVAEConfig else "VAR or DynamicVAR"
+            raise ValueError(f"{name} is a {type(given).__name__}, but must be a {wanted}")
+    check_pair(vqvae, model.config)
+    device, other = config_device(model), config_device(vqvae)
+    if device != other:
+        raise ValueError(f"the model is on {device}, but the VQ-VAE is on {other}")
+    return device
 
 
-@_in_eval_mode
-@torch.inference_mode()
+def _check_generator(generator: Any, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={values.shown(generator)} must be a torch.Generator or None")
+    if generator.device.type != device.type or (generator.device.index or 0) != (device.index or 0):
+        raise ValueError(f"generator is of {generator.device}, but the model is on {device}")
+
+
+@sampling()
 def generate(
     model: VAR | DynamicVAR,
     vqvae: VQVAE,
-    labels: Sequence[int] | Tensor,
+    labels: Labels,
     cfg: float = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
     seed: int = 0,
     tau: Tau = None,
-    selection: SelectionRule | Sequence[SelectionRule] | None = None,
+    selection: Selection = None,
     generator: torch.Generator | None = None,
     start_index: int = 0,
     more_smooth: bool = False,
@@ -120,21 +171,25 @@ def generate(
     adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
     instead of once an image. `counts` collects the experts run; `on_scale(si, f_hat_BCHW)` sees
     what has been drawn after each scale; `clock` measures where the time goes, see
-    `metrics.part_timing`.
+    `metrics.part_timing`. The images, and what `on_scale` sees, are plain tensors without a
+    gradient.
+
+    Numbers may be of any type that numpy and torch have. ValueError, before anything is drawn, for
+    an argument that has no meaning; afterwards for logits that are not finite.
     """
     mark = _unmeasured if clock is None else clock.mark
-    config = model.config
-    check_pair(vqvae, config)
-    _check_ranges(cfg, top_k, top_p, start_index)
-    device = config_device(model)
-    labels_B = check_labels(labels, config.num_classes, device)
-    rules = resolve_rules(tau, selection, config.num_scales, model.moe_scales, model.selection)
-    guided = cfg != 0
+    call = Call.of(
+        model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
+        more_smooth, impl, adaln_every_scale, counts, on_scale,
+    )  # fmt: skip
+    config, labels_B, rules = model.config, call.labels_B, call.rules
+    guided = call.cfg != 0
     branches = 2 if guided else 1
     null_B = torch.full_like(labels_B, config.num_classes)
     labels_R = torch.cat([labels_B, null_B]) if guided else labels_B
 
-    streams = ImageStreams(seed, start_index, len(labels_B), device, generator)
+    device = labels_B.device
+    streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
     noise = partial(streams.routing_noise, branches=branches)
     mark("embedding", 0)
     cond_RC = model.condition(labels_R)
@@ -143,9 +198,10 @@ def generate(
     x_RlC = model.embed_start(cond_RC)
     f_hat_BCHW = torch.zeros((), device=device)
     last = config.num_scales - 1
+    finite = []
     for si in range(config.num_scales):
         backbone = model.backbone_at(si)
-        if adaln_every_scale or id(backbone) not in modulations:
+        if call.adaln_every_scale or id(backbone) not in modulations:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
         inside = clock if clock is not None and clock.told_apart else None
         routing = Routing(rules[si], si, impl, counts, noise, inside) if si in rules else None
@@ -153,9 +209,10 @@ def generate(
         logits_RlV = backbone.step(x_RlC, modulations[id(backbone)], cache, routing)
         mark("sampling", si)
         progress = si / last
-        logits_BlV = guide(logits_RlV, cfg * progress) if guided else logits_RlV
-        logits_BlV = filter_logits(logits_BlV, top_k, top_p)
-        codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, more_smooth)
+        logits_BlV = guide(logits_RlV, call.cfg * progress) if guided else logits_RlV
+        finite.append(logits_BlV.amax(-1).isfinite().all())
+        logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
+        codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)
         mark("quantiser", si)
         f_hat_BCHW = f_hat_BCHW + vqvae.quantize.spread(codes_BCpp, si)
         if on_scale is not None:
@@ -165,20 +222,23 @@ def generate(
             mark("embedding", si + 1)
             x_RlC = model.embed_scale(f_hat_BlC, si + 1).repeat(branches, 1, 1)
     mark("decoder")
-    return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
+    images_B3RR = (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
+    _check_finite(finite)  # once, as a GPU is waited for
+    return images_B3RR
+
+
+def _check_finite(finite: Sequence[Tensor]) -> None:
+    """InputError where a scale's logits were not: what is drawn from NaN looks like a picture."""
+    bad = (~torch.stack(list(finite))).nonzero()
+    if len(bad):
+        raise InputError(
+            f"the logits of scale {int(bad[0])} are not finite: the model's weights are not, or "
+            "its activations overflow in their dtype"
+        )
 
 
 def _unmeasured(part: str, scale: int | None = None) -> None:
     """The mark of no clock."""
-
-
-def _check_ranges(cfg: float, top_k: int, top_p: float, start_index: int) -> None:
-    if not (math.isfinite(cfg) and cfg >= 0):
-        raise ValueError(f"cfg={cfg} must be finite and 0 or more")
-    if top_k < 0 or not 0 <= top_p <= 1:
-        raise ValueError(f"top_k={top_k} must be 0 or more, top_p={top_p} within [0, 1]")
-    if start_index < 0:
-        raise ValueError(f"start_index={start_index} must be 0 or more")
 
 
 def _draw_codes(

@@ -7,10 +7,17 @@ Polarity: a larger tau runs fewer experts; 0 runs all. Published lists of the au
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from dmoe_var import values
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 
+if TYPE_CHECKING:
+    from dmoe_var.models.var import VAR
+    from dmoe_var.moe.dynamic_var import DynamicVAR
+
 Tau = float | Sequence[float] | None
+"""Also an array of numpy or torch, of one value or of several."""
 
 PAPER_TAU = (0.18161, 0.18698, 0.21314)
 """The paper's thresholds of the last three scales, in Eq. 3's polarity."""
@@ -18,7 +25,19 @@ PAPER_TAU = (0.18161, 0.18698, 0.21314)
 
 def from_published(published: Sequence[float]) -> tuple[float, ...]:
     """Eq.-3 thresholds of a list in the polarity of the authors' code (1 - tau)."""
-    return tuple(1.0 - value for value in published)
+    return tuple(1.0 - value for value in values.numbers("published", published, 0, 1))
+
+
+def rules_of(
+    model: VAR | DynamicVAR, tau: Tau = None, selection: Selection = None
+) -> dict[int, SelectionRule]:
+    """As `resolve_rules`, for this model; ValueError also where it cannot run one of the rules."""
+    num_scales = model.config.num_scales
+    rules = resolve_rules(tau, selection, num_scales, model.moe_scales, model.selection)
+    for si, rule in rules.items():
+        config = model.backbone_at(si).config
+        rule.check(config.depth, config.num_experts)
+    return rules
 
 
 def resolve_rules(
@@ -45,13 +64,11 @@ def resolve_rules(
     name = "selection" if tau is None else "tau"
     if not moe_scales:
         raise ValueError(f"{name} is given, but the model has no experts")
-    given = selection if tau is None else tau
-    if not isinstance(given, Sequence):
-        per_scale = [given] * len(moe_scales)
-    elif len(given) == 1:
-        per_scale = [given[0]] * len(moe_scales)
+    given = _rules_of(selection) if tau is None else _thresholds(tau)
+    if len(given) == 1:
+        per_scale = given * len(moe_scales)
     elif len(given) == len(moe_scales):
-        per_scale = list(given)
+        per_scale = given
     elif len(given) == num_scales:
         per_scale = [given[si] for si in moe_scales]
     else:
@@ -59,5 +76,22 @@ def resolve_rules(
             f"{name} has {len(given)} values; it takes 1, {len(moe_scales)} (the scales with "
             f"experts) or {num_scales} (all scales)"
         )
-    rules = [v if isinstance(v, SelectionRule) else Threshold(float(v)) for v in per_scale]  # type: ignore[arg-type]
-    return dict(zip(moe_scales, rules, strict=True))
+    return dict(zip(moe_scales, per_scale, strict=True))
+
+
+def _thresholds(tau: Any) -> list[SelectionRule]:
+    """Eq. 3 at a tau, or at each of a list of them."""
+    allowed = "a number within [0, 1] or a list of such"
+    given = [tau] if values.is_number(tau) else values.items("tau", tau, allowed)
+    return [Threshold(each) for each in given]
+
+
+def _rules_of(selection: Any) -> list[SelectionRule]:
+    """A rule, or a list of rules."""
+    given = list(selection) if isinstance(selection, list | tuple) else [selection]
+    for each in given:
+        if not isinstance(each, SelectionRule):
+            raise ValueError(
+                f"selection={values.shown(each)} must be a rule, such as Threshold(0.2) or TopK(4)"
+            )
+    return given

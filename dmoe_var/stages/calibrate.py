@@ -106,7 +106,11 @@ def _found_for_time(calibration: Calibration, table: CostTable) -> Found:
     found = calibration.find(share)
     taken = partial(_ms_of, found.plan, table)
     target = _target_ms(calibration.bench, table)
-    return replace(found, taus=at_cost(found.taus, taken, target))
+    try:
+        return replace(found, taus=at_cost(found.taus, taken, target))
+    except ValueError as error:
+        wanted = calibration.bench.config.budget_ms
+        raise InputError(f"calibrate.budget_ms={wanted:g}: out of reach ({error} ms)") from error
 
 
 def _target_ms(bench: Bench, table: CostTable) -> float:

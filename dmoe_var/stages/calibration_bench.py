@@ -162,14 +162,13 @@ class Calibration:
         try:
             return taus_for(plan, self.losses, budget * self.bench.dense_gmac)
         except ValueError as error:
-            raise InputError(f"calibrate.budget={budget:g}: out of reach ({error} GMAC)") from error
+            raise _out_of_reach(budget, error) from error
 
     def _refined(self, found: Found) -> Found:
         """As many FLOPs, at a training loss no higher than that of `found` and of one tau
         everywhere. Images are drawn once more, to correct the FLOPs of tau that moved."""
         rounds, plan = self.bench.config.refinements, found.plan
-        target = found.budget * self.bench.dense_gmac
-        one_tau = at_cost(dict.fromkeys(plan.tails, 0.5), plan.gmac, target)
+        one_tau = self._at_cost(dict.fromkeys(plan.tails, 0.5), plan, found.budget)
         most = most_losses(len(plan.tails), rounds)
         with self._bar(most, f"refining {found.budget:.3g}") as bar:
 
@@ -179,7 +178,14 @@ class Calibration:
 
             taus = refine(plan, [found.taus, one_tau], loss, rounds)
         plan = self.plan_under(plan.rules(taus))
-        return Found(found.budget, at_cost(taus, plan.gmac, target), plan)
+        return Found(found.budget, self._at_cost(taus, plan, found.budget), plan)
+
+    def _at_cost(self, taus: Taus, plan: Plan, budget: float) -> Taus:
+        """InputError where no tau costs as little as this share of the dense FLOPs."""
+        try:
+            return at_cost(taus, plan.gmac, budget * self.bench.dense_gmac)
+        except ValueError as error:
+            raise _out_of_reach(budget, error) from error
 
     @property
     def _measures(self) -> bool:
@@ -192,3 +198,7 @@ class Calibration:
     def _bar(self, total: int, name: str) -> Any:
         by = " by layer" if self.by_layer else ""
         return tqdm(total=total, desc=name + by, disable=not self.bench.work.progress)
+
+
+def _out_of_reach(budget: float, error: ValueError) -> InputError:
+    return InputError(f"calibrate.budget={budget:g}: out of reach ({error} GMAC)")

@@ -20,7 +20,7 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
     A tau for each layer gives way to a new tau. ConfigError for a key that is none, or values that
     do not go together.
     """
-    if "selection.tau" in changes:
+    if "selection.tau" in changes or "selection.rule" in changes:
         changes = {"selection.layer_tau": (), **changes}
     nested: dict[str, Any] = {}
     for key, value in changes.items():

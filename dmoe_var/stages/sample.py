@@ -30,7 +30,7 @@ from dmoe_var.moe.selection_config import SelectionConfig
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.sampling.tau_schedule import resolve_rules
+from dmoe_var.sampling.tau_schedule import rules_of
 from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult, require
 from dmoe_var.stages.work import Work
@@ -202,14 +202,14 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
 
 def _check_selection(source: str, model: DynamicVAR, selection: SelectionConfig) -> None:
     """CheckpointError for a rule that the stored model cannot run."""
-    try:
-        resolve_rules(None, selection.rules(), model.config.num_scales, model.moe_scales)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
     assert model.moe.config.experts is not None
     num_experts = model.moe.config.hidden // model.moe.config.experts.expert_size
     if selection.rule in ("top_k", "random") and selection.k > num_experts:
         raise CheckpointError(f"{source}: selection.k={selection.k}, it has {num_experts} experts")
+    try:
+        rules_of(model, selection=selection.rules())
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def describe(selection: Selection) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.moe.experts.grouped import grouped
 from dmoe_var.moe.experts.reference import reference
 
@@ -29,8 +30,7 @@ IMPLEMENTATIONS: dict[str, ComputePath] = {"reference": reference, "grouped": gr
 
 def check_impl(impl: str) -> None:
     """ValueError for a name that is no compute path."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    values.choice("impl", impl, IMPLEMENTATIONS)
 
 
 def run_experts(
