@@ -505,7 +505,7 @@ def test_labels_are_those_of_the_pictures_that_are_left(pictures, vqvae, cached)
     assert torch.equal(tokens_BL, direct(images, vqvae, kept))
     assert labels_B.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
     one_by_one = [cached(images, unreadable="skip").batch(torch.tensor([i]))[1] for i in range(8)]
-    assert torch.cat(one_by_one).tolist() == images.labels[kept].tolist()
+    assert torch.cat(one_by_one).tolist() == images.labels[kept.numpy()].tolist()
 
 
 def test_refused_pictures_are_tried_again(pictures, cached, encoded, tmp_path, monkeypatch):
