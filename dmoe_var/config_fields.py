@@ -6,6 +6,7 @@ import os
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Several = Field(min_length=1)
@@ -18,8 +19,14 @@ def as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _as_taus(value: Any) -> Any:
+    if isinstance(value, str):
+        raise PydanticCustomError("taus", "must be a number within 0..1, or a list of such numbers")
+    return as_tuple(value)
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
-Taus = Annotated[tuple[Share, ...], BeforeValidator(as_tuple), Several]
+Taus = Annotated[tuple[Share, ...], BeforeValidator(_as_taus), Several]
 Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 PathOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]

@@ -9,7 +9,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from dmoe_var.config import SelectionConfig, parse_config
+from dmoe_var.config import SelectionConfig, is_entry, is_text, parse_config
 from dmoe_var.errors import ConfigError
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 
@@ -192,3 +192,40 @@ def test_selection_rules(fields, rules):
     found = SelectionConfig(**fields).rules()
     assert found == rules
     assert type(found) is type(rules)
+
+
+PATHS = [
+    "run_dir", "data.root", "base.var", "base.vqvae", "fidelity.reference", "sample.pretrained",
+    "benchmark.smaller", "benchmark.published",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_the_home_folder_is_known_wherever_a_path_is_given(digits, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/someone")
+    folder = {"data.kind": "image_folder"} if key == "data.root" else {}
+    found = parse_config(changed(digits, {key: "~/a b/c", **folder}))
+    assert found.leaves[key] == "/home/someone/a b/c"
+    named = parse_config(changed(digits, {key: "digits", **folder}))
+    assert named.leaves[key] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "entry"),
+    [
+        ("run_dir", True, False),
+        ("base.var", True, False),
+        ("launcher.partition", True, False),
+        ("figures.depths.2", True, True),
+        ("sweep.lists.mine", False, True),
+        ("launcher.more.mem", False, True),
+        ("dtype", False, False),
+        ("seed", False, False),
+        ("sample.classes", False, False),
+        ("sweep.lists", False, False),
+        ("no.such.key", False, False),
+        ("experiment", False, False),
+    ],
+)
+def test_kinds_of_keys(key, text, entry):
+    assert (is_text(key), is_entry(key)) == (text, entry)

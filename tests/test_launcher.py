@@ -24,12 +24,12 @@ if "fail=1" in sys.argv:
     sys.exit("seed=-1: wrong")
 """
 SBATCH = """#!/bin/bash
-cp "$1" "$SLURM_PLAYED/sbatch.sh"
-if [ "$SLURM_REFUSES" ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
+cp "$1" "$PLAYED_FOLDER/sbatch.sh"
+if [ "$PLAYED_REFUSES" ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
 echo "Submitted batch job 77"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
 export SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1
-run() { (sleep 0.2; bash "$SLURM_PLAYED/sbatch.sh") > "$SLURM_PLAYED/log" 2>&1 & }
+run() { (sleep 0.2; bash "$PLAYED_FOLDER/sbatch.sh") > "$PLAYED_FOLDER/log" 2>&1 & }
 if [ -z "$last" ]; then SLURM_JOB_ID=77 run; exit; fi
 for i in $(seq 0 "$last"); do
   SLURM_JOB_ID=10$i SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$i run
@@ -37,12 +37,12 @@ done
 """
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do [ "$1" = --unbuffered ] || shift; shift; done
-[ "$SLURM_ARRAY_TASK_ID" = "$SLURM_CANCELS" ] || exec "$@"
+[ "$SLURM_ARRAY_TASK_ID" = "$PLAYED_CANCELS" ] || exec "$@"
 """
 SACCT = """#!/bin/bash
 echo "JobID|State|NodeList"
 for i in 0 1 2; do
-  [ "$i" = "$SLURM_CANCELS" ] && echo "77_$i|CANCELLED|n" || echo "77_$i|RUNNING|n"
+  [ "$i" = "$PLAYED_CANCELS" ] && echo "77_$i|CANCELLED|n" || echo "77_$i|RUNNING|n"
 done
 """
 
@@ -64,8 +64,8 @@ def slurm(tmp_path, monkeypatch):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_PLAYED", str(folder))
-    monkeypatch.setenv("SLURM_CANCELS", "none")
+    monkeypatch.setenv("PLAYED_FOLDER", str(folder))
+    monkeypatch.setenv("PLAYED_CANCELS", "none")
     return folder
 
 
@@ -79,6 +79,79 @@ def test_what_is_not_asked_for():
     asked = LauncherConfig("slurm", gpus=0).parameters("some")
     assert {"gpus_per_node", "slurm_partition", "slurm_setup"}.isdisjoint(asked)
     assert LauncherConfig("slurm", gpus=4).parameters("some")["gpus_per_node"] == 4
+
+
+PLAIN = {"mem": "64GB", "cpus-per-task": "8", "gpus-per-node": "1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gone", "sent"),
+    [
+        ({}, (), {}),
+        ({"mem_gb": None, "cpus": None}, ("mem", "cpus-per-task"), {}),
+        ({"more": {"mem-per-gpu": "40G"}}, ("mem",), {"mem-per-gpu": "40G"}),
+        ({"more": {"mem_per_cpu": "4G"}}, ("mem",), {"mem-per-cpu": "4G"}),
+        ({"more": {"mem": "9G"}}, (), {"mem": "9G"}),
+        ({"more": {"cpus-per-gpu": 4}}, ("cpus-per-task",), {"cpus-per-gpu": "4"}),
+        ({"more": {"gres": "gpu:a100:2"}}, ("gpus-per-node",), {"gres": "gpu:a100:2"}),
+        ({"more": {"gres": "disk:9"}}, (), {"gres": "disk:9"}),
+        ({"more": {"gpus-per-node": "a100:1"}}, (), {"gpus-per-node": "a100:1"}),
+    ],
+)
+def test_one_option_for_each_thing(script, slurm, tmp_path, settings, gone, sent):
+    """Null leaves it to the cluster, and what `more` says in another way is said once."""
+    import submitit
+
+    executor = submitit.AutoExecutor(tmp_path / "logs", cluster="slurm")
+    executor.update_parameters(**LauncherConfig("slurm", **settings).parameters("some"))
+    text = executor._executor._make_submission_file_text("command", "uid")
+    lines = [
+        line.removeprefix("#SBATCH --").split("=", 1) for line in text.splitlines() if "=" in line
+    ]
+    ours = [line for line in lines if line[0].startswith(("mem", "cpus", "gpus", "gres"))]
+    assert sorted(map(tuple, ours)) == sorted(sent.items())
+
+
+@pytest.mark.parametrize("name", ["time", "partition"])
+def test_an_option_that_has_a_key(name):
+    with pytest.raises(ValueError, match=rf"more.{name}: this option is launcher\."):
+        LauncherConfig("slurm", more={name: "1"})
+
+
+OUTER = {
+    "SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_PER_TASK": "1",
+    "SBATCH_MEM_BIND": "local", "SRUN_CPUS_PER_TASK": "1", "SUBMITIT_EXECUTOR": "slurm",
+    "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none",
+}  # fmt: skip
+USERS = {"SLURM_CONF": "/etc/other.conf", "SBATCH_ACCOUNT": "us", "LAUNCHED_BY": "me"}
+
+
+def test_jobs_sent_from_within_a_job(slurm, script, tmp_path, monkeypatch):
+    """Such as an interactive allocation: they are not told its sizes, and it keeps them."""
+    for name, value in {**OUTER, **USERS}.items():
+        monkeypatch.setenv(name, value)
+    sbatch = slurm / "sbatch"
+    sbatch.write_text(SBATCH.replace("#!/bin/bash", '#!/bin/bash\nenv > "$PLAYED_FOLDER/env"'))
+    (finished,) = run_jobs(LauncherConfig("slurm"), script, [["a=1"]], tmp_path / "logs")
+    assert finished.status == 0
+    seen = dict(
+        line.split("=", 1) for line in (slurm / "env").read_text().splitlines() if "=" in line
+    )
+    assert seen.keys().isdisjoint(OUTER)
+    assert {name: seen[name] for name in USERS} == USERS
+    assert {name: os.environ[name] for name in OUTER} == OUTER
+
+
+def test_an_interrupt_cancels_the_jobs(slurm, script, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (slurm / "scancel").write_text('#!/bin/bash\necho "$1" >> "$PLAYED_FOLDER/cancelled"\n')
+    (slurm / "scancel").chmod(0o755)
+    monkeypatch.setattr(launcher, "_finished", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(LauncherConfig("slurm"), script, [["a=1"], ["a=2"]], tmp_path / "logs")
+    assert (slurm / "cancelled").read_text().split() == ["77_0", "77_1"]
 
 
 def test_a_process_on_each_gpu():
@@ -122,7 +195,7 @@ def test_jobs_of_this_machine(script, tmp_path):
 
 @pytest.mark.slow
 def test_a_job_that_was_cancelled(slurm, script, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_CANCELS", "1")
+    monkeypatch.setenv("PLAYED_CANCELS", "1")
     points = [["a=1"], ["a=2"], ["a=3"]]
     finished = run_jobs(LauncherConfig("slurm"), script, points, tmp_path / "logs")
     assert [each.status for each in finished] == [0, 1, 0]
@@ -130,7 +203,7 @@ def test_a_job_that_was_cancelled(slurm, script, tmp_path, monkeypatch):
 
 
 def test_a_cluster_that_refuses(slurm, script, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_REFUSES", "1")
+    monkeypatch.setenv("PLAYED_REFUSES", "1")
     with pytest.raises(ConfigError, match=r"launcher.cluster=slurm: (.|\n)*invalid partition"):
         run_jobs(LauncherConfig("slurm"), script, [["a=1"]], tmp_path)
 

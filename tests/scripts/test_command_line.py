@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,21 @@ WRONG = [
     ("sample", ["sample.model=both"], ("train_router is not done", "sample.model=dense")),
     ("train_var", ["-m", "seed=0,1", "train_var.lr=1e-3,-1"], ("train_var.lr=-1", "greater than")),
     ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: digits")),
+    ("sweep", ["sweep.lists.mine="], ("sweep.lists.mine='': must be", "0..1, or a list")),
+    ("sample", ["tau=0.2\r"], ("'tau=0.2\\r'", "carriage return", "CRLF")),
+    ("sample", ["seed=1", "\r"], ("carriage return", "CRLF")),
+    ("train_var", ["seed=0,1"], ("seed=0,1: several values", "-m", "[a,b]")),
+    ("train_var", ["-m", "seed=interval(0,1)"], ("interval",)),
+    ("train_var", ["-m", "seed=range(1,1)"], ("seed=range(1,1): not one point",)),
+    ("train_var", ["-cd", "nowhere", "experiment=a"], ("--config-dir=nowhere: no such folder",)),
+    ("train_var", ["-cp", "nowhere"], ("--config-path=nowhere: no such folder",)),
+    ("train_var", ["hydra.searchpath=[nowhere]"], ("nowhere", "is not available")),
+    ("train_var", ["-cn", "nowhere"], ("nowhere",)),
+    ("train_var", ["hydra.run.dir=x"], ("hydra.run.dir=x: not read here", "run_dir")),
+    ("train_var", ["hydra/launcher=joblib"], ("hydra/launcher=joblib: not read here",)),
+    ("train_var", ["--cfg", "job", "sede=1"], ("sede=1: unknown key", "did you mean seed?")),
+    ("train_var", ["-m", "-r"], ("--run (-r) and --multirun (-m)",)),
+    ("train_var", ["base.var="], ("base.var=''", "at least 1 character")),
     ("split", [], ("sparsify is not done", "scripts/sparsify.py")),
 ]
 NO_DEVICE = [
@@ -63,6 +79,53 @@ def assert_refused(status, stdout, stderr, parts, folder):
 def test_wrong_command_line(launch, tmp_path, script, arguments, parts):
     finished = launch(script, *arguments, cwd=tmp_path)
     assert_refused(*finished, parts, tmp_path)
+
+
+BROKEN = {
+    "tab": b"a:\n\t- b\n",
+    "latin": b"# @package _global_\nname: d\xe9j\xe0\n",
+    "list": b"- a\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_configuration_is_one_line(launch, tmp_path, name):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / f"{name}.yaml").write_bytes(BROKEN[name])
+    work = tmp_path / "work"
+    work.mkdir()
+    options = ("-cd", str(tmp_path / "conf"), f"experiment={name}")
+    finished = launch("train_var", *options, cwd=work)
+    assert_refused(*finished, (f"{name}.yaml" if name == "tab" else "",), work)
+
+
+def test_wandb_without_a_login(launch, tmp_path):
+    nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
+    finished = launch("train_vqvae", "wandb=online", cwd=tmp_path, env=nobody)
+    assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), tmp_path)
+
+
+def test_a_backend_of_a_notebook(launch, tiny, undisturbed):
+    """What a notebook hands down to the programs that it starts, and what nobody has."""
+    for backend in ("module://matplotlib_inline.backend_inline", "nonsense"):
+        finished = launch("split", *tiny, cwd=undisturbed, env={"MPLBACKEND": backend})
+        assert (finished.status, finished.stderr) == (0, "")
+
+
+def test_an_interrupt_keeps_the_state(launch, tiny, tmp_path):
+    """Ctrl-C in the fifth step: one line, and the next start goes on from the fourth."""
+    step = ["torch.optim.AdamW.step", 5, signal.SIGINT]
+    finished = launch("train_vqvae", *tiny, cwd=tmp_path, kill=step)
+    assert (finished.status, finished.stdout) == (130, "")
+    assert finished.stderr.count("\n") == 1
+    assert finished.stderr.startswith("stopped (SIGINT); ")
+    (folder,) = (tmp_path / "runs" / "digits" / "train_vqvae").iterdir()
+    before = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(before) == 4
+    finished = launch("train_vqvae", *tiny, cwd=tmp_path)
+    assert (finished.status, finished.stderr) == (0, "")
+    assert (folder / "metrics.jsonl").read_text().splitlines()[:4] == before
 
 
 def test_wrong_command_line_in_a_fresh_python(tmp_path):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from dmoe_var.config import parse_config
-from dmoe_var.errors import ConfigError
+from dmoe_var.errors import ConfigError, InputError, TrainingDiverged
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
+from dmoe_var.training import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -31,6 +35,18 @@ def shared():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield importlib.import_module("_hydra")
+
+
+@pytest.fixture(scope="module")
+def command_line(shared):
+    """scripts/_command_line.py."""
+    return importlib.import_module("_command_line")
+
+
+@pytest.fixture(scope="module")
+def composer(shared):
+    """scripts/_compose.py."""
+    return importlib.import_module("_compose")
 
 
 def composed(*overrides):
@@ -88,11 +104,13 @@ def test_classes_by_name(of_model):
 
 
 @pytest.fixture
-def some_experiments(shared, monkeypatch, tmp_path):
+def some_experiments(composer, tmp_path):
     (tmp_path / "experiment").mkdir()
     for name in ("imagenet_d16", "imagenet_d36_512", "digits"):
         (tmp_path / "experiment" / f"{name}.yaml").touch()
-    monkeypatch.setattr(shared, "CONFIGS", tmp_path)
+    options = SimpleNamespace(config_path=str(tmp_path), config_dir=None)
+    with composer.composing("sample", options):
+        yield
 
 
 @pytest.mark.usefixtures("some_experiments")
@@ -109,14 +127,14 @@ def some_experiments(shared, monkeypatch, tmp_path):
         ([], []),
     ],
 )
-def test_a_models_own_experiment(shared, given, expected):
-    assert shared._own_experiment(given) == expected
+def test_a_models_own_experiment(composer, given, expected):
+    assert composer.own_experiment(given) == expected
 
 
 @pytest.mark.usefixtures("some_experiments")
-def test_models_with_and_without_an_experiment(shared):
+def test_models_with_and_without_an_experiment(composer):
     with pytest.raises(ConfigError, match="model=mini,d16: of these only d16 have"):
-        shared._own_experiment(["model=mini,d16"])
+        composer.own_experiment(["model=mini,d16"])
 
 
 @pytest.mark.parametrize("experiment", OWN)
@@ -147,13 +165,95 @@ def test_short_keys_of_sample(shared, given, expected):
     "arguments",
     [["a=1", "-m", "b=2,3"], ["-m", "a=1", "b=2,3"], ["a=1", "b=2,3", "--multirun"]],
 )
-def test_options_may_stand_anywhere(shared, monkeypatch, arguments):
-    """Hydra itself takes what follows an option in the middle for an unknown argument."""
+def test_options_may_stand_anywhere(command_line, monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-    found = shared._command_line(list)
+    found = command_line.read(list)
     assert (found.overrides, found.multirun) == (["a=1", "b=2,3"], True)
-    again = shared.get_args_parser().parse_args()
-    assert (again.overrides, again.multirun) == (["a=1", "b=2,3"], True)
+
+
+def test_the_parser_holds_only_text(command_line):
+    """From Python 3.14 on argparse refuses anything else as soon as an option is added."""
+    actions = command_line.parser()._actions
+    formatter = argparse.HelpFormatter("script.py")
+    assert [formatter._expand_help(action) for action in actions] == [a.help for a in actions]
+    assert all(type(action.help) is str for action in actions)
+
+
+TEXT = [
+    ("fidelity.reference", "runs/digits/evaluate/cfg=3-1a2b/samples.npz"),
+    ("fidelity.reference", "/data/ü (1)/[x] {y}/it's 100 % \\ 'a\"b'.npz"),
+    ("data.root", "~/pictures"),
+    ("base.var", "1_000"),
+    ("base.var", "2024"),
+    ("run_dir", "true"),
+    ("run_dir", "nan"),
+    ("run_dir", " a b "),
+    ("base.var", "[a]"),
+    ("base.var", "range(1,3)x"),
+    ("sample.pretrained", "me/model@main"),
+    ("launcher.partition", "007"),
+    ("name", "12"),
+    ("figures.depths.2", "runs/a=b"),
+]
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize(("key", "value"), TEXT)
+def test_text_is_taken_as_it_is(command_line, key, value, multirun):
+    """By the grammar of Hydra itself, and as each of two values of a multirun."""
+    parse = OverridesParser.create().parse_override
+    if multirun and "," not in value:
+        both = parse(command_line.written_out(f"{key}={value},x", True))
+        assert both._convert_value(both._value.list) == [value, "x"]
+    alone = command_line.written_out(f"{key}={value}", False)
+    assert parse(alone).value() == value
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("seed=3", "seed=3"),
+        ("base.var=null", "base.var=null"),
+        ("base.var='a=b'", "base.var='a=b'"),
+        ("run_dir=${name}/x", "run_dir=${name}/x"),
+        ("run_dir=runs/plain-1.5", "run_dir=runs/plain-1.5"),
+        ("sweep.seeds=[0,1]", "sweep.seeds=[0,1]"),
+        ("moe.scales=[", "moe.scales=["),
+        ("sample.classes=[jack-o'-lantern,ü,3]", "sample.classes=['jack-o\\'-lantern','ü',3]"),
+        ("train_var.steps=ma=ny", "train_var.steps='ma=ny'"),
+        ("sweep.lists.mine=[0.1]", "++sweep.lists.mine=[0.1]"),
+        ("+launcher.more.mem=1G", "++launcher.more.mem=1G"),
+        ("~sweep.lists.paper", "~sweep.lists.paper"),
+        ("experiment=mine", "experiment=mine"),
+    ],
+)
+def test_what_is_written_out(command_line, given, expected):
+    assert command_line.written_out(given, False) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "points"),
+    [
+        ("base.var=nope.pth,a=b,2024,null", ["nope.pth", "a=b", "2024", None]),
+        ("seed=range(1,4)", [1, 2, 3]),
+        ("sweep.seeds=[0,1],[2]", [[0, 1], [2]]),
+        ("selection.tau=choice(0.1,0.2)", [0.1, 0.2]),
+        ("experiment=digits,digits_base", ["digits", "digits_base"]),
+    ],
+)
+def test_several_values(command_line, given, points):
+    parsed = OverridesParser.create().parse_override(command_line.written_out(given, True))
+    assert list(map(parsed._convert_value, parsed.sweep_iterator())) == points
+    with pytest.raises(ConfigError, match=r"several values are for a multirun, -m; a list is"):
+        command_line.written_out(given, False)
+
+
+def test_a_path_with_a_comma(command_line, monkeypatch, tmp_path):
+    """It is there: it is no two values, in a multirun neither."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    for multirun in (False, True):
+        assert command_line.written_out("base.var=a,b", multirun) == "base.var='a,b'"
 
 
 @pytest.mark.parametrize(
@@ -182,3 +282,145 @@ def test_only_the_main_process_reports(shared, monkeypatch, capsys):
     monkeypatch.setattr(shared.distributed, "rank", lambda: 0)
     shared.say("where")
     assert capsys.readouterr().out == "where\n"
+
+
+def failing_run(failures):
+    """A run that fails as the point's seed says."""
+
+    def run(work):
+        if work.config.seed in failures:
+            raise failures[work.config.seed]
+        print(f"ran {work.config.seed}")
+
+    return run
+
+
+POINTS_FAIL = {
+    1: InputError("base.var=nope.pth: no such file"),
+    2: TrainingDiverged("train_var: the loss is nan at step 3"),
+    3: OSError(28, "No space left on device"),
+    4: ZeroDivisionError("a fault"),
+}
+
+
+@pytest.fixture
+def run_points(shared, monkeypatch, tmp_path):
+    """run_points(run, *arguments) -> what `_run` does in this process, without its threads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shared, "prepare", lambda work: None)
+
+    def run_points(run, *arguments):
+        monkeypatch.setattr(sys, "argv", ["train_var.py", "device=cpu", *arguments])
+        return shared._run(run, list)
+
+    return run_points
+
+
+def test_a_point_that_fails_leaves_the_others(run_points, capsys):
+    """Each line says which; the first status is the script's."""
+    assert run_points(failing_run(POINTS_FAIL), "-m", "seed=0,2,1,4,3,5") == 1
+    out, err = capsys.readouterr()
+    assert out == "ran 0\nran 5\n"
+    lines = [line for line in err.splitlines() if line.startswith("device=cpu seed=")]
+    assert [line.partition(": ")[0][-1] for line in lines] == list("2143")
+    assert lines[1].endswith("seed=1: base.var=nope.pth: no such file")
+    assert "No space left on device" in lines[3]
+    assert "Traceback" in err
+    assert "None:" not in err
+    assert run_points(failing_run(POINTS_FAIL), "-m", "seed=0,1,2") == 2
+    assert run_points(failing_run(POINTS_FAIL), "-m", "seed=0,5") == 0
+
+
+def test_an_interrupt_ends_all_points(run_points, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run_points(failing_run({1: KeyboardInterrupt()}), "-m", "seed=0,1,2")
+    assert capsys.readouterr().out == "ran 0\n"
+
+
+def test_one_point_alone(run_points, capsys, monkeypatch):
+    """One line and its status; a fault of the program is a traceback. So with each of several
+    processes, which stay in step."""
+    for seed, status in ((1, 2), (2, 1), (3, 2)):
+        with pytest.raises(SystemExit) as stopped:
+            run_points(failing_run(POINTS_FAIL), f"seed={seed}")
+        assert stopped.value.code == status
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        run_points(failing_run(POINTS_FAIL), "seed=4")
+    monkeypatch.setattr(distributed, "launched_processes", lambda: 2)
+    with pytest.raises(SystemExit):
+        run_points(failing_run(POINTS_FAIL), "-m", "seed=1,0")
+
+
+MINE = """# @package _global_
+defaults:
+  - digits
+
+name: mine
+seed: 3
+"""
+ROOT_OF_MINE = """defaults:
+  - train_var
+  - override experiment: mine
+  - _self_
+
+threads: 2
+hydra:
+  sweeper:
+    params:
+      seed: 1,2
+"""
+
+
+@pytest.fixture
+def conf(tmp_path):
+    """A folder of a user's own, beside configs/."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(MINE)
+    (tmp_path / "conf" / "experiment" / "imagenet_own.yaml").write_text(MINE)
+    (tmp_path / "conf" / "experiment" / "crlf.yaml").write_bytes(
+        MINE.replace("\n", "\r\n").encode()
+    )
+    (tmp_path / "conf" / "mine.yaml").write_text(ROOT_OF_MINE)
+    return tmp_path / "conf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config-dir", "conf", "experiment=mine"], [("mine", 3, True, None)]),
+        (["-cd=conf", "experiment=crlf"], [("mine", 3, True, None)]),
+        (["hydra.searchpath=[conf]", "experiment=mine"], [("mine", 3, True, None)]),
+        (["-cd", "conf", "-cn", "mine", "seed=3"], [("mine", 3, True, 2)]),
+        (["-cd", "conf", "-cn", "mine", "-m"], [("mine", 1, False, 2), ("mine", 2, False, 2)]),
+        (["-cp", str(CONFIGS), "seed=3"], [("digits", 3, False, None)]),
+    ],
+)
+def test_configurations_of_ones_own(run_points, conf, arguments, expected):
+    """The experiment's own settings name what differs from them, here the seed of some."""
+    found = []
+    assert run_points(found.append, *arguments) == 0
+    assert [
+        (w.config.name, w.config.seed, w.variant("train_vqvae") == "default", w.config.threads)
+        for w in found
+    ] == expected
+
+
+def test_a_models_own_experiment_of_ones_own(composer, conf):
+    options = SimpleNamespace(config_path=None, config_dir=str(conf))
+    with composer.composing("sample", options):
+        assert composer.own_experiment(["model=own"]) == ["experiment=imagenet_own"]
+    options.config_dir = None
+    with composer.composing("sample", options):
+        found = composer.own_experiment([f"hydra.searchpath=[{conf}]", "model=own"])
+    assert found[1:] == ["experiment=imagenet_own"]
+
+
+def test_jobs_get_the_folders(shared, conf, monkeypatch, run_points):
+    sent = []
+    monkeypatch.setattr(shared.launcher, "check", lambda config: None)
+    monkeypatch.setattr(shared.launcher, "run_jobs", lambda *given: sent.extend(given[2]) or [])
+    options = ("-cd", "conf", "-cn", "mine", "-m", "launcher=slurm")
+    assert run_points(lambda work: None, *options, "device=cpu") == 0
+    assert [job[-2:] for job in sent] == [[f"--config-dir={conf}", "--config-name=mine"]] * 2
+    assert not any("launcher" in each for job in sent for each in job)

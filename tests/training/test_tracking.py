@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.training.tracking import MetricsLog, Tracking, read_lines
 
 
@@ -83,9 +84,75 @@ def test_wandb_gets_the_same_lines(tmp_path, monkeypatch, mode):
         log.write(4, {"val": 2.0})
     assert sent == [*written(tmp_path), "finished"]
     names = {"group": "experiment", "job_type": "stage", "name": "variant"}
+    run_id = given.pop("id")
+    assert run_id == (tmp_path / "wandb_run.txt").read_text().strip()
     assert given == {
         **names, "mode": mode, "config": {"lr": 1}, "dir": tmp_path, "project": "dmoe-var"
     }  # fmt: skip
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """What wandb.init was given, call by call; its runs say how they finished."""
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        return SimpleNamespace(
+            log=lambda metrics, step: None, finish=lambda *status: calls.append(status)
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return calls
+
+
+def test_a_resumed_run_goes_on_with_the_same_run_of_wandb(tmp_path, starts):
+    """One that starts over is another; offline wandb sync joins those of one id."""
+    for resume_step, mode in ((0, "online"), (3, "online"), (3, "offline"), (0, "online")):
+        with MetricsLog(tmp_path, resume_step, Tracking(mode)):
+            pass
+    first, again, offline, anew = (call for call in starts if isinstance(call, dict))
+    assert first["id"] == again["id"] == offline["id"] != anew["id"]
+    assert [call.get("resume") for call in (first, again, offline, anew)] == [
+        None, "allow", None, None,
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_is_not_finished_as_if_it_had_not(tmp_path, starts):
+    with pytest.raises(KeyboardInterrupt), MetricsLog(tmp_path, 0, Tracking("online")):
+        raise KeyboardInterrupt
+    assert starts[-1] == (1,)
+
+
+def test_wandb_that_cannot_start_a_run(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("no\nroute to host")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(InputError, match=r"^wandb=online: .*\(no route to host\); .* offline"):
+        MetricsLog(tmp_path, 0, Tracking("online"))
+
+
+@pytest.mark.parametrize("where", ["variable", "netrc", "settings", "nowhere"])
+def test_a_login_is_looked_for_beforehand(tmp_path, monkeypatch, where):
+    """Where wandb looks for it; nothing is sent."""
+    host = "https://tracker.test"
+    settings = SimpleNamespace(api_key="k" if where == "settings" else None, base_url=host)
+    fake = SimpleNamespace(setup=lambda: SimpleNamespace(settings=settings))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine tracker.test login user password k\n" if where == "netrc" else "")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("WANDB_API_KEY", "k" if where == "variable" else "")
+    monkeypatch.delenv("WANDB_IDENTITY_TOKEN_FILE", raising=False)
+    Tracking("offline").check()
+    Tracking("disabled").check()
+    if where != "nowhere":
+        Tracking("online").check()
+        return
+    with pytest.raises(ConfigError, match=r"wandb=online: no login .* wandb=offline"):
+        Tracking("online").check()
 
 
 def test_what_has_no_steps(tmp_path, monkeypatch):
