@@ -86,14 +86,14 @@ class Bench:
     def vqvae_of(self, work: Work) -> VQVAE:
         """The tokenizer of a point."""
         dtype = work.config.sampling.torch_dtype
-        key = (work.fingerprint("train_vqvae"), dtype)
+        key = (work.fingerprint_of_model("train_vqvae"), dtype)
         return self._made("vqvae", key, lambda: models.vqvae(work).to(dtype))
 
     def var_of(self, work: Work, stage: str) -> VAR:
         """The VAR of a point as a stage left it: dense, sparse, or split into experts."""
         dtype = work.config.sampling.torch_dtype
         kind = "experts" if stage in ("split", "train_router") else stage
-        key = (stage, work.fingerprint(stage), dtype)
+        key = (stage, work.fingerprint_of_model(stage), dtype)
         return self._made(kind, key, lambda: models.var(work, stage).to(dtype))
 
     def pruned_of(self, work: Work) -> Pruned:
@@ -101,7 +101,7 @@ class Bench:
         pruning, scales = work.config.pruning, work.config.moe.scales
         (stage,) = work.needs("evaluate")
         of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
-        key = (stage, work.fingerprint(stage), *of_means)
+        key = (stage, work.fingerprint_of_model(stage), *of_means)
         var = self.var_of(work, stage)
         means = self._made(("means", *key), key, lambda: self._mean_activations(work, var))
 

@@ -23,7 +23,7 @@ from dmoe_var.files import read_json, write_text
 from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.compared import held
+from dmoe_var.stages.contents import held
 from dmoe_var.stages.figure_catalogue import FIGURES, Figure, Need, Run, at_size
 from dmoe_var.stages.graph import StageResult, order, record_if_done, run_stage
 from dmoe_var.stages.maps import CHOSEN, stored_maps

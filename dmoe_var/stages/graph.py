@@ -26,7 +26,7 @@ from dmoe_var.metrics.record import (
     now,
     whole_record,
 )
-from dmoe_var.stages.compared import held
+from dmoe_var.stages.contents import held
 from dmoe_var.stages.work import NEEDS, Work
 from dmoe_var.training.distributed import barrier, from_main, is_main, start, world_size
 from dmoe_var.training.state import STATE_FILE
@@ -201,12 +201,13 @@ def _record(work: Work, stage: str, result: StageResult, started: str) -> Record
         threads=torch.get_num_threads(),
         git_commit=git_commit(),
         libraries=library_versions(),
-        weights={**work.weights(stage), **work.compared(stage, {})},
+        weights={**work.weights(stage), **work.contents(stage)},
         weights_dtype=work.weights_dtype(stage),
         about=result.about,
     )
 
 
+@held()
 def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) -> Record:
     """Run a stage and all that it builds on, in order.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dmoe_var.data import load_data
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import TokenSet, tokenize
 from dmoe_var.data.token_shards import Seconds
-from dmoe_var.errors import DataError
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.stages.graph import record_if_done
 from dmoe_var.stages.work import Work
 
 
@@ -27,8 +25,7 @@ def image_sets(work: Work) -> tuple[Images, Images]:
 
 
 def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
-    """Training and held-out tokens. DataError where the images have other classes than the VAR, or
-    are not those that the dense VAR of this experiment was trained on."""
+    """Training and held-out tokens. DataError where the images have other classes than the VAR."""
     config = work.config
     tokens = [
         tokenize(
@@ -42,20 +39,7 @@ def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
         )
         for images in image_sets(work)
     ]
-    _check_same(work, token_about(tokens)["data"])
     return tokens[0], tokens[1]
-
-
-def _check_same(work: Work, data: Mapping[str, Any]) -> None:
-    """Where the pictures are says nothing about which they are, so their content is compared."""
-    record = record_if_done(work, "train_var")
-    before = record.about.get("data", data) if record is not None else data
-    for part, of_part in data.items():
-        if of_part.get("content") != before.get(part, {}).get("content"):
-            raise DataError(
-                f"data.root={work.config.data.root}: other {part} pictures than train_var had in "
-                f"{work.folder('train_var')}; another name= makes an experiment of them"
-            )
 
 
 def token_metrics(sets: Sequence[TokenSet]) -> dict[str, float]:

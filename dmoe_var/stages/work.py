@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +9,32 @@ from typing import Any
 
 import torch
 
-from dmoe_var.checkpoints.load import cached_file, file_dtype, is_name, weights_file
-from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
+from dmoe_var.checkpoints.load import file_dtype
 from dmoe_var.config import BenchmarkConfig, Config
-from dmoe_var.errors import CheckpointError, ConfigError, InputError
-from dmoe_var.files import sha256_of
-from dmoe_var.metrics.record import Record
-from dmoe_var.stages.compared import contents
-from dmoe_var.training.distributed import is_main, launched_processes, local_rank
+from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
+from dmoe_var.stages.contents import (
+    GIVEN,
+    DataSet,
+    Given,
+    content,
+    contents_of_files,
+    hash_of,
+    same_content,
+    told,
+)
+from dmoe_var.training.distributed import from_main, is_main, launched_processes, local_rank
 from dmoe_var.training.loop import Run
 from dmoe_var.training.tracking import Tracking
 
+READING_PICTURES = ("train_vqvae", "train_var", "sparsify", "train_router", "calibrate")
+"""Stages whose numbers depend on the content of the pictures themselves. Those of others depend on
+the pictures that their models were made of."""
+
 COMPARING = ("evaluate", "sweep")
 """Stages whose numbers depend on the content of a reference."""
+
+ABSENT = "not at hand"
 
 MEASURING = ("fidelity.", "evaluate.format")
 """How keys begin that say how images are measured or stored, not which they are."""
@@ -125,9 +136,6 @@ HOUSEKEEPING = (
 with others. `data.root` is
 where the pictures are, not which: other pictures want another `name`. `sweep.part` is which points
 a run measures, not what they are."""
-
-GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
-"""Keys that name files. What is in the files counts, and not where they lie."""
 
 OF_A_SECTION = tuple(key for key in HOUSEKEEPING if "." in key)
 
@@ -312,21 +320,62 @@ class Work:
         return keys
 
     def fingerprint(self, stage: str, recorded: Mapping[str, str] | None = None) -> str:
-        """Hash of all that a stage's result depends on, the content of given weights and of what
-        is compared included; of this, what is not at hand counts as `recorded`."""
-        compared = self.compared(stage, recorded or {})
-        content = {"weights": self.weights(stage), **({"compared": compared} if compared else {})}
-        return _hash({**self._settings(stage), **content})
+        """Hash of all that a stage's result depends on, the content of given weights, pictures and
+        references included; of this, what is not at hand counts as `recorded`."""
+        content = {"weights": self.weights(stage), "contents": self.contents(stage, recorded)}
+        return hash_of({**self._settings(stage), **content})
+
+    def fingerprint_of_model(self, stage: str) -> str:
+        """Hash of all that tells a stage's model from others at one time: no picture is looked
+        at."""
+        return hash_of({**self._settings(stage), "weights": self.weights(stage)})
 
     def fingerprint_of_images(self) -> str:
         """Hash of all that the images of an evaluation depend on; how they are measured or stored
         draws none again."""
         keys = {**self._settings("evaluate"), **self.weights("evaluate")}
-        return _hash({k: value for k, value in keys.items() if not k.startswith(MEASURING)})
+        made_of = self._pictures_of_models("evaluate")
+        kept = {k: value for k, value in keys.items() if not k.startswith(MEASURING)}
+        return hash_of({**kept, **({"pictures": made_of} if made_of else {})})
 
-    def compared(self, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
-        """Hashes, by configuration key, of what a stage compares: `contents`."""
-        return contents(self.config, self.cache, recorded) if stage in COMPARING else {}
+    def contents(self, stage: str, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Hashes by configuration key of what a stage is given beside weights: the pictures of
+        `data`, a reference, samples of others.
+
+        What is not at hand counts as `recorded`: records are read where the pictures are not.
+        """
+        found = {key: content(given, self.cache) for key, given in self._given(stage).items()}
+        recorded = recorded or {}
+        hashes = {key: value or recorded.get(key, ABSENT) for key, value in found.items()}
+        made_of = None if "data" in hashes else self._pictures_of_models(stage)
+        return {**hashes, **({"data": made_of} if made_of else {})}
+
+    def _given(self, stage: str) -> dict[str, Given]:
+        config, places = self.config, {}
+        if stage in READING_PICTURES and config.data.kind == "image_folder":
+            places["data"] = DataSet(config.data, config.var.num_classes, held_out=True)
+        if stage not in COMPARING:
+            return places
+        named = {
+            "fidelity.reference": config.fidelity.reference,
+            "evaluate.samples": config.evaluate.samples,
+        }
+        files = {key: Path(value).expanduser() for key, value in named.items() if value is not None}
+        training = DataSet(config.data, config.var.num_classes, held_out=False)
+        return {"fidelity.reference": training, **files, **places}
+
+    def _pictures_of_models(self, stage: str) -> str | None:
+        """Hash of the pictures that the models which a stage builds on were trained on, where they
+        have been, by their records."""
+        for upstream in self.needs(stage):
+            path = self.folder(upstream) / RESULT_FILE
+            trained = path.exists() and not self.is_given(upstream)
+            record = whole_record(path, f"{upstream} is not done") if trained else None
+            if record is not None and "data" in record.weights:
+                return record.weights["data"]
+            if (earlier := self._pictures_of_models(upstream)) is not None:
+                return earlier
+        return None
 
     def _settings(self, stage: str) -> dict[str, Any]:
         """What a stage depends on, but for the places of given files."""
@@ -339,7 +388,7 @@ class Work:
         found: dict[str, str] = {}
         for key in GIVEN:
             if keys.get(key) is not None:
-                found |= _contents(key, keys[key])
+                found |= contents_of_files(key, keys[key])
         return found
 
     def weights_dtype(self, stage: str) -> dict[str, str]:
@@ -357,7 +406,12 @@ class Work:
         differ by their content."""
         ours, theirs = self.relevant(stage), record.config
         weights = self.weights(stage)
-        return [
+        others = [
+            f"{key} has other content than there"
+            for key, value in self.contents(stage, record.weights).items()
+            if value != record.weights.get(key)
+        ]
+        return others + [
             f"{key} is {ours[key]}, there {theirs.get(key)}"
             for key in sorted(ours)
             if (
@@ -379,17 +433,17 @@ class Work:
             key
             for key in sorted(baseline.keys() | ours.keys())
             if baseline.get(key, missing) != ours.get(key, missing)
-            and not _same_content(key, baseline.get(key), ours.get(key))
+            and not same_content(key, baseline.get(key), ours.get(key))
         ]
         if not differs:
             return DEFAULT_VARIANT
-        told = {key: _told(key, ours[key]) for key in differs if key in ours}
+        shown = {key: told(key, ours[key]) for key in differs if key in ours}
         parts = []
-        for key, value in told.items():  # a dense point does not depend on experts
+        for key, value in shown.items():  # a dense point does not depend on experts
             text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{key.rpartition('.')[2]}={text[:SHOWN] if key in GIVEN else text}")
         name = "".join(c if c.isalnum() or c in "=._-+" else "-" for c in "_".join(parts))
-        return f"{name[:MAX_NAME]}-{_hash({key: told.get(key) for key in differs})[:8]}"
+        return f"{name[:MAX_NAME]}-{hash_of({key: shown.get(key) for key in differs})[:8]}"
 
     def folder(self, stage: str) -> Path:
         """runs/<experiment>/<stage>/<variant>."""
@@ -404,7 +458,7 @@ class Work:
         config = self.config
         return Run(
             folder=self.folder(stage),
-            fingerprint=self.fingerprint(stage),
+            fingerprint=from_main(self.fingerprint(stage) if is_main() else ""),
             name=stage,
             seed=config.seed,
             amp_dtype=getattr(torch, config.dtype),
@@ -419,46 +473,3 @@ def _unread_by(benchmark: BenchmarkConfig) -> tuple[str, ...]:
     if not benchmark.dynamic:
         return EXPERTS
     return () if benchmark.chosen else ("selection",)
-
-
-def _contents(key: str, source: str) -> dict[str, str]:
-    """SHA-256 of what a key that names files stands for, by key; fetched where it has to be."""
-    if key == "fidelity.weights":
-        return {key: sha256_of(Path(source))}
-    if key != "sample.pretrained":
-        return {key: sha256_of(weights_file(source, key.removeprefix("base.")))}
-    from dmoe_var.checkpoints.pretrained import locate  # reads the hub's client, half a second
-
-    folder = locate(source)
-    files = {key: folder / MODEL_FILE, f"{key}.config": folder / CONFIG_FILE}
-    return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
-
-
-def _known(key: str, source: str | None) -> dict[str, str] | None:
-    """As `_contents`, of what is on this machine; None for what is not, or cannot be read."""
-    try:
-        if source is None:
-            return None
-        if key.startswith("base."):
-            file = cached_file(source, key.removeprefix("base."))
-            return None if file is None else {key: sha256_of(file)}
-        return _contents(key, source) if Path(source).expanduser().exists() else None
-    except (CheckpointError, OSError, ValueError):  # whoever reads it says what is wrong with it
-        return None
-
-
-def _same_content(key: str, one: Any, other: Any) -> bool:
-    return key in GIVEN and (known := _known(key, one)) is not None and known == _known(key, other)
-
-
-def _told(key: str, value: Any) -> Any:
-    """What stands for a value in a variant's name: of files their content, or the name that they
-    are fetched by."""
-    if key not in GIVEN or value is None or is_name(value):
-        return value
-    known = _known(key, value)
-    return value if known is None else _hash(known)
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
