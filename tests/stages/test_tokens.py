@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import hydra
@@ -16,9 +17,9 @@ from dmoe_var.config import parse_config
 from dmoe_var.data import DataConfig
 from dmoe_var.data.token_cache import About, TokenSet
 from dmoe_var.data.token_shards import Seconds
-from dmoe_var.errors import ConfigError, DataError
+from dmoe_var.errors import ConfigError, DataError, InputError
 from dmoe_var.metrics.record import Record
-from dmoe_var.stages.graph import run_through
+from dmoe_var.stages.graph import record_if_done, require, run_through
 from dmoe_var.stages.tokens import token_metrics
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -127,19 +128,24 @@ def test_records_say_which_pictures(on_pictures, pictures):
     assert data["held_out"]["content"].startswith("folder-centre-8-")
 
 
-def test_other_pictures_in_the_same_experiment(on_pictures, pictures, tmp_path, make_vqvae):
-    """A moved folder is the same data; one of other content is none of this experiment's."""
-    from dmoe_var.stages.tokens import token_sets
-
+def test_other_pictures_in_the_same_experiment(on_pictures, pictures, tmp_path):
+    """A moved folder is the same data, and so is one that is not there; of other content nothing
+    is done."""
     readable(pictures)
-    through(on_pictures(), "train_var")
+    record = through(on_pictures(), "train_var")
     moved = pictures.rename(tmp_path / "moved")
-    vqvae = make_vqvae()
-    token_sets(on_pictures(root=str(moved)), vqvae)
-    (moved / "train" / "dogs" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"moved: other training pictures than train_var") as caught:
-        token_sets(on_pictures(root=str(moved)), vqvae)
-    assert "\n" not in str(caught.value)
+    work = on_pictures(root=str(moved))
+    assert record_if_done(work, "train_var") == record
+    picture = moved / "train" / "dogs" / "1.png"
+    before, times = picture.read_bytes(), picture.stat()
+    other = (moved / "train" / "cats" / "1.png").read_bytes()
+    assert other != before
+    picture.write_bytes(other)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert record_if_done(work, "train_var") is None
+    with pytest.raises(InputError, match="data has other content than there"):
+        require(work, "train_var")
+    assert record_if_done(on_pictures(root=str(tmp_path / "nowhere")), "train_var") == record
 
 
 def test_fewer_classes_than_the_model_s_are_no_wrong_configuration(make_work):
