@@ -125,6 +125,17 @@ def test_initialisation(shared_adaln):
     assert_close(block.attn.scale_mul_1H11, torch.full((1, 3, 1, 1), math.log(4)))
 
 
+def test_experts_start_as_the_ffn_that_they_cut():
+    torch.manual_seed(0)
+    fields = {"patch_nums": (1, 2), "vocab_size": 64, "num_classes": 9, "depth": 3}
+    ffn = VAR(VARConfig(experts=ExpertConfig(96), **fields)).blocks[1].ffn
+    std = (1 / 192 / 3) ** 0.5
+    assert ffn.w1_EDC.std().item() == pytest.approx(std, rel=0.02)
+    assert ffn.w2_EDC.std().item() == pytest.approx(std / (2 * 3) ** 0.5, rel=0.02)
+    assert not ffn.b1_ED.any()
+    assert not ffn.b2_C.any()
+
+
 # Attention and block, by loops
 
 

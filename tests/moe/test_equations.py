@@ -155,19 +155,26 @@ def assert_counted(counts, equations):
         assert_close(counts.per_token(si).long(), torch.stack(equations.counts[si]))
 
 
-def test_teacher_forcing(case, make_teacher):
-    model, given, equations = case
-    teacher = make_teacher(model.dense, batch=3)
+def teacher_forced(equations, teacher):
+    """Logits (B, L, V), scale by scale."""
     inputs = [None, *teacher.split([p * p for p in equations.patch_nums[1:]], dim=1)]
     past = [[] for _ in range(equations.depth)]
-    expected = [
+    logits = [
         equations.logits(si, LABELS, equations.embed(si, LABELS, f_hat), past)
         for si, f_hat in enumerate(inputs)
     ]
-    counts = ExpertCounts()
+    return torch.cat(logits, dim=1)
+
+
+def test_teacher_forcing(case, make_teacher):
+    """Over the cache, and of the dense model alone in one masked pass."""
+    model, given, equations = case
+    teacher, counts = make_teacher(model.dense, batch=3), ExpertCounts()
     logits = model(LABELS, teacher, counts=counts, **given)
-    assert_close(logits, torch.cat(expected, dim=1), **EXACT)
+    assert_close(logits, teacher_forced(equations, teacher), **EXACT)
     assert_counted(counts, equations)
+    equations.rules = {}
+    assert_close(model.dense(LABELS, teacher), teacher_forced(equations, teacher), **EXACT)
 
 
 def test_greedy_sampling(case, make_vqvae):

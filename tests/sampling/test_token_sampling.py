@@ -157,6 +157,18 @@ def test_seed_and_purpose_change_every_stream():
     assert all(0 <= stream_seed(s, 7, p) < 2**64 for s, p in kinds)
 
 
+def test_tokens_and_routing_have_streams_of_their_own():
+    streams = ImageStreams(3, 7, 2, CPU)
+    drawn = streams.exponential(4, 6), streams.routing_noise(4, 6, branches=1)
+    for index in (0, 1):
+        tokens, routing = (
+            torch.Generator().manual_seed(stream_seed(3, 7 + index, purpose))
+            for purpose in (TOKENS, ROUTING)
+        )
+        assert torch.equal(drawn[0][index], torch.empty(4, 6).exponential_(generator=tokens))
+        assert torch.equal(drawn[1][index], torch.rand(4, 6, generator=routing))
+
+
 @pytest.mark.parametrize("draw", ["exponential", "routing_noise"])
 def test_an_image_has_its_own_stream(draw):
     """Rows are images, or with branches the conditional ones of all images, then the others."""
