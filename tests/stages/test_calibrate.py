@@ -96,7 +96,7 @@ def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
     assert record.metrics["held_out_ce_all_experts"] == 100
     assert seeds == [seed, seed, seed, seed + 1]
     counted = count_flops(
-        models.dynamic(work), models.vqvae(work), range(10), tau=tau, seed=seed + 1
+        models.dynamic(work), models.vqvae(work), list(range(10)), tau=tau, seed=seed + 1
     )
     assert record.metrics["measured_gmac"] == pytest.approx(counted.total_gmac, rel=1e-9)
     assert record.metrics["measured_gmac_std"] == pytest.approx(counted.total_gmac_std, rel=1e-6)

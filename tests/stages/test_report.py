@@ -184,8 +184,13 @@ def test_a_point_is_the_mean_over_its_seeds(make_work, tmp_path):
         ({"selection.rule": "all"}, "all", "all experts, scales 3, 4", "all"),
     ],
 )  # fmt: skip
-def test_the_curve_of_a_setting(make_work, changes, method, curve, label):
-    assert setting_of(make_work(changes=changes).config.leaves) == (method, curve, label)
+def test_the_curve_of_a_setting(changes, method, curve, label):
+    """From the keys of a record's configuration."""
+    config = {
+        "evaluate.model": "dynamic", "moe.scales": [2, 3], "selection.rule": "threshold",
+        "selection.layer_tau": [], "pruning.model": "dense", "pruning.rule": "mean_abs",
+    }  # fmt: skip
+    assert setting_of({**config, **changes}) == (method, curve, label)
 
 
 def test_records_of_another_model_stay_out(make_work, runs):
