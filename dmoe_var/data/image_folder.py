@@ -95,8 +95,10 @@ class FolderImages:
     """The pictures of one folder. Image p * K + k is augmentation k of picture p."""
 
     folder: Path
-    classes: Mapping[str, int]
-    """Label of each class folder, in order."""
+    classes: tuple[str, ...]
+    """Names of the class folders, in order."""
+    class_labels: tuple[int, ...]
+    """Their labels."""
     num_classes: int
     """The model's, of which some may have no folder."""
     paths_P: np.ndarray
@@ -130,7 +132,7 @@ class FolderImages:
     def about(self) -> dict[str, Any]:
         return {
             "content": self.key,
-            "classes": dict(self.classes),
+            "classes": dict(zip(self.classes, self.class_labels, strict=True)),
             "passed_over": dict(self.passed_over),
         }
 
@@ -209,7 +211,8 @@ def load_image_folders(
         sets.append(
             FolderImages(
                 folder=listing.folder,
-                classes=classes,
+                classes=tuple(classes),
+                class_labels=tuple(classes.values()),
                 num_classes=num_classes,
                 paths_P=np.array(paths),
                 labels=labels_P.repeat(how.augmentations).astype(np.int64),
