@@ -216,8 +216,9 @@ def test_a_training_state_is_no_model(make_var, tmp_path):
 
 def test_a_saved_dynamic_model_is_no_base(make_var, make_moe, tmp_path):
     DynamicVAR(make_var(), make_moe(make_var()), (2, 3)).save_pretrained(tmp_path / "both")
-    for path in (tmp_path / "both", tmp_path / "both" / "model.safetensors"):
-        assert_refused(load_var, path, "DynamicVAR.from_pretrained")
+    for name in (".", "model.safetensors"):
+        load = lambda folder, name=name: load_var(folder / name)  # noqa: E731
+        assert_refused(load, tmp_path / "both", "DynamicVAR.from_pretrained")
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((tmp_path / "both" / "model.safetensors").read_bytes())
     assert_refused(load_var, alone, "DynamicVAR.from_pretrained")
