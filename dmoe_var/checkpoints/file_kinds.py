@@ -83,7 +83,7 @@ def _said_of(head: bytes) -> str:
         return "a tar archive; unpack it first"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
-        return "empty; it was not copied or downloaded to the end"
+        return "cut short (empty): it was not copied or downloaded to the end"
     for beginning, said in OTHERS:
         if head.startswith(beginning):
             return said
@@ -94,5 +94,5 @@ def _said_of(head: bytes) -> str:
     if head[:1] == b"\x08" and (b"onnx" in text or b"torch" in text or head[2:3] == b"\x12"):
         return "an ONNX file, a program; weights are model.state_dict()"
     if not any(head):
-        return "begins with zeros; it was not copied or downloaded to the end"
+        return "cut short (begins with zeros): it was not copied or downloaded to the end"
     return f"cut short, or no state dict of safetensors or torch (begins with {head[:16]!r})"

@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from dmoe_var import DynamicVAR, load_var, load_vqvae
 from dmoe_var.checkpoints import hub
 from dmoe_var.checkpoints.load import file_dtype, weights_file
-from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint, write_tensors
 from dmoe_var.errors import CheckpointError
-from dmoe_var.training.state import StateFile
 
 PATCH_NUMS = (1, 2, 3, 4)
 
@@ -210,14 +209,16 @@ def test_published_tensors_as_safetensors(make_var, make_vqvae, tmp_path):
 
 def test_a_training_state_is_no_model(make_var, tmp_path):
     path = tmp_path / "state.safetensors"
-    StateFile(path, "print").save(1, make_var(), torch.optim.SGD(make_var().parameters()))
+    tensors = {f"model/{name}": tensor for name, tensor in make_var().state_dict().items()}
+    write_tensors(path, tensors, {"state": "{}"})
     assert_refused(load_var, path, "not finished", "checkpoint/")
 
 
 def test_a_saved_dynamic_model_is_no_base(make_var, make_moe, tmp_path):
     DynamicVAR(make_var(), make_moe(make_var()), (2, 3)).save_pretrained(tmp_path / "both")
-    for path in (tmp_path / "both", tmp_path / "both" / "model.safetensors"):
-        assert_refused(load_var, path, "DynamicVAR.from_pretrained")
+    for name in (".", "model.safetensors"):
+        load = lambda folder, name=name: load_var(folder / name)  # noqa: E731
+        assert_refused(load, tmp_path / "both", "DynamicVAR.from_pretrained")
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((tmp_path / "both" / "model.safetensors").read_bytes())
     assert_refused(load_var, alone, "DynamicVAR.from_pretrained")

@@ -193,7 +193,7 @@ def refused(source, *said, **options):
 def test_a_truncated_file_is_refused(folder, left):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
-    refused(folder, str(path), "cut short or no safetensors file")
+    refused(folder, str(path), "cut short")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

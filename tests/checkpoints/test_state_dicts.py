@@ -32,12 +32,14 @@ def same(model, other):
 
 
 def optimiser(var):
-    """The state of an optimiser after a step, as the published trainer nests it."""
-    adam = torch.optim.AdamW(var.parameters())
-    for parameter in var.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    adam.step()
-    return {"optimizer": adam.state_dict(), "scaler": {"scale": 2.0, "_growth_tracker": 0}}
+    """The state of AdamW after a step, as the published trainer nests it."""
+    moments = {
+        i: {"step": torch.tensor(1.0), "exp_avg": p.data, "exp_avg_sq": p.data**2}
+        for i, p in enumerate(var.parameters())
+    }
+    group = {"lr": 1e-4, "betas": (0.9, 0.95), "fused": True, "params": list(moments), "lr_sc": 1}
+    state = {"state": moments, "param_groups": [group]}
+    return {"optimizer": state, "scaler": {"scale": 2.0, "_growth_tracker": 0}}
 
 
 @pytest.fixture
