@@ -139,10 +139,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> int:
     """The descriptor of a lock file that is there and held."""
+    waited = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _wait_for(descriptor, path)
+            waited |= _wait_for(descriptor, path, silently=waited)
             if _is_open_as(descriptor, path):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
@@ -153,13 +154,16 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, path: Path) -> None:
+def _wait_for(descriptor: int, path: Path, silently: bool) -> bool:
+    """Locks an open file; whether another one had it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(descriptor, 200, 0).decode(errors="replace")
-        tqdm.write(f"waiting for another run ({owner}), at {path.parent}", file=sys.stderr)
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "which has just begun"
+        if not silently:
+            tqdm.write(f"waiting for another run ({owner}), at {path.parent}", file=sys.stderr)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return True
     except OSError as error:
         if error.errno not in NOT_OFFERED:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -167,6 +171,7 @@ def _wait_for(descriptor: int, path: Path) -> None:
             f"{path.parent}: its file system has no locks ({error.strerror}), so nothing keeps two "
             "runs from working in one folder: do not start the same one twice at once"
         )
+    return False
 
 
 def _is_open_as(descriptor: int, path: Path) -> bool:
