@@ -128,6 +128,11 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:
         del content["hydra"]
         plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
+    if "experiment" in plain:
+        raise ConfigError(
+            f"experiment={experiment}: its file must begin with the line # @package _global_, and "
+            "with nothing before it (such as a byte order mark)"
+        )
     return parse_config({str(key): value for key, value in plain.items()}), experiment
 
 
@@ -145,7 +150,8 @@ def _one_line_errors(overrides: Sequence[str]) -> Iterator[None]:
     except (yaml.YAMLError, ValueError, UserWarning) as error:
         if isinstance(error, InputError):
             raise
-        raise ConfigError(f"a configuration file cannot be read: {error}") from error
+        given = " ".join(overrides)
+        raise ConfigError(f"a configuration file cannot be read ({given}): {error}") from error
 
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:

@@ -26,6 +26,6 @@ def test_a_librarys_own_text():
 
 
 def test_a_file_that_the_system_refuses(tmp_path):
-    with pytest.raises(OSError, match="is a directory|Is a directory") as caught:
+    with pytest.raises(OSError, match=r"[Ii]s a directory") as caught:
         tmp_path.write_text("")
     assert sentence(caught.value) == f"{tmp_path}: {os.strerror(errno.EISDIR)}"

@@ -234,7 +234,7 @@ def test_what_is_written_out(command_line, given, expected):
 @pytest.mark.parametrize(
     ("given", "points"),
     [
-        ("base.var=nope.pth,a=b,2024,null", ["nope.pth", "a=b", "2024", None]),
+        ("base.var=nope.pth,1_0,2024,null", ["nope.pth", "1_0", "2024", None]),
         ("seed=range(1,4)", [1, 2, 3]),
         ("sweep.seeds=[0,1],[2]", [[0, 1], [2]]),
         ("selection.tau=choice(0.1,0.2)", [0.1, 0.2]),

@@ -39,7 +39,7 @@ except (KeyboardInterrupt, s.Terminated) as error:
 
 
 def shell(command, code, folder, **variables):
-    """Run a line of bash in which "$SCRIPT" is a Python program; (status of the program, output)."""
+    """Run a line of bash in which $SCRIPT is a Python program, whose status is the line's."""
     program = folder / "program.py"
     program.write_text(START + code)
     line = command.replace("$SCRIPT", f"{sys.executable} {program}")
