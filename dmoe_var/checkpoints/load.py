@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dmoe_var import values
 from dmoe_var.checkpoints import hub, var_adapter
 from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, build_strictly, load_checkpoint
 from dmoe_var.errors import CheckpointError
@@ -123,6 +124,8 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
     published file does not hold it; None means the 256 px schedule there, and what the folder says
     otherwise. CheckpointError where anything does not fit.
     """
+    if patch_nums is not None:
+        patch_nums = values.whole_numbers("patch_nums", patch_nums, 1)
     path = _locate(source, "vqvae")
     if path.is_dir():
         model = load_checkpoint(path, "vqvae")
