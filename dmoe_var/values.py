@@ -17,7 +17,6 @@ from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 

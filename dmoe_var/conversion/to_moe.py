@@ -60,7 +60,10 @@ def convert_to_moe(
     experts = ExpertConfig(expert_size, router_hidden)
     config, seed = replace(var.config, experts=experts), values.whole("seed", seed, 0, 2**32 - 1)
     if labels is None:
-        labels = [cluster_layer(var, layer, experts.expert_size, seed) for layer in range(var.config.depth)]
+        labels = [
+            cluster_layer(var, layer, experts.expert_size, seed)
+            for layer in range(var.config.depth)
+        ]
     if len(labels) != var.config.depth:
         raise ValueError(f"labels are given for {len(labels)} of {var.config.depth} layers")
     devices = [var.pos_start.device] if var.pos_start.is_cuda else []

@@ -144,7 +144,9 @@ def test_values_that_are_no_numbers_raise(rule_type, value):
         rule_type(value)
 
 
-@pytest.mark.parametrize("make", [lambda: TopK(2.5), lambda: TopK(2.0), lambda: Random(2, seed=0.5)])
+@pytest.mark.parametrize(
+    "make", [lambda: TopK(2.5), lambda: TopK(2.0), lambda: Random(2, seed=0.5)]
+)
 def test_whole_numbers_alone(make):
     with pytest.raises(ValueError, match=r"^(k|seed)=.* must be a whole number$"):
         make()
