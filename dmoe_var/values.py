@@ -60,7 +60,7 @@ def number(name: str, value: Any, low: float | None = None, high: float | None =
 def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """A whole number of any integer type, within [low, high]; of an array, its one."""
     item = _single(value)
-    if isinstance(item, bool) or not hasattr(item, "__index__") or _is_array(item):
+    if isinstance(item, bool | type) or not hasattr(item, "__index__") or _is_array(item):
         raise ValueError(f"{name}={shown(value)} must be a whole number")
     found = operator.index(item)
     _check_range(name, found, low, high)

@@ -27,7 +27,7 @@ def test_whole_numbers_of_any_type(three):
     assert values.number("n", three, 0, 5) == 3.0
 
 
-@pytest.mark.parametrize("half", [0.5, np.float16(0.5), torch.tensor(0.5).bfloat16(), Fraction(1, 2)])
+@pytest.mark.parametrize("half", [0.5, np.float16(0.5), torch.tensor(0.5), Fraction(1, 2)])
 def test_numbers_of_any_type(half):
     found = values.number("n", half)
     assert (type(found), found) == (float, 0.5)
@@ -80,7 +80,7 @@ def test_what_is_no_list_of_whole_numbers(given):
     "given", [torch.zeros(1000, 1000), np.zeros(10**6), list(range(10**6)), "x\n" * 1000]
 )
 def test_messages_are_one_short_line(given):
-    with pytest.raises(ValueError, match="^seed=") as caught:
+    with pytest.raises(ValueError, match=r"^seed=") as caught:
         values.whole("seed", given)
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.checkpoints import hub, var_adapter
 from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.safetensors_io import (
@@ -132,6 +133,8 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
     is, its content says. patch_nums: a published file does not hold it; None means the 256 px
     schedule there, and what the folder says otherwise. CheckpointError where anything does not fit.
     """
+    if patch_nums is not None:
+        patch_nums = values.whole_numbers("patch_nums", patch_nums, 1)
     path = _locate(source, "vqvae")
     if not _is_ours(path):
         tensors = _read(path, "vqvae")

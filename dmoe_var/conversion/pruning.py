@@ -16,6 +16,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from dmoe_var import values
 from dmoe_var.checkpoints.safetensors_io import build_strictly
 from dmoe_var.models.blocks import FFN
 from dmoe_var.models.products import widest_float
@@ -59,21 +60,23 @@ def mean_activations(
     total = partial(torch.zeros, dtype=widest_float(var.pos_start.device))
     sums = [total(var.config.hidden, device=var.pos_start.device) for _ in var.blocks]
     num_tokens = total(1, device=var.pos_start.device)
-    slices = [var.config.scale_slices[si] for si in scales]
+    slices = [
+        var.config.scale_slices[si]
+        for si in values.whole_numbers("scales", scales, 0, var.config.num_scales - 1)
+    ]
 
     def add(layer: int, a_BLH: Tensor) -> None:
         for tokens in slices:
             a_BlH = a_BLH[:, tokens] if signed else a_BLH[:, tokens].abs()
             sums[layer] += a_BlH.sum((0, 1), dtype=sums[layer].dtype)
 
-    training = var.training
-    var.eval()
-    with _shown_activations(var, add):
+    # Another over the same memory, in eval mode: the model keeps its mode, and its hooks.
+    quiet = build_strictly(lambda: VAR(var.config), dict(var.state_dict()), "the model")
+    with _shown_activations(quiet, add):
         for labels_B, teacher_BLC in batches:
             for labels in (labels_B, torch.full_like(labels_B, var.config.num_classes)):
-                var(labels, teacher_BLC)
+                quiet(labels, teacher_BLC)
                 num_tokens += len(labels) * sum(tokens.stop - tokens.start for tokens in slices)
-    var.train(training)
     sum_over_processes([*sums, num_tokens])
     if not num_tokens:
         raise ValueError("mean activations need at least one token")
@@ -85,6 +88,7 @@ def kept_neurons(means_H: Tensor, share: float) -> Tensor:
 
     Of equal means the first go. At least one neuron stays; ValueError for a share outside [0, 1).
     """
+    share = values.number("share", share)
     if not 0 <= share < 1:
         raise ValueError(f"share={share} is not within [0, 1)")
     num_dropped = int(len(means_H) * share)

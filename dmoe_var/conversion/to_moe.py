@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dmoe_var import values
 from dmoe_var.conversion.balanced_kmeans import balanced_labels
 from dmoe_var.models.blocks import FFN
-from dmoe_var.models.var import VAR
+from dmoe_var.models.var import VAR, Labels
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 
 
@@ -49,27 +50,32 @@ def convert_to_moe(
     expert_size: int = 128,
     seed: int = 0,
     router_hidden: int | None = None,
-    labels: Sequence[Tensor] | None = None,
+    labels: Sequence[Labels] | None = None,
 ) -> VAR:
     """The MoE version of a VAR: same function with all experts on, routers untrained.
 
-    labels: one LongTensor (H,) a layer to use in place of balanced k-means. The activation is
-    kept (`relufy` comes before).
+    labels: the expert of each neuron, (H,) a layer, to use in place of balanced k-means. The
+    activation is kept (`relufy` comes before). ValueError for sizes that do not fit the model.
     """
+    experts = ExpertConfig(expert_size, router_hidden)
+    config, seed = replace(var.config, experts=experts), values.whole("seed", seed, 0, 2**32 - 1)
     if labels is None:
-        labels = [cluster_layer(var, layer, expert_size, seed) for layer in range(var.config.depth)]
+        labels = [
+            cluster_layer(var, layer, experts.expert_size, seed)
+            for layer in range(var.config.depth)
+        ]
     if len(labels) != var.config.depth:
         raise ValueError(f"labels are given for {len(labels)} of {var.config.depth} layers")
-    experts = ExpertConfig(expert_size, router_hidden)
     devices = [var.pos_start.device] if var.pos_start.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        moe = VAR(replace(var.config, experts=experts)).to(var.pos_start)
+        moe = VAR(config).to(var.pos_start)
     rest = {k: v for k, v in var.state_dict().items() if ".ffn." not in k}
     moe.load_state_dict({**moe.state_dict(), **rest})
     for i, (dense_block, moe_block) in enumerate(zip(var.blocks, moe.blocks, strict=True)):
         ffn, target = dense_block.ffn, moe_block.ffn
         if not isinstance(ffn, FFN) or not isinstance(target, MoEFFN):
             raise ValueError("the model has experts already")
-        fill_experts(target, ffn, labels[i].to(ffn.fc1.weight.device))
+        labels_H = torch.tensor(values.whole_numbers("labels", labels[i]))
+        fill_experts(target, ffn, labels_H.to(ffn.fc1.weight.device))
     return moe.train(var.training)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 ONEDNN_LINEAR = "_linear_pointwise"
 _SAMPLING: ContextVar[bool] = ContextVar("sampling", default=False)
 _GIVES_FLOAT32 = any(
-    "out_dtype" in str(s) for s in torch._C._jit_get_schemas_for_operator("aten::mm")
+    "out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::mm")
 )
 """Whether this torch hands out a GPU's float32 sums of half-precision products (2.8 and up)."""
 FEW_ROWS = 16

@@ -78,15 +78,18 @@ class DynamicVAR(nn.Module):
             theirs, ours = getattr(moe.config, name), getattr(dense.config, name)
             if theirs != ours:
                 raise ValueError(f"{name}: the dense model has {ours}, the MoE model has {theirs}")
-        scales = tuple(values.whole_numbers("moe_scales", moe_scales))
+        scales = tuple(
+            values.whole(f"moe_scales={values.shown(moe_scales)}: a scale", si)
+            for si in values.items("moe_scales", moe_scales)
+        )
         last = dense.config.num_scales - 1
-        if min(scales) < 0 or max(scales) > last:
+        if not scales or min(scales) < 0 or max(scales) > last:
             raise ValueError(f"moe_scales={scales}: each must be within 0..{last}")
-        if list(scales) != sorted(set(scales)):  # a list of tau would be in another order
-            raise ValueError(f"moe_scales={scales} must rise from scale to scale")
         self.dense = dense
         self.moe = _over_common_tensors(dense, moe)
-        self._scales = scales
+        self._scales = tuple(sorted(set(scales)))
+        self.given_scales = scales
+        """As they were given: `rules_of` reads no list of tau where that order is another."""
         self._selection: Selection = None
         self.selection = selection
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dmoe_var import values
 from dmoe_var.arrays import map_npz, read_npz
 from dmoe_var.errors import DataError
 from dmoe_var.metrics.flops import charged_per_image, pairs_per_image
@@ -85,6 +86,11 @@ class Drawing:
     selection: Selection = None
     impl: str = "grouped"
 
+    def __post_init__(self) -> None:
+        labels = np.array(values.whole_numbers("labels", self.labels), dtype=np.int64)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "seed", values.whole("seed", self.seed))
+
     @property
     def num_batches(self) -> int:
         return -(-len(self.labels) // self.sampling.batch_size)
@@ -135,7 +141,9 @@ class Drawing:
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     """Class of each image, int64 (N,): the classes in turn, so that all are as frequent; of more
     classes than images, some that lie evenly over all."""
+    num_samples = values.whole("num_samples", num_samples, 0)
+    num_classes = values.whole("num_classes", num_classes, 1)
     turns = np.arange(num_samples, dtype=np.int64)
     if num_samples < num_classes:
-        return turns * num_classes // num_samples
+        return turns * num_classes // max(num_samples, 1)
     return turns % num_classes

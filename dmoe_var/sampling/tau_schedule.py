@@ -34,6 +34,13 @@ def rules_of(
     """As `resolve_rules`, for this model; ValueError also where it cannot run one of the rules."""
     num_scales = model.config.num_scales
     rules = resolve_rules(tau, selection, num_scales, model.moe_scales, model.selection)
+    ordered = getattr(model, "given_scales", model.moe_scales)
+    if rules and ordered != model.moe_scales and len(set(map(id, rules.values()))) > 1:
+        name = "selection" if tau is None else "tau"
+        raise ValueError(
+            f"{name} has a value for each scale, but moe_scales={ordered} were given in another "
+            f"order than the model runs them; give moe_scales={model.moe_scales}"
+        )
     for si, rule in rules.items():
         config = model.backbone_at(si).config
         rule.check(config.depth, config.num_experts)

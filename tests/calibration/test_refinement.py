@@ -7,6 +7,8 @@ import pytest
 
 from dmoe_var.calibration.calibrate import Plan
 from dmoe_var.calibration.refinement import at_cost, most_losses, refine
+from dmoe_var.calibration.rivals import one_tau as one_tau_everywhere
+from dmoe_var.calibration.rivals import rising
 from dmoe_var.calibration.scores import EDGES_G, Tails
 from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost
 
@@ -114,3 +116,50 @@ def test_at_cost(plan):
     cheap = at_cost(taus, plan.gmac, 2.0)  # scale 2 ends at tau 1, scale 1 goes on alone
     assert cheap[2,] == 1
     assert plan.gmac(cheap) == pytest.approx(2.0)
+
+
+def test_what_is_on_is_saved_from_where_nothing_else_is_left(plan):
+    taus = {(0,): 0.9, (1,): 0.0, (2,): 0.0}
+    found = at_cost(taus, plan.gmac, 3.0)
+    assert plan.gmac(found) == pytest.approx(3.0)
+    assert found[0,] == 1
+    assert found[1,] == found[2,] > 0
+
+
+def test_any_start_meets_any_budget_or_says_that_none_does():
+    """Random costs, curves and tau, of which some are 0 or 1; targets on both sides of what can be
+    reached."""
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        size = int(generator.integers(1, 5))
+        experts, tails, taus = {}, {}, {}
+        for si in range(size):
+            experts[si] = ExpertCost(1000, int(generator.integers(1, 10**7)), 0)
+            falls = np.cumsum(generator.random(len(EDGES_G)) ** 4)
+            falls = (falls - falls[0]) / (falls[-1] - falls[0]) * generator.uniform(0.1, 1)
+            tails[si,] = Tails(1 - falls, EDGES_G)
+            taus[si,] = float(generator.choice([0.0, 1.0, generator.random(), 1e-6]))
+        plan = Plan(FixedCost(2, {}, 0, experts), tails, num_layers=1)
+        least, most = plan.reachable()
+        share = generator.uniform(0.01, 0.99)
+        target = least + share * (most - least)
+
+        def cost(values, plan=plan):
+            return plan.gmac({(si,): tau for si, tau in enumerate(values)})
+
+        found = at_cost(taus, plan.gmac, target)
+        assert plan.gmac(found) == pytest.approx(target, rel=1e-6)
+        assert all(0 <= tau <= 1 for tau in found.values())
+        refined = refine(plan, [found], lambda t: -sum(t.values()), rounds=2)
+        assert plan.gmac(refined) == pytest.approx(target, rel=1e-3)
+        assert cost(one_tau_everywhere(cost, size, target)) == pytest.approx(target, rel=1e-6)
+        line = rising(cost, lambda values: values[-1], size, target, tries=3)
+        assert cost(line) <= target * (1 + 1e-6)
+        below = 0.999 * least
+        for way in (
+            lambda: at_cost(taus, plan.gmac, below),  # noqa: B023
+            lambda: one_tau_everywhere(cost, size, below),  # noqa: B023
+            lambda: rising(cost, lambda values: 0.0, size, below, tries=3),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="cannot be reached, tau 1 leaves"):
+                way()

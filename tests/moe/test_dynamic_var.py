@@ -13,6 +13,7 @@ from dmoe_var import VAR, All, DynamicVAR, Oracle, Threshold, TopK, VARConfig, c
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.moe.dynamic_var import EMBEDDINGS
 from dmoe_var.moe.layer import ExpertConfig, ExpertCounts
+from dmoe_var.moe.selection import LayerThreshold
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -113,6 +114,44 @@ def test_which_scales_have_experts(dense, relu, moe):
     assert DynamicVAR(dense, moe, [3, 1, 3]).moe_scales == (1, 3)
     unsplit = DynamicVAR(dense, relu, (1, 3))
     assert (unsplit.moe_scales, unsplit.replaced_scales) == ((), (1, 3))
+
+
+@pytest.mark.parametrize("scales", [(3, 1), [1, 3, 1]], ids=str)
+def test_a_list_for_scales_in_another_order_is_refused(dense, moe, teacher, scales):
+    """It would go to other scales than those it was written for."""
+    model = DynamicVAR(dense, moe, scales)
+    model(LABELS, teacher, tau=0.5)
+    for options in ({"tau": [0.1, 0.9]}, {"selection": [TopK(1), TopK(2)]}):
+        with pytest.raises(ValueError, match=r"moe_scales=\(.* in another order"):
+            model(LABELS, teacher, **options)
+    with pytest.raises(ValueError, match=r"selection .*moe_scales=\(.* in another order"):
+        DynamicVAR(dense, moe, scales, [TopK(1), TopK(2)])
+
+
+@pytest.mark.parametrize("scales", [3, "3", [True], [3.0], [[3]], None], ids=str)
+def test_moe_scales_are_whole_numbers(dense, moe, scales):
+    with pytest.raises(ValueError, match="moe_scales="):
+        DynamicVAR(dense, moe, scales)
+
+
+@pytest.mark.parametrize("taus", [(0.1,), (0.1,) * 5])
+def test_a_tau_for_each_layer_and_no_more(dense, moe, taus):
+    with pytest.raises(ValueError, match=r"taus=.* layers, the model has"):
+        DynamicVAR(dense, moe, (2, 3), LayerThreshold(taus))
+
+
+def compiled_once(model, *args, backend, **options):
+    torch.compiler.reset()
+    return torch.compile(model, backend=backend)(*args, **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(dense, moe, teacher, backend):
+    for options in ({}, {"tau": 0.4}):
+        model = DynamicVAR(dense, moe, (2, 3))
+        expected = model(LABELS, teacher, **options)
+        found = compiled_once(model, LABELS, teacher, backend=backend, **options)
+        assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("moe_scales", [(), (4,), (-1, 2), (2, 7, 8)], ids=str)

@@ -106,6 +106,29 @@ def test_float32_is_close_to_float64(impl, act):
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sizes", [(32, 16), (256, 4)], ids=str)
+def test_half_precision_is_as_exact_as_a_dense_ffn(impl, sizes):
+    """Whatever the number of experts: hidden activations and the sum are rounded once each."""
+    E, D = sizes
+    N, width = 48, 64
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((E, D, width), (E, D), (E, D, width), (width,))
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    weights[0] /= width**0.5
+    weights = ExpertWeights(*(w.bfloat16() for w in weights))
+    x_NC = torch.randn(N, width, generator=generator).bfloat16()
+    mask_NE, act = torch.rand(N, E, generator=generator) < 0.6, nn.GELU(approximate="tanh")
+    wide = ExpertWeights(*(w.double() for w in weights))
+    exact = run_experts(x_NC.double(), mask_NE, wide, act, "reference")
+    out = run_experts(x_NC, mask_NE, weights, act, impl)
+    assert out.dtype == torch.bfloat16
+    # Three roundings to 8 bits (before and after the activation, and the sum), each at most 2**-8
+    # of the value and rather less than half of that as a root mean square.
+    assert (out.double() - exact).norm() <= 3**0.5 * 2.0**-9 * exact.norm()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_tokens(impl):
     out = run_experts(torch.zeros(0, C).double(), all_on(0, 5), random_layer(5, 3), nn.ReLU(), impl)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
-from dmoe_var.moe.selection import selection_from_json, selection_to_json
+from dmoe_var.errors import InputError
+from dmoe_var.moe.selection import LayerThreshold, selection_from_json, selection_to_json
 
 E = 8
 RULES = [Threshold(0.5), Oracle(0.5), TopK(3), Cumulative(0.5), Random(3), All()]
@@ -135,6 +137,43 @@ def test_values_out_of_range_raise(rule_type, value):
         rule_type(value)
 
 
+@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], 1j])
+@pytest.mark.parametrize("rule_type", [Threshold, Oracle, Cumulative, TopK, Random])
+def test_values_that_are_no_numbers_raise(rule_type, value):
+    with pytest.raises(ValueError, match=r"^(tau|share|k)=.* must be"):
+        rule_type(value)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TopK(2.5), lambda: TopK(2.0), lambda: Random(2, seed=0.5)]
+)
+def test_whole_numbers_alone(make):
+    with pytest.raises(ValueError, match=r"^(k|seed)=.* must be a whole number$"):
+        make()
+
+
+def test_rules_hold_plain_numbers():
+    assert repr(TopK(np.int64(3))) == repr(TopK(3))
+    assert repr(Threshold(torch.tensor(0.5))) == repr(Threshold(0.5))
+    assert LayerThreshold(np.array([0.5, 1])) == LayerThreshold((0.5, 1.0))
+    for taus in ((), (0.5, 1.5), (True,), 0.5, "0.5", [[0.5]]):
+        with pytest.raises(ValueError, match="taus="):
+            LayerThreshold(taus)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite(value):
+    """They decide nothing: tau 0 runs every expert, and any other rule of scores refuses."""
+    scores = SCORES.clone()
+    scores[5, 2] = value
+    for rule in (Threshold(0), Oracle(0.0), Random(3), All()):
+        mask = rule(scores)
+        assert mask.all() or isinstance(rule, Random)
+    for rule in (Threshold(1e-9), Oracle(0.5), TopK(3), Cumulative(0.5)):
+        with pytest.raises(InputError, match="score is not finite"):
+            rule(scores)
+
+
 @pytest.mark.parametrize("rule_type", [TopK, Random])
 def test_more_experts_than_there_are_raise(rule_type):
     with pytest.raises(ValueError, match="k=9 is more than the 8 experts"):
@@ -152,7 +191,7 @@ def test_names_are_those_of_configurations():
     assert names == ["threshold", "oracle", "top_k", "cumulative", "random", "all"]
 
 
-@pytest.mark.parametrize("rule", [Threshold(torch.tensor(0.5)), 0.5, [0.5]], ids=str)
+@pytest.mark.parametrize("rule", [0.5, [0.5]], ids=str)
 def test_what_is_no_plain_rule_is_not_stored(rule):
     with pytest.raises(ValueError, match="selection="):
         selection_to_json(rule)
