@@ -119,7 +119,8 @@ def _arrays_in(key: str, path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{key}={path}: cut short or broken ({error})") from error
+        what = f"cut short or broken ({error})"
+        raise DataError(f"{key}={path}: {what}; allowed: {ALLOWED}") from error
     if not any(name.endswith(".npy") for name in members):
         what = "a zip archive without arrays"
         if any(name.endswith("data.pkl") for name in members):
