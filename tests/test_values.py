@@ -16,7 +16,7 @@ from dmoe_var import values
 THREES = [3, np.int8(3), np.uint64(3), np.array(3), np.array([[3]]), torch.tensor(3)]
 THREES += [torch.tensor([3], dtype=torch.uint16), torch.tensor(3, dtype=torch.uint8)]
 NO_NUMBERS = [None, "3", b"3", True, np.bool_(True), torch.tensor(True), 3j, [3], (), {3}, [[3]]]
-NO_NUMBERS += [np.datetime64("2020"), np.array(["3"]), torch.empty(1, device="meta"), object()]
+NO_NUMBERS += [np.datetime64("2020"), np.array(["3"]), torch.empty(1, device="meta"), ...]
 NO_NUMBERS += [torch.zeros(3), np.zeros((2, 2)), float]
 
 

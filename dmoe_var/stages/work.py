@@ -144,28 +144,31 @@ OPTIONAL = ("selection.layer_tau", "evaluate.samples")
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of a configuration; "auto" takes CUDA, then MPS, then the CPU."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise InputError(
-                f"torchrun started {launched_processes()} processes; allowed: "
-                f"{torch.cuda.device_count()}, one a GPU of this machine"
-            )
-    elif name in ("auto", "mps") and launched_processes() > 1 and torch.backends.mps.is_available():
-        raise InputError(f"device={name}: one process alone; several may share device=cpu")
-    if name.startswith("cuda:") and launched_processes() > 1:
-        raise InputError(f"device={name}: torchrun gives each process its own; allowed: auto, cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    """The device of a configuration; "auto" takes CUDA, then MPS, then the CPU. InputError for one
+    that this machine lacks, or that several processes cannot share."""
+    kind, _, number = name.partition(":")
+    processes = launched_processes()
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "mps" if kind == "cpu" and torch.backends.mps.is_available() else kind
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={name}: this machine has no CUDA device; allowed: auto, cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("device=mps: this machine has no MPS device; allowed: auto, cpu")
-    if name == "cuda" and launched_processes() > 1:
-        return torch.device("cuda", local_rank())
-    return torch.device(name)
+    if kind == "mps" and processes > 1:
+        raise InputError(f"device={name}: one process alone; several may share device=cpu")
+    if number and processes > 1:
+        raise InputError(f"device={name}: torchrun gives each process its own; allowed: auto, cuda")
+    if kind != "cuda":
+        return torch.device(kind)
+    count, index = torch.cuda.device_count(), int(number) if number else local_rank()
+    if index >= count and number:
+        raise InputError(f"device={name}: allowed: cuda:0 to cuda:{count - 1}")
+    if index >= count:
+        raise InputError(
+            f"torchrun started {processes} processes; allowed: {count}, one a GPU of this machine"
+        )
+    return torch.device("cuda", index)
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,33 @@ def test_a_device_that_is_not_there(name):
     assert chosen_device("cpu").type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("name", "processes", "expected"),
+    [
+        ("cuda", 1, "cuda:0"),
+        ("auto", 1, "cuda:0"),
+        ("cuda:1", 1, "cuda:1"),
+        ("auto", 2, "cuda:1"),
+        ("cuda", 2, "cuda:1"),
+        ("cpu", 2, "cpu"),
+        ("cuda:2", 1, "device=cuda:2: allowed: cuda:0 to cuda:1"),
+        ("cuda:0", 2, "device=cuda:0: torchrun gives each process its own; allowed: auto, cuda"),
+        ("auto", 3, "torchrun started 3 processes; allowed: 2, one a GPU of this machine"),
+    ],
+)
+def test_devices_of_a_machine_with_two_gpus(name, processes, expected, monkeypatch):
+    """The last of the processes; a CUDA device always has its index, which torch asks for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun = {"RANK": 0, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for key, value in {**torchrun, "LOCAL_RANK": processes - 1}.items():
+        monkeypatch.setenv(key, str(value))
+    try:
+        assert str(chosen_device(name)) == expected
+    except InputError as error:
+        assert str(error) == expected
+
+
 def test_lists_of_another_length_are_the_sweeps_fault_alone(make_work):
     work = make_work(changes={"sweep.lists": {"ours": [0.1, 0.2, 0.3]}, "sweep.chosen": "ours"})
     work.check("evaluate")
