@@ -273,9 +273,10 @@ def test_devices_of_a_machine_with_two_gpus(name, processes, expected, monkeypat
     for key, value in {**torchrun, "LOCAL_RANK": processes - 1}.items():
         monkeypatch.setenv(key, str(value))
     try:
-        assert str(chosen_device(name)) == expected
+        found = str(chosen_device(name))
     except InputError as error:
-        assert str(error) == expected
+        found = str(error)
+    assert found == expected
 
 
 def test_lists_of_another_length_are_the_sweeps_fault_alone(make_work):
