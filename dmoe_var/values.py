@@ -116,7 +116,7 @@ def whole_numbers(
 def take_fields(instance: Any) -> None:
     """For `__post_init__` of a frozen dataclass: makes its fields plain Python, and checks them by
     their annotations."""
-    for name, adapter in _adapters(type(instance)).items():
+    for name, adapter in _adapters(type(instance)).items():  # type: ignore[arg-type]
         given = getattr(instance, name)
         try:
             value = adapter.validate_python(_as_tuples(given), strict=True)

@@ -106,6 +106,12 @@ def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
         params = OmegaConf.select(content, "hydra.sweeper.params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         parsed = OverridesParser.create(hydra.config_loader).parse_overrides(given)
+        for each in parsed:
+            if each.is_interval_sweep():
+                raise ConfigError(
+                    f"{each.input_line}: an interval has no points; allowed: choices (a,b), "
+                    "range(1,5), glob(*)"
+                )
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(point) for batch in batches for point in batch]
 

@@ -17,6 +17,8 @@ STEP = 0.1
 """The largest change of a group's density in a round, and that at which slopes are measured."""
 EDGE = 1e-6
 """How close to the end of its range a density counts as being there."""
+ROUNDING = 1e-9
+"""Share of the steepest slope up to which two slopes count as equal."""
 TRIES = 3
 """Lengths of a move that are tried in a round, each half of the one before."""
 
@@ -104,8 +106,8 @@ def _moved(
         free -= pinned
     changes = {g: slopes[g] - mean if g in free else 0.0 for g in densities}
     largest = max((abs(change) for change in changes.values()), default=0.0)
-    if largest == 0:
-        return dict(densities)
+    if largest <= ROUNDING * max(map(abs, slopes.values()), default=0.0):
+        return dict(densities)  # what is left of equal slopes would be stretched to a whole step
     scale = length / largest
     for g, change in changes.items():  # no group leaves its range: the whole move is shortened
         room = 1 - densities[g] if change > 0 else densities[g] - least[g]

@@ -82,7 +82,8 @@ def _advice(error: BaseException) -> str:
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "the disk of the cache is full; HF_HOME names another place"
     answers = (getattr(each, "response", None) for each in causes)
-    status = next((answer.status_code for answer in answers if answer is not None), None)
+    codes = (getattr(answer, "status_code", None) for answer in answers)
+    status = next((code for code in codes if code is not None), None)
     if status in BY_STATUS:
         return BY_STATUS[status]
     if status is not None:

@@ -269,8 +269,8 @@ class StoredDrawing:
         drawing, num_images, size = self.drawing, len(self.drawing.labels), self.drawing.image_size
         rows = Rows((num_images, size, size, 3), np.uint8, pieces)
         seeds = np.full(num_images, drawing.seed, dtype=np.int64)
-        arrays = {"arr_0": rows, "labels": drawing.labels, "seeds": seeds}
-        write_npz(self.folder / SAMPLES_FILE, arrays)
+        named: dict[str, Any] = {"arr_0": rows, "labels": drawing.labels, "seeds": seeds}
+        write_npz(self.folder / SAMPLES_FILE, named)
 
     def _clear(self) -> None:
         """Removes what another format, another set of images or a killed process left."""

@@ -33,6 +33,7 @@ from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.parts import Drawn, StoredDrawing
 from dmoe_var.stages import models
+from dmoe_var.stages.contents import hash_of
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.tokens import image_sets, token_sets
 from dmoe_var.stages.work import Work
@@ -169,21 +170,30 @@ class Bench:
     def drawing(self, work: Work) -> Drawing:
         """How a point's images are drawn: as many of each class, from its seed."""
         config = work.config
-        num_samples, num_classes = config.evaluate.num_samples, config.var.num_classes
-        if num_samples % num_classes and is_main():
+        classes, num_samples = self._classes(work), config.evaluate.num_samples
+        if num_samples % len(classes) and is_main():
             note(
-                f"evaluate.num_samples={num_samples} is no multiple of {num_classes} classes: some "
-                "have an image more than others"
+                f"evaluate.num_samples={num_samples} is no multiple of {len(classes)} classes: "
+                "some have an image more than others"
             )
         return Drawing(
             self.model(work),
             self.vqvae_of(work),
-            balanced_labels(num_samples, num_classes),
+            classes[balanced_labels(num_samples, len(classes))],
             config.evaluate.seed,
             config.sampling,
             config.selection.rules() if config.evaluate.model == "dynamic" else None,
             config.moe.impl,
         )
+
+
+    def _classes(self, work: Work) -> npt.NDArray[np.int64]:
+        """All of the model's classes; of images that are compared with the training pictures,
+        those that these show."""
+        config = work.config
+        if config.data.kind == "image_folder" and config.fidelity.reference is None:
+            return np.unique(self.training_images.labels)
+        return np.arange(config.var.num_classes)
 
 
 def run(work: Work, bench: Bench | None = None) -> StageResult:
@@ -200,10 +210,11 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     if is_main():
         _ = bench.reference  # what is wrong with it ends the run before images are drawn
     folder = work.folder("evaluate")
+    drawing = bench.drawing(work)
     stored = StoredDrawing(
-        bench.drawing(work),
+        drawing,
         folder,
-        work.fingerprint_of_images(),
+        hash_of({"images": work.fingerprint_of_images(), "labels": drawing.labels.tolist()}),
         config.evaluate.format,
         tuple(sorted(other for other in folder.parent.glob("*") if other != folder)),
     )
@@ -228,6 +239,8 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
         "flops_histogram": {"edges_gmac": list(edges), "images": list(counts)},
         **compared,
     }
+    if config.data.kind == "image_folder" and config.fidelity.reference is None:
+        about["data"] = bench.training_images.about()
     if config.evaluate.model == "pruned":
         about |= _write_pruning(work, bench.pruned_of(work))  # kept since it was drawn from
     dtype = str(next(drawing.model.parameters()).dtype).removeprefix("torch.")

@@ -354,7 +354,8 @@ class Work:
         return {**hashes, **({"data": made_of} if made_of else {})}
 
     def _given(self, stage: str) -> dict[str, Given]:
-        config, places = self.config, {}
+        config = self.config
+        places: dict[str, Given] = {}
         if stage in READING_PICTURES and config.data.kind == "image_folder":
             places["data"] = DataSet(config.data, config.var.num_classes, held_out=True)
         if stage not in COMPARING:
@@ -363,9 +364,11 @@ class Work:
             "fidelity.reference": config.fidelity.reference,
             "evaluate.samples": config.evaluate.samples,
         }
-        files = {key: Path(value).expanduser() for key, value in named.items() if value is not None}
-        training = DataSet(config.data, config.var.num_classes, held_out=False)
-        return {"fidelity.reference": training, **files, **places}
+        places["fidelity.reference"] = DataSet(config.data, config.var.num_classes, held_out=False)
+        for key, value in named.items():
+            if value is not None:
+                places[key] = Path(value).expanduser()
+        return places
 
     def _pictures_of_models(self, stage: str) -> str | None:
         """Hash of the pictures that the models which a stage builds on were trained on, where they

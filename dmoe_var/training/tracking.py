@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import uuid
@@ -27,9 +28,16 @@ class Tracking:
     name: str = ""
 
     def check(self) -> None:
-        """ConfigError for a mode that needs a login where nothing holds one: wandb itself would ask
-        for it, or fail, once the first run starts."""
-        if self.mode != "online":
+        """ConfigError where wandb is not installed, or for a mode that needs a login where nothing
+        holds one: wandb itself would ask for it, or fail, once the first run starts."""
+        if self.mode == "disabled":
+            return
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"wandb={self.mode}: the package wandb is not installed; allowed without it: "
+                "disabled"
+            )
+        if self.mode == "offline":
             return
         import requests
         import wandb
@@ -63,7 +71,7 @@ class Tracking:
         import wandb
 
         # Offline there is no run to go on with: wandb sync joins what has the same id.
-        further = {"resume": "allow"} if again and self.mode == "online" else {}
+        resume: Literal["allow"] | None = "allow" if again and self.mode == "online" else None
         try:
             return wandb.init(
                 project="dmoe-var",
@@ -74,7 +82,7 @@ class Tracking:
                 mode=self.mode,
                 config=dict(config),
                 id=run_id,
-                **further,
+                resume=resume,
             )
         except Exception as error:  # of the network, the server, its own service process
             reason = " ".join(str(error).split()) or type(error).__name__

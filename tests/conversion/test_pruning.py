@@ -104,7 +104,7 @@ def test_neurons_of_lowest_mean_go(share, num_values):
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
 def test_another_share_raises(share):
-    with pytest.raises(ValueError, match=f"share={share} is not within"):
+    with pytest.raises(ValueError, match=r"^share=(.* is not within \[0, 1\)|nan must be finite)$"):
         kept_neurons(torch.ones(4), share)
 
 

@@ -123,10 +123,10 @@ def test_an_interrupt_keeps_the_state(launch, tiny, tmp_path):
     assert finished.stderr.startswith("stopped (SIGINT); ")
     (folder,) = (tmp_path / "runs" / "digits" / "train_vqvae").iterdir()
     before = (folder / "metrics.jsonl").read_text().splitlines()
-    assert len(before) == 4
+    assert sum('"loss"' in line for line in before) == 4
     finished = launch("train_vqvae", *tiny, cwd=tmp_path)
     assert (finished.status, finished.stderr) == (0, "")
-    assert (folder / "metrics.jsonl").read_text().splitlines()[:4] == before
+    assert (folder / "metrics.jsonl").read_text().splitlines()[: len(before)] == before
 
 
 def test_wrong_command_line_in_a_fresh_python(tmp_path):

@@ -436,7 +436,7 @@ def test_base_models_may_be_given(make_work, runs, tmp_path):
     through(work, "sparsify")
     for kind, stage in (("vqvae", "train_vqvae"), ("var", "train_var")):
         record = Record.read(work.folder(stage) / "result.json")
-        assert record.about == {"source": given[f"base.{kind}"]}
+        assert record.about["source"] == given[f"base.{kind}"]
         trained = Record.read(make_work(runs).folder(stage) / "result.json").metrics
         assert without_speeds(record.metrics) == pytest.approx(without_speeds(trained), rel=1e-5)
         file = weights_file(given[f"base.{kind}"], kind)
