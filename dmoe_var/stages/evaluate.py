@@ -186,7 +186,6 @@ class Bench:
             config.moe.impl,
         )
 
-
     def _classes(self, work: Work) -> npt.NDArray[np.int64]:
         """All of the model's classes; of images that are compared with the training pictures,
         those that these show."""

@@ -133,9 +133,8 @@ HOUSEKEEPING = (
     "sampling.batch_size", "fidelity.batch_size",
 )  # fmt: skip
 """Keys that change no result, or only its rounding, by their last name or in full: a run may go on
-with others. `data.root` is
-where the pictures are, not which: other pictures want another `name`. `sweep.part` is which points
-a run measures, not what they are."""
+with others. `data.root` is where the pictures are; which they are, their content says.
+`sweep.part` is which points a run measures, not what they are."""
 
 OF_A_SECTION = tuple(key for key in HOUSEKEEPING if "." in key)
 

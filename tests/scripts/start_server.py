@@ -58,6 +58,8 @@ def become(request):
     """
     for fd, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whoever started the tests
+        signal.signal(number, signal.SIG_DFL)  # may have them ignored
     os.chdir(request["cwd"])
     os.environ.update(request.get("env") or {})
     sys.argv = request["argv"]

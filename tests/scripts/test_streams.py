@@ -87,9 +87,9 @@ def start(code, folder, *, ignored=(), **variables):
     program = folder / "program.py"
     program.write_text(START + code)
 
-    def ignore():
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
+    def ignore():  # and nothing else that whoever started the tests may have them ignore
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
     process = subprocess.Popen(
         [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
