@@ -45,12 +45,15 @@ def sampling() -> Iterator[None]:
         _SAMPLING.reset(outside)
 
 
-@cache
 def emulates_bfloat16() -> bool:
     """Whether this machine's CPU has no instructions for products of bfloat16."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+EMULATES_BFLOAT16 = emulates_bfloat16()
+"""A constant, not a cached function: torch.compile traces through those, into what it cannot."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def _emulated(x: Tensor) -> bool:
     """Whether torch would emulate a bfloat16 product of x: its own dtype's, or autocast's."""
-    if x.device.type != "cpu" or not emulates_bfloat16():
+    if x.device.type != "cpu" or not EMULATES_BFLOAT16:
         return False
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.is_floating_point()

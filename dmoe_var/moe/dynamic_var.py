@@ -156,7 +156,7 @@ class DynamicVAR(nn.Module):
         cond_BC = self.condition(labels_B)
         cache = self.new_cache(labels_B.shape[0])
         slices = config.scale_slices
-        modulations = {id(m): m.modulation(cond_BC) for m in (self.dense, self.moe)}
+        dense_mod, moe_mod = self.dense.modulation(cond_BC), self.moe.modulation(cond_BC)
         logits = []
         for si, tokens in enumerate(slices):
             if si == 0:
@@ -166,7 +166,8 @@ class DynamicVAR(nn.Module):
                 x_BlC = self.embed_scale(teacher_BLC[:, given], si)
             routing = Routing(rules[si], si, impl, counts) if si in rules else None
             backbone = self.backbone_at(si)
-            logits.append(backbone.step(x_BlC, modulations[id(backbone)], cache, routing))
+            mod = dense_mod if backbone is self.dense else moe_mod
+            logits.append(backbone.step(x_BlC, mod, cache, routing))
         return torch.cat(logits, dim=1)
 
     @property

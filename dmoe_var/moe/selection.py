@@ -58,7 +58,7 @@ class Threshold(SelectionRule):
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.tau == 0:
             return torch.ones_like(scores, dtype=torch.bool)
-        check_finite(scores)
+        scores = check_finite(scores)
         return scores >= self.tau * scores.amax(-1, keepdim=True)
 
 
@@ -121,7 +121,7 @@ class TopK(_Counted):
     """The k experts of the largest scores."""
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        check_finite(scores)
+        scores = check_finite(scores)
         return self._mask(scores)
 
 
@@ -138,7 +138,7 @@ class Cumulative(SelectionRule):
         self._set("share", values.number("share", self.share, 0, 1))
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        check_finite(scores)
+        scores = check_finite(scores)
         ordered, order = scores.to(widest_float(scores.device)).sort(-1, descending=True)
         reached = ordered.cumsum(-1)
         # Shifted, not reached - ordered: that would round, and share = 1 keep or drop too much.
@@ -236,7 +236,23 @@ def _rule_from_json(content: Any) -> SelectionRule:
     return rule
 
 
-def check_finite(scores: Tensor) -> None:
-    """InputError for scores among which NaN or infinity would decide what runs."""
+def check_finite(scores: Tensor) -> Tensor:
+    """The scores; InputError where NaN or infinity among them would decide what runs."""
+    # torch.compile knows no values: it takes the whole check as one operator.
+    return _finite(scores.detach()) if torch.compiler.is_compiling() else _checked(scores)
+
+
+def _checked(scores: Tensor) -> Tensor:
     if not bool(scores.isfinite().all()):
         raise InputError("an expert's score is not finite: the router or its input has overflowed")
+    return scores
+
+
+@torch.library.custom_op("dmoe_var::finite", mutates_args=(), schema="(Tensor scores) -> Tensor")
+def _finite(scores: Tensor) -> Tensor:
+    return _checked(scores).clone()
+
+
+@_finite.register_fake
+def _(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores)

@@ -30,7 +30,7 @@ HALF_ULP_32 = 2.0**-24
 
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def emulated(request, monkeypatch):
-    monkeypatch.setattr(products, "emulates_bfloat16", lambda: request.param)
+    monkeypatch.setattr(products, "EMULATES_BFLOAT16", request.param)
     return request.param
 
 
@@ -81,7 +81,7 @@ def test_linear_is_exact_to_bfloat16(emulated, shape, with_bias):
 @torch.no_grad()
 def test_many_rows_are_computed_in_float32(monkeypatch):
     """Rounded once, so bitwise the rounded product of float32; few rows are left to torch."""
-    monkeypatch.setattr(products, "emulates_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "EMULATES_BFLOAT16", True)
     dtypes, plain = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: dtypes.append(x.dtype) or plain(x, *rest))
     weight, bias = random(33, 96, seed=1), random(33, seed=2)
@@ -189,7 +189,7 @@ def test_which_processors_emulate(monkeypatch, machine, bf16, amx, emulates):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert products.emulates_bfloat16.__wrapped__() == emulates
+    assert products.emulates_bfloat16() == emulates
 
 
 ACTIVATIONS = [nn.GELU(approximate="tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()]

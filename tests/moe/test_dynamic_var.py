@@ -11,9 +11,10 @@ from torch.testing import assert_close
 
 from dmoe_var import VAR, All, DynamicVAR, Oracle, Threshold, TopK, VARConfig, count_flops, generate
 from dmoe_var.conversion.relufication import relufy
+from dmoe_var.errors import InputError
 from dmoe_var.moe.dynamic_var import EMBEDDINGS
 from dmoe_var.moe.layer import ExpertConfig, ExpertCounts
-from dmoe_var.moe.selection import LayerThreshold
+from dmoe_var.moe.selection import Cumulative, LayerThreshold, Random
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -140,18 +141,47 @@ def test_a_tau_for_each_layer_and_no_more(dense, moe, taus):
         DynamicVAR(dense, moe, (2, 3), LayerThreshold(taus))
 
 
-def compiled_once(model, *args, backend, **options):
+def compiled_once(model, *args, backend="eager", fullgraph=False, **options):
     torch.compiler.reset()
-    return torch.compile(model, backend=backend)(*args, **options)
+    return torch.compile(model, backend=backend, fullgraph=fullgraph)(*args, **options)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+SLOW_BACKENDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")]
+
+
+@pytest.mark.parametrize("backend", ["eager", *SLOW_BACKENDS])
 def test_compiled(dense, moe, teacher, backend):
+    """Into one graph, which counts the experts as well."""
+    model = DynamicVAR(dense, moe, (2, 3))
     for options in ({}, {"tau": 0.4}):
-        model = DynamicVAR(dense, moe, (2, 3))
-        expected = model(LABELS, teacher, **options)
-        found = compiled_once(model, LABELS, teacher, backend=backend, **options)
+        ours, theirs = ExpertCounts(), ExpertCounts()
+        expected = model(LABELS, teacher, counts=theirs, **options)
+        found = compiled_once(
+            model, LABELS, teacher, backend=backend, fullgraph=True, counts=ours, **options
+        )
         assert_close(found, expected, rtol=0, atol=1e-5)
+        assert ours.scales == theirs.scales
+        assert all(torch.equal(ours.per_token(si), theirs.per_token(si)) for si in ours.scales)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [TopK(2), Oracle(0.4), Cumulative(0.6), Random(2), LayerThreshold((0.2, 0.4)), All()],
+    ids=str,
+)
+def test_rules_compiled(dense, moe, teacher, rule):
+    model = DynamicVAR(dense, moe, (3,), rule).train()
+    found = compiled_once(model, LABELS, teacher)
+    model.eval()
+    assert_close(found, model(LABELS, teacher), rtol=0, atol=1e-5)
+
+
+def test_scores_that_are_not_finite_are_refused_compiled_too(dense, make_moe, relu, teacher):
+    broken = make_moe(relu)
+    broken.blocks[0].ffn.router.fc1.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="score is not finite"):
+        compiled_once(DynamicVAR(dense, broken, (3,)), LABELS, teacher, tau=0.4)
 
 
 @pytest.mark.parametrize("moe_scales", [(), (4,), (-1, 2), (2, 7, 8)], ids=str)

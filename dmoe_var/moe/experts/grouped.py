@@ -8,10 +8,13 @@ expert's tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from dmoe_var.models.blocks import activation
 from dmoe_var.models.products import at_least_float32, linear, unrounded_linear
 
 if TYPE_CHECKING:
@@ -20,15 +23,62 @@ if TYPE_CHECKING:
 
 def grouped(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `run_experts`."""
-    out_NC = at_least_float32(weights.b2_C).expand_as(x_NC).clone()
+    # How many rows an expert gets is a value, and torch.compile would break off at each. Where no
+    # gradient is asked for it takes the whole as one operator.
+    name = _name_of(act)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and name is not None:
+        return _grouped(x_NC, mask_NE, *weights, name)
+    return _by_expert(x_NC, mask_NE, weights, act)
+
+
+def _name_of(act: nn.Module) -> str | None:
+    """What `activation` calls it; None for one that it does not build."""
+    if isinstance(act, nn.ReLU):
+        return "relu"
+    return "gelu" if isinstance(act, nn.GELU) and act.approximate == "tanh" else None
+
+
+def _by_expert(x_NC: Tensor, mask_NE: Tensor, weights: Sequence[Tensor], act: nn.Module) -> Tensor:
+    w1_EDC, b1_ED, w2_EDC, b2_C = weights
+    out_NC = at_least_float32(b2_C).expand_as(x_NC).clone()
     tokens_P = mask_NE.T.nonzero()[:, 1]
     counts_E = mask_NE.sum(0).tolist()
     for expert, rows_n in enumerate(tokens_P.split(counts_E)):
         if rows_n.numel() == 0:
             continue
-        w1_DC, b1_D, w2_DC = (w[expert] for w in weights[:3])
+        w1_DC, b1_D, w2_DC = (w[expert] for w in (w1_EDC, b1_ED, w2_EDC))
         x_nC = x_NC.index_select(0, rows_n)  # x_NC[rows_n] takes an element at a time on a CPU
         h_nD = act(linear(x_nC, w1_DC, b1_D, ragged=True))
         out_nC = unrounded_linear(h_nD, w2_DC.T, ragged=True)
         out_NC.index_add_(0, rows_n, out_nC.to(out_NC.dtype))
-    return out_NC.to(weights.b2_C.dtype)
+    return out_NC.to(b2_C.dtype)
+
+
+@torch.library.custom_op(
+    "dmoe_var::grouped",
+    mutates_args=(),
+    schema="(Tensor x, Tensor mask, Tensor w1, Tensor b1, Tensor w2, Tensor b2, str act) -> Tensor",
+)
+def _grouped(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    w1_EDC: Tensor,
+    b1_ED: Tensor,
+    w2_EDC: Tensor,
+    b2_C: Tensor,
+    act: str,
+) -> Tensor:
+    return _by_expert(x_NC, mask_NE, (w1_EDC, b1_ED, w2_EDC, b2_C), activation(act))
+
+
+@_grouped.register_fake
+def _(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    w1_EDC: Tensor,
+    b1_ED: Tensor,
+    w2_EDC: Tensor,
+    b2_C: Tensor,
+    act: str,
+) -> Tensor:
+    return torch.empty(x_NC.shape, dtype=b2_C.dtype, device=x_NC.device)
