@@ -81,8 +81,9 @@ def _advice(error: BaseException) -> str:
     numbers = {each.errno for each in causes if isinstance(each, OSError)}
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "the disk of the cache is full; HF_HOME names another place"
-    # An error about the cache may carry an answer that no hub gave.
-    answers = (getattr(each, "response", None) for each in causes[1 if local else 0 :])
+    # An error about the cache carries an answer that no hub gave.
+    cache = errors.LocalEntryNotFoundError
+    answers = (getattr(each, "response", None) for each in causes if not isinstance(each, cache))
     codes = (getattr(answer, "status_code", None) for answer in answers)
     status = next((code for code in codes if code is not None), None)
     if status in BY_STATUS:

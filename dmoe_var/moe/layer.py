@@ -140,13 +140,17 @@ class MoEFFN(nn.Module):
 
     def select(self, x_BLC: Tensor, routing: Routing) -> Tensor:
         """The mask (B, L, E) of experts to run."""
-        rule = routing.rule
+        rule, noise = routing.rule, None
         if rule.true_norms:
-            return rule(self.true_norms(x_BLC))
-        if rule.uses_scores:
-            return rule(self.router(x_BLC))
-        noise = routing.noise(x_BLC.shape[1], self.num_experts) if routing.noise else None
-        return rule(x_BLC.new_zeros((*x_BLC.shape[:-1], self.num_experts)), noise)
+            scores_BLE = self.true_norms(x_BLC)
+        elif rule.uses_scores:
+            scores_BLE = self.router(x_BLC)
+        else:
+            scores_BLE = x_BLC.new_zeros((*x_BLC.shape[:-1], self.num_experts))
+            if routing.noise is not None:
+                noise = routing.noise(x_BLC.shape[1], self.num_experts)
+        # Not rule(...): torch.compile of torch 2.11 hashes what is called, before it has its fields.
+        return rule.__call__(scores_BLE, noise)
 
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
         h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())

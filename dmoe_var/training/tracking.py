@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import uuid
@@ -32,15 +31,16 @@ class Tracking:
         holds one: wandb itself would ask for it, or fail, once the first run starts."""
         if self.mode == "disabled":
             return
-        if importlib.util.find_spec("wandb") is None:
+        try:
+            import wandb
+        except ImportError as error:
             raise ConfigError(
-                f"wandb={self.mode}: the package wandb is not installed; allowed without it: "
-                "disabled"
-            )
+                f"wandb={self.mode}: the package wandb cannot be imported ({error}); allowed "
+                "without it: disabled"
+            ) from error
         if self.mode == "offline":
             return
         import requests
-        import wandb
 
         settings = wandb.setup().settings
         known = (
@@ -71,7 +71,7 @@ class Tracking:
         import wandb
 
         # Offline there is no run to go on with: wandb sync joins what has the same id.
-        resume: Literal["allow"] | None = "allow" if again and self.mode == "online" else None
+        further: dict[str, Any] = {"resume": "allow"} if again and self.mode == "online" else {}
         try:
             return wandb.init(
                 project="dmoe-var",
@@ -82,7 +82,7 @@ class Tracking:
                 mode=self.mode,
                 config=dict(config),
                 id=run_id,
-                resume=resume,
+                **further,
             )
         except Exception as error:  # of the network, the server, its own service process
             reason = " ".join(str(error).split()) or type(error).__name__
