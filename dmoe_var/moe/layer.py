@@ -149,7 +149,7 @@ class MoEFFN(nn.Module):
             scores_BLE = x_BLC.new_zeros((*x_BLC.shape[:-1], self.num_experts))
             if routing.noise is not None:
                 noise = routing.noise(x_BLC.shape[1], self.num_experts)
-        # Not rule(...): torch.compile of torch 2.11 hashes what is called, before it has its fields.
+        # Not rule(...): torch 2.11 compiling hashes what is called, before it has its fields.
         return rule.__call__(scores_BLE, noise)
 
     def _all_experts(self, x_BLC: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ def test_rules_compiled(dense, moe, teacher, rule):
     assert_close(found, model(LABELS, teacher), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_are_refused_compiled_too(dense, make_moe, relu, teacher):
     broken = make_moe(relu)
     broken.blocks[0].ffn.router.fc1.weight.fill_(torch.nan)
