@@ -53,7 +53,9 @@ class Handler(BaseHTTPRequestHandler):
         state = self.server.state
         commit = "/resolve/" + COMMIT + "/"
         found = self.path.replace(commit, "/resolve/main/") == FILE and state.status == 200
-        self.send_response((206 if start else 200) if found else max(state.status, 404))
+        self.send_response(
+            (206 if start else 200) if found else state.status if state.status != 200 else 404
+        )
         if found:
             size = len(state.content)
             self.send_header("ETag", '"the-only-version"')

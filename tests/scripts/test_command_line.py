@@ -102,9 +102,12 @@ def test_a_broken_configuration_is_one_line(launch, tmp_path, name):
 
 
 def test_wandb_without_a_login(launch, tmp_path):
-    nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
-    finished = launch("train_vqvae", "wandb=online", cwd=tmp_path, env=nobody)
-    assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), tmp_path)
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    nobody = {"HOME": str(home), "NETRC": str(home / "none"), "WANDB_API_KEY": ""}
+    finished = launch("train_vqvae", "wandb=online", cwd=work, env=nobody)
+    assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), work)
 
 
 def test_a_backend_of_a_notebook(launch, tiny, undisturbed):
