@@ -1,4 +1,4 @@
-"""What stages are given beside weights, by content: pictures, a reference, samples of others.
+"""What stages are given, by content: weights, pictures, a reference, samples of others.
 
 A path says where something lies, not what: files are overwritten in place, folders lose pictures.
 """
