@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,27 +37,28 @@ Given = Path | DataSet
 
 GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
 """Keys that name files. What is in the files counts, and not where they lie."""
-_held: dict[tuple[Given, Path], str] | None = None
+_HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
+"""Of one thread: runs in two threads end in any order."""
 
 
 @contextmanager
 def held() -> Iterator[None]:
     """Within, each content is looked at once: all points of a run see one state of it, and a folder
     of a million pictures is not listed for each."""
-    global _held
-    outer, _held = _held, {} if _held is None else _held
+    within = _HELD.get()
+    outside = _HELD.set({} if within is None else within)
     try:
         yield
     finally:
-        _held = outer
+        _HELD.reset(outside)
 
 
 def content(given: Given, cache: Path) -> str | None:
     """Hash of what is given; None where it is not at hand, or cannot be read: whoever reads it for
     its work says what is wrong."""
-    at = (given, cache)
-    if _held is not None and at in _held:
-        return _held[at]
+    at, held = (given, cache), _HELD.get()
+    if held is not None and at in held:
+        return held[at]
     try:
         if isinstance(given, DataSet):
             found = _key(given, cache / HASHES)
@@ -64,8 +66,8 @@ def content(given: Given, cache: Path) -> str | None:
             found = content_sha256(given, cache / HASHES)
     except (InputError, OSError):
         return None
-    if _held is not None:
-        _held[at] = found
+    if held is not None:
+        held[at] = found
     return found
 
 
