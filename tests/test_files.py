@@ -193,7 +193,7 @@ def take(folder, then):
 
 def until(condition):
     """Waits for it, at most ten seconds."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

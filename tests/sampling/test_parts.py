@@ -370,7 +370,7 @@ def run_processes(tmp_path, models, folder, num_processes):
         for rank in range(num_processes)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

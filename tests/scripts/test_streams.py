@@ -103,7 +103,7 @@ def start(code, folder, *, ignored=(), **variables):
 def test_a_signal_ends_in_order_and_in_one_line(tmp_path, number):
     process = start(WAITS, tmp_path)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=300)
     # A signal may come before "begun" has left the buffer, which then writes it once more.
     assert (process.returncode, stdout.removeprefix("begun\n")) == (128 + number, "in order\n")
     assert stderr.count("\n") == 1
@@ -117,7 +117,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         process.communicate(timeout=1)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr.count("\n")) == (130, 1)
 
 
@@ -127,7 +127,7 @@ def test_a_signal_while_modules_are_imported(tmp_path):
     )
     process = start(code, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr.count("\n")) == (130, 1)
 
 
@@ -138,6 +138,6 @@ def test_signals_that_are_left_alone(tmp_path, ignored, variables):
     process.send_signal(signal.SIGHUP)
     if ignored:
         process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=30)
+    stdout, _ = process.communicate(timeout=300)
     expected = (143, "in order\n") if ignored else (-signal.SIGHUP, "")
     assert (process.returncode, stdout.removeprefix("begun\n")) == expected

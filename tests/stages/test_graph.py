@@ -143,7 +143,7 @@ def test_the_same_stage_twice_at_once(make_work, runs, capfd, stage):
 
 def until_said(capfd):
     """Waits until another thread says that it waits."""
-    said, end = "", time.monotonic() + 10
+    said, end = "", time.monotonic() + 120
     while "waiting for another run" not in said:
         assert time.monotonic() < end, said
         time.sleep(0.01)
