@@ -71,7 +71,7 @@ class MoEConfig:
     __pydantic_config__ = STRICT
 
     scales: Scales = (7, 8, 9)
-    impl: Literal["reference", "grouped"] = "grouped"
+    impl: Literal["auto", "reference", "grouped", "native"] = "auto"
 
 
 @dataclass(frozen=True)

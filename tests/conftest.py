@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # these share the cores, as what they s
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+# What is compiled and measured for this machine is kept from one run of the tests to the next.
+os.environ.setdefault("DMOE_VAR_CACHE", str(Path(__file__).parents[1] / ".pytest_cache/dmoe_var"))
+
 FORMULA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "parity" / "formula.py")))
 
 TINY = {"patch_nums": (1, 2, 3, 4), "vocab_size": 32, "z_channels": 8}

@@ -45,6 +45,11 @@ def sampling() -> Iterator[None]:
         _SAMPLING.reset(outside)
 
 
+def is_sampling() -> bool:
+    """Whether this thread is within `sampling`."""
+    return _SAMPLING.get()
+
+
 def emulates_bfloat16() -> bool:
     """Whether this machine's CPU has no instructions for products of bfloat16."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -88,19 +93,26 @@ def has_onednn() -> bool:
     return x86 and there and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR)
 
 
-def _by_onednn(x: Tensor) -> bool:
-    """Whether a product of x goes to oneDNN. It knows no gradient, and whoever traces or counts
-    operators (torch.jit, torch.compile, FlopCounterMode) is to see the ones that all know."""
+def observed(x: Tensor) -> bool:
+    """Whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
+    FlopCounterMode, autocast, FakeTensorMode), and is to see the ones that all know."""
     return (
-        not torch.compiler.is_compiling()
-        and x.dtype == torch.float32
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _by_onednn(x: Tensor) -> bool:
+    """Whether a product of x goes to oneDNN, which knows no gradient."""
+    return (
+        x.dtype == torch.float32
         and x.device.type == "cpu"
         and _SAMPLING.get()
+        and not observed(x)
         and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
         and has_onednn()
     )
 

@@ -141,7 +141,7 @@ class DynamicVAR(nn.Module):
         teacher_BLC: Tensor,
         tau: Tau = None,
         selection: Selection = None,
-        impl: str = "grouped",
+        impl: str = "auto",
         counts: ExpertCounts | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dmoe_var import values
 from dmoe_var.models.blocks import activation
 from dmoe_var.models.products import activated_linear, linear, unrounded_linear
-from dmoe_var.moe.experts import ExpertWeights, check_impl, run_experts
+from dmoe_var.moe.experts import ExpertWeights, check_impl, forget, run_experts
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.selection import All, SelectionRule
 
@@ -65,7 +65,7 @@ class Routing:
 
     rule: SelectionRule
     si: int = 0
-    impl: str = "grouped"
+    impl: str = "auto"
     counts: ExpertCounts | None = None
     noise: Callable[[int, int], Tensor] | None = None
     """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
@@ -106,6 +106,12 @@ class MoEFFN(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         return ExpertWeights(self.w1_EDC, self.b1_ED, self.w2_EDC, self.b2_C)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
+        """What `.to`, `.half`, `.cuda` call: a copy that was packed of the old weights goes."""
+        forget(self.weights)
+        super()._apply(fn, recurse)
+        return self
 
     def true_norms(self, x_BLC: Tensor) -> Tensor:
         """||act(x W1_e + b1_e) W2_e||_2 of every expert, (B, L, E): the router's target.

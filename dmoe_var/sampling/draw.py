@@ -84,7 +84,7 @@ class Drawing:
     seed: int
     sampling: SamplingConfig
     selection: Selection = None
-    impl: str = "grouped"
+    impl: str = "auto"
 
     def __post_init__(self) -> None:
         labels = np.array(values.whole_numbers("labels", self.labels), dtype=np.int64)

@@ -64,7 +64,7 @@ class Task:
     moe: str = ""
     moe_scales: tuple[int, ...] = ()
     selection: Selection = None
-    impl: str = "grouped"
+    impl: str = "auto"
     compiled: bool = False
 
     def load(self) -> tuple[VAR | DynamicVAR, VQVAE]:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from dmoe_var.moe.experts import ExpertWeights, run_experts
 
-IMPLS = ["reference", "grouped"]
+IMPLS = ["reference", "grouped", "native", "auto"]
 C = 12
 # N tokens, E experts, D neurons an expert
 SIZES = [(1, 1, 4), (1, 5, 3), (17, 5, 3), (16, 1, 4), (33, 8, 1)]
@@ -150,5 +150,5 @@ def test_repeated_runs_agree_to_the_bit(impl):
 
 
 def test_unknown_impl_raises():
-    with pytest.raises(ValueError, match="impl='fast' is none of reference, grouped"):
+    with pytest.raises(ValueError, match="impl='fast' is none of auto, reference, grouped, native"):
         run_experts(random_tokens(2), all_on(2, 5), random_layer(5, 3), nn.ReLU(), "fast")

@@ -1,31 +1,36 @@
-"""Expert execution: one weight layout, several compute paths with one signature."""
+"""Expert execution: one weight layout, several compute paths with one signature.
+
+Legend: N tokens, C width, E experts, D neurons of an expert.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import Counter
 
+import torch
 from torch import Tensor, nn
 
 from dmoe_var import values
+from dmoe_var.models.blocks import activation
+from dmoe_var.moe.experts import native as _native
+from dmoe_var.moe.experts.auto import fastest
 from dmoe_var.moe.experts.grouped import grouped
 from dmoe_var.moe.experts.reference import reference
+from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
 
+__all__ = ["AUTO", "RAN", "ExpertWeights", "check_impl", "forget", "run_experts"]
 
-class ExpertWeights(NamedTuple):
-    """Weights of all experts of a layer. E experts, D neurons each, C width.
-
-    w1_EDC, b1_ED: rows of fc1 and its bias; w2_EDC: columns of fc2; b2_C: the shared output bias.
-    """
-
-    w1_EDC: Tensor
-    b1_ED: Tensor
-    w2_EDC: Tensor
-    b2_C: Tensor
-
-
-ComputePath = Callable[[Tensor, Tensor, ExpertWeights, nn.Module], Tensor]
-IMPLEMENTATIONS: dict[str, ComputePath] = {"reference": reference, "grouped": grouped}
+PATHS: dict[str, ComputePath] = {
+    "reference": reference,
+    "grouped": grouped,
+    "native": _native.native,
+}
+AUTO = "auto"
+"""The path that is fastest on this machine for such experts, by a table that is measured once."""
+IMPLEMENTATIONS = (AUTO, *PATHS)
+RAN: Counter[str] = Counter()
+"""Calls of each path in this process: what `auto` chose, and what ran in the place of `native`."""
+forget = _native.forget
 
 
 def check_impl(impl: str) -> None:
@@ -38,8 +43,59 @@ def run_experts(
 ) -> Tensor:
     """Sum of the selected experts' outputs plus the shared bias, (N, C).
 
-    The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path of IMPLEMENTATIONS;
-    an unknown one raises ValueError.
+    The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path; an unknown one
+    raises ValueError. What `native` does not know is run by `grouped`, see `native.can_run`.
     """
     check_impl(impl)
-    return IMPLEMENTATIONS[impl](x_NC, mask_NE, weights, act)
+    # How many rows an expert gets is a value, and torch.compile would break off at each. Where no
+    # gradient is asked for it takes the whole as one operator.
+    name = _name_of(act)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and name is not None:
+        return _as_operator(x_NC, mask_NE, *weights, name, impl)
+    if impl == AUTO:
+        impl = fastest(PATHS, x_NC, mask_NE, weights, act)
+    if impl == "native" and not _native.can_run(x_NC, weights, act):
+        impl = "grouped"
+    RAN[impl] += 1
+    return PATHS[impl](x_NC, mask_NE, weights, act)
+
+
+def _name_of(act: nn.Module) -> str | None:
+    """What `activation` calls it; None for one that it does not build."""
+    if isinstance(act, nn.ReLU):
+        return "relu"
+    return "gelu" if isinstance(act, nn.GELU) and act.approximate == "tanh" else None
+
+
+@torch.library.custom_op(
+    "dmoe_var::experts",
+    mutates_args=(),
+    schema="(Tensor x, Tensor mask, Tensor w1, Tensor b1, Tensor w2, Tensor b2, str act, str impl)"
+    " -> Tensor",
+)
+def _as_operator(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    w1_EDC: Tensor,
+    b1_ED: Tensor,
+    w2_EDC: Tensor,
+    b2_C: Tensor,
+    act: str,
+    impl: str,
+) -> Tensor:
+    weights = ExpertWeights(w1_EDC, b1_ED, w2_EDC, b2_C)
+    return run_experts(x_NC, mask_NE, weights, activation(act), impl)
+
+
+@_as_operator.register_fake
+def _(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    w1_EDC: Tensor,
+    b1_ED: Tensor,
+    w2_EDC: Tensor,
+    b2_C: Tensor,
+    act: str,
+    impl: str,
+) -> Tensor:
+    return torch.empty(x_NC.shape, dtype=b2_C.dtype, device=x_NC.device)

@@ -8,37 +8,14 @@ expert's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor, nn
 
-from dmoe_var.models.blocks import activation
 from dmoe_var.models.products import at_least_float32, linear, unrounded_linear
-
-if TYPE_CHECKING:
-    from dmoe_var.moe.experts import ExpertWeights
+from dmoe_var.moe.experts.weights import ExpertWeights
 
 
 def grouped(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `run_experts`."""
-    # How many rows an expert gets is a value, and torch.compile would break off at each. Where no
-    # gradient is asked for it takes the whole as one operator.
-    name = _name_of(act)
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and name is not None:
-        return _grouped(x_NC, mask_NE, *weights, name)
-    return _by_expert(x_NC, mask_NE, weights, act)
-
-
-def _name_of(act: nn.Module) -> str | None:
-    """What `activation` calls it; None for one that it does not build."""
-    if isinstance(act, nn.ReLU):
-        return "relu"
-    return "gelu" if isinstance(act, nn.GELU) and act.approximate == "tanh" else None
-
-
-def _by_expert(x_NC: Tensor, mask_NE: Tensor, weights: Sequence[Tensor], act: nn.Module) -> Tensor:
     w1_EDC, b1_ED, w2_EDC, b2_C = weights
     out_NC = at_least_float32(b2_C).expand_as(x_NC).clone()
     tokens_P = mask_NE.T.nonzero()[:, 1]
@@ -52,33 +29,3 @@ def _by_expert(x_NC: Tensor, mask_NE: Tensor, weights: Sequence[Tensor], act: nn
         out_nC = unrounded_linear(h_nD, w2_DC.T, ragged=True)
         out_NC.index_add_(0, rows_n, out_nC.to(out_NC.dtype))
     return out_NC.to(b2_C.dtype)
-
-
-@torch.library.custom_op(
-    "dmoe_var::grouped",
-    mutates_args=(),
-    schema="(Tensor x, Tensor mask, Tensor w1, Tensor b1, Tensor w2, Tensor b2, str act) -> Tensor",
-)
-def _grouped(
-    x_NC: Tensor,
-    mask_NE: Tensor,
-    w1_EDC: Tensor,
-    b1_ED: Tensor,
-    w2_EDC: Tensor,
-    b2_C: Tensor,
-    act: str,
-) -> Tensor:
-    return _by_expert(x_NC, mask_NE, (w1_EDC, b1_ED, w2_EDC, b2_C), activation(act))
-
-
-@_grouped.register_fake
-def _(
-    x_NC: Tensor,
-    mask_NE: Tensor,
-    w1_EDC: Tensor,
-    b1_ED: Tensor,
-    w2_EDC: Tensor,
-    b2_C: Tensor,
-    act: str,
-) -> Tensor:
-    return torch.empty(x_NC.shape, dtype=b2_C.dtype, device=x_NC.device)

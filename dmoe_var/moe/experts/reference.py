@@ -5,14 +5,10 @@ Legend: N tokens, C width, E experts, D neurons an expert.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from dmoe_var.models.products import linear
-
-if TYPE_CHECKING:
-    from dmoe_var.moe.experts import ExpertWeights
+from dmoe_var.moe.experts.weights import ExpertWeights
 
 
 def reference(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:

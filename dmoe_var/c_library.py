@@ -1,0 +1,130 @@
+"""C files that are compiled for this machine at first use, and kept.
+
+The compiler is the one that `CC` names, or `cc`, `gcc` or `clang`. Libraries lie in
+`DMOE_VAR_CACHE`, by default `~/.cache/dmoe_var`, under a hash of all that they are made of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dmoe_var.files import alone, note, whole_file
+
+FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
+OPENMP = re.compile(r"lib(gomp|iomp5|omp)[^/]*\.(so[.0-9]*|dylib)$")
+LONGEST = 300
+"""Seconds after which a compiler is given up."""
+
+
+class CannotCompileError(Exception):
+    """Why there is no library: a compiler that is missing or fails, or a folder like that."""
+
+
+def cache_folder() -> Path:
+    """Where what is made for this machine is kept."""
+    given = os.environ.get("DMOE_VAR_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dmoe_var"
+    return (Path(given) if given else base).expanduser()
+
+
+@cache
+def processor() -> str:
+    """What code that is compiled for this processor depends on: its name and instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    kept = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    first = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    return "; ".join(f"{key} {first[key]}" for key in kept if key in first)
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The library of a C file. CannotCompileError where there is none to be had."""
+    try:
+        compiler = _compiler()
+        version = _run([*compiler, "--version"])
+        content = source.read_bytes()
+        parts = [content.decode(), version, processor(), str(_openmp()), *compiler, *FLAGS]
+        name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        library = folder / f"{source.stem}-{name}.so"
+        if not library.exists():
+            with alone(folder):
+                if not library.exists():  # another process made it while this one waited
+                    _compile(compiler, source, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, RuntimeError) as error:  # of the disk, the compiler, or the loader
+        raise CannotCompileError(" ".join(str(error).split())) from error
+
+
+def _compiler() -> list[str]:
+    given = os.environ.get("CC")
+    for name in [given] if given else ["cc", "gcc", "clang"]:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    raise CannotCompileError(f"no C compiler: {given or 'cc, gcc, clang'} is not there")
+
+
+@cache
+def _openmp() -> Path | None:
+    """torch's own OpenMP library: a second one's threads would fight with it for the cores."""
+    try:
+        loaded = Path("/proc/self/maps").read_text(encoding="utf-8").split("\n")
+        files = [Path(line[line.index("/") :]) for line in loaded if "/" in line]
+    except OSError:  # not Linux
+        files = sorted((Path(torch.__file__).parent / "lib").glob("lib*"))
+    found = [path for path in files if OPENMP.search(path.name)]
+    of_torch = [path for path in found if "torch" in path.parts]
+    return next(iter(of_torch or found), None)
+
+
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    """Two steps, so that OpenMP is compiled in, but the compiler's own library of it not linked."""
+    openmp = _openmp()
+    use = [] if openmp is None else ["-fopenmp"]
+    if openmp is not None and platform.system() == "Darwin":
+        use = ["-Xpreprocessor", "-fopenmp"]
+    with tempfile.TemporaryDirectory() as folder, whole_file(library) as made:
+        compiled = str(Path(folder) / "compiled.o")
+        _run([*compiler, *FLAGS[:-1], *use, "-c", str(source), "-o", compiled])
+        link = [] if openmp is None else [str(openmp)]
+        _run([*compiler, "-shared", compiled, *link, "-o", str(made)])
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints. RuntimeError, with its first words, where it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=LONGEST, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{command[0]} took more than {LONGEST} seconds") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(f"{command[0]} failed ({done.returncode}): {said[0] if said else ''}")
+    return done.stdout
+
+
+@cache
+def loaded(source: Path, purpose: str) -> ctypes.CDLL | None:
+    """The library of a C file, or None, which a line on stderr explains."""
+    try:
+        return load(source)
+    except CannotCompileError as error:
+        note(f"{purpose}: {error}")
+        return None

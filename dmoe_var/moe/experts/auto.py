@@ -1,0 +1,135 @@
+"""Which compute path is the fastest, by a table that is measured on this machine and kept.
+
+A path's time is taken as a line through its times at two densities of random masks. `reference` is
+the dense FFN with what was not selected zeroed, so that nothing is ever much slower than dense.
+
+The table is in `c_library.cache_folder()`. The same inputs take the same path as long as it is
+there; where it cannot be written, as long as the process lives.
+Legend: N tokens, C width, E experts, D neurons of an expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dmoe_var.c_library import cache_folder, processor
+from dmoe_var.files import alone, write_text
+from dmoe_var.models.products import is_sampling
+from dmoe_var.moe.experts import native
+from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
+
+FORMAT = "dmoe-var-experts/1"
+DENSITIES = (0.25, 1.0)
+REPEATS = 3
+"""Calls of which the fastest counts, after one that does not."""
+
+Seconds = dict[str, tuple[float, float]]
+"""By path, at each of DENSITIES."""
+_tables: dict[Path, dict[str, Seconds]] = {}
+
+
+def fastest(
+    paths: Mapping[str, ComputePath],
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    weights: ExpertWeights,
+    act: nn.Module,
+) -> str:
+    """Name of the path to run: `grouped` for all that the compiled kernel does not know."""
+    if not native.can_run(x_NC, weights, act) or mask_NE.numel() == 0:
+        return "grouped"
+    seconds = _seconds(paths, x_NC, weights, act)
+    density = float(mask_NE.count_nonzero()) / mask_NE.numel()
+    return min(seconds, key=lambda name: _at(density, seconds[name]))
+
+
+def _at(density: float, times: tuple[float, float]) -> float:
+    """On the line through both times."""
+    low, high = DENSITIES
+    return times[0] + (times[1] - times[0]) * (density - low) / (high - low)
+
+
+def _seconds(
+    paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights, act: nn.Module
+) -> Seconds:
+    """From the table, or measured now."""
+    E, D, C = weights.w1_EDC.shape
+    dtype = str(x_NC.dtype).removeprefix("torch.")
+    products = "sampling" if is_sampling() else "torch"
+    key = f"{dtype} C={C} D={D} E={E} N={_rounded(len(x_NC))} {products}"
+    file = _file()
+    table = _tables.setdefault(file, {})
+    if key not in table:
+        table |= _read(file)
+    if key not in table:
+        table[key] = _measured(paths, x_NC, weights, act)
+        _keep(file, key, table[key])
+    return table[key]
+
+
+def _rounded(tokens: int) -> int:
+    """Down to a power of two or one and a half of one: what takes the same path."""
+    power = 1 << (tokens.bit_length() - 1)
+    return power + power // 2 if tokens >= power + power // 2 else power
+
+
+def _measured(
+    paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights, act: nn.Module
+) -> Seconds:
+    generator = torch.Generator().manual_seed(0)
+    draws_NE = torch.rand(len(x_NC), len(weights.w1_EDC), generator=generator)
+    masks = [draws_NE < density for density in DENSITIES]
+    times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
+    for _ in range(1 + REPEATS):  # in turn: a machine that is busy for a while is so for all
+        for name, path in paths.items():
+            for mask_NE, found in zip(masks, times[name], strict=True):
+                started = time.perf_counter()
+                path(x_NC, mask_NE, weights, act)
+                found.append(time.perf_counter() - started)
+    return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
+
+
+def _file() -> Path:
+    """The table of this processor, number of threads, torch and kernel."""
+    return cache_folder() / f"experts-{_machine(torch.get_num_threads())}.json"
+
+
+@cache
+def _machine(threads: int) -> str:
+    parts = (processor(), str(threads), torch.__version__, native.SOURCE.read_text("utf-8"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, Seconds]:
+    """Nothing where the file is missing or broken: it is measured again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            return {}
+        return {
+            str(key): {str(name): (float(low), float(high)) for name, (low, high) in times.items()}
+            for key, times in content["seconds"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _keep(file: Path, key: str, seconds: Seconds) -> None:
+    """Beside what other processes have measured meanwhile; the first who measures counts."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with alone(file.parent):
+            found = _read(file)
+            seconds.update(found.get(key, {}))
+            text = json.dumps({"format": FORMAT, "seconds": found | {key: seconds}}, indent=1)
+            write_text(file, text + "\n")
+    except OSError:  # a folder that cannot be written to: this process remembers
+        pass

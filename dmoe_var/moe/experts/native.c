@@ -1,0 +1,342 @@
+/* The selected experts of a layer on their tokens, as an indirect matrix product.
+ *
+ * fc1 reads the rows of x by pointer and writes the hidden rows of an expert beside each other; fc2
+ * adds an expert's rows to sums that lie where the output will. Nothing as wide as x is gathered,
+ * stored or scattered for a (token, expert) pair.
+ *
+ * A row's arithmetic does not depend on other rows: its products are added in order of k, and its
+ * experts in order of e. So the bits depend neither on the number of threads nor on the batch.
+ *
+ * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
+ * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef _OPENMP
+extern int omp_get_thread_num(void); /* its header belongs to the compiler's library, not torch's */
+static int thread_number(void) { return omp_get_thread_num(); }
+#else
+static int thread_number(void) { return 0; }
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16, ROWS = 8 };
+#elif defined(__AVX__)
+enum { LANES = 8, ROWS = 6 };
+#else /* NEON's registers; other processors make of it what they can */
+enum { LANES = 4, ROWS = 8 };
+#endif
+/* A tile is ROWS rows by VECTORS registers: its sums, a row of weights and a factor of each row have
+ * to fit in the registers. */
+enum { VECTORS = 2 };
+enum { CHUNK = 2048 }; /* tokens of one pass: bounds the hidden buffer */
+enum { RANGE = 256 };  /* tokens of one task, and */
+enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load_float(const float *at) {
+    vec value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+INLINE void store_float(float *at, vec value) { memcpy(at, &value, sizeof value); }
+
+/* bfloat16 is the upper half of a float. */
+INLINE vec load(const void *at, size_t index, const int half) {
+    if (!half) return load_float((const float *)at + index);
+    halves upper;
+    memcpy(&upper, (const uint16_t *)at + index, sizeof upper);
+    return (vec)(__builtin_convertvector(upper, words) << 16);
+}
+
+INLINE uint32_t rounded_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return bits | 0x400000;
+    return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+/* To the nearest bfloat16, ties to even. */
+INLINE vec rounded(vec value) {
+    words bits = (words)value, nan = (words)(value != value);
+    words near = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    return (vec)((nan & (bits | 0x400000)) | (~nan & near));
+}
+
+/* sums[r][v] += sum over k of rows[r][k] * weights[k][v] */
+INLINE void multiply(const int num_rows, const int vectors, const int half, vec sums[][VECTORS],
+                     const float *const *rows, const void *weights, size_t depth) {
+    const float *row[ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++) row[r] = rows[r];
+    for (size_t k = 0; k < depth; k++) {
+        vec weight[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            weight[v] = load(weights, (k * vectors + v) * LANES, half);
+#pragma GCC unroll 16
+        for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sums[r][v] += row[r][k] * weight[v];
+    }
+}
+
+/* A tile of fc1: relu(x W1 + b1), stored as floats of the precision of x. */
+INLINE void fc1_tile(const int num_rows, const int vectors, const int half, const float *const *x, const void *weights, const float *bias, size_t width,
+                     float *hidden, size_t stride) {
+    vec sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sums[r][v] = load_float(bias + v * LANES);
+    multiply(num_rows, vectors, half, sums, x, weights, width);
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            vec value = (vec)((words)sums[r][v] & ~(words)(sums[r][v] < 0)); /* keeps NaN */
+            if (half) value = rounded(value);
+            store_float(hidden + r * stride + v * LANES, value);
+        }
+}
+
+/* A tile of fc2: the sums of some tokens, a panel wide, plus an expert's share. */
+INLINE void fc2_tile(const int num_rows, const int half, const float *hidden, size_t stride,
+                     const void *weights, size_t depth, float *const *out) {
+    const float *rows[ROWS];
+    vec sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++) {
+        rows[r] = hidden + r * stride;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = load_float(out[r] + v * LANES);
+    }
+    multiply(num_rows, VECTORS, half, sums, rows, weights, depth);
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) store_float(out[r] + v * LANES, sums[r][v]);
+}
+
+/* One compiled tile for each number of rows: a loop of unknown length would push the sums out of
+ * the registers. */
+#define EACH_NUMBER_OF_ROWS(call) \
+    switch (num_rows) {           \
+    case 1: call(1); break;       \
+    case 2: call(2); break;       \
+    case 3: call(3); break;       \
+    case 4: call(4); break;       \
+    case 5: call(5); break;       \
+    case 6: call(6); break;       \
+    case 7: call(ROWS < 7 ? ROWS : 7); break; \
+    default: call(ROWS); break;   \
+    }
+
+typedef struct {
+    int64_t width, experts, size;
+    int64_t vectors;          /* registers of a panel of fc1 */
+    int64_t half;             /* bfloat16, else float32 */
+    const void *w1, *w2;      /* packed */
+    const float *b1, *b2;     /* padded like the packed columns */
+} Layer;
+
+static void fc1_rows(const Layer *layer, int num_rows, const float *const *x, const void *weights,
+                     const float *bias, float *hidden, size_t stride) {
+#define TILE(n) fc1_tile(n, vectors, half, x, weights, bias, layer->width, hidden, stride)
+#define FC1(V, HALF)                               \
+    if (layer->vectors == V && layer->half == HALF) { \
+        const int vectors = V, half = HALF;           \
+        EACH_NUMBER_OF_ROWS(TILE)                     \
+        return;                                       \
+    }
+    FC1(1, 0) FC1(1, 1) FC1(2, 0) FC1(2, 1)
+#undef TILE
+}
+
+static void fc2_rows(const Layer *layer, int num_rows, const float *hidden, size_t stride,
+                     const void *weights, float *const *out) {
+#define TILE(n) fc2_tile(n, half, hidden, stride, weights, layer->size, out)
+    if (layer->half) {
+        const int half = 1;
+        EACH_NUMBER_OF_ROWS(TILE)
+    } else {
+        const int half = 0;
+        EACH_NUMBER_OF_ROWS(TILE)
+    }
+#undef TILE
+}
+
+static int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Where things lie in the workspace, for up to `tokens` of them. */
+typedef struct {
+    int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
+    int32_t *rows;    /* (pairs): tokens, by expert, ascending */
+    float *hidden;    /* (pairs, padded D) */
+    float *x;         /* (tokens, C), of bfloat16 */
+    float *sums;      /* (threads, RANGE, BLOCK) */
+    int64_t bytes;
+} Space;
+
+static int64_t take(int64_t *used, int64_t bytes) {
+    int64_t start = *used;
+    *used += up(bytes, 64) * 64;
+    return start;
+}
+
+static Space space(const Layer *layer, int64_t tokens, int threads, char *memory) {
+    int64_t chunk = least(tokens, CHUNK), pairs = chunk * layer->experts, used = 0;
+    int64_t padded = up(layer->size, layer->vectors * LANES) * layer->vectors * LANES;
+    Space s;
+    s.starts = (int64_t *)(memory + take(&used, (up(chunk, RANGE) + 1) * layer->experts * 8));
+    s.rows = (int32_t *)(memory + take(&used, (pairs + 1) * 4));
+    s.sums = (float *)(memory + take(&used, (int64_t)threads * RANGE * BLOCK * 4));
+    s.x = (float *)(memory + take(&used, layer->half ? chunk * layer->width * 4 : 0));
+    s.hidden = (float *)(memory + take(&used, pairs * padded * 4));
+    s.bytes = used;
+    return s;
+}
+
+/* The row lists of a chunk's mask (tokens, E): starts and rows. */
+static void list_rows(const uint8_t *mask, int64_t tokens, int64_t experts, const Space *s) {
+    int64_t ranges = up(tokens, RANGE), end = 0;
+    for (int64_t e = 0; e < experts; e++)
+        for (int64_t range = 0; range <= ranges; range++) {
+            s->starts[range * experts + e] = end;
+            for (int64_t t = range * RANGE; t < least(tokens, (range + 1) * RANGE); t++) {
+                s->rows[end] = (int32_t)t; /* the next overwrites it, if this one is not to run */
+                end += mask[t * experts + e];
+            }
+        }
+}
+
+/* Hidden rows of an expert's tokens of a range, for a block of its columns. */
+static void fc1(const Layer *layer, const Space *s, const float *x, int64_t expert, int64_t range,
+                int64_t block) {
+    int64_t columns = layer->vectors * LANES, panels = up(layer->size, columns);
+    int64_t width = layer->width, stride = panels * columns, element = layer->half ? 2 : 4;
+    int64_t from = s->starts[range * layer->experts + expert];
+    int64_t to = s->starts[(range + 1) * layer->experts + expert];
+    int64_t first = block * BLOCK / columns, last = least(panels, first + up(BLOCK, columns));
+    for (int64_t p = from; p < to; p += ROWS) {
+        int num_rows = (int)least(ROWS, to - p);
+        const float *rows[ROWS];
+        for (int r = 0; r < num_rows; r++) rows[r] = x + s->rows[p + r] * width;
+        for (int64_t panel = first; panel < last; panel++) {
+            int64_t at = expert * panels + panel;
+            fc1_rows(layer, num_rows, rows, (const char *)layer->w1 + at * width * columns * element,
+                     layer->b1 + at * columns, s->hidden + p * stride + panel * columns, stride);
+        }
+    }
+}
+
+/* The output of a range's tokens, for a block of its columns: b2 and each expert's share, in order. */
+static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t range, int64_t block,
+                float *sums, char *out) {
+    enum { COLUMNS = VECTORS * LANES, PANELS = BLOCK / COLUMNS };
+    int64_t stride = up(layer->size, layer->vectors * LANES) * layer->vectors * LANES;
+    int64_t element = layer->half ? 2 : 4, width = layer->width, experts = layer->experts;
+    int64_t start = range * RANGE, end = least(tokens, start + RANGE);
+    int64_t first = block * PANELS, last = least(up(width, COLUMNS), first + PANELS);
+    int64_t columns = (last - first) * COLUMNS;
+    for (int64_t t = 0; t < end - start; t++)
+        memcpy(sums + t * columns, layer->b2 + first * COLUMNS, columns * sizeof *sums);
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t to = s->starts[(range + 1) * experts + e];
+        for (int64_t p = s->starts[range * experts + e]; p < to; p += ROWS) {
+            int num_rows = (int)least(ROWS, to - p);
+            float *rows[ROWS];
+            for (int r = 0; r < num_rows; r++) rows[r] = sums + (s->rows[p + r] - start) * columns;
+            for (int64_t panel = first; panel < last; panel++) {
+                const char *weights = (const char *)layer->w2;
+                weights += (panel * experts + e) * layer->size * COLUMNS * element;
+                fc2_rows(layer, num_rows, s->hidden + p * stride, stride, weights, rows);
+                for (int r = 0; r < num_rows; r++) rows[r] += COLUMNS;
+            }
+        }
+    }
+    int64_t kept = least(columns, width - first * COLUMNS); /* without the zeros that fill it up */
+    for (int64_t t = start; t < end; t++) {
+        const float *row = sums + (t - start) * columns;
+        char *to = out + (t * width + first * COLUMNS) * element;
+        if (!layer->half) {
+            memcpy(to, row, kept * sizeof *row);
+            continue;
+        }
+        for (int64_t c = 0; c < kept; c++) {
+            uint16_t upper = (uint16_t)(rounded_bits(row[c]) >> 16);
+            memcpy(to + 2 * c, &upper, sizeof upper);
+        }
+    }
+}
+
+static void widen(const uint16_t *from, float *to, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+/* ---- what native.py calls ---- */
+
+int64_t dmoe_lanes(void) { return LANES; }
+int64_t dmoe_vectors(void) { return VECTORS; }
+
+/* Bytes of workspace that a call needs, aligned to 64. */
+int64_t dmoe_workspace(const Layer *layer, int64_t tokens, int64_t threads) {
+    return space(layer, tokens, (int)threads, 0).bytes;
+}
+
+/* Ask for large pages, before the memory is written to: weights and hidden rows are streamed. */
+void dmoe_large_pages(char *memory, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t page = 1 << 12;
+    uintptr_t start = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)memory + bytes) & ~(page - 1);
+    if (end > start) madvise((void *)start, end - start, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* x (N, C), mask (N, E) of 0 and 1, out (N, C); all contiguous. */
+void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *out, int64_t tokens,
+                  int64_t threads, char *memory) {
+    int64_t experts = layer->experts, width = layer->width, element = layer->half ? 2 : 4;
+    Space s = space(layer, tokens, (int)threads, memory);
+    int64_t blocks = up(layer->size, BLOCK), out_blocks = up(width, BLOCK);
+    for (int64_t begin = 0; begin < tokens; begin += CHUNK) {
+        int64_t count = least(CHUNK, tokens - begin), ranges = up(count, RANGE);
+        int64_t num_fc1 = experts * ranges * blocks, num_fc2 = out_blocks * ranges;
+        const char *from = x + begin * width * element;
+        const float *rows = layer->half ? s.x : (const float *)from;
+#pragma omp parallel num_threads((int)threads)
+        {
+#pragma omp single
+            list_rows(mask + begin * experts, count, experts, &s);
+            if (layer->half) {
+#pragma omp for schedule(static)
+                for (int64_t t = 0; t < count; t++)
+                    widen((const uint16_t *)from + t * width, s.x + t * width, width);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t task = 0; task < num_fc1; task++)
+                fc1(layer, &s, rows, task / (ranges * blocks), task / blocks % ranges, task % blocks);
+            float *sums = s.sums + (int64_t)thread_number() * RANGE * BLOCK;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t task = 0; task < num_fc2; task++)
+                fc2(layer, &s, count, task % ranges, task / ranges, sums,
+                    out + begin * width * element);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+"""ReLU experts by compiled code on a CPU: an indirect matrix product, see native.c.
+
+fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so that
+time follows the number of (token, expert) pairs. In bfloat16 products and sums are float32; hidden
+activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
+depend neither on the number of threads nor on the other tokens.
+
+Weights are packed once, into a copy that holds as long as they do not change. `can_run` says what
+the kernel knows; DMOE_VAR_NATIVE=0 switches it off, and `python -m dmoe_var.moe.experts.native`
+compiles it beforehand, for the image of a machine.
+
+Legend: N tokens, C width, E experts, D neurons of an expert, p columns of a panel, P panels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dmoe_var import c_library
+from dmoe_var.models.products import observed
+from dmoe_var.moe.experts.weights import ExpertWeights
+
+SOURCE = Path(__file__).with_suffix(".c")
+DTYPES = (torch.float32, torch.bfloat16)
+SWITCH = "DMOE_VAR_NATIVE"
+
+_memory = threading.local()
+"""A thread's workspace, kept for its next call: to get fresh memory takes longer than a product."""
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` in native.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("width", "experts", "size", "vectors", "half")),
+        *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
+    )
+
+
+class _Kernel:
+    """The functions of native.c."""
+
+    def __init__(self, library: ctypes.CDLL):
+        layer, number, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
+        self.experts = library.dmoe_experts
+        self.experts.argtypes = (layer, memory, memory, memory, number, number, memory)
+        self.experts.restype = None
+        self.workspace = library.dmoe_workspace
+        self.workspace.argtypes = (layer, number, number)
+        self.workspace.restype = number
+        self._large_pages = library.dmoe_large_pages
+        self._large_pages.argtypes = (memory, number)
+        self._large_pages.restype = None
+        library.dmoe_lanes.restype = library.dmoe_vectors.restype = number
+        self.lanes: int = library.dmoe_lanes()
+        """float32 values of a register."""
+        self.vectors: int = library.dmoe_vectors()
+        """Registers of a panel of fc2, and the most of one of fc1."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory on large pages, where the system has them: weights and workspace are streamed."""
+        made = torch.empty(shape, dtype=dtype)
+        self._large_pages(made.data_ptr(), made.nbytes)
+        return made
+
+
+@cache
+def _compiled() -> _Kernel | None:
+    library = c_library.loaded(SOURCE, "impl=native is not to be had and experts run by grouped")
+    return None if library is None else _Kernel(library)
+
+
+def kernel() -> _Kernel | None:
+    """None where there is no compiler, which a line on stderr has said, or it is not wanted."""
+    return None if os.environ.get(SWITCH) == "0" else _compiled()
+
+
+def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
+    """Whether the kernel knows such tokens and experts: on a CPU, float32 or bfloat16 alike, ReLU,
+    no gradient asked for, nobody who watches operators; and whether it could be compiled."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_NC, *weights))
+    return (
+        x_NC.device.type == "cpu"
+        and x_NC.dtype in DTYPES
+        and all(weight.dtype == x_NC.dtype for weight in weights)
+        and isinstance(act, nn.ReLU)
+        and not act._forward_hooks
+        and not act._forward_pre_hooks
+        and not learns
+        and not observed(x_NC)
+        and kernel() is not None
+    )
+
+
+def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
+    """See `run_experts`; for what `can_run`."""
+    loaded = kernel()
+    assert loaded is not None
+    x_NC, mask_NE = x_NC.contiguous(), mask_NE.contiguous()
+    out_NC = torch.empty_like(x_NC)
+    packed, threads = packed_of(weights), torch.get_num_threads()
+    loaded.experts(
+        packed.layer, x_NC.data_ptr(), mask_NE.data_ptr(), out_NC.data_ptr(), len(x_NC), threads,
+        _workspace(loaded, packed.layer, len(x_NC), threads).data_ptr(),
+    )  # fmt: skip
+    return out_NC
+
+
+def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Tensor:
+    """This thread's, grown where it is too small."""
+    size = loaded.workspace(layer, tokens, threads)
+    if getattr(_memory, "bytes", None) is None or len(_memory.bytes) < size:
+        _memory.bytes = None  # before there is another
+        _memory.bytes = loaded.empty((size,), torch.uint8)
+    found: Tensor = _memory.bytes
+    return found
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights of a layer as the kernel reads them."""
+
+    layer: _Layer
+    tensors: tuple[Tensor, ...]
+    """What `layer` points at."""
+    made_of: tuple[_Version, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """The values of a tensor: its memory, which is not another's as long as this lives, and how
+    often it was written to."""
+
+    memory: StorageWeakRef
+    offset: int
+    stride: tuple[int, ...]
+    writes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Version:
+        memory = StorageWeakRef(tensor.untyped_storage())
+        return cls(memory, int(tensor.storage_offset()), tensor.stride(), tensor._version)
+
+
+_packed = WeakTensorKeyDictionary()
+"""`Packed` by the parameter w1: it goes with the parameter, and into no file."""
+
+
+def packed_of(weights: ExpertWeights) -> Packed:
+    """The packed weights; packed anew where a value may have changed since."""
+    if any(tensor.is_inference() for tensor in weights):  # whose writes are not counted
+        return _pack(weights, ())
+    made_of = tuple(map(_Version.of, weights))
+    packed: Packed | None = _packed.get(weights.w1_EDC)
+    if packed is None or packed.made_of != made_of:
+        forget(weights)
+        packed = _packed[weights.w1_EDC] = _pack(weights, made_of)
+    return packed
+
+
+def forget(weights: ExpertWeights) -> None:
+    """Free the packed copy."""
+    _packed.pop(weights.w1_EDC, None)
+
+
+@torch.no_grad()
+def _pack(weights: ExpertWeights, made_of: tuple[_Version, ...]) -> Packed:
+    loaded = kernel()
+    assert loaded is not None
+    E, D, C = weights.w1_EDC.shape
+    lanes, widest = loaded.lanes, loaded.vectors * loaded.lanes
+    # A narrow panel where a wide one would be filled up with more zeros.
+    vectors = loaded.vectors if -(-D // widest) * widest == -(-D // lanes) * lanes else 1
+    dtype = weights.w1_EDC.dtype
+
+    def in_panels(x: Tensor, columns: int) -> Tensor:
+        """(..., columns) -> (..., P, p), filled up with zeros."""
+        return F.pad(x, (0, -x.shape[-1] % columns)).unflatten(-1, (-1, columns))
+
+    def kept(view: Tensor, as_: torch.dtype) -> Tensor:
+        return loaded.empty(tuple(view.shape), as_).copy_(view)
+
+    tensors = (
+        kept(in_panels(weights.w1_EDC.transpose(1, 2), vectors * lanes).transpose(1, 2), dtype),
+        kept(in_panels(weights.w2_EDC, widest).permute(2, 0, 1, 3), dtype),
+        kept(in_panels(weights.b1_ED, vectors * lanes), torch.float32),
+        kept(in_panels(weights.b2_C, widest), torch.float32),
+    )
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    layer = _Layer(C, E, D, vectors, int(dtype == torch.bfloat16), *pointers)
+    return Packed(layer, tensors, made_of)
+
+
+if __name__ == "__main__":
+    print(c_library.load(SOURCE)._name)

@@ -1,0 +1,27 @@
+"""The one layout of expert weights, and what runs them.
+
+Legend: C width, E experts, D neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of all experts of a layer.
+
+    w1_EDC, b1_ED: rows of fc1 and its bias; w2_EDC: columns of fc2; b2_C: the shared output bias.
+    """
+
+    w1_EDC: Tensor
+    b1_ED: Tensor
+    w2_EDC: Tensor
+    b2_C: Tensor
+
+
+ComputePath = Callable[[Tensor, Tensor, ExpertWeights, nn.Module], Tensor]
+"""(tokens x_NC, mask_NE, weights, activation) -> sum over the selected experts plus b2, (N, C)."""

@@ -1,0 +1,124 @@
+"""The table by which the fastest path is chosen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dmoe_var.moe.experts import PATHS, RAN, ExpertWeights, auto, native, run_experts
+
+pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
+RELU = nn.ReLU()
+N, C, E, D = 20, 12, 5, 4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty table in an empty folder."""
+    monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(auto, "_tables", {})
+    return tmp_path
+
+
+@pytest.fixture
+def layer():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((E, D, C), (E, D), (E, D, C), (C,))
+    weights = ExpertWeights(*(torch.randn(s, generator=generator) for s in shapes))
+    return torch.randn(N, C, generator=generator), weights
+
+
+def mask(density, tokens=N):
+    return torch.rand(tokens, E, generator=torch.Generator().manual_seed(1)) < density
+
+
+def timed(monkeypatch, **seconds):
+    """Measuring finds these times at both densities; how often it was asked."""
+    asked = []
+    monkeypatch.setattr(auto, "_measured", lambda *given: asked.append(given) or dict(seconds))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("density", "path"), [(0.05, "native"), (0.6, "native"), (0.8, "reference"), (1, "reference")]
+)
+def test_the_fastest_at_the_density_of_the_mask(layer, monkeypatch, density, path):
+    """native takes 1 + 4 d and reference 4: they meet at 0.75."""
+    timed(monkeypatch, native=(2.0, 5.0), reference=(4.0, 4.0), grouped=(9.0, 9.0))
+    before = RAN[path]
+    out = run_experts(layer[0], mask(density), layer[1], RELU, "auto")
+    assert RAN[path] == before + 1
+    expected = run_experts(layer[0], mask(density), layer[1], RELU, "reference")
+    torch.testing.assert_close(out, expected)
+
+
+def test_measured_once_and_kept(layer, monkeypatch, cache):
+    asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
+    x, weights = layer
+    for _ in range(2):
+        run_experts(x, mask(0.5), weights, RELU, "auto")
+    assert len(asked) == 1
+    monkeypatch.setattr(auto, "_tables", {})  # as another process would begin
+    run_experts(x, mask(0.5), weights, RELU, "auto")
+    assert len(asked) == 1
+    run_experts(x[:17], mask(0.5, 17), weights, RELU, "auto")
+    assert len(asked) == 1  # 16 to 23 tokens are timed alike
+    run_experts(x[:15], mask(0.5, 15), weights, RELU, "auto")
+    assert len(asked) == 2
+    assert len(list(cache.glob("experts-*.json"))) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"format": "other"}', "nonsense"])
+def test_a_broken_table_is_measured_again(layer, monkeypatch, cache, content):
+    asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
+    auto._file().write_text(content)
+    run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
+    assert len(asked) == 1
+    assert len(json.loads(auto._file().read_text())["seconds"]) == 1
+
+
+def test_the_first_who_measures_counts(layer, monkeypatch):
+    """Two processes choose the same path."""
+    timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0))
+    x, weights = layer
+    run_experts(x, mask(0.5), weights, RELU, "auto")
+    (key,) = auto._tables[auto._file()]
+    mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
+    auto._keep(auto._file(), key, mine)
+    assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
+
+
+def test_a_table_that_cannot_be_written(layer, monkeypatch, cache):
+    monkeypatch.setenv("DMOE_VAR_CACHE", str(cache / "file" / "folder"))
+    (cache / "file").touch()
+    asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0))
+    for _ in range(2):
+        run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
+    assert len(asked) == 1
+
+
+def test_every_path_is_timed_at_both_densities(layer):
+    x, weights = layer
+    with torch.no_grad():
+        found = auto._measured(PATHS, x, weights, RELU)
+    assert found.keys() == PATHS.keys()
+    assert all(0 < seconds < 10 for times in found.values() for seconds in times)
+
+
+def test_gradients_are_grouped_s(layer):
+    x, weights = layer
+    x.requires_grad_()
+    before = RAN["grouped"]
+    run_experts(x, mask(0.5), weights, RELU, "auto").sum().backward()
+    assert RAN["grouped"] == before + 1
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rounded"), [(1, 1), (2, 2), (3, 3), (5, 4), (6, 6), (338, 256), (512, 512)]
+)
+def test_tokens_are_rounded_down(tokens, rounded):
+    assert auto._rounded(tokens) == rounded

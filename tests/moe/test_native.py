@@ -1,0 +1,233 @@
+"""The compiled kernel: values against float64, and what bits may not depend on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from dmoe_var.models.blocks import activation
+from dmoe_var.moe.experts import RAN, ExpertWeights, native, run_experts
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
+from dmoe_var.moe.selection import Threshold
+
+pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
+RELU = nn.ReLU()
+PRECISION = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+"""Relative error of the norm."""
+# C width, E experts, D neurons of an expert
+LAYERS = [(1, 1, 1), (12, 5, 3), (64, 4, 8), (130, 3, 16), (33, 7, 33), (96, 2, 48), (128, 4, 128)]
+
+
+def layer(C, E, D, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((E, D, C), (E, D), (E, D, C), (C,))
+    return ExpertWeights(*(torch.randn(s, generator=generator).to(dtype) for s in shapes))
+
+
+def tokens(N, C, dtype=torch.float32):
+    return torch.randn(N, C, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def masks(N, E):
+    """By chance, none, all, one a token, few tokens of one expert."""
+    draws = torch.rand(N, E, generator=torch.Generator().manual_seed(3))
+    lone = torch.zeros(N, E, dtype=torch.bool)
+    lone[::7, E // 2] = True
+    one = torch.arange(N)[:, None] % E == torch.arange(E)
+    return [draws < 0.6, draws < 0, draws < 2, one, lone, draws < draws[:, :1]]
+
+
+def in_float64(x, mask, weights):
+    """Per expert and token, by hand."""
+    w1, b1, w2, b2 = (w.double() for w in weights)
+    out = b2.expand(len(x), -1).clone()
+    for e in range(len(w1)):
+        hidden = (x.double() @ w1[e].T + b1[e]).clamp_min(0).to(x.dtype).double()
+        out += mask[:, e, None] * (hidden @ w2[e])
+    return out
+
+
+def run(x, mask, weights):
+    """By the kernel itself: no other path in its place."""
+    assert native.can_run(x, weights, RELU)
+    return run_experts(x, mask, weights, RELU, "native")
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_values(sizes, dtype):
+    """Over ragged numbers of tokens, of tiles, tasks and passes."""
+    C, E, D = sizes
+    weights = layer(C, E, D, dtype)
+    for N in (1, 7, 9, 255, 256, 300, 2049):
+        x = tokens(N, C, dtype)
+        for mask in masks(N, E):
+            out, expected = run(x, mask, weights), in_float64(x, mask, weights)
+            assert out.dtype == dtype
+            assert (out - expected).norm() <= PRECISION[dtype] * expected.norm()
+
+
+def test_no_tokens():
+    assert run(tokens(0, 12), torch.ones(0, 5, dtype=torch.bool), layer(12, 5, 3)).shape == (0, 12)
+
+
+def test_tokens_that_do_not_lie_beside_each_other():
+    weights, wide = layer(12, 5, 3), tokens(20, 24)
+    mask = masks(5, 20)[0].T
+    expected = run(wide[:, ::2].contiguous(), mask.contiguous(), weights)
+    assert torch.equal(run(wide[:, ::2], mask, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_bits_depend_neither_on_threads_nor_on_other_tokens(dtype):
+    N, (C, E, D) = 700, (130, 6, 40)
+    x, mask, weights = tokens(N, C, dtype), masks(N, E)[0], layer(C, E, D, dtype)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            found += [run(x, mask, weights) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(out, found[0]) for out in found)
+    some = torch.arange(3, N, 5)
+    assert torch.equal(run(x[some], mask[some], weights), found[0][some])
+
+
+def test_what_is_not_finite_stays_so():
+    x, weights = tokens(9, 12), layer(12, 5, 3)
+    x[4, 0] = torch.nan
+    out = run(x, torch.ones(9, 5, dtype=torch.bool), weights)
+    assert out[4].isnan().all()
+    assert out[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+def close_to_float64(x, mask, weights):
+    expected = in_float64(x, mask, weights)
+    assert (run(x, mask, weights) - expected).norm() <= PRECISION[x.dtype] * expected.norm()
+
+
+def written_in_place(ffn):
+    with torch.no_grad():
+        ffn.w2_EDC.mul_(2)
+
+
+def loaded(ffn):
+    ffn.load_state_dict({name: 2 * value for name, value in ffn.state_dict().items()})
+
+
+def through_another_dtype(ffn):
+    """There and back: other values, possibly where the old ones were."""
+    ffn.to(torch.bfloat16).to(torch.float32)
+
+
+def replaced_memory(ffn):
+    ffn.w1_EDC.data = -ffn.w1_EDC.data
+
+
+def replaced_parameter(ffn):
+    ffn.b2_C = nn.Parameter(torch.ones_like(ffn.b2_C), requires_grad=False)
+
+
+CHANGES = [written_in_place, loaded, through_another_dtype, replaced_memory, replaced_parameter]
+
+
+@pytest.fixture
+def ffn():
+    made = MoEFFN(32, 64, "relu", ExpertConfig(expert_size=16)).requires_grad_(False)
+    for parameter, values in zip(made.weights, layer(32, 4, 16), strict=True):
+        parameter.copy_(values)
+    return made
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_packed_weights_follow_the_weights(ffn, change):
+    x, mask = tokens(20, 32), masks(20, 4)[0]
+    before = run(x, mask, ffn.weights)
+    change(ffn)
+    close_to_float64(x, mask, ffn.weights)
+    assert not torch.equal(run(x, mask, ffn.weights), before)
+
+
+def test_packed_weights_are_made_once_and_go_with_the_weights(ffn, monkeypatch):
+    x, mask = tokens(20, 32), masks(20, 4)[0]
+    run(x, mask, ffn.weights)
+    packed = native.packed_of(ffn.weights)
+    run(x, mask, ffn.weights)
+    assert native.packed_of(ffn.weights) is packed
+    assert packed.nbytes >= sum(w.nbytes for w in ffn.weights)
+    before = len(native._packed)
+    ffn.to(torch.bfloat16)
+    assert len(native._packed) == before - 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ffn: pickle.loads(pickle.dumps(ffn))])
+def test_copies_pack_their_own(ffn, copied):
+    x, mask = tokens(20, 32), masks(20, 4)[0]
+    expected = run(x, mask, ffn.weights)
+    other = copied(ffn)
+    assert other.state_dict().keys() == ffn.state_dict().keys()
+    assert torch.equal(run(x, mask, other.weights), expected)
+    written_in_place(other)
+    close_to_float64(x, mask, other.weights)
+    assert torch.equal(run(x, mask, ffn.weights), expected)
+
+
+def test_weights_of_inference_mode_are_not_kept():
+    """Their writes are not counted."""
+    x, mask = tokens(20, 12), masks(20, 5)[0]
+    with torch.inference_mode():
+        weights = layer(12, 5, 3)
+        run(x, mask, weights)
+        weights.w1_EDC.neg_()
+        close_to_float64(x, mask, weights)
+
+
+def test_what_the_kernel_does_not_know_is_run_by_grouped(ffn):
+    x, mask, weights = tokens(9, 12), masks(9, 5)[0], layer(12, 5, 3)
+    double = ExpertWeights(*(w.double() for w in weights))
+    learning = weights._replace(w1_EDC=weights.w1_EDC.clone().requires_grad_())
+    cases = [
+        (x, weights, nn.GELU(approximate="tanh")),
+        (x.double(), double, RELU),
+        (x.half(), ExpertWeights(*(w.half() for w in weights)), RELU),
+        (x, learning, RELU),
+        (x.clone().requires_grad_(), weights, RELU),
+    ]
+    for given in cases:
+        assert not native.can_run(*given)
+        before = RAN["grouped"]
+        out = run_experts(given[0], mask, *given[1:], "native")
+        assert RAN["grouped"] == before + 1
+        assert torch.equal(out, run_experts(given[0], mask, *given[1:], "grouped"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not native.can_run(x, weights, RELU)
+    with torch.no_grad():
+        assert native.can_run(x, learning, RELU)
+
+
+def test_switched_off(monkeypatch):
+    x, weights = tokens(9, 12), layer(12, 5, 3)
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert not native.can_run(x, weights, RELU)
+
+
+def test_a_hook_sees_the_activation():
+    weights, seen, act = layer(12, 5, 3), [], activation("relu")
+    act.register_forward_hook(lambda *given: seen.append(given))
+    run_experts(tokens(9, 12), masks(9, 5)[0], weights, act, "native")
+    assert seen
+
+
+@torch.no_grad()
+def test_under_torch_compile(ffn):
+    """As one operator, without a break."""
+    x = tokens(20, 32)[None]
+    routing = Routing(Threshold(0.5), impl="native")
+    compiled = torch.compile(ffn, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, routing), ffn(x, routing))
