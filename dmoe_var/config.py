@@ -136,6 +136,8 @@ class BenchmarkConfig:
     dynamic one also with experts by chance, as many. smaller: a dense model of less depth, as
     base.var ("next": the published one below). compile: with torch.compile, without, or both.
     parts: times by part and scale as well. published: a checkout of the published VAR code.
+    kernels: instead of samplers, a layer's FFN by every compute path, with random weights: experts
+    of expert_sizes, random masks of densities, tokens of each of `moe.scales`.
     """
 
     __pydantic_config__ = STRICT
@@ -155,12 +157,23 @@ class BenchmarkConfig:
     compile: Literal["eager", "compiled", "both"] = "eager"
     parts: bool = False
     published: PathOrName | None = None
+    kernels: bool = False
+    expert_sizes: Annotated[
+        tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = (32, 128)  # fmt: skip
+    densities: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        BeforeValidator(as_tuple),
+        Field(min_length=1),
+    ] = (1.0, 0.6, 0.3, 0.1)
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "tau"):
+        for name in ("batch_sizes", "tau", "expert_sizes", "densities"):
             values = getattr(self, name)
             if len({f"{value:g}" for value in values}) != len(values):
                 raise ValueError(f"{name}={list(values)} must be distinct to six digits")
+        if self.kernels and (self.dynamic or self.published is not None):
+            raise ValueError("kernels=true times no sampler; allowed: tau=[], chosen=false")
         if self.random_masks and not self.dynamic:
             raise ValueError("random_masks=true needs tau or chosen, whose density they have")
 

@@ -32,12 +32,12 @@ class RandomDensity(SelectionRule):
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         num_experts = scores.shape[-1]
         num_tokens = scores.numel() // num_experts
-        return _mask(self.mean, num_tokens, num_experts, scores.device).view(scores.shape)
+        return random_mask(self.mean, num_tokens, num_experts, scores.device).view(scores.shape)
 
 
 @lru_cache(maxsize=64)
-def _mask(mean: float, num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
-    """(N, E)."""
+def random_mask(mean: float, num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
+    """(N, E): as in `RandomDensity`, drawn once."""
     generator = torch.Generator().manual_seed(0)
     ranks_NE = torch.rand(num_tokens, num_experts, generator=generator).argsort(-1).argsort(-1)
     reached = (torch.arange(num_tokens + 1, dtype=torch.float64) * mean).round()

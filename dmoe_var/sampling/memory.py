@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks for the next feature map; whether it could be told to.
 
     By default it hands blocks over 32 MiB back to the kernel at once, which then clears the pages
-    of the next one: a twentieth of the time of a d16 image on a CPU. It holds for the whole
-    process, so stages that sample ask for it, the library never does by itself.
+    of the next one: a twentieth of the time of a d16 image on a CPU. `generate` asks for it there;
+    it holds for the whole process.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -24,6 +24,7 @@ from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.layer import ExpertCounts, Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.tau_schedule import Tau, rules_of
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
@@ -189,6 +190,8 @@ def generate(
     labels_R = torch.cat([labels_B, null_B]) if guided else labels_B
 
     device = labels_B.device
+    if device.type == "cpu":
+        keep_freed_memory()
     streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
     noise = partial(streams.routing_noise, branches=branches)
     mark("embedding", 0)

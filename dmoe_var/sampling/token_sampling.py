@@ -85,15 +85,34 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     top-p sorts ascending, drops where the running probability is at most 1 - top_p, and always
     keeps the likeliest token.
     """
+    ascending = None
     if top_k > 0:
-        kept = logits_BlV.topk(min(top_k, logits_BlV.shape[-1]), dim=-1, sorted=False).values
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < kept.amin(-1, keepdim=True), -torch.inf)
+        logits_BlV, ascending = _keep_top_k(logits_BlV, top_k, top_p > 0)
     if top_p > 0:
-        ordered, order = logits_BlV.sort(dim=-1, descending=False)
+        ordered, order = logits_BlV.sort(dim=-1) if ascending is None else ascending
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         drop[..., -1:] = False
-        logits_BlV = logits_BlV.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+        dropped = torch.zeros_like(logits_BlV, dtype=torch.bool).scatter_(-1, order, drop)
+        logits_BlV = logits_BlV.masked_fill(dropped, -torch.inf)
     return logits_BlV
+
+
+def _keep_top_k(
+    logits_BlV: Tensor, top_k: int, wants_order: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The logits with -inf for what is less than the kth, and what is left in ascending order with
+    its places: None where that is not wanted or more than k are left, which tie.
+
+    On a GPU to sort all logits is faster than to wait for whether any tie.
+    """
+    V = logits_BlV.shape[-1]
+    k, in_order = min(top_k, V), wants_order and logits_BlV.device.type == "cpu"
+    kept, places = logits_BlV.topk(k, dim=-1, sorted=in_order)
+    dropped = logits_BlV < (kept[..., -1:] if in_order else kept.amin(-1, keepdim=True))
+    logits_BlV = logits_BlV.masked_fill(dropped, -torch.inf)
+    if not in_order or int(dropped.count_nonzero()) != dropped.numel() // V * (V - k):
+        return logits_BlV, None
+    return logits_BlV, (kept.flip(-1), places.flip(-1))
 
 
 def draw_tokens(logits_BlV: Tensor, streams: ImageStreams) -> Tensor:

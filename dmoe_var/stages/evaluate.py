@@ -30,7 +30,6 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
-from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.parts import Drawn, StoredDrawing
 from dmoe_var.stages import models
 from dmoe_var.stages.contents import hash_of
@@ -68,9 +67,6 @@ class Bench:
         default_factory=dict, init=False, repr=False
     )
     """By kind: what the model was made of, and the model."""
-
-    def __post_init__(self) -> None:
-        keep_freed_memory()
 
     @property
     def vqvae(self) -> VQVAE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dmoe_var.metrics.record import (
     now,
     whole_record,
 )
+from dmoe_var.moe.experts import RAN
 from dmoe_var.stages.contents import held
 from dmoe_var.stages.work import NEEDS, Work
 from dmoe_var.training.distributed import barrier, from_main, is_main, start, world_size
@@ -164,8 +165,10 @@ def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -
         settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
         write_text(folder / "config.yaml", settings)
     barrier()
-    started = now()
+    started, ran_before = now(), RAN.copy()
     result = (function or _function(stage))(work)
+    if ran := RAN - ran_before:
+        result = replace(result, about={**result.about, "experts_ran_by": sorted(ran)})
     record = from_main(_record(work, stage, result, started) if is_main() else None)
     assert record is not None
     if is_main():

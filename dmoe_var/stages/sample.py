@@ -28,7 +28,6 @@ from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
 from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
 from dmoe_var.moe.selection_config import SelectionConfig
 from dmoe_var.sampling.draw import balanced_labels
-from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.tau_schedule import rules_of
 from dmoe_var.stages import models
@@ -145,7 +144,6 @@ def run(work: Work) -> StageResult:
     samples.npz: arr_0 uint8 (N, R, R, 3); labels, seeds and start_indices (N,), with which
     `generate` draws each picture again.
     """
-    keep_freed_memory()
     config, folder = work.config, work.folder("sample")
     pictures = Pictures.of(config)
     vqvae = models.vqvae(work).to(config.sampling.torch_dtype)

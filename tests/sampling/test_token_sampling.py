@@ -195,3 +195,20 @@ def test_routing_noise_is_uniform():
     noise = ImageStreams(0, 0, 3, CPU).routing_noise(50, 20, branches=2)
     assert noise.shape == (6, 50, 20)
     assert kstest(noise.flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("digits", [0, 1, 4])
+def test_top_k_before_top_p_is_a_sort_of_all(digits):
+    """Whether many logits tie, some or none."""
+    logits = torch.randn(3, 7, 200, generator=torch.Generator().manual_seed(0)).double()
+    logits = logits.mul(10**digits).round() / 10**digits
+    kth = logits.sort(-1).values[..., -50:-49]
+    left = logits.masked_fill(logits < kth, -torch.inf)
+    ordered = left.sort(-1).values
+    drop = ordered.softmax(-1).cumsum(-1) <= 1 - 0.9
+    cut = ordered.masked_fill(drop, torch.inf).amin(-1, keepdim=True)
+    found = filter_logits(logits, 50, 0.9)
+    assert torch.equal(found.isfinite().sum(-1), (~drop).sum(-1))
+    if digits == 4:
+        assert torch.equal(found, left.masked_fill(left < cut, -torch.inf))
+    assert torch.equal(found[found.isfinite()], logits[found.isfinite()])

@@ -8,6 +8,7 @@ import torch
 
 from dmoe_var import generate, load_var, load_vqvae
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
+from dmoe_var.moe.experts import PATHS
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
 from dmoe_var.stages.graph import run_stage
@@ -260,6 +261,34 @@ def test_the_published_code_reads_pth_files_alone(
 ):
     changes = {**files, "benchmark.published": checkout(), f"base.{kind}": "digits"}
     refused(make_work(tmp_path, changes), CheckpointError, f"base.{kind}=", ".pth files alone")
+
+
+KERNELS = {"benchmark.kernels": True, "benchmark.repeats": 2, "benchmark.expert_sizes": [8, 64]}
+
+
+def test_kernels(make_work, no_process, tmp_path):
+    """No models are needed; a picture and a row for each path, size, scale and density."""
+    changes = {**KERNELS, "benchmark.densities": [1, 0.5], "moe.scales": [2, 3]}
+    work = make_work(tmp_path, changes)
+    record = run_stage(work, "benchmark")
+    rows = [row for row in record.about["kernels"] if row["density"] is not None]
+    assert len(rows) == len(PATHS) * 2 * 2 * 2
+    assert {row["tokens"] for row in rows} == {2 * 9, 2 * 16}
+    for row in rows:
+        name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}_d{row['density']:g}"
+        assert record.metrics[f"{name}_time_ratio"] == row["time_ratio"]
+    assert record.metrics["product_gflops_per_s"] > 0
+    assert (work.folder("benchmark") / "kernels.png").stat().st_size > 10_000
+
+
+def test_kernels_of_experts_that_do_not_divide(make_work, no_process, tmp_path):
+    work = make_work(tmp_path, {**KERNELS, "benchmark.expert_sizes": [48]})
+    refused(work, ConfigError, "benchmark.expert_sizes=48 must divide the hidden width")
+
+
+def test_kernels_beside_samplers(make_work):
+    with pytest.raises(ConfigError, match="kernels=true times no sampler"):
+        make_work(changes={**KERNELS, "benchmark.tau": [0.2]})
 
 
 def refused(work, error, *parts):

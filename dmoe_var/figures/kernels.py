@@ -1,0 +1,62 @@
+"""Expert paths beside the dense FFN: time against density, a panel for each expert size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmoe_var.figures.style import save, styled, subplots
+
+PATH_COLOURS = {"reference": "#7F7F7F", "grouped": "#E69F00", "native": "#D55E00"}
+COLUMNS = 4
+
+
+@styled
+def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Time over the fastest dense FFN's by density, with the density itself and the device's limit
+    beside it. Of a shape's scales the one of most tokens is shown."""
+    shown = [row for row in rows if row["density"] is not None]
+    sizes = sorted({(row["model"], row["width"], row["expert_size"]) for row in shown})
+    columns = min(COLUMNS, len(sizes))
+    count = -(-len(sizes) // columns)
+    figure, axes = subplots(
+        count, columns, figsize=(2.6 * columns, 2.4 * count), squeeze=False, sharey=True
+    )
+    for axis, (model, width, size) in zip(axes.flat, sizes, strict=False):
+        of_size = [r for r in shown if (r["model"], r["expert_size"]) == (model, size)]
+        tokens = max(row["tokens"] for row in of_size)
+        of_size = sorted(
+            (row for row in of_size if row["tokens"] == tokens), key=lambda row: row["density"]
+        )
+        for impl in PATH_COLOURS:
+            points = [row for row in of_size if row["impl"] == impl]
+            axis.plot(
+                [row["density"] for row in points],
+                [row["time_ratio"] for row in points],
+                "o-",
+                color=PATH_COLOURS[impl],
+                markersize=3,
+                linewidth=1,
+                label=impl,
+            )
+        limits = [row for row in of_size if row["impl"] == "reference"]
+        axis.plot(
+            [row["density"] for row in limits],
+            [row["limit_ratio"] for row in limits],
+            ":",
+            color="black",
+            linewidth=1,
+            label="the device's limit",
+        )
+        axis.axline((0, 0), slope=1, color="#B0B0B0", linewidth=0.8, zorder=0)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xlim(0, 1.05)
+        axis.set_ylim(0, 2)
+        axis.set_title(f"{model}: C {width}, experts of {size}, {tokens} tokens", fontsize=7)
+        axis.set_xlabel("density")
+    for axis in axes.flat[len(sizes) :]:
+        axis.set_visible(False)
+    axes[0, 0].set_ylabel("time / fastest dense FFN")
+    axes[0, 0].legend(fontsize=6)
+    save(figure, path)

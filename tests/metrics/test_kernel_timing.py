@@ -1,0 +1,61 @@
+"""Paths of experts timed side by side: what the rows say of each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmoe_var.metrics import kernel_timing
+from dmoe_var.metrics.kernel_timing import Rates, Shape, measured_rates, time_kernels
+from dmoe_var.moe.experts import PATHS
+
+SHAPE = Shape("mini", width=16, hidden=64, expert_size=8, tokens=12)
+RATES = Rates(gflops_per_s=2.0, gbytes_per_s=4.0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return time_kernels(SHAPE, [1.0, 0.5], RATES, CPU, torch.float32, repeats=3)
+
+
+def test_everything_is_timed_once(rows):
+    cases = [(row["impl"], row["density"]) for row in rows]
+    expected = [("dense_torch", None), ("dense", None), ("selection", None)]
+    assert cases == expected + [(impl, d) for d in (1.0, 0.5) for impl in PATHS]
+    for row in rows:
+        assert 0 < row["ms_min"] <= row["ms_p10"] <= row["ms_median"] <= row["ms_p90"]
+        assert (row["tokens"], row["expert_size"], row["dtype"]) == (12, 8, "float32")
+
+
+def test_ratios_are_to_the_faster_dense_ffn(rows):
+    baseline = min(row["ms_median"] for row in rows[:2])
+    assert min(row["time_ratio"] for row in rows[:2]) == 1
+    for row in rows:
+        assert row["time_ratio"] == row["ms_median"] / baseline
+
+
+def test_limits_by_hand(rows):
+    """4 x 12 x 16 x 64 multiplications and additions at 2 GFLOP/s; at half the density half of
+    them. Both weights, tokens and output, and hidden rows twice, of four bytes, at 4 GB/s."""
+    baseline = min(row["ms_median"] for row in rows[:2])
+    for row in rows:
+        if row["impl"] == "selection":
+            assert "limit_ratio" not in row
+            continue
+        density = row["density"] or 1.0
+        products = 49152 * density / 2e9 * 1e3
+        memory = 4 * (2 * 16 * 64 + 2 * 16 * 12 + 2 * 12 * 64 * density) / 4e9 * 1e3
+        assert row["limit_ratio"] == pytest.approx(max(products, memory) / baseline)
+        assert row["gflops_per_s"] == pytest.approx(49152 * density / row["ms_median"] / 1e6)
+        assert row["rate"] == pytest.approx(row["gflops_per_s"] / 2.0)
+
+
+def test_rates_are_those_of_the_fastest_call(monkeypatch):
+    times = {"product": [4.0, 2.0, 3.0], "copy": [1.0, 0.5, 2.0]}
+    monkeypatch.setattr(kernel_timing, "COPIED", 10**6)
+    monkeypatch.setattr(kernel_timing, "SQUARE", 100)
+    monkeypatch.setattr(kernel_timing, "_in_turn", lambda calls, *_: times)
+    rates = measured_rates(CPU, torch.float32, 3)
+    assert rates.gflops_per_s == pytest.approx(2e6 / 2e-3 / 1e9)
+    assert rates.gbytes_per_s == pytest.approx(2e6 / 0.5e-3 / 1e9)
