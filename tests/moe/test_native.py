@@ -57,9 +57,16 @@ def run(x, mask, weights):
     return run_experts(x, mask, weights, RELU, "native")
 
 
+@pytest.fixture(params=["as the processor has it", "without AMX"])
+def products(request, monkeypatch):
+    """Both ways to multiply bfloat16, on processors that have both."""
+    if request.param == "without AMX":
+        monkeypatch.setattr(native.kernel(), "tile", None)
+
+
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("sizes", LAYERS, ids=str)
-def test_values(sizes, dtype):
+def test_values(products, sizes, dtype):
     """Over ragged numbers of tokens, of tiles, tasks and passes."""
     C, E, D = sizes
     weights = layer(C, E, D, dtype)
@@ -83,7 +90,7 @@ def test_tokens_that_do_not_lie_beside_each_other():
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_bits_depend_neither_on_threads_nor_on_other_tokens(dtype):
+def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype):
     N, (C, E, D) = 700, (130, 6, 40)
     x, mask, weights = tokens(N, C, dtype), masks(N, E)[0], layer(C, E, D, dtype)
     threads = torch.get_num_threads()

@@ -9,12 +9,23 @@
  *
  * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
  * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
+ *
+ * bfloat16 is widened and multiplied as float32, or by AMX where the processor has it. For that
+ * panels hold pairs of rows, (..., depth / 2, columns, 2), the depth padded to whole tiles.
  */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __linux__
 #include <sys/mman.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
 #endif
 #ifdef _OPENMP
 extern int omp_get_thread_num(void); /* its header belongs to the compiler's library, not torch's */
@@ -30,12 +41,13 @@ enum { LANES = 8, ROWS = 6 };
 #else /* NEON's registers; other processors make of it what they can */
 enum { LANES = 4, ROWS = 8 };
 #endif
-/* A tile is ROWS rows by VECTORS registers: its sums, a row of weights and a factor of each row have
- * to fit in the registers. */
+/* A tile is ROWS rows by VECTORS registers: its sums, a row of weights and a factor of each row
+ * have to fit in the registers. */
 enum { VECTORS = 2 };
 enum { CHUNK = 2048 }; /* tokens of one pass: bounds the hidden buffer */
 enum { RANGE = 256 };  /* tokens of one task, and */
 enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
+enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of AMX: two by two tiles of sums */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -91,8 +103,9 @@ INLINE void multiply(const int num_rows, const int vectors, const int half, vec 
 }
 
 /* A tile of fc1: relu(x W1 + b1), stored as floats of the precision of x. */
-INLINE void fc1_tile(const int num_rows, const int vectors, const int half, const float *const *x, const void *weights, const float *bias, size_t width,
-                     float *hidden, size_t stride) {
+INLINE void fc1_tile(const int num_rows, const int vectors, const int half, const float *const *x,
+                     const void *weights, const float *bias, size_t width, float *hidden,
+                     size_t stride) {
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
@@ -145,6 +158,7 @@ typedef struct {
     int64_t width, experts, size;
     int64_t vectors;          /* registers of a panel of fc1 */
     int64_t half;             /* bfloat16, else float32 */
+    int64_t amx;              /* by tiles of bfloat16 */
     const void *w1, *w2;      /* packed */
     const float *b1, *b2;     /* padded like the packed columns */
 } Layer;
@@ -182,8 +196,8 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 typedef struct {
     int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
-    float *hidden;    /* (pairs, padded D) */
-    float *x;         /* (tokens, C), of bfloat16 */
+    float *hidden;    /* (pairs, padded D); of AMX (pairs + a tile, padded D), bfloat16 */
+    float *x;         /* (tokens, C), of bfloat16; of AMX (threads, TILE_ROWS, padded C), bfloat16 */
     float *sums;      /* (threads, RANGE, BLOCK) */
     int64_t bytes;
 } Space;
@@ -201,8 +215,13 @@ static Space space(const Layer *layer, int64_t tokens, int threads, char *memory
     s.starts = (int64_t *)(memory + take(&used, (up(chunk, RANGE) + 1) * layer->experts * 8));
     s.rows = (int32_t *)(memory + take(&used, (pairs + 1) * 4));
     s.sums = (float *)(memory + take(&used, (int64_t)threads * RANGE * BLOCK * 4));
-    s.x = (float *)(memory + take(&used, layer->half ? chunk * layer->width * 4 : 0));
-    s.hidden = (float *)(memory + take(&used, pairs * padded * 4));
+    int64_t x_bytes = layer->half ? chunk * layer->width * 4 : 0, hidden_bytes = pairs * padded * 4;
+    if (layer->amx) {
+        x_bytes = threads * TILE_ROWS * up(layer->width, TILE_DEPTH) * TILE_DEPTH * 2;
+        hidden_bytes = (pairs + TILE_ROWS) * up(layer->size, TILE_DEPTH) * TILE_DEPTH * 2;
+    }
+    s.x = (float *)(memory + take(&used, x_bytes));
+    s.hidden = (float *)(memory + take(&used, hidden_bytes));
     s.bytes = used;
     return s;
 }
@@ -234,13 +253,33 @@ static void fc1(const Layer *layer, const Space *s, const float *x, int64_t expe
         for (int r = 0; r < num_rows; r++) rows[r] = x + s->rows[p + r] * width;
         for (int64_t panel = first; panel < last; panel++) {
             int64_t at = expert * panels + panel;
-            fc1_rows(layer, num_rows, rows, (const char *)layer->w1 + at * width * columns * element,
-                     layer->b1 + at * columns, s->hidden + p * stride + panel * columns, stride);
+            const char *weights = (const char *)layer->w1 + at * width * columns * element;
+            fc1_rows(layer, num_rows, rows, weights, layer->b1 + at * columns,
+                     s->hidden + p * stride + panel * columns, stride);
         }
     }
 }
 
-/* The output of a range's tokens, for a block of its columns: b2 and each expert's share, in order. */
+/* The finished sums of some tokens, rounded where the output is. */
+static void write_out(const Layer *layer, const float *sums, int64_t columns, int64_t start,
+                      int64_t end, int64_t first, char *out) {
+    int64_t element = layer->half ? 2 : 4;
+    int64_t kept = least(columns, layer->width - first); /* without the zeros that fill it up */
+    for (int64_t t = start; t < end; t++) {
+        const float *row = sums + (t - start) * columns;
+        char *to = out + (t * layer->width + first) * element;
+        if (!layer->half) {
+            memcpy(to, row, kept * sizeof *row);
+            continue;
+        }
+        for (int64_t c = 0; c < kept; c++) {
+            uint16_t upper = (uint16_t)(rounded_bits(row[c]) >> 16);
+            memcpy(to + 2 * c, &upper, sizeof upper);
+        }
+    }
+}
+
+/* The output of a range's tokens, for a block of its columns: b2 and each expert's share. */
 static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t range, int64_t block,
                 float *sums, char *out) {
     enum { COLUMNS = VECTORS * LANES, PANELS = BLOCK / COLUMNS };
@@ -265,20 +304,124 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
             }
         }
     }
-    int64_t kept = least(columns, width - first * COLUMNS); /* without the zeros that fill it up */
-    for (int64_t t = start; t < end; t++) {
-        const float *row = sums + (t - start) * columns;
-        char *to = out + (t * width + first * COLUMNS) * element;
-        if (!layer->half) {
-            memcpy(to, row, kept * sizeof *row);
-            continue;
+    write_out(layer, sums, columns, start, end, first * COLUMNS, out);
+}
+
+#if HAS_AMX
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} Tiles;
+
+/* Tiles 0 to 3 hold sums, two by two; 4 and 5 rows of the left factor, 6 and 7 of the right one. */
+static void tiles_on(void) {
+    Tiles config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) config.bytes[tile] = 64, config.rows[tile] = 16;
+    _tile_loadconfig(&config);
+}
+
+/* sums (TILE_ROWS, TILE_COLUMNS) of a panel: rows by tiles that lie `step` bytes after each other,
+ * each of 16 rows `stride` bytes apart, the lower ones `lower` bytes further. */
+INLINE void multiply_tiles(const char *rows, int64_t step, int64_t stride, int64_t lower,
+                           const char *weights, int64_t steps, float *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < steps; k++) {
+        _tile_loadd(4, rows, stride);
+        _tile_loadd(6, weights, TILE_COLUMNS * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weights + 64, TILE_COLUMNS * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, rows + lower, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        rows += step;
+        weights += TILE_DEPTH / 2 * TILE_COLUMNS * 4;
+    }
+    _tile_stored(0, sums, TILE_COLUMNS * 4);
+    _tile_stored(1, sums + 16, TILE_COLUMNS * 4);
+    _tile_stored(2, sums + 16 * TILE_COLUMNS, TILE_COLUMNS * 4);
+    _tile_stored(3, sums + 16 * TILE_COLUMNS + 16, TILE_COLUMNS * 4);
+}
+
+/* Sixteen floats as bfloat16. */
+INLINE void store_half(uint16_t *at, vec value) {
+    halves upper = __builtin_convertvector((words)rounded(value) >> 16, halves);
+    memcpy(at, &upper, sizeof upper);
+}
+
+/* As fc1, for all columns. `gathered` holds the rows of x, tile by tile. */
+static void fc1_amx(const Layer *layer, const Space *s, const uint16_t *x, int64_t expert,
+                    int64_t range, uint16_t *gathered) {
+    int64_t width = layer->width, steps = up(width, TILE_DEPTH);
+    int64_t panels = up(layer->size, TILE_COLUMNS);
+    int64_t stride = panels * TILE_COLUMNS, to = s->starts[(range + 1) * layer->experts + expert];
+    const char *weights = (const char *)layer->w1;
+    weights += expert * panels * steps * TILE_DEPTH * TILE_COLUMNS * 2;
+    float sums[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
+    for (int64_t p = s->starts[range * layer->experts + expert]; p < to; p += TILE_ROWS) {
+        int64_t num_rows = least(TILE_ROWS, to - p);
+        for (int64_t r = 0; r < num_rows; r++) {
+            const uint16_t *row = x + s->rows[p + r] * width;
+            for (int64_t k = 0; k < steps; k++) {
+                uint16_t *at = gathered + (k * TILE_ROWS + r) * TILE_DEPTH;
+                int64_t left = least(TILE_DEPTH, width - k * TILE_DEPTH);
+                if (left < TILE_DEPTH) memset(at, 0, TILE_DEPTH * 2);
+                memcpy(at, row + k * TILE_DEPTH, left * 2);
+            }
         }
-        for (int64_t c = 0; c < kept; c++) {
-            uint16_t upper = (uint16_t)(rounded_bits(row[c]) >> 16);
-            memcpy(to + 2 * c, &upper, sizeof upper);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            multiply_tiles((const char *)gathered, TILE_ROWS * 64, 64, 16 * 64,
+                           weights + panel * steps * TILE_DEPTH * TILE_COLUMNS * 2, steps, sums);
+            const float *bias = layer->b1 + (expert * panels + panel) * TILE_COLUMNS;
+            for (int64_t r = 0; r < num_rows; r++) {
+                uint16_t *at = (uint16_t *)s->hidden + (p + r) * stride + panel * TILE_COLUMNS;
+                for (int64_t c = 0; c < TILE_COLUMNS; c += LANES) {
+                    vec value = load_float(sums + r * TILE_COLUMNS + c) + load_float(bias + c);
+                    store_half(at + c, (vec)((words)value & ~(words)(value < 0)));
+                }
+            }
         }
     }
 }
+
+/* As fc2. The last tile of an expert reads rows of the next one, and leaves their products. */
+static void fc2_amx(const Layer *layer, const Space *s, int64_t tokens, int64_t range,
+                    int64_t block, float *sums, char *out) {
+    enum { PANELS = BLOCK / TILE_COLUMNS };
+    int64_t steps = up(layer->size, TILE_DEPTH), stride = steps * TILE_DEPTH;
+    int64_t experts = layer->experts, start = range * RANGE, end = least(tokens, start + RANGE);
+    int64_t first = block * PANELS, last = least(up(layer->width, TILE_COLUMNS), first + PANELS);
+    int64_t columns = (last - first) * TILE_COLUMNS;
+    float share[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
+    for (int64_t t = 0; t < end - start; t++)
+        memcpy(sums + t * columns, layer->b2 + first * TILE_COLUMNS, columns * sizeof *sums);
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t to = s->starts[(range + 1) * experts + e];
+        for (int64_t p = s->starts[range * experts + e]; p < to; p += TILE_ROWS) {
+            int64_t num_rows = least(TILE_ROWS, to - p);
+            const char *rows = (const char *)((uint16_t *)s->hidden + p * stride);
+            for (int64_t panel = first; panel < last; panel++) {
+                const char *weights = (const char *)layer->w2;
+                weights += (panel * experts + e) * steps * TILE_DEPTH * TILE_COLUMNS * 2;
+                multiply_tiles(rows, TILE_DEPTH * 2, stride * 2, 16 * stride * 2, weights, steps,
+                               share);
+                for (int64_t r = 0; r < num_rows; r++) {
+                    float *at = sums + (s->rows[p + r] - start) * columns;
+                    at += (panel - first) * TILE_COLUMNS;
+                    const float *row = share + r * TILE_COLUMNS;
+                    for (int64_t c = 0; c < TILE_COLUMNS; c += LANES)
+                        store_float(at + c, load_float(at + c) + load_float(row + c));
+                }
+            }
+        }
+    }
+    write_out(layer, sums, columns, start, end, first * TILE_COLUMNS, out);
+}
+#endif
 
 static void widen(const uint16_t *from, float *to, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
@@ -289,6 +432,16 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
 
 /* ---- what native.py calls ---- */
 
+/* Whether there is AMX, and the system lets this process use it. */
+int64_t dmoe_amx(void) {
+#if HAS_AMX
+    return syscall(SYS_arch_prctl, 0x1023 /* request */, 18 /* tile data */) == 0;
+#else
+    return 0;
+#endif
+}
+
+int64_t dmoe_tile(void) { return TILE_DEPTH; }
 int64_t dmoe_lanes(void) { return LANES; }
 int64_t dmoe_vectors(void) { return VECTORS; }
 
@@ -324,19 +477,39 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
         {
 #pragma omp single
             list_rows(mask + begin * experts, count, experts, &s);
-            if (layer->half) {
+            float *sums = s.sums + (int64_t)thread_number() * RANGE * BLOCK;
+            char *to = out + begin * width * element;
+#if HAS_AMX
+            if (layer->amx) {
+                int64_t each = TILE_ROWS * up(width, TILE_DEPTH) * TILE_DEPTH;
+                uint16_t *gathered = (uint16_t *)s.x + thread_number() * each;
+                Tiles before; /* another library may take its own for granted */
+                _tile_storeconfig(&before);
+                tiles_on();
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t task = 0; task < experts * ranges; task++)
+                    fc1_amx(layer, &s, (const uint16_t *)from, task / ranges, task % ranges,
+                            gathered);
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t task = 0; task < num_fc2; task++)
+                    fc2_amx(layer, &s, count, task % ranges, task / ranges, sums, to);
+                _tile_loadconfig(&before);
+            }
+#endif
+            if (layer->half && !layer->amx) {
 #pragma omp for schedule(static)
                 for (int64_t t = 0; t < count; t++)
                     widen((const uint16_t *)from + t * width, s.x + t * width, width);
             }
+            if (!layer->amx) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < num_fc1; task++)
-                fc1(layer, &s, rows, task / (ranges * blocks), task / blocks % ranges, task % blocks);
-            float *sums = s.sums + (int64_t)thread_number() * RANGE * BLOCK;
+                for (int64_t task = 0; task < num_fc1; task++)
+                    fc1(layer, &s, rows, task / (ranges * blocks), task / blocks % ranges,
+                        task % blocks);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < num_fc2; task++)
-                fc2(layer, &s, count, task % ranges, task / ranges, sums,
-                    out + begin * width * element);
+                for (int64_t task = 0; task < num_fc2; task++)
+                    fc2(layer, &s, count, task % ranges, task / ranges, sums, to);
+            }
         }
     }
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,7 +44,8 @@ class _Layer(ctypes.Structure):
     """`Layer` in native.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("width", "experts", "size", "vectors", "half")),
+        *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
+        *((name, ctypes.c_int64) for name in ("vectors", "half", "amx")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
     )
 
@@ -62,13 +64,17 @@ class _Kernel:
         self._large_pages = library.dmoe_large_pages
         self._large_pages.argtypes = (memory, number)
         self._large_pages.restype = None
-        library.dmoe_lanes.restype = library.dmoe_vectors.restype = number
+        for function in (library.dmoe_lanes, library.dmoe_vectors, library.dmoe_amx):
+            function.restype = number
+        library.dmoe_tile.restype = number
+        self.tile: int | None = library.dmoe_tile() if library.dmoe_amx() else None
+        """Rows, columns and depth of AMX's products of bfloat16; None without them."""
         self.lanes: int = library.dmoe_lanes()
         """float32 values of a register."""
         self.vectors: int = library.dmoe_vectors()
         """Registers of a panel of fc2, and the most of one of fc1."""
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory on large pages, where the system has them: weights and workspace are streamed."""
         made = torch.empty(shape, dtype=dtype)
         self._large_pages(made.data_ptr(), made.nbytes)
@@ -182,28 +188,36 @@ def forget(weights: ExpertWeights) -> None:
 def _pack(weights: ExpertWeights, made_of: tuple[_Version, ...]) -> Packed:
     loaded = kernel()
     assert loaded is not None
-    E, D, C = weights.w1_EDC.shape
-    lanes, widest = loaded.lanes, loaded.vectors * loaded.lanes
-    # A narrow panel where a wide one would be filled up with more zeros.
-    vectors = loaded.vectors if -(-D // widest) * widest == -(-D // lanes) * lanes else 1
-    dtype = weights.w1_EDC.dtype
-
-    def in_panels(x: Tensor, columns: int) -> Tensor:
-        """(..., columns) -> (..., P, p), filled up with zeros."""
-        return F.pad(x, (0, -x.shape[-1] % columns)).unflatten(-1, (-1, columns))
-
-    def kept(view: Tensor, as_: torch.dtype) -> Tensor:
-        return loaded.empty(tuple(view.shape), as_).copy_(view)
-
-    tensors = (
-        kept(in_panels(weights.w1_EDC.transpose(1, 2), vectors * lanes).transpose(1, 2), dtype),
-        kept(in_panels(weights.w2_EDC, widest).permute(2, 0, 1, 3), dtype),
-        kept(in_panels(weights.b1_ED, vectors * lanes), torch.float32),
-        kept(in_panels(weights.b2_C, widest), torch.float32),
-    )
+    w1_EDC, b1_ED, w2_EDC, b2_C = weights
+    E, D, C = w1_EDC.shape
+    lanes, half = loaded.lanes, w1_EDC.dtype == torch.bfloat16
+    vectors = loaded.vectors
+    if half and loaded.tile is not None:
+        widest = columns = loaded.tile
+        w1 = _in_pairs(_in_panels(w1_EDC.mT, columns).transpose(1, 2), loaded.tile)
+        w2 = _in_pairs(_in_panels(w2_EDC, columns).permute(2, 0, 1, 3), loaded.tile)
+    else:
+        widest = vectors * lanes
+        # A narrow panel where a wide one would be filled up with more zeros.
+        vectors = vectors if -(-D // widest) * widest == -(-D // lanes) * lanes else 1
+        columns = vectors * lanes
+        w1 = _in_panels(w1_EDC.mT, columns).transpose(1, 2)
+        w2 = _in_panels(w2_EDC, widest).permute(2, 0, 1, 3)
+    b1, b2 = _in_panels(b1_ED, columns).float(), _in_panels(b2_C, widest).float()
+    tensors = tuple(loaded.empty(x.shape, x.dtype).copy_(x) for x in (w1, w2, b1, b2))
+    amx = int(half and loaded.tile is not None)
     pointers = (tensor.data_ptr() for tensor in tensors)
-    layer = _Layer(C, E, D, vectors, int(dtype == torch.bfloat16), *pointers)
-    return Packed(layer, tensors, made_of)
+    return Packed(_Layer(C, E, D, vectors, int(half), amx, *pointers), tensors, made_of)
+
+
+def _in_panels(x: Tensor, columns: int) -> Tensor:
+    """(..., columns of all) -> (..., P, p), filled up with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % columns)).unflatten(-1, (-1, columns))
+
+
+def _in_pairs(x: Tensor, tile: int) -> Tensor:
+    """(..., depth, p) -> (..., depth / 2, p, 2), the depth filled up to whole tiles."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % tile)).unflatten(-2, (-1, 2)).mT
 
 
 if __name__ == "__main__":
