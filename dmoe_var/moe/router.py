@@ -6,11 +6,13 @@ Legend: B batch, L tokens, C width, R router hidden width, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.products import Linear
+from dmoe_var.moe.experts import native
 
 PUBLISHED_HIDDEN = 128
 
@@ -40,5 +42,21 @@ class Router(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Predicted norms (B, L, E), non-negative."""
+        weights = (self.fc1.weight, self.fc2.weight)
+        if x_BLC.numel() and native.knows(x_BLC, *weights) and not self._is_hooked:
+            return native.scores(x_BLC, *weights)
         out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC)))
         return out.abs()
+
+    @property
+    def _is_hooked(self) -> bool:
+        """Whether somebody watches the layers."""
+        return any(
+            layer._forward_hooks or layer._forward_pre_hooks for layer in (self.fc1, self.fc2)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """What `.to`, `.half`, `.cuda` call: a copy that was packed of the old weights goes."""
+        native.forget((self.fc1.weight,))
+        super()._apply(fn, recurse)
+        return self

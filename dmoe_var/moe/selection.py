@@ -18,6 +18,7 @@ from torch import Tensor
 from dmoe_var import values
 from dmoe_var.errors import InputError
 from dmoe_var.models.products import widest_float
+from dmoe_var.moe.experts import native
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Threshold(SelectionRule):
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.tau == 0:
             return torch.ones_like(scores, dtype=torch.bool)
+        if scores.numel() and native.knows(scores):
+            mask = native.threshold(scores, self.tau)
+            return check_finite(scores) if mask is None else mask
         scores = check_finite(scores)
         return scores >= self.tau * scores.amax(-1, keepdim=True)
 

@@ -197,7 +197,7 @@ typedef struct {
     int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
     float *hidden;    /* (pairs, padded D); of AMX (pairs + a tile, padded D), bfloat16 */
-    float *x;         /* (tokens, C), of bfloat16; of AMX (threads, TILE_ROWS, padded C), bfloat16 */
+    float *x;         /* (tokens, C), of bfloat16; of AMX (threads, TILE_ROWS, padded C) of it */
     float *sums;      /* (threads, RANGE, BLOCK) */
     int64_t bytes;
 } Space;
@@ -430,7 +430,134 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
     }
 }
 
-/* ---- what native.py calls ---- */
+/* ---- the router, and Eq. 3 ---- */
+
+typedef struct {
+    int64_t width, hidden, experts;
+    int64_t half;          /* what torch would round to bfloat16 is */
+    const float *w1, *w2;  /* (panels of hidden, C, columns), (panels of E, hidden, columns) */
+} Router;
+
+INLINE vec either(words mask, vec yes, vec no) {
+    return (vec)((mask & (words)yes) | (~mask & (words)no));
+}
+
+/* erf to 2e-7: x times a polynomial of x^2 / 8 - 1, fitted on [0, 4], beyond which erf is 1. */
+INLINE vec error_function(vec x) {
+    static const float powers[] = {
+        0.000531045953f, -0.00134770432f, 0.000867495313f, -0.00116639293f, 0.00518746255f,
+        -0.0099589834f,  0.0142225418f,   -0.0217537973f,  0.0330771469f,   -0.0459793806f,
+        0.0598896109f,   -0.0746943504f,  0.0902080983f,   -0.107712783f,   0.131675184f,
+        -0.176576182f,   0.353531003f,
+    };
+    const vec four = (vec){0} + 4;
+    x = either((words)(x > four), four, x);
+    x = either((words)(x < -four), -four, x);
+    vec at = x * x * 0.125f - 1, sum = (vec){0} + powers[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < 17; i++) sum = sum * at + powers[i];
+    return sum * x;
+}
+
+/* A tile of a plain product. */
+INLINE void product_tile(const int num_rows, const float *const *rows, const float *weights,
+                         size_t depth, float *out, size_t stride) {
+    vec sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vec){0};
+    multiply(num_rows, VECTORS, 0, sums, rows, weights, depth);
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) store_float(out + r * stride + v * LANES, sums[r][v]);
+}
+
+/* rows W, (num_rows, padded columns). */
+static void product(int num_rows, const float *const *rows, const float *weights, int64_t depth,
+                    float *out, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += VECTORS * LANES) {
+#define TILE(n) product_tile(n, rows, weights + c * depth, depth, out + c, columns)
+        EACH_NUMBER_OF_ROWS(TILE)
+#undef TILE
+    }
+}
+
+/* Predicted norms |W2 GELU(W1 x)| of some rows. */
+static void router_rows(const Router *router, int num_rows, const float *const *x, char *scores) {
+    enum { COLUMNS = VECTORS * LANES };
+    int64_t wide = up(router->hidden, COLUMNS) * COLUMNS, experts = router->experts;
+    int64_t columns = up(experts, COLUMNS) * COLUMNS;
+    float hidden[ROWS * wide], out[ROWS * columns];
+    const float *rows[ROWS];
+    product(num_rows, x, router->w1, router->width, hidden, wide);
+    for (int64_t i = 0; i < num_rows * wide; i += LANES) {
+        vec value = load_float(hidden + i);
+        if (router->half) value = rounded(value);
+        value = value * 0.5f * (1 + error_function(value * 0.707106781f));
+        store_float(hidden + i, router->half ? rounded(value) : value);
+    }
+    for (int r = 0; r < num_rows; r++) rows[r] = hidden + r * wide;
+    product(num_rows, rows, router->w2, router->hidden, out, columns);
+    for (int r = 0; r < num_rows; r++)
+        for (int64_t e = 0; e < experts; e++) {
+            float score = out[r * columns + e];
+            uint32_t bits;
+            memcpy(&bits, &score, sizeof bits);
+            if (router->half) {
+                uint16_t upper = (uint16_t)(rounded_bits(score) >> 16) & 0x7fff;
+                memcpy(scores + (r * experts + e) * 2, &upper, sizeof upper);
+            } else {
+                bits &= 0x7fffffff;
+                memcpy(scores + (r * experts + e) * 4, &bits, sizeof bits);
+            }
+        }
+}
+
+/* x (N, C), scores (N, E). */
+void dmoe_scores(const Router *router, const char *x, char *scores, int64_t tokens,
+                 int64_t threads) {
+    int64_t width = router->width, element = router->half ? 2 : 4;
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (int64_t begin = 0; begin < tokens; begin += ROWS) {
+        int num_rows = (int)least(ROWS, tokens - begin);
+        float wide[router->half ? ROWS * width : 1];
+        const float *rows[ROWS];
+        if (router->half) widen((const uint16_t *)x + begin * width, wide, num_rows * width);
+        for (int r = 0; r < num_rows; r++)
+            rows[r] = router->half ? wide + r * width : (const float *)x + (begin + r) * width;
+        router_rows(router, num_rows, rows, scores + begin * router->experts * element);
+    }
+}
+
+/* Eq. 3: mask (N, E) of scores >= tau * the largest; how many scores are not finite. */
+int64_t dmoe_threshold(const char *scores, uint8_t *mask, int64_t tokens, int64_t experts,
+                       int64_t half, float tau, int64_t threads) {
+    int64_t bad = 0;
+#pragma omp parallel for schedule(static) num_threads((int)threads) reduction(+ : bad)
+    for (int64_t t = 0; t < tokens; t++) {
+        float row[experts], limit;
+        uint32_t bits;
+        if (half) widen((const uint16_t *)scores + t * experts, row, experts);
+        else memcpy(row, (const float *)scores + t * experts, experts * sizeof *row);
+        limit = row[0];
+        for (int64_t e = 0; e < experts; e++) {
+            memcpy(&bits, row + e, sizeof bits);
+            bad += (bits & 0x7f800000) == 0x7f800000;
+            limit = row[e] > limit ? row[e] : limit;
+        }
+        limit *= tau;
+        if (half) {
+            bits = rounded_bits(limit) & 0xffff0000u;
+            memcpy(&limit, &bits, sizeof bits);
+        }
+        for (int64_t e = 0; e < experts; e++) mask[t * experts + e] = row[e] >= limit;
+    }
+    return bad;
+}
+
+/* ---- what native.py asks for ---- */
 
 /* Whether there is AMX, and the system lets this process use it. */
 int64_t dmoe_amx(void) {

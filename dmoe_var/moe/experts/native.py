@@ -1,4 +1,4 @@
-"""ReLU experts by compiled code on a CPU: an indirect matrix product, see native.c.
+"""ReLU experts, their router and its threshold by compiled code on a CPU, see native.c.
 
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so that
 time follows the number of (token, expert) pairs. In bfloat16 products and sums are float32; hidden
@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,8 @@ from dmoe_var.moe.experts.weights import ExpertWeights
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
+FEW_SCORES = 1 << 15
+"""Up to here one thread compares them sooner than two are woken."""
 
 _memory = threading.local()
 """A thread's workspace, kept for its next call: to get fresh memory takes longer than a product."""
@@ -47,6 +49,15 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
         *((name, ctypes.c_int64) for name in ("vectors", "half", "amx")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
+    )
+
+
+class _Router(ctypes.Structure):
+    """`Router` in native.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("width", "hidden", "experts", "half")),
+        *((name, ctypes.c_void_p) for name in ("w1", "w2")),
     )
 
 
@@ -74,6 +85,14 @@ class _Kernel:
         self.vectors: int = library.dmoe_vectors()
         """Registers of a panel of fc2, and the most of one of fc1."""
 
+        router, real = ctypes.POINTER(_Router), ctypes.c_float
+        self.scores = library.dmoe_scores
+        self.scores.argtypes = (router, memory, memory, number, number)
+        self.scores.restype = None
+        self.threshold = library.dmoe_threshold
+        self.threshold.argtypes = (memory, memory, number, number, number, real, number)
+        self.threshold.restype = number
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory on large pages, where the system has them: weights and workspace are streamed."""
         made = torch.empty(shape, dtype=dtype)
@@ -93,20 +112,9 @@ def kernel() -> _Kernel | None:
 
 
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
-    """Whether the kernel knows such tokens and experts: on a CPU, float32 or bfloat16 alike, ReLU,
-    no gradient asked for, nobody who watches operators; and whether it could be compiled."""
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_NC, *weights))
-    return (
-        x_NC.device.type == "cpu"
-        and x_NC.dtype in DTYPES
-        and all(weight.dtype == x_NC.dtype for weight in weights)
-        and isinstance(act, nn.ReLU)
-        and not act._forward_hooks
-        and not act._forward_pre_hooks
-        and not learns
-        and not observed(x_NC)
-        and kernel() is not None
-    )
+    """Whether the kernel `knows` these tokens and experts, which are of ReLU."""
+    hooked = bool(act._forward_hooks or act._forward_pre_hooks)
+    return isinstance(act, nn.ReLU) and not hooked and knows(x_NC, *weights)
 
 
 def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
@@ -123,7 +131,7 @@ def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module
     return out_NC
 
 
-def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Tensor:
+def _workspace(loaded: _Kernel, layer: _Layer | _Router, tokens: int, threads: int) -> Tensor:
     """This thread's, grown where it is too small."""
     size = loaded.workspace(layer, tokens, threads)
     if getattr(_memory, "bytes", None) is None or len(_memory.bytes) < size:
@@ -133,11 +141,64 @@ def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Ten
     return found
 
 
+def knows(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernel knows such tensors: on a CPU, float32 or bfloat16 alike, no gradient asked
+    for, nobody who watches operators; and whether it could be compiled."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and all(weight.dtype == x.dtype for weight in weights)
+        and not learns
+        and not observed(x)
+        and kernel() is not None
+    )
+
+
+def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
+    """|fc2 GELU(fc1 x)|, (..., E), of tokens x (..., C) that the kernel `knows`."""
+    loaded = kernel()
+    assert loaded is not None
+    x = x.contiguous()
+    found = x.new_empty((*x.shape[:-1], len(fc2_ER)))
+    packed = packed_of((fc1_RC, fc2_ER), _pack_router)
+    num_tokens, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    loaded.scores(packed.layer, x.data_ptr(), found.data_ptr(), num_tokens, threads)
+    return found
+
+
+def threshold(scores: Tensor, tau: float) -> Tensor | None:
+    """Eq. 3 on scores (..., E) that the kernel `knows`; None where one is not finite."""
+    loaded = kernel()
+    assert loaded is not None
+    scores = scores.contiguous()
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    experts, half = scores.shape[-1], int(scores.dtype == torch.bfloat16)
+    threads = torch.get_num_threads() if scores.numel() > FEW_SCORES else 1
+    tokens, given = scores.numel() // experts, (scores.data_ptr(), mask.data_ptr())
+    bad = loaded.threshold(*given, tokens, experts, half, tau, threads)
+    return None if bad else mask
+
+
+@torch.no_grad()
+def _pack_router(weights: Sequence[Tensor], made_of: tuple[_Version, ...]) -> Packed:
+    loaded = kernel()
+    assert loaded is not None
+    fc1_RC, fc2_ER = (weight.float() for weight in weights)
+    columns = loaded.vectors * loaded.lanes
+    views = (_in_panels(w.T, columns).transpose(0, 1) for w in (fc1_RC, fc2_ER))
+    tensors = tuple(loaded.empty(x.shape, torch.float32).copy_(x) for x in views)
+    half = int(weights[0].dtype == torch.bfloat16)
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    (R, C), E = fc1_RC.shape, len(fc2_ER)
+    return Packed(_Router(C, R, E, half, *pointers), tensors, made_of)
+
+
 @dataclass(frozen=True)
 class Packed:
-    """Weights of a layer as the kernel reads them."""
+    """Weights as the kernel reads them."""
 
-    layer: _Layer
+    layer: _Layer | _Router
     tensors: tuple[Tensor, ...]
     """What `layer` points at."""
     made_of: tuple[_Version, ...]
@@ -164,28 +225,29 @@ class _Version:
 
 
 _packed = WeakTensorKeyDictionary()
-"""`Packed` by the parameter w1: it goes with the parameter, and into no file."""
+"""`Packed` by the first parameter: it goes with the parameter, and into no file."""
 
 
-def packed_of(weights: ExpertWeights) -> Packed:
+def packed_of(weights: Sequence[Tensor], pack: Callable[..., Packed] | None = None) -> Packed:
     """The packed weights; packed anew where a value may have changed since."""
+    pack = pack or _pack
     if any(tensor.is_inference() for tensor in weights):  # whose writes are not counted
-        return _pack(weights, ())
+        return pack(weights, ())
     made_of = tuple(map(_Version.of, weights))
-    packed: Packed | None = _packed.get(weights.w1_EDC)
+    packed: Packed | None = _packed.get(weights[0])
     if packed is None or packed.made_of != made_of:
         forget(weights)
-        packed = _packed[weights.w1_EDC] = _pack(weights, made_of)
+        packed = _packed[weights[0]] = pack(weights, made_of)
     return packed
 
 
-def forget(weights: ExpertWeights) -> None:
+def forget(weights: Sequence[Tensor]) -> None:
     """Free the packed copy."""
-    _packed.pop(weights.w1_EDC, None)
+    _packed.pop(weights[0], None)
 
 
 @torch.no_grad()
-def _pack(weights: ExpertWeights, made_of: tuple[_Version, ...]) -> Packed:
+def _pack(weights: Sequence[Tensor], made_of: tuple[_Version, ...]) -> Packed:
     loaded = kernel()
     assert loaded is not None
     w1_EDC, b1_ED, w2_EDC, b2_C = weights
