@@ -22,7 +22,8 @@ import torch
 
 from dmoe_var.files import alone, note, whole_file
 
-FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
+ARM = platform.machine().lower() in ("arm64", "aarch64")
+FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fPIC")
 OPENMP = re.compile(r"lib(gomp|iomp5|omp)[^/]*\.(so[.0-9]*|dylib)$")
 LONGEST = 300
 """Seconds after which a compiler is given up."""
@@ -101,7 +102,7 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
         use = ["-Xpreprocessor", "-fopenmp"]
     with tempfile.TemporaryDirectory() as folder, whole_file(library) as made:
         compiled = str(Path(folder) / "compiled.o")
-        _run([*compiler, *FLAGS[:-1], *use, "-c", str(source), "-o", compiled])
+        _run([*compiler, *FLAGS, *use, "-c", str(source), "-o", compiled])
         link = [] if openmp is None else [str(openmp)]
         _run([*compiler, "-shared", compiled, *link, "-o", str(made)])
 

@@ -82,12 +82,14 @@ class Record:
 
 
 def whole_record(path: Path, otherwise: str) -> Record | None:
-    """A stored record; None, and a note that ends with `otherwise`, where a crash left something
-    else in its place. DataError where another version of this program wrote it, or it may be whole
-    and could not be read."""
+    """A stored record; None where there is none (another run may take it away at any time), and
+    with a note that ends with `otherwise` where a crash left something else. DataError where
+    another version of this program wrote it, or it may be whole and could not be read."""
     try:
         return Record.read(path)
     except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
         if isinstance(error, OtherSchema) or isinstance(error.__cause__, OSError):
             raise
         note(f"{error}; {otherwise}")

@@ -60,8 +60,6 @@ def record_if_done(work: Work, stage: str) -> Record | None:
     its checkpoint is cut short or gone; DataError for a record of another version of this program.
     """
     folder = work.folder(stage)
-    if not (folder / RESULT_FILE).exists():
-        return None
     try:
         record = whole_record(folder / RESULT_FILE, f"{stage} is not done")
     except OtherSchema as error:

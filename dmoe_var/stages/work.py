@@ -373,9 +373,8 @@ class Work:
         """Hash of the pictures that the models which a stage builds on were trained on, where they
         have been, by their records."""
         for upstream in self.needs(stage):
-            path = self.folder(upstream) / RESULT_FILE
-            trained = path.exists() and not self.is_given(upstream)
-            record = whole_record(path, f"{upstream} is not done") if trained else None
+            path, given = self.folder(upstream) / RESULT_FILE, self.is_given(upstream)
+            record = None if given else whole_record(path, f"{upstream} is not done")
             if record is not None and "data" in record.weights:
                 return record.weights["data"]
             if (earlier := self._pictures_of_models(upstream)) is not None:

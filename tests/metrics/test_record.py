@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import dmoe_var
+from dmoe_var.metrics.record import whole_record
 
 
 def test_a_package_inside_another_repository_does_not_take_its_commit(tmp_path: Path) -> None:
@@ -26,3 +27,9 @@ def test_a_package_inside_another_repository_does_not_take_its_commit(tmp_path: 
         [sys.executable, "-c", code], cwd=site, capture_output=True, text=True, check=True
     ).stdout.split()
     assert said == [str(site / "dmoe_var" / "metrics" / "record.py"), "unknown"]
+
+
+def test_a_record_that_is_not_there_is_none(tmp_path, capfd):
+    """Whoever looked before may have seen one: another run takes it away when it begins."""
+    assert whole_record(tmp_path / "result.json", "not done") is None
+    assert capfd.readouterr().err == ""
