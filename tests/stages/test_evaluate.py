@@ -22,6 +22,7 @@ from dmoe_var.files import note
 from dmoe_var.metrics.fidelity import Fidelity, precision_recall
 from dmoe_var.metrics.images import to_uint8
 from dmoe_var.metrics.record import Record
+from dmoe_var.moe.experts import PATHS
 from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import Threshold
 from dmoe_var.sampling.draw import Drawing, Samples
@@ -44,7 +45,9 @@ def test_a_point(make_work, runs):
     assert (len(edges), len(images), sum(images)) == (21, 20, 20)
     assert edges[0] == pytest.approx(record.metrics["flops_gmac_min"])
     assert edges[-1] == pytest.approx(record.metrics["flops_gmac_max"])
-    assert {k: v for k, v in record.about.items() if k != "flops_histogram"} == {
+    assert set(record.about["experts_ran_by"]) <= PATHS.keys()
+    told = {"flops_histogram", "experts_ran_by"}
+    assert {k: v for k, v in record.about.items() if k not in told} == {
         "guidance": True,
         "samples": "samples.npz",
         "fidelity": "fid_fake",

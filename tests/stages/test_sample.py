@@ -12,6 +12,7 @@ from PIL import Image
 from dmoe_var.config import DataConfig
 from dmoe_var.errors import CheckpointError, InputError
 from dmoe_var.metrics.images import to_uint8
+from dmoe_var.moe.experts import PATHS
 from dmoe_var.moe.selection import Cumulative, Oracle, Threshold
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import models, sample
@@ -298,7 +299,9 @@ def test_what_the_record_says(make_work, runs):
     """The file that its `samples` names must be there for the stage to be done."""
     work = make_work(runs, {"sample.classes": [2], "sample.model": "dynamic"})
     about = run_stage(work, "sample").about
+    assert set(about["experts_ran_by"]) <= PATHS.keys()
     assert about == {
+        "experts_ran_by": about["experts_ran_by"],
         "grid": "grid.png",
         "seeds": [0],
         "dynamic": "DMoE-VAR, tau 0.2",
