@@ -44,6 +44,7 @@ enum { LANES = 4, ROWS = 8 };
 /* A tile is ROWS rows by VECTORS registers: its sums, a row of weights and a factor of each row
  * have to fit in the registers. */
 enum { VECTORS = 2 };
+enum { ALONE = 8000000 }; /* operations up to which one thread is done before others are awake */
 enum { CHUNK = 2048 }; /* tokens of one pass: bounds the hidden buffer */
 enum { RANGE = 256 };  /* tokens of one task, and */
 enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
@@ -519,7 +520,8 @@ static void router_rows(const Router *router, int num_rows, const float *const *
 void dmoe_scores(const Router *router, const char *x, char *scores, int64_t tokens,
                  int64_t threads) {
     int64_t width = router->width, element = router->half ? 2 : 4;
-#pragma omp parallel for schedule(static) num_threads((int)threads)
+    int team = 2 * tokens * width * router->hidden < ALONE ? 1 : (int)threads;
+#pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t begin = 0; begin < tokens; begin += ROWS) {
         int num_rows = (int)least(ROWS, tokens - begin);
         float wide[router->half ? ROWS * width : 1];
@@ -600,10 +602,11 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
         int64_t num_fc1 = experts * ranges * blocks, num_fc2 = out_blocks * ranges;
         const char *from = x + begin * width * element;
         const float *rows = layer->half ? s.x : (const float *)from;
-#pragma omp parallel num_threads((int)threads)
+        list_rows(mask + begin * experts, count, experts, &s);
+        int64_t pairs = s.starts[(ranges + 1) * experts - 1];
+        int team = 4 * pairs * layer->size * width < ALONE ? 1 : (int)threads;
+#pragma omp parallel num_threads(team)
         {
-#pragma omp single
-            list_rows(mask + begin * experts, count, experts, &s);
             float *sums = s.sums + (int64_t)thread_number() * RANGE * BLOCK;
             char *to = out + begin * width * element;
 #if HAS_AMX
