@@ -172,15 +172,13 @@ class BenchmarkConfig:
             values = getattr(self, name)
             if len({f"{value:g}" for value in values}) != len(values):
                 raise ValueError(f"{name}={list(values)} must be distinct to six digits")
-        if self.kernels and (self.dynamic or self.published is not None):
-            raise ValueError("kernels=true times no sampler; allowed: tau=[], chosen=false")
-        if self.random_masks and not self.dynamic:
+        if self.random_masks and not (self.kernels or self.dynamic):
             raise ValueError("random_masks=true needs tau or chosen, whose density they have")
 
     @property
     def dynamic(self) -> bool:
         """Whether models with experts are timed."""
-        return bool(self.tau) or self.chosen
+        return not self.kernels and (bool(self.tau) or self.chosen)
 
     @property
     def sizes(self) -> tuple[int, ...]:

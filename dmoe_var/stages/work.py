@@ -474,6 +474,8 @@ class Work:
 
 def _unread_by(benchmark: BenchmarkConfig) -> tuple[str, ...]:
     """Sections that say nothing about what is timed."""
+    if benchmark.kernels:
+        return ("vqvae", "base.vqvae", "base.var", "evaluate.seed", "selection")
     if not benchmark.dynamic:
         return EXPERTS
     return () if benchmark.chosen else ("selection",)

@@ -286,9 +286,12 @@ def test_kernels_of_experts_that_do_not_divide(make_work, no_process, tmp_path):
     refused(work, ConfigError, "benchmark.expert_sizes=48 must divide the hidden width")
 
 
-def test_kernels_beside_samplers(make_work):
-    with pytest.raises(ConfigError, match="kernels=true times no sampler"):
-        make_work(changes={**KERNELS, "benchmark.tau": [0.2]})
+def test_kernels_want_no_models(make_work, tmp_path):
+    """Neither those of a sampler that an experiment times, nor weights to be fetched."""
+    changes = {**KERNELS, "benchmark.tau": [0.2], "base.var": "var_d16"}
+    work = make_work(tmp_path, changes)
+    assert work.needs("benchmark") == ()
+    assert work.weights("benchmark") == {}
 
 
 def refused(work, error, *parts):
