@@ -53,7 +53,7 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, 1.05)
         axis.set_ylim(0, 2)
-        axis.set_title(f"{model}: C {width}, experts of {size}, {tokens} tokens", fontsize=7)
+        axis.set_title(f"{model}, C {width}\nexperts of {size}, {tokens} tokens", fontsize=7)
         axis.set_xlabel("density")
     for axis in axes.flat[len(sizes) :]:
         axis.set_visible(False)

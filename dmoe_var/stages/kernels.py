@@ -51,6 +51,5 @@ def _shapes(work: Work) -> list[Shape]:
         for batch in config.benchmark.sizes:
             for si in config.moe.scales:
                 tokens = branches * batch * config.var.patch_nums[si] ** 2
-                name = f"{config.name} d{config.var.depth}"
-                found.append(Shape(name, config.var.C, config.var.hidden, size, tokens))
+                found.append(Shape(config.name, config.var.C, config.var.hidden, size, tokens))
     return found
