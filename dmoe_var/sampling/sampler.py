@@ -168,8 +168,8 @@ def generate(
     `generator` all draws come from that one generator in the published order.
 
     tau, selection: see `resolve_rules`; without both the model's own `selection`, and without that
-    every expert runs. impl: what runs them, see `moe.experts.run_experts`. cfg = 0 switches guidance
-    off, and with it the unconditional branch.
+    every expert runs. impl: what runs them, see `moe.experts.run_experts`. cfg = 0 switches
+    guidance off, and with it the unconditional branch.
     adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
     instead of once an image. `counts` collects the experts run; `on_scale(si, f_hat_BCHW)` sees
     what has been drawn after each scale; `clock` measures where the time goes, see
