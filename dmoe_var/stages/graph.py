@@ -167,6 +167,7 @@ def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -
     result = (function or _function(stage))(work)
     if ran := RAN - ran_before:
         result = replace(result, about={**result.about, "experts_ran_by": sorted(ran)})
+        RAN.subtract(ran)  # it is told: a sweep's points have their own records
     record = from_main(_record(work, stage, result, started) if is_main() else None)
     assert record is not None
     if is_main():
