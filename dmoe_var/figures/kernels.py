@@ -23,7 +23,7 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = subplots(
         count, columns, figsize=(2.6 * columns, 2.4 * count), squeeze=False, sharey=True
     )
-    for axis, (model, width, size) in zip(axes.flat, sizes, strict=False):
+    for axis, (model, width, size) in zip(axes.flat[: len(sizes)], sizes, strict=True):
         of_size = [r for r in shown if (r["model"], r["expert_size"]) == (model, size)]
         tokens = max(row["tokens"] for row in of_size)
         of_size = sorted(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe_var.metrics.random_masks import random_mask
+from dmoe_var.metrics.timing import synchronise
 from dmoe_var.models.blocks import FFN
 from dmoe_var.models.products import sampling
 from dmoe_var.moe.experts import PATHS, run_experts
@@ -154,20 +155,13 @@ def _in_turn(
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for round_ in range(1 + repeats):
         for key, call in calls.items():
-            _wait(device)
+            synchronise(device)
             started = time.perf_counter()
             call()
-            _wait(device)
+            synchronise(device)
             if round_:
                 times[key].append(1000 * (time.perf_counter() - started))
     return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _statistics(times: Sequence[float]) -> dict[str, float]:

@@ -157,14 +157,14 @@ def _serve(
             what = pipe.recv()
             if what == "parts":
                 clock = PartClock(device)
-                _synchronise(device)
+                synchronise(device)
                 call(clock)
                 pipe.send(("parts", clock.read()))
             elif what == "run":
-                _synchronise(device)
+                synchronise(device)
                 started = time.perf_counter()
                 output = call()
-                _synchronise(device)
+                synchronise(device)
                 pipe.send(("ms", 1000 * (time.perf_counter() - started)))
             else:
                 pipe.send(("report", (_peak_memory(device), output.float().cpu().numpy())))
@@ -174,7 +174,8 @@ def _serve(
         pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.products import Linear
-from dmoe_var.moe.experts import native
+from dmoe_var.moe.experts import forget, native
 
 PUBLISHED_HIDDEN = 128
 
@@ -57,6 +57,6 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """What `.to`, `.half`, `.cuda` call: a copy that was packed of the old weights goes."""
-        native.forget((self.fc1.weight,))
+        forget((self.fc1.weight,))
         super()._apply(fn, recurse)
         return self

@@ -91,13 +91,16 @@ def test_the_first_who_measures_counts(layer, monkeypatch):
     assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
 
 
-def test_a_table_that_cannot_be_written(layer, monkeypatch, cache):
+def test_a_table_that_cannot_be_written(layer, monkeypatch, cache, capfd):
+    """A line says so, and this process remembers."""
     monkeypatch.setenv("DMOE_VAR_CACHE", str(cache / "file" / "folder"))
     (cache / "file").touch()
     asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0))
     for _ in range(2):
         run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
     assert len(asked) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{auto._file()}: cannot be kept (Not a directory)")
 
 
 def test_every_path_is_timed_at_both_densities(layer):

@@ -15,6 +15,7 @@ from dmoe_var.models.blocks import activation
 from dmoe_var.moe.experts import native as _native
 from dmoe_var.moe.experts.auto import fastest
 from dmoe_var.moe.experts.grouped import grouped
+from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.reference import reference
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
 
@@ -30,7 +31,6 @@ AUTO = "auto"
 IMPLEMENTATIONS = (AUTO, *PATHS)
 RAN: Counter[str] = Counter()
 """Calls of each path in this process: what `auto` chose, and what ran in the place of `native`."""
-forget = _native.forget
 
 
 def check_impl(impl: str) -> None:

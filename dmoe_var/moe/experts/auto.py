@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_var.c_library import cache_folder, processor
-from dmoe_var.files import alone, write_text
+from dmoe_var.files import alone, note, write_text
 from dmoe_var.models.products import is_sampling
 from dmoe_var.moe.experts import native
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
@@ -131,5 +131,5 @@ def _keep(file: Path, key: str, seconds: Seconds) -> None:
             seconds.update(found.get(key, {}))
             text = json.dumps({"format": FORMAT, "seconds": found | {key: seconds}}, indent=1)
             write_text(file, text + "\n")
-    except OSError:  # a folder that cannot be written to: this process remembers
-        pass
+    except OSError as error:
+        note(f"{file}: cannot be kept ({error.strerror}); each process measures the paths anew")

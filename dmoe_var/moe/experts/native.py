@@ -5,7 +5,7 @@ time follows the number of (token, expert) pairs. In bfloat16 products and sums 
 activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
 depend neither on the number of threads nor on the other tokens.
 
-Weights are packed once, into a copy that holds as long as they do not change. `can_run` says what
+Weights are packed once, see packed.py. `can_run` says what
 the kernel knows; DMOE_VAR_NATIVE=0 switches it off, and `python -m dmoe_var.moe.experts.native`
 compiles it beforehand, for the image of a machine.
 
@@ -17,19 +17,17 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmoe_var import c_library
 from dmoe_var.models.products import observed
+from dmoe_var.moe.experts.packed import Packed, packed_of
 from dmoe_var.moe.experts.weights import ExpertWeights
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -123,7 +121,7 @@ def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module
     assert loaded is not None
     x_NC, mask_NE = x_NC.contiguous(), mask_NE.contiguous()
     out_NC = torch.empty_like(x_NC)
-    packed, threads = packed_of(weights), torch.get_num_threads()
+    packed, threads = packed_of(weights, pack), torch.get_num_threads()
     loaded.experts(
         packed.layer, x_NC.data_ptr(), mask_NE.data_ptr(), out_NC.data_ptr(), len(x_NC), threads,
         _workspace(loaded, packed.layer, len(x_NC), threads).data_ptr(),
@@ -131,7 +129,7 @@ def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module
     return out_NC
 
 
-def _workspace(loaded: _Kernel, layer: _Layer | _Router, tokens: int, threads: int) -> Tensor:
+def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Tensor:
     """This thread's, grown where it is too small."""
     size = loaded.workspace(layer, tokens, threads)
     if getattr(_memory, "bytes", None) is None or len(_memory.bytes) < size:
@@ -181,7 +179,7 @@ def threshold(scores: Tensor, tau: float) -> Tensor | None:
 
 
 @torch.no_grad()
-def _pack_router(weights: Sequence[Tensor], made_of: tuple[_Version, ...]) -> Packed:
+def _pack_router(weights: Sequence[Tensor]) -> Packed[_Router]:
     loaded = kernel()
     assert loaded is not None
     fc1_RC, fc2_ER = (weight.float() for weight in weights)
@@ -191,63 +189,12 @@ def _pack_router(weights: Sequence[Tensor], made_of: tuple[_Version, ...]) -> Pa
     half = int(weights[0].dtype == torch.bfloat16)
     pointers = (tensor.data_ptr() for tensor in tensors)
     (R, C), E = fc1_RC.shape, len(fc2_ER)
-    return Packed(_Router(C, R, E, half, *pointers), tensors, made_of)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Weights as the kernel reads them."""
-
-    layer: _Layer | _Router
-    tensors: tuple[Tensor, ...]
-    """What `layer` points at."""
-    made_of: tuple[_Version, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class _Version:
-    """The values of a tensor: its memory, which is not another's as long as this lives, and how
-    often it was written to."""
-
-    memory: StorageWeakRef
-    offset: int
-    stride: tuple[int, ...]
-    writes: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Version:
-        memory = StorageWeakRef(tensor.untyped_storage())
-        return cls(memory, int(tensor.storage_offset()), tensor.stride(), tensor._version)
-
-
-_packed = WeakTensorKeyDictionary()
-"""`Packed` by the first parameter: it goes with the parameter, and into no file."""
-
-
-def packed_of(weights: Sequence[Tensor], pack: Callable[..., Packed] | None = None) -> Packed:
-    """The packed weights; packed anew where a value may have changed since."""
-    pack = pack or _pack
-    if any(tensor.is_inference() for tensor in weights):  # whose writes are not counted
-        return pack(weights, ())
-    made_of = tuple(map(_Version.of, weights))
-    packed: Packed | None = _packed.get(weights[0])
-    if packed is None or packed.made_of != made_of:
-        forget(weights)
-        packed = _packed[weights[0]] = pack(weights, made_of)
-    return packed
-
-
-def forget(weights: Sequence[Tensor]) -> None:
-    """Free the packed copy."""
-    _packed.pop(weights[0], None)
+    return Packed(_Router(C, R, E, half, *pointers), tensors)
 
 
 @torch.no_grad()
-def _pack(weights: Sequence[Tensor], made_of: tuple[_Version, ...]) -> Packed:
+def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
+    """Experts as native.c says."""
     loaded = kernel()
     assert loaded is not None
     w1_EDC, b1_ED, w2_EDC, b2_C = weights
@@ -269,7 +216,7 @@ def _pack(weights: Sequence[Tensor], made_of: tuple[_Version, ...]) -> Packed:
     tensors = tuple(loaded.empty(x.shape, x.dtype).copy_(x) for x in (w1, w2, b1, b2))
     amx = int(half and loaded.tile is not None)
     pointers = (tensor.data_ptr() for tensor in tensors)
-    return Packed(_Layer(C, E, D, vectors, int(half), amx, *pointers), tensors, made_of)
+    return Packed(_Layer(C, E, D, vectors, int(half), amx, *pointers), tensors)
 
 
 def _in_panels(x: Tensor, columns: int) -> Tensor:
