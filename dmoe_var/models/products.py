@@ -24,7 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN_LINEAR = "_linear_pointwise"
-_SAMPLING: ContextVar[bool] = ContextVar("sampling", default=False)
+
+
+class Sampling:
+    """One time within `sampling`: as long as it lasts nobody writes to a weight."""
+
+
+_SAMPLING: ContextVar[Sampling | None] = ContextVar("sampling", default=None)
 _GIVES_FLOAT32 = any(
     "out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::mm")
 )
@@ -37,7 +43,7 @@ FEW_ROWS = 16
 def sampling() -> Iterator[None]:
     """Within it this thread draws images: no gradients, and the products that are fastest there.
     Its tensors are plain ones, which inference mode's are not: others may train through them."""
-    outside = _SAMPLING.set(True)
+    outside = _SAMPLING.set(Sampling())
     try:
         with torch.no_grad():
             yield
@@ -45,8 +51,8 @@ def sampling() -> Iterator[None]:
         _SAMPLING.reset(outside)
 
 
-def is_sampling() -> bool:
-    """Whether this thread is within `sampling`."""
+def this_sampling() -> Sampling | None:
+    """What this thread is within; None outside of `sampling`."""
     return _SAMPLING.get()
 
 
@@ -109,7 +115,7 @@ def _by_onednn(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and _SAMPLING.get()
+        and _SAMPLING.get() is not None
         and not observed(x)
         and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)

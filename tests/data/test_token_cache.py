@@ -275,7 +275,7 @@ while not first and not middle.exists():
 tokens = tokenize(images, vqvae, folder / "cache", batch_size=3, progress=not first)
 tokens_BL, _ = tokens.batch(torch.arange(len(tokens)))
 np.save(folder / f"tokens_{int(first)}.npy", tokens_BL.numpy())
-print(int(first), sum(encoded), flush=True)
+os.write(1, f"{int(first)} {sum(encoded)}\\n".encode())  # at once: two processes write to it
 if first:
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """

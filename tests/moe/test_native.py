@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from dmoe_var.models.blocks import activation
+from dmoe_var.models.products import sampling
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 from dmoe_var.moe.selection import Threshold
@@ -141,7 +143,38 @@ def replaced_parameter(ffn):
     ffn.b2_C = nn.Parameter(torch.ones_like(ffn.b2_C), requires_grad=False)
 
 
-CHANGES = [written_in_place, loaded, through_another_dtype, replaced_memory, replaced_parameter]
+def trained(ffn):
+    """By what trains here: torch counts none of a fused optimiser's writes."""
+    parameter = ffn.requires_grad_(True).w1_EDC
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.5, fused=True).step()
+    ffn.requires_grad_(False)
+
+
+def written_behind_torch(ffn):
+    ffn.b1_ED.data.add_(1)
+
+
+def written_by_numpy(ffn):
+    ffn.w2_EDC.numpy()[:] *= 2
+
+
+def two_neurons_swapped(ffn):
+    """The same values in another order."""
+    ffn.w1_EDC.data[0, [0, 1]] = ffn.w1_EDC.data[0, [1, 0]]
+
+
+CHANGES = [
+    written_in_place,
+    loaded,
+    through_another_dtype,
+    replaced_memory,
+    replaced_parameter,
+    trained,
+    written_behind_torch,
+    written_by_numpy,
+    two_neurons_swapped,
+]
 
 
 @pytest.fixture
@@ -152,25 +185,71 @@ def ffn():
     return made
 
 
+@pytest.mark.parametrize("time", [nullcontext, sampling])
 @pytest.mark.parametrize("change", CHANGES)
-def test_packed_weights_follow_the_weights(ffn, change):
+def test_packed_weights_follow_the_weights(ffn, change, time):
+    """Whether drawn in `sampling` or not, before and after."""
     x, mask = tokens(20, 32), masks(20, 4)[0]
-    before = run(x, mask, ffn.weights)
+    with time():
+        before = run(x, mask, ffn.weights)
     change(ffn)
-    close_to_float64(x, mask, ffn.weights)
-    assert not torch.equal(run(x, mask, ffn.weights), before)
+    with time():
+        close_to_float64(x, mask, ffn.weights)
+        assert not torch.equal(run(x, mask, ffn.weights), before)
 
 
-def test_packed_weights_are_made_once_and_go_with_the_weights(ffn):
+def test_writes_that_torch_counts_are_seen_within_sampling(ffn):
     x, mask = tokens(20, 32), masks(20, 4)[0]
+    with sampling():
+        before = run(x, mask, ffn.weights)
+        written_in_place(ffn)
+        close_to_float64(x, mask, ffn.weights)
+        assert not torch.equal(run(x, mask, ffn.weights), before)
+
+
+def test_packed_weights_are_made_once_and_go_with_the_weights(ffn, monkeypatch):
+    """And their content is read once for each time of `sampling`."""
+    x, mask, made, read = tokens(20, 32), masks(20, 4)[0], [], []
+    pack, kernel = native.pack, native.kernel()
+    fingerprint = kernel.fingerprint
+    monkeypatch.setattr(native, "pack", lambda weights: made.append(pack(weights)) or made[-1])
+    monkeypatch.setattr(kernel, "fingerprint", lambda w: read.append(w) or fingerprint(w))
+    for _ in range(2):
+        with sampling():
+            run(x, mask, ffn.weights)
+            run(x, mask, ffn.weights)
+    assert (len(made), len(read)) == (1, 8)
+    assert made[0].nbytes >= sum(w.nbytes for w in ffn.weights)
     run(x, mask, ffn.weights)
-    copy_of_them = packed.packed_of(ffn.weights, native.pack)
-    run(x, mask, ffn.weights)
-    assert packed.packed_of(ffn.weights, native.pack) is copy_of_them
-    assert copy_of_them.nbytes >= sum(w.nbytes for w in ffn.weights)
-    before = len(packed._packed)
+    assert (len(made), len(read)) == (1, 12)
+    before = len(packed._kept)
     ffn.to(torch.bfloat16)
-    assert len(packed._packed) == before - 1
+    assert len(packed._kept) == before - 1
+
+
+@pytest.mark.parametrize("number", [1, 16, 17, 1 << 14, (1 << 16) + 5, 300_001])
+def test_a_fingerprint_is_of_every_value_and_of_their_order(number):
+    """Whatever the number of threads."""
+    fingerprint, threads = native.kernel().fingerprint, torch.get_num_threads()
+    values = torch.randn(number, generator=torch.Generator().manual_seed(0))
+    found = {fingerprint(values)}
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert {fingerprint(values.clone())} == found
+    finally:
+        torch.set_num_threads(threads)
+    places = {0, number // 3, number // 2, number - 1}
+    for place in places:
+        changed = values.clone()
+        changed[place] = -changed[place]
+        found.add(fingerprint(changed))
+    for place in places - {number - 1}:
+        swapped = values.clone()
+        swapped[[place, number - 1]] = values[[number - 1, place]]
+        found.add(fingerprint(swapped))
+    found.add(fingerprint(values[:-1]))
+    assert len(found) == 1 + 1 + 2 * len(places) - 1
 
 
 def through_pickle(ffn):

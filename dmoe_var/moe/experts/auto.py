@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dmoe_var.c_library import cache_folder, processor
 from dmoe_var.files import alone, note, write_text
-from dmoe_var.models.products import is_sampling
+from dmoe_var.models.products import this_sampling
 from dmoe_var.moe.experts import native
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
 
@@ -63,7 +63,7 @@ def _seconds(
     """From the table, or measured now."""
     E, D, C = weights.w1_EDC.shape
     dtype = str(x_NC.dtype).removeprefix("torch.")
-    products = "sampling" if is_sampling() else "torch"
+    products = "torch" if this_sampling() is None else "sampling"
     key = f"{dtype} C={C} D={D} E={E} N={_rounded(len(x_NC))} {products}"
     file = _file()
     table = _tables.setdefault(file, {})

@@ -591,6 +591,32 @@ void dmoe_large_pages(char *memory, int64_t bytes) {
 #endif
 }
 
+INLINE uint64_t mixed(uint64_t hash, uint64_t word) {
+    hash = (hash ^ word) * UINT64_C(0x9E3779B97F4A7C15); /* odd: what differs goes on to differ */
+    return hash ^ hash >> 29;
+}
+
+/* A 64-bit hash of the bytes and their order. */
+uint64_t dmoe_fingerprint(const char *bytes, int64_t count, int64_t threads) {
+    enum { PIECE = 1 << 16, LINE = 8 };
+    uint64_t sum = (uint64_t)count;
+    int team = count < 4 * PIECE ? 1 : (int)threads;
+#pragma omp parallel for schedule(static) num_threads(team) reduction(+ : sum)
+    for (int64_t piece = 0; piece < up(count, PIECE); piece++) {
+        const char *at = bytes + piece * PIECE, *end = bytes + least(count, (piece + 1) * PIECE);
+        uint64_t hashes[LINE] = {0}, hash = (uint64_t)piece;
+        for (; at < end; at += sizeof hashes) {
+            uint64_t words[LINE] = {0};
+            int64_t left = end - at;
+            memcpy(words, at, left < (int64_t)sizeof words ? (size_t)left : sizeof words);
+            for (int i = 0; i < LINE; i++) hashes[i] = mixed(hashes[i], words[i]);
+        }
+        for (int i = 0; i < LINE; i++) hash = mixed(hash, hashes[i]);
+        sum += mixed(hash, (uint64_t)piece);
+    }
+    return sum;
+}
+
 /* x (N, C), mask (N, E) of 0 and 1, out (N, C); all contiguous. */
 void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *out, int64_t tokens,
                   int64_t threads, char *memory) {

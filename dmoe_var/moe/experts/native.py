@@ -5,9 +5,9 @@ time follows the number of (token, expert) pairs. In bfloat16 products and sums 
 activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
 depend neither on the number of threads nor on the other tokens.
 
-Weights are packed once, see packed.py. `can_run` says what
-the kernel knows; DMOE_VAR_NATIVE=0 switches it off, and `python -m dmoe_var.moe.experts.native`
-compiles it beforehand, for the image of a machine.
+Weights are packed once, see packed.py. `can_run` says what the kernel knows; DMOE_VAR_NATIVE=0
+switches it off, and `python -m dmoe_var.moe.experts.native` compiles it beforehand, for the image
+of a machine.
 
 Legend: N tokens, C width, E experts, D neurons of an expert, p columns of a panel, P panels.
 """
@@ -90,12 +90,21 @@ class _Kernel:
         self.threshold = library.dmoe_threshold
         self.threshold.argtypes = (memory, memory, number, number, number, real, number)
         self.threshold.restype = number
+        self._fingerprint = library.dmoe_fingerprint
+        self._fingerprint.argtypes = (memory, number, number)
+        self._fingerprint.restype = ctypes.c_uint64
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory on large pages, where the system has them: weights and workspace are streamed."""
         made = torch.empty(shape, dtype=dtype)
         self._large_pages(made.data_ptr(), made.nbytes)
         return made
+
+    def fingerprint(self, values: Tensor) -> int:
+        """A 64-bit hash of the values in their order."""
+        values = values.contiguous()
+        found: int = self._fingerprint(values.data_ptr(), values.nbytes, torch.get_num_threads())
+        return found
 
 
 @cache
@@ -121,7 +130,8 @@ def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module
     assert loaded is not None
     x_NC, mask_NE = x_NC.contiguous(), mask_NE.contiguous()
     out_NC = torch.empty_like(x_NC)
-    packed, threads = packed_of(weights, pack), torch.get_num_threads()
+    packed = packed_of(weights, pack, loaded.fingerprint)
+    threads = torch.get_num_threads()
     loaded.experts(
         packed.layer, x_NC.data_ptr(), mask_NE.data_ptr(), out_NC.data_ptr(), len(x_NC), threads,
         _workspace(loaded, packed.layer, len(x_NC), threads).data_ptr(),
@@ -159,7 +169,7 @@ def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
     assert loaded is not None
     x = x.contiguous()
     found = x.new_empty((*x.shape[:-1], len(fc2_ER)))
-    packed = packed_of((fc1_RC, fc2_ER), _pack_router)
+    packed = packed_of((fc1_RC, fc2_ER), _pack_router, loaded.fingerprint)
     num_tokens, threads = x.numel() // x.shape[-1], torch.get_num_threads()
     loaded.scores(packed.layer, x.data_ptr(), found.data_ptr(), num_tokens, threads)
     return found

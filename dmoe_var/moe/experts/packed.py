@@ -1,16 +1,25 @@
-"""Copies of weights in the order in which a kernel reads them, kept as long as they hold the same
-values: they go with the parameter, and into no file."""
+"""Copies of weights in the order in which a kernel reads them: they go with the parameter, and into
+no file.
+
+A copy is kept by the content of the weights. How often torch counts them as written to does not
+tell: a fused optimiser, `.data` and inference tensors write uncounted. Within `sampling`, where
+nobody writes to weights, their content is read once.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from dmoe_var.models.products import Sampling, this_sampling
 
 Layout = TypeVar("Layout", bound=ctypes.Structure)
 
@@ -29,9 +38,9 @@ class Packed(Generic[Layout]):
 
 
 @dataclass(frozen=True)
-class _Version:
-    """The values of a tensor: its memory, which is not another's as long as this lives, and how
-    often it was written to."""
+class _Place:
+    """Where a tensor's values lie: memory that is not another's as long as this lives, and how
+    often it was seen to be written to."""
 
     memory: StorageWeakRef
     offset: int
@@ -39,31 +48,49 @@ class _Version:
     writes: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Version:
+    def of(cls, tensor: Tensor) -> _Place:
         memory = StorageWeakRef(tensor.untyped_storage())
-        return cls(memory, int(tensor.storage_offset()), tensor.stride(), tensor._version)
+        writes = 0 if tensor.is_inference() else tensor._version
+        return cls(memory, int(tensor.storage_offset()), tensor.stride(), writes)
 
 
-_packed = WeakTensorKeyDictionary()
-"""(versions, `Packed`) by the first of the weights."""
+Content = tuple[tuple[torch.Size, torch.dtype, int], ...]
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[Layout]):
+    """A copy, what it is a copy of, and where that lay at each time of `sampling`."""
+
+    content: Content
+    packed: Packed[Layout]
+    seen: WeakKeyDictionary[Sampling, tuple[_Place, ...]] = field(default_factory=WeakKeyDictionary)
+
+
+_kept = WeakTensorKeyDictionary()
+"""By the first of the weights."""
 
 
 def packed_of(
-    weights: Sequence[Tensor], pack: Callable[[Sequence[Tensor]], Packed[Layout]]
+    weights: Sequence[Tensor],
+    pack: Callable[[Sequence[Tensor]], Packed[Layout]],
+    fingerprint: Callable[[Tensor], int],
 ) -> Packed[Layout]:
-    """The packed weights; packed anew where a value may have changed since."""
-    if any(tensor.is_inference() for tensor in weights):  # whose writes are not counted
-        return pack(weights)
-    versions = tuple(map(_Version.of, weights))
-    kept: tuple[tuple[_Version, ...], Packed[Layout]] | None = _packed.get(weights[0])
-    if kept is not None and kept[0] == versions:
-        return kept[1]
-    forget(weights)  # its memory before the new one's
-    packed = pack(weights)
-    _packed[weights[0]] = versions, packed
-    return packed
+    """The packed weights; packed anew where a value has changed. `fingerprint`: of the values."""
+    sampling, places = this_sampling(), tuple(map(_Place.of, weights))
+    kept: _Kept[Layout] | None = _kept.get(weights[0])
+    if kept is not None and sampling is not None and kept.seen.get(sampling) == places:
+        return kept.packed
+    content = tuple((w.shape, w.dtype, fingerprint(w)) for w in weights)
+    if kept is None or kept.content != content:
+        kept = None
+        forget(weights)  # its memory before the new one's
+        kept = _Kept(content, pack(weights))
+        _kept[weights[0]] = kept
+    if sampling is not None:
+        kept.seen[sampling] = places
+    return kept.packed
 
 
 def forget(weights: Sequence[Tensor]) -> None:
     """Free the packed copy."""
-    _packed.pop(weights[0], None)
+    _kept.pop(weights[0], None)
