@@ -217,7 +217,8 @@ def count_flops(
     batch_size = values.whole("batch_size", batch_size, 1)
     call = Call.of(model, vqvae, labels, **generate_options)
     labels_N, rules, first = call.labels_B, call.rules, call.start_index
-    fixed = fixed_cost(model, vqvae, call.cfg != 0, call.adaln_every_scale, call.more_smooth)
+    how = (call.cfg != 0, call.adaln_every_scale, call.more_smooth, call.share_mask)
+    fixed = fixed_cost(model, vqvae, *how)
     generate_options.pop("start_index", None)
 
     def batches() -> Iterator[ExpertCounts]:

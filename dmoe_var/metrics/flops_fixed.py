@@ -65,11 +65,13 @@ def fixed_cost(
     guided: bool = True,
     adaln_every_scale: bool = False,
     more_smooth: bool = False,
+    share_mask: bool = False,
 ) -> FixedCost:
     """Trace one image through the calls that the sampler makes, on the models' own device.
 
-    guided: cfg is not 0. adaln_every_scale, more_smooth: as in `generate`. It costs about as much
-    as sampling one image. Raises UnknownOperatorError for an operator of unknown cost.
+    guided: cfg is not 0. adaln_every_scale, more_smooth, share_mask: as in `generate`. It costs
+    about as much as sampling one image. Raises UnknownOperatorError for an operator whose cost is
+    not known.
     """
     check_pair(vqvae, model.config)
     config = model.config
@@ -92,7 +94,7 @@ def fixed_cost(
         if more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
         if backbone.config.experts is not None:
-            experts[si] = _expert_cost(backbone, branches, si, macs["ffn"])
+            experts[si] = _expert_cost(backbone, branches, si, macs["ffn"], share_mask)
             macs["ffn"] = 0
         scales.append(macs)
     by_part = {part: tuple(macs[part] for macs in scales) for part in FIXED_PARTS}
@@ -155,7 +157,9 @@ def _decoder_macs(vqvae: VQVAE) -> int:
     return _trace(vqvae.decode_f_hat, f_hat_1CHW, vqvae=vqvae)[""].total()
 
 
-def _expert_cost(backbone: VAR, rows: int, si: int, all_experts_macs: int) -> ExpertCost:
+def _expert_cost(
+    backbone: VAR, rows: int, si: int, all_experts_macs: int, share_mask: bool
+) -> ExpertCost:
     """Pairs and routers of one scale; `all_experts_macs` is what its FFNs cost when traced."""
     num_tokens, width = backbone.config.patch_nums[si] ** 2, backbone.config.C
     ffns = [block.ffn for block in backbone.blocks]
@@ -170,7 +174,7 @@ def _expert_cost(backbone: VAR, rows: int, si: int, all_experts_macs: int) -> Ex
         raise RuntimeError(
             f"{num_pairs} pairs of {pair_macs} MACs at scale {si}, but {all_experts_macs} MACs ran"
         )
-    x_RlC = backbone.pos_start.new_zeros(rows, num_tokens, width)
+    x_RlC = backbone.pos_start.new_zeros(1 if share_mask else rows, num_tokens, width)
     macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
     return ExpertCost(num_pairs, pair_macs, macs[""].total())
 

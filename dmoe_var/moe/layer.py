@@ -70,6 +70,8 @@ class Routing:
     noise: Callable[[int, int], Tensor] | None = None
     """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
     clock: PartClock | None = None
+    sharing: int = 1
+    """So many equal parts of the batch run the experts that the first part selects."""
 
     def __post_init__(self) -> None:
         check_impl(self.impl)
@@ -78,6 +80,14 @@ class Routing:
         """The routing of one layer."""
         rule = self.rule.at(layer)
         return self if rule is self.rule else replace(self, rule=rule)
+
+    def selecting(self, x_BLC: Tensor) -> Tensor:
+        """The rows that select, (B / sharing, L, C)."""
+        return x_BLC[: len(x_BLC) // self.sharing]
+
+    def for_all(self, selected: Tensor) -> Tensor:
+        """What those rows selected, (B / sharing, L, E), for every row (B, L, E)."""
+        return selected if self.sharing == 1 else selected.repeat(self.sharing, 1, 1)
 
 
 class MoEFFN(nn.Module):
@@ -146,7 +156,7 @@ class MoEFFN(nn.Module):
 
     def select(self, x_BLC: Tensor, routing: Routing) -> Tensor:
         """The mask (B, L, E) of experts to run."""
-        rule, noise = routing.rule, None
+        rule, noise, x_BLC = routing.rule, None, routing.selecting(x_BLC)
         if rule.true_norms:
             scores_BLE = self.true_norms(x_BLC)
         elif rule.uses_scores:
@@ -156,7 +166,7 @@ class MoEFFN(nn.Module):
             if routing.noise is not None:
                 noise = routing.noise(x_BLC.shape[1], self.num_experts)
         # Not rule(...): torch 2.11 compiling hashes what is called, before it has its fields.
-        return rule.__call__(scores_BLE, noise)
+        return routing.for_all(rule.__call__(scores_BLE, noise))
 
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
         h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())

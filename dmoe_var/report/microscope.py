@@ -67,7 +67,7 @@ def record(
         x_RlC, routing = inputs
         assert isinstance(ffn, MoEFFN)
         assert isinstance(routing, Routing)
-        ratios_RlE = quantised_ratios(ffn.router(x_RlC))
+        ratios_RlE = routing.for_all(quantised_ratios(ffn.router(routing.selecting(x_RlC))))
         found_RlE = errors_by_count(ffn, x_RlC, ratios_RlE)
         ratios.setdefault(routing.si, []).append(ratios_RlE.cpu().numpy().astype(np.uint16))
         errors.setdefault(routing.si, []).append(found_RlE.cpu().numpy())
@@ -80,9 +80,8 @@ def record(
     hooks = [ffn.register_forward_pre_hook(watch) for ffn in ffns]
     try:
         generate(
-            model, vqvae, [label], cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p,
-            seed=seed, selection=Threshold(0.0), start_index=index, impl=impl, on_scale=decode,
-            more_smooth=sampling.more_smooth,
+            model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
+            start_index=index, impl=impl, on_scale=decode,
         )  # fmt: skip
     finally:
         for hook in hooks:

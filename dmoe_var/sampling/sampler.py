@@ -52,11 +52,20 @@ class SamplingConfig:
     top_k: Annotated[int, Field(ge=0)] = 900
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
     more_smooth: bool = False
+    share_mask: bool = False
+    """Both halves of guidance run the experts that the conditional half selects: the router and the
+    rule see half of the rows. An extension of the paper."""
     batch_size: Annotated[int, Field(gt=0)] = 128
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         values.take_fields(self)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `generate`."""
+        names = ("cfg", "top_k", "top_p", "more_smooth", "share_mask")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -75,6 +84,7 @@ class Call(NamedTuple):
     seed: int
     start_index: int
     more_smooth: bool
+    share_mask: bool
     adaln_every_scale: bool
 
     @classmethod
@@ -92,6 +102,7 @@ class Call(NamedTuple):
         generator: torch.Generator | None = None,
         start_index: Any = 0,
         more_smooth: Any = False,
+        share_mask: Any = False,
         impl: str = "auto",
         adaln_every_scale: Any = False,
         counts: ExpertCounts | None = None,
@@ -115,6 +126,7 @@ class Call(NamedTuple):
             values.whole("seed", seed),
             values.whole("start_index", start_index, 0, MAX_INDEX),
             values.flag("more_smooth", more_smooth),
+            values.flag("share_mask", share_mask),
             values.flag("adaln_every_scale", adaln_every_scale),
         )
 
@@ -155,6 +167,7 @@ def generate(
     generator: torch.Generator | None = None,
     start_index: int = 0,
     more_smooth: bool = False,
+    share_mask: bool = False,
     impl: str = "auto",
     adaln_every_scale: bool = False,
     counts: ExpertCounts | None = None,
@@ -169,7 +182,7 @@ def generate(
 
     tau, selection: see `resolve_rules`; without both the model's own `selection`, and without that
     every expert runs. impl: what runs them, see `moe.experts.run_experts`. cfg = 0 switches
-    guidance off, and with it the unconditional branch.
+    guidance off, and with it the unconditional branch. share_mask: see `SamplingConfig`.
     adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
     instead of once an image. `counts` collects the experts run; `on_scale(si, f_hat_BCHW)` sees
     what has been drawn after each scale; `clock` measures where the time goes, see
@@ -182,7 +195,7 @@ def generate(
     mark = _unmeasured if clock is None else clock.mark
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
-        more_smooth, impl, adaln_every_scale, counts, on_scale,
+        more_smooth, share_mask, impl, adaln_every_scale, counts, on_scale,
     )  # fmt: skip
     config, labels_B, rules = model.config, call.labels_B, call.rules
     guided = call.cfg != 0
@@ -194,7 +207,8 @@ def generate(
     if device.type == "cpu":
         keep_freed_memory()
     streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
-    noise = partial(streams.routing_noise, branches=branches)
+    sharing = branches if call.share_mask else 1
+    noise = partial(streams.routing_noise, branches=branches // sharing)
     mark("embedding", 0)
     cond_RC = model.condition(labels_R)
     cache = model.new_cache(len(labels_R))
@@ -208,7 +222,9 @@ def generate(
         if call.adaln_every_scale or id(backbone) not in modulations:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
         inside = clock if clock is not None and clock.told_apart else None
-        routing = Routing(rules[si], si, impl, counts, noise, inside) if si in rules else None
+        routing = None
+        if si in rules:
+            routing = Routing(rules[si], si, impl, counts, noise, inside, sharing)
         mark("transformer", si)
         logits_RlV = backbone.step(x_RlC, modulations[id(backbone)], cache, routing)
         mark("sampling", si)

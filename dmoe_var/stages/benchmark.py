@@ -80,9 +80,7 @@ class Task:
     def options(self) -> dict[str, Any]:
         """Of `generate`, its generator included."""
         return {
-            "cfg": self.sampling.cfg,
-            "top_k": self.sampling.top_k,
-            "top_p": self.sampling.top_p,
+            **self.sampling.options,
             "selection": self.selection,
             "impl": self.impl,
             "generator": torch.Generator(self.device).manual_seed(self.seed),
@@ -202,6 +200,7 @@ def published(task: Task) -> Call:
                 cfg=task.sampling.cfg,
                 top_k=task.sampling.top_k,
                 top_p=task.sampling.top_p,
+                more_smooth=task.sampling.more_smooth,
             )
         return images
 

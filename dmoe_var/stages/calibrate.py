@@ -186,9 +186,7 @@ def _timed(
         config.seed,
         progress,
         impl=bench.work.config.moe.impl,
-        cfg=sampling.cfg,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        **sampling.options,
     )
 
 

@@ -80,7 +80,9 @@ class Bench:
 
     @cached_property
     def fixed(self) -> FixedCost:
-        return fixed_cost(self.model, self.vqvae, self.work.config.sampling.cfg != 0)
+        sampling = self.work.config.sampling
+        guided, shared = sampling.cfg != 0, sampling.share_mask
+        return fixed_cost(self.model, self.vqvae, guided, share_mask=shared)
 
     @cached_property
     def dense_gmac(self) -> float:

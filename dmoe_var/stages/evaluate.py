@@ -222,7 +222,8 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
 def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:
     config, drawing = work.config, stored.drawing
     num_images, guided = len(drawing.labels), config.sampling.cfg != 0
-    fixed = fixed_cost(drawing.model, drawing.vqvae, guided)
+    shared = config.sampling.share_mask
+    fixed = fixed_cost(drawing.model, drawing.vqvae, guided, share_mask=shared)
     flops = report(fixed, drawn.pairs, drawing.rules, num_images, drawn.charged)
     fidelity, compared = _compare(bench, _stored_images(stored), drawing.labels)
     sampling_ms = 1000 * drawn.seconds / num_images

@@ -93,7 +93,7 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     config, bench = work.config, Bench(work)
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
     guided = config.sampling.cfg != 0
-    fixed = fixed_cost(model, bench.vqvae, guided)
+    fixed = fixed_cost(model, bench.vqvae, guided, share_mask=config.sampling.share_mask)
     names = class_names(config.data.kind, config.var.num_classes)
     content: dict[str, Any] = {
         **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
@@ -190,9 +190,8 @@ def _draw(
     config, sampling = work.config, work.config.sampling
     rule, counts = None if tau is None else Threshold(tau), ExpertCounts()
     image_13RR = generate(
-        model, bench.vqvae, [label], cfg=sampling.cfg, top_k=sampling.top_k, top_p=sampling.top_p,
-        seed=config.report.seed, selection=rule, start_index=index, impl=config.moe.impl,
-        more_smooth=sampling.more_smooth, counts=counts,
+        model, bench.vqvae, [label], **sampling.options, seed=config.report.seed, selection=rule,
+        start_index=index, impl=config.moe.impl, counts=counts,
     )  # fmt: skip
     image = to_uint8(image_13RR)[0]
     if rule is None:

@@ -234,13 +234,10 @@ def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: st
             drawer.model,
             vqvae,
             [label] * min(sampling.batch_size, pictures.per_class - start),
-            cfg=sampling.cfg,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            **sampling.options,
             seed=seed,
             selection=drawer.selection,
             start_index=start,
-            more_smooth=sampling.more_smooth,
             impl=work.config.moe.impl,
         )
         drawn[i] = to_uint8(images_B3RR)

@@ -421,6 +421,8 @@ def test_every_part_is_what_pytorch_counts(options, shared_adaln):
         {"cfg": 0, "adaln_every_scale": True},
         {"more_smooth": True},
         {"tau": [0.4, 0.6]},
+        {"tau": [0.4, 0.6], "share_mask": True},
+        {"tau": 0.5, "share_mask": True, "cfg": 0},
         {"selection": Random(3), "cfg": 0, "adaln_every_scale": True},
         {"selection": TopK(2), "more_smooth": True},
     ],

@@ -69,6 +69,23 @@ def test_experts_run_as_the_rule_says(ffn, x_BLC, rule, impl):
     assert torch.equal(counts.per_token(3), mask_BLE.sum(-1)[None].short())
 
 
+@pytest.mark.parametrize("rule", [Threshold(0.4), Oracle(0.4), Random(2)], ids=repr)
+def test_rows_that_share_a_mask(ffn, rule):
+    """The first half selects, for both; the router and the noise see no other."""
+    x_BLC = torch.randn(
+        4, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+    noise_BLE = torch.rand(2, 5, E, generator=torch.Generator().manual_seed(3))
+    scores = naive_norms(ffn, x_BLC[:2]) if isinstance(rule, Oracle) else ffn.router(x_BLC[:2])
+    mask_BLE = torch.cat([rule(scores, noise_BLE)] * 2)
+    seen, counts = [], ExpertCounts()
+    ffn.router.register_forward_hook(lambda _, given, out: seen.append(len(out)))
+    out = ffn(x_BLC, Routing(rule, 3, "grouped", counts, lambda *_: noise_BLE, sharing=2))
+    assert_close(out, masked_sum(ffn, x_BLC, mask_BLE), rtol=0, atol=1e-12)
+    assert torch.equal(counts.per_token(3), mask_BLE.sum(-1)[None].short())
+    assert seen == ([2] if rule == Threshold(0.4) else [])
+
+
 def test_without_routing_every_expert_runs(ffn, x_BLC):
     expected = masked_sum(ffn, x_BLC, torch.ones(2, 5, E))
     assert_close(ffn(x_BLC), expected, rtol=0, atol=1e-12)

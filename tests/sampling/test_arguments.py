@@ -73,6 +73,7 @@ def test_numbers_of_any_type_give_the_same_images(tiny_models, expected, options
         ({"selection": LayerThreshold((0.1,))}, "1 layers, the model has more"),
         ({"impl": ["grouped"]}, "impl="),
         ({"more_smooth": "no"}, "more_smooth="),
+        ({"share_mask": 1.5}, "share_mask="),
         ({"generator": 3}, "generator=3"),
         ({"counts": True}, "counts=True"),
         ({"on_scale": 3}, "on_scale=3"),

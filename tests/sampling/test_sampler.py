@@ -93,6 +93,7 @@ def test_sampled_images_are_the_published_ones(parity, name, cfg, top_p, seed, m
         {"selection": Random(2)},
         {"more_smooth": True, "tau": 0.5},
         {"cfg": 0.0, "selection": Random(2)},
+        {"selection": Random(2), "share_mask": True},
     ],
     ids=str,
 )
@@ -108,6 +109,25 @@ def test_batch_size_does_not_change_an_image(dynamic, vqvae, options):
     ]
     assert_close(torch.cat(one_by_one), together, **TOLERANCE)
     assert differ(together[2:3], together[6:7]).all()  # the same class, another stream
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.5), Random(2)], ids=repr)
+def test_both_halves_of_guidance_share_a_mask(dynamic, vqvae, rule):
+    shared, own = ExpertCounts(), ExpertCounts()
+    options = SMALL | {"selection": rule}
+    images = generate(dynamic, vqvae, LABELS, counts=shared, share_mask=True, **options)
+    others = generate(dynamic, vqvae, LABELS, counts=own, **options)
+    for si in dynamic.moe_scales:
+        cond, null = shared.per_token(si).chunk(2, dim=1)
+        assert torch.equal(cond, null)
+    assert differ(images, others).any()
+
+
+@pytest.mark.parametrize("options", [{"tau": 0}, {"cfg": 0, "tau": 0.5}], ids=str)
+def test_where_there_is_nothing_to_share(dynamic, vqvae, options):
+    """All experts run, or there is one half."""
+    images = [generate(dynamic, vqvae, LABELS, **SMALL | options, share_mask=s) for s in (0, 1)]
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"start_index": 8}], ids=str)
