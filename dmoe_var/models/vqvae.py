@@ -23,6 +23,8 @@ from dmoe_var.models.quantizer import MultiScaleQuantizer
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 GROUPS = 32
+DECODED_TOGETHER = 1 << 27
+"""Values of the largest feature map that is decoded at once: 12 images of 256 px as published."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,16 @@ class VQVAE(nn.Module):
         return self.decode_f_hat(self.quantize.partial_sums(tokens)[-1])
 
     def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1] of an accumulated code map; any scale's partial sum will do."""
+        """Images in [-1, 1] of an accumulated code map; any scale's partial sum will do.
+
+        Without gradients some images at a time, so that memory does not grow with the batch.
+        """
+        together = max(1, DECODED_TOGETHER // (self.config.ch * self.config.image_size**2))
+        if torch.is_grad_enabled() or len(f_hat_BCHW) <= together:
+            return self._decode(f_hat_BCHW)
+        return torch.cat([self._decode(part) for part in f_hat_BCHW.split(together)])
+
+    def _decode(self, f_hat_BCHW: Tensor) -> Tensor:
         dtype = self.post_quant_conv.weight.dtype
         z_BCHW = f_hat_BCHW.to(dtype, memory_format=torch.channels_last)
         out: Tensor = self.decoder(self.post_quant_conv(z_BCHW))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from dmoe_var import VQVAE, VQVAEConfig
+from dmoe_var.models import vqvae as vqvae_module
 from dmoe_var.models.vqvae import AttnBlock
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -69,6 +70,21 @@ def test_images_of_a_batch_do_not_mix(make_vqvae, images):
 def test_images_of_another_size_raise(make_vqvae, shape):
     with pytest.raises(ValueError, match=r"images must be \(B, 3, 8, 8\), got"):
         make_vqvae().encode(torch.zeros(shape))
+
+
+def test_many_images_are_decoded_in_slices(make_vqvae, images, monkeypatch):
+    """Of two, and the fifth alone; with gradients all at once."""
+    vqvae, sizes = make_vqvae(), []
+    f_hat = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one_by_one = torch.cat([vqvae.decode_f_hat(row[None]) for row in f_hat])
+    vqvae.decoder.register_forward_hook(lambda _, given, out: sizes.append(len(out)))
+    monkeypatch.setattr(vqvae_module, "DECODED_TOGETHER", 2 * 32 * 8 * 8 + 1)
+    with torch.no_grad():
+        assert_close(vqvae.decode_f_hat(f_hat), one_by_one, **TOLERANCE)
+    assert sizes == [2, 2, 1]
+    vqvae.decode_f_hat(f_hat)
+    assert sizes[3:] == [5]
 
 
 def test_decode_clamps_and_the_training_pass_does_not(make_vqvae, images):
