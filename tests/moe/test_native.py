@@ -108,6 +108,41 @@ def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype):
     assert torch.equal(run(x[some], mask[some], weights), found[0][some])
 
 
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("sizes", [(64, 3, 24), (130, 4, 64), (192, 3, 130)], ids=str)
+def test_zeros_are_left_out_and_no_bit_changes(dtype, sizes, monkeypatch):
+    """Of rows with no zero, many, and nothing else, beside each other; -0 counts as 0."""
+    monkeypatch.setattr(native.kernel(), "tile", None)
+    (C, E, D), N = sizes, 301
+    w1, b1, w2, b2 = layer(C, E, D)
+    b1[0] += torch.linspace(-60, 60, D)
+    b1[1] = 1e4
+    b1[2] = -1e4
+    x = tokens(N, C, dtype) * torch.logspace(-2, 1, N)[:, None].to(dtype)
+    weights = ExpertWeights(*(w.to(dtype) for w in (w1, b1, w2, b2)))
+    for mask in masks(N, E):
+        with sampling():
+            found = run(x, mask, weights)
+            kept = packed.packed_of(weights, native.pack, native.kernel().fingerprint)
+            assert kept.layer.finite
+            kept.layer.finite = 0  # as if a product of 0 could be another value
+            assert torch.equal(run(x, mask, weights), found)
+            kept.layer.finite = 1
+        close_to_float64(x, mask, weights)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_products_of_0_and_what_is_not_finite(value):
+    """NaN, as dense: for tokens whose hidden value is 0 too."""
+    x, weights = tokens(9, 64), layer(64, 2, 8)
+    weights.b1_ED[1] = -1e4
+    weights.w2_EDC[1, 3, 5] = value
+    out = run(x, torch.ones(9, 2, dtype=torch.bool), weights)
+    assert out[:, 5].isnan().all()
+    out[:, 5] = 0
+    assert out.isfinite().all()
+
+
 def test_what_is_not_finite_stays_so():
     x, weights = tokens(9, 12), layer(12, 5, 3)
     x[4, 0] = torch.nan

@@ -7,6 +7,9 @@
  * A row's arithmetic does not depend on other rows: its products are added in order of k, and its
  * experts in order of e. So the bits depend neither on the number of threads nor on the batch.
  *
+ * After ReLU most hidden values are 0. Where enough of them are, fc2 leaves their products out: what
+ * it adds up stays the same, and so does its order.
+ *
  * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
  * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
  *
@@ -19,8 +22,10 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#ifdef __AVX__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define HAS_AMX 1
@@ -48,6 +53,8 @@ enum { ALONE = 8000000 }; /* operations up to which one thread is done before ot
 enum { CHUNK = 2048 }; /* tokens of one pass: bounds the hidden buffer */
 enum { RANGE = 256 };  /* tokens of one task, and */
 enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
+enum { SPARSE = LANES == 16 ? 50 : 75 }; /* percent of a row up to which it pays to skip zeros */
+enum { TOGETHER = LANES == 16 ? 2 : 1 }; /* rows whose sums of a block fit in the registers */
 enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of AMX: two by two tiles of sums */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -141,6 +148,67 @@ INLINE void fc2_tile(const int num_rows, const int half, const float *hidden, si
         for (int v = 0; v < VECTORS; v++) store_float(out[r] + v * LANES, sums[r][v]);
 }
 
+/* Which values are not 0, a bit each. */
+INLINE uint64_t active(vec value) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif defined(__AVX__)
+    __m256 differs = _mm256_cmp_ps((__m256)value, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    return (uint64_t)_mm256_movemask_ps(differs);
+#else
+    uint64_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (uint64_t)(value[i] != 0) << i;
+    return bits;
+#endif
+}
+
+/* sums (a block) += hidden[k] * row k of the weights, whose panels lie `step` bytes apart. */
+INLINE void add_row(const int half, vec *sums, const float *hidden, const char *weights, size_t k,
+                    size_t step) {
+    const float value = hidden[k];
+    const char *panel = weights + k * (VECTORS * LANES * (half ? 2 : 4));
+#pragma GCC unroll 16
+    for (int first = 0; first < BLOCK / LANES; first += VECTORS, panel += step)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            sums[first + v] += value * load(panel, (size_t)(v * LANES), half);
+}
+
+/* As fc2_tile, a block wide, of the hidden values whose bits are set: of two rows at once, whose
+ * sums wait for each other less. The shorter one goes on with a value that is 0, so that the end of
+ * both is one branch that is guessed wrong, and not three. */
+INLINE void fc2_active(const int num_rows, const int half, const float *hidden, size_t stride,
+                       const uint64_t *bits, size_t words, const char *weights, size_t step,
+                       float *const *out) {
+    vec sums[TOGETHER][BLOCK / LANES];
+#pragma GCC unroll 2
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < BLOCK / LANES; v++) sums[r][v] = load_float(out[r] + v * LANES);
+    for (size_t word = 0; word < words; word++) {
+        uint64_t left = bits[word], other = num_rows == 2 ? bits[words + word] : 0;
+        const uint64_t zero = ~left & (left + 1), other_zero = ~other & (other + 1);
+        const int count = __builtin_popcountll(left), others = __builtin_popcountll(other);
+        for (int i = count > others ? count : others; i > 0; i--) {
+            if (num_rows == 2) {
+                left = left ? left : zero;
+                other = other ? other : other_zero;
+                add_row(half, sums[num_rows - 1], hidden + stride, weights,
+                        (size_t)__builtin_ctzll(other), step);
+                other &= other - 1;
+            }
+            add_row(half, sums[0], hidden, weights, (size_t)__builtin_ctzll(left), step);
+            left &= left - 1;
+        }
+        hidden += 64;
+        weights += 64 * VECTORS * LANES * (half ? 2 : 4);
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < BLOCK / LANES; v++) store_float(out[r] + v * LANES, sums[r][v]);
+}
+
 /* One compiled tile for each number of rows: a loop of unknown length would push the sums out of
  * the registers. */
 #define EACH_NUMBER_OF_ROWS(call) \
@@ -160,6 +228,7 @@ typedef struct {
     int64_t vectors;          /* registers of a panel of fc1 */
     int64_t half;             /* bfloat16, else float32 */
     int64_t amx;              /* by tiles of bfloat16 */
+    int64_t finite;           /* whether 0 times a weight of fc2 is 0 */
     const void *w1, *w2;      /* packed */
     const float *b1, *b2;     /* padded like the packed columns */
 } Layer;
@@ -198,6 +267,7 @@ typedef struct {
     int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
     float *hidden;    /* (pairs, padded D); of AMX (pairs + a tile, padded D), bfloat16 */
+    uint64_t *active; /* (pairs, blocks of D): bits of the hidden values that are not 0 */
     float *x;         /* (tokens, C), of bfloat16; of AMX (threads, TILE_ROWS, padded C) of it */
     float *sums;      /* (threads, RANGE, BLOCK) */
     int64_t bytes;
@@ -221,6 +291,7 @@ static Space space(const Layer *layer, int64_t tokens, int threads, char *memory
         x_bytes = threads * TILE_ROWS * up(layer->width, TILE_DEPTH) * TILE_DEPTH * 2;
         hidden_bytes = (pairs + TILE_ROWS) * up(layer->size, TILE_DEPTH) * TILE_DEPTH * 2;
     }
+    s.active = (uint64_t *)(memory + take(&used, pairs * up(layer->size, BLOCK) * 8));
     s.x = (float *)(memory + take(&used, x_bytes));
     s.hidden = (float *)(memory + take(&used, hidden_bytes));
     s.bytes = used;
@@ -245,6 +316,7 @@ static void fc1(const Layer *layer, const Space *s, const float *x, int64_t expe
                 int64_t block) {
     int64_t columns = layer->vectors * LANES, panels = up(layer->size, columns);
     int64_t width = layer->width, stride = panels * columns, element = layer->half ? 2 : 4;
+    int64_t blocks = up(layer->size, BLOCK);
     int64_t from = s->starts[range * layer->experts + expert];
     int64_t to = s->starts[(range + 1) * layer->experts + expert];
     int64_t first = block * BLOCK / columns, last = least(panels, first + up(BLOCK, columns));
@@ -257,6 +329,13 @@ static void fc1(const Layer *layer, const Space *s, const float *x, int64_t expe
             const char *weights = (const char *)layer->w1 + at * width * columns * element;
             fc1_rows(layer, num_rows, rows, weights, layer->b1 + at * columns,
                      s->hidden + p * stride + panel * columns, stride);
+        }
+        for (int r = 0; r < num_rows; r++) {
+            const float *hidden = s->hidden + (p + r) * stride;
+            uint64_t bits = 0;
+            for (int64_t c = first * columns; c < last * columns; c += LANES)
+                bits |= active(load_float(hidden + c)) << (c - first * columns);
+            s->active[(p + r) * blocks + block] = bits;
         }
     }
 }
@@ -280,6 +359,29 @@ static void write_out(const Layer *layer, const float *sums, int64_t columns, in
     }
 }
 
+/* Whether it is faster to leave out the hidden values that are 0. */
+static int is_sparse(const Layer *layer, const uint64_t *bits, int num_rows) {
+    int64_t count = 0, blocks = up(layer->size, BLOCK);
+    for (int64_t i = 0; i < num_rows * blocks; i++) count += __builtin_popcountll(bits[i]);
+    return layer->finite && 100 * count <= SPARSE * num_rows * layer->size;
+}
+
+/* Rows of one expert, without the products of 0. */
+static void fc2_sparse(const Layer *layer, int num_rows, const float *hidden, size_t stride,
+                       const uint64_t *bits, const char *weights, float *const *out) {
+    size_t words = up(layer->size, BLOCK), row = VECTORS * LANES * (layer->half ? 2 : 4);
+    size_t step = layer->experts * layer->size * row;
+    for (int r = 0; r < num_rows; r += TOGETHER) {
+        const float *rows = hidden + r * stride;
+        const uint64_t *theirs = bits + r * words;
+        int whole = r + TOGETHER <= num_rows;
+#define ACTIVE(n, half) fc2_active(n, half, rows, stride, theirs, words, weights, step, out + r)
+        if (layer->half) whole ? ACTIVE(TOGETHER, 1) : ACTIVE(1, 1);
+        else whole ? ACTIVE(TOGETHER, 0) : ACTIVE(1, 0);
+#undef ACTIVE
+    }
+}
+
 /* The output of a range's tokens, for a block of its columns: b2 and each expert's share. */
 static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t range, int64_t block,
                 float *sums, char *out) {
@@ -288,7 +390,7 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
     int64_t element = layer->half ? 2 : 4, width = layer->width, experts = layer->experts;
     int64_t start = range * RANGE, end = least(tokens, start + RANGE);
     int64_t first = block * PANELS, last = least(up(width, COLUMNS), first + PANELS);
-    int64_t columns = (last - first) * COLUMNS;
+    int64_t columns = (last - first) * COLUMNS, blocks = up(layer->size, BLOCK);
     for (int64_t t = 0; t < end - start; t++)
         memcpy(sums + t * columns, layer->b2 + first * COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
@@ -297,6 +399,13 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
             int num_rows = (int)least(ROWS, to - p);
             float *rows[ROWS];
             for (int r = 0; r < num_rows; r++) rows[r] = sums + (s->rows[p + r] - start) * columns;
+            if (columns == BLOCK && is_sparse(layer, s->active + p * blocks, num_rows)) {
+                const char *weights = (const char *)layer->w2;
+                weights += (first * experts + e) * layer->size * COLUMNS * element;
+                fc2_sparse(layer, num_rows, s->hidden + p * stride, stride, s->active + p * blocks,
+                           weights, rows);
+                continue;
+            }
             for (int64_t panel = first; panel < last; panel++) {
                 const char *weights = (const char *)layer->w2;
                 weights += (panel * experts + e) * layer->size * COLUMNS * element;

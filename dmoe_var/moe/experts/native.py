@@ -1,7 +1,8 @@
 """ReLU experts, their router and its threshold by compiled code on a CPU, see native.c.
 
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so that
-time follows the number of (token, expert) pairs. In bfloat16 products and sums are float32; hidden
+time follows the number of (token, expert) pairs; fc2 skips hidden values that ReLU made 0, but in
+AMX's tiles. In bfloat16 products and sums are float32; hidden
 activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
 depend neither on the number of threads nor on the other tokens.
 
@@ -45,7 +46,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
-        *((name, ctypes.c_int64) for name in ("vectors", "half", "amx")),
+        *((name, ctypes.c_int64) for name in ("vectors", "half", "amx", "finite")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
     )
 
@@ -226,7 +227,8 @@ def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
     tensors = tuple(loaded.empty(x.shape, x.dtype).copy_(x) for x in (w1, w2, b1, b2))
     amx = int(half and loaded.tile is not None)
     pointers = (tensor.data_ptr() for tensor in tensors)
-    return Packed(_Layer(C, E, D, vectors, int(half), amx, *pointers), tensors)
+    finite = int(w2_EDC.isfinite().all())
+    return Packed(_Layer(C, E, D, vectors, int(half), amx, finite, *pointers), tensors)
 
 
 def _in_panels(x: Tensor, columns: int) -> Tensor:
