@@ -2,9 +2,9 @@
 
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so that
 time follows the number of (token, expert) pairs; fc2 skips hidden values that ReLU made 0, but in
-AMX's tiles. In bfloat16 products and sums are float32; hidden
-activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
-depend neither on the number of threads nor on the other tokens.
+AMX's tiles. In bfloat16 products and sums are float32; hidden activations and the sum of all
+experts are rounded once each, as a dense FFN's are. A token's bits depend neither on the number of
+threads nor on the other tokens.
 
 Weights are packed once, see packed.py. `can_run` says what the kernel knows; DMOE_VAR_NATIVE=0
 switches it off, and `python -m dmoe_var.moe.experts.native` compiles it beforehand, for the image
