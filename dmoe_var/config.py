@@ -137,7 +137,8 @@ class BenchmarkConfig:
     base.var ("next": the published one below). compile: with torch.compile, without, or both.
     parts: times by part and scale as well. published: a checkout of the published VAR code.
     kernels: instead of samplers, a layer's FFN by every compute path, with random weights: experts
-    of expert_sizes, random masks of densities, tokens of each of `moe.scales`.
+    of expert_sizes, random masks of densities, tokens of each of `moe.scales`. real_masks: beside
+    them the experiment's own layers, on what they are given as images are drawn at each tau.
     """
 
     __pydantic_config__ = STRICT
@@ -158,6 +159,7 @@ class BenchmarkConfig:
     parts: bool = False
     published: PathOrName | None = None
     kernels: bool = False
+    real_masks: bool = False
     expert_sizes: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = (32, 128)  # fmt: skip
@@ -172,13 +174,15 @@ class BenchmarkConfig:
             values = getattr(self, name)
             if len({f"{value:g}" for value in values}) != len(values):
                 raise ValueError(f"{name}={list(values)} must be distinct to six digits")
+        if self.real_masks and not (self.kernels and self.dynamic):
+            raise ValueError("real_masks=true needs kernels=true, and tau or chosen to draw by")
         if self.random_masks and not (self.kernels or self.dynamic):
             raise ValueError("random_masks=true needs tau or chosen, whose density they have")
 
     @property
     def dynamic(self) -> bool:
         """Whether models with experts are timed."""
-        return not self.kernels and (bool(self.tau) or self.chosen)
+        return (self.real_masks or not self.kernels) and (bool(self.tau) or self.chosen)
 
     @property
     def sizes(self) -> tuple[int, ...]:

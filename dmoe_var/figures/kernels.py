@@ -15,7 +15,8 @@ COLUMNS = 4
 @styled
 def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Time over the fastest dense FFN's by density, with the density itself and the device's limit
-    beside it. Of a shape's scales the one of most tokens is shown."""
+    beside it. Of a shape's scales the one of most tokens is shown. Lines join random weights and
+    masks; a star is a model's own layers as it draws."""
     shown = [row for row in rows if row["density"] is not None]
     sizes = sorted({(row["model"], row["width"], row["expert_size"]) for row in shown})
     columns = min(COLUMNS, len(sizes))
@@ -29,6 +30,8 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_size = sorted(
             (row for row in of_size if row["tokens"] == tokens), key=lambda row: row["density"]
         )
+        own = [row for row in of_size if row["masks"] != "random"]
+        of_size = [row for row in of_size if row["masks"] == "random"]
         for impl in PATH_COLOURS:
             points = [row for row in of_size if row["impl"] == impl]
             axis.plot(
@@ -39,6 +42,14 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 markersize=3,
                 linewidth=1,
                 label=impl,
+            )
+            real = [row for row in own if row["impl"] == impl]
+            axis.plot(
+                [row["density"] for row in real],
+                [row["time_ratio"] for row in real],
+                "*",
+                color=PATH_COLOURS[impl],
+                markersize=7,
             )
         limits = [row for row in of_size if row["impl"] == "reference"]
         axis.plot(

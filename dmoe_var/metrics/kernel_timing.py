@@ -1,7 +1,7 @@
-"""Compute paths of experts timed on one layer, beside the fastest dense FFN and two limits.
+"""Compute paths of experts timed layer by layer, beside the fastest dense FFN and two limits.
 
 All that is timed of a shape runs in turn, round by round, so that a machine that is busy for a
-while is so for all. Weights, tokens and masks are random.
+while is so for all. Weights, tokens and masks are random, or a model's own as it draws.
 
 Legend: N tokens, C width, H hidden width, E experts, D neurons of an expert.
 """
@@ -43,7 +43,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer on the tokens of one scale."""
+    """A layer on the tokens of one scale."""
 
     model: str
     width: int
@@ -88,19 +88,37 @@ def measured_rates(device: torch.device, dtype: torch.dtype, repeats: int) -> Ra
     return Rates(2 * SQUARE**3 / best["product"] / 1e9, 2 * COPIED / best["copy"] / 1e9)
 
 
-def time_kernels(
-    shape: Shape,
-    densities: Sequence[float],
-    rates: Rates,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-) -> list[dict[str, Any]]:
-    """A row for each dense FFN, for router and selection, and for each path at each density.
+@dataclass(frozen=True)
+class Layer:
+    """An expert FFN, its tokens, and masks (N, E) by density."""
 
-    time_ratio is that of medians to the baseline's. limit_ratio is what no path could go below:
-    the more of the two times that the density leaves of the device's products and of its memory.
-    """
+    ffn: MoEFFN
+    x_NC: Tensor
+    masks: Mapping[float, Tensor]
+
+    def zeros(self, mask_NE: Tensor) -> float:
+        """Share of the hidden values of experts that run which ReLU makes 0."""
+        h_NED = torch.einsum("nc,edc->ned", self.x_NC, self.ffn.w1_EDC) + self.ffn.b1_ED
+        active_NE = (h_NED > 0).sum(-1)
+        pairs = max(1, int(mask_NE.count_nonzero()))
+        return 1 - int((active_NE * mask_NE).sum()) / (pairs * h_NED.shape[-1])
+
+    def dense(self) -> FFN:
+        """The same FFN in one piece."""
+        w1_EDC, b1_ED, w2_EDC, b2_C = self.ffn.weights
+        dense = FFN(w1_EDC.shape[-1], b1_ED.numel(), "relu")
+        with torch.no_grad():
+            dense.fc1.weight.copy_(w1_EDC.flatten(0, 1))
+            dense.fc1.bias.copy_(b1_ED.flatten())
+            dense.fc2.weight.copy_(w2_EDC.flatten(0, 1).T)
+            dense.fc2.bias.copy_(b2_C)
+        return dense.to(w1_EDC.device, w1_EDC.dtype)
+
+
+def random_layer(
+    shape: Shape, densities: Sequence[float], device: torch.device, dtype: torch.dtype
+) -> Layer:
+    """Weights and tokens by chance, of which half of the hidden values are 0."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(parameter: Tensor) -> None:
@@ -112,39 +130,64 @@ def time_kernels(
         for parameter in ffn.parameters():
             uniform(parameter)
         x_NC = torch.rand(shape.tokens, shape.width, generator=generator).sub_(0.5)
-        dense = FFN(shape.width, shape.hidden, "relu")
-        dense.fc1.weight.copy_(ffn.w1_EDC.flatten(0, 1))
-        dense.fc1.bias.copy_(ffn.b1_ED.flatten())
-        dense.fc2.weight.copy_(ffn.w2_EDC.flatten(0, 1).T)
-        dense.fc2.bias.copy_(ffn.b2_C)
-    ffn, dense, x_NC = ffn.to(device, dtype), dense.to(device, dtype), x_NC.to(device, dtype)
-    calls = _calls(shape, ffn, dense, x_NC, densities)
+    means = {density: density * shape.num_experts for density in densities}
+    masks = {
+        density: random_mask(mean, shape.tokens, shape.num_experts, device)
+        for density, mean in means.items()
+    }
+    return Layer(ffn.to(device, dtype), x_NC.to(device, dtype), masks)
+
+
+def time_layers(
+    shape: Shape, layers: Sequence[Layer], rates: Rates, repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each dense FFN, for router and selection, and for each path at each density, of all
+    layers one after the other.
+
+    time_ratio is that of medians to the baseline's. limit_ratio is what no path could go below that
+    multiplies every hidden value of the experts that run: the more of the two times that the
+    density leaves of the device's products and of its memory. zeros: the share of those values that
+    are 0.
+    """
+    x_NC = layers[0].x_NC
+    calls = _calls(layers)
     with sampling():
-        times = _in_turn(calls, device, repeats)
-    about = {**asdict(shape), "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        zeros = {
+            density: sum(layer.zeros(layer.masks[density]) for layer in layers) / len(layers)
+            for density in layers[0].masks
+        }
+        times = _in_turn(calls, x_NC.device, repeats)
+    dtype = str(x_NC.dtype).removeprefix("torch.")
+    about = {**asdict(shape), "layers": len(layers), "device": x_NC.device.type, "dtype": dtype}
     rows = [
         {**about, "impl": impl, "density": density, **_statistics(of_call)}
+        | ({} if density is None else {"zeros": zeros[density]})
         for (impl, density), of_call in times.items()
     ]
-    return _beside_dense(shape, rows, rates, dtype.itemsize)
+    return _beside_dense(shape, len(layers), rows, rates, x_NC.dtype.itemsize)
 
 
-def _calls(
-    shape: Shape, ffn: MoEFFN, dense: FFN, x_NC: Tensor, densities: Sequence[float]
-) -> dict[Case, Call]:
-    w1, b1, w2, b2 = dense.fc1.weight, dense.fc1.bias, dense.fc2.weight, dense.fc2.bias
+def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
     routing = Routing(Threshold(0.5))
+    denses = [(layer.x_NC, layer.dense()) for layer in layers]
+
+    def by_torch(x_NC: Tensor, dense: FFN) -> Tensor:
+        hidden_NH = F.relu(F.linear(x_NC, dense.fc1.weight, dense.fc1.bias))
+        return F.linear(hidden_NH, dense.fc2.weight, dense.fc2.bias)
+
     calls: dict[Case, Call] = {
-        (DENSE_TORCH, None): lambda: F.linear(F.relu(F.linear(x_NC, w1, b1)), w2, b2),
-        (DENSE_OURS, None): lambda: dense(x_NC),
-        (SELECTION, None): lambda: ffn.select(x_NC[None], routing),
+        (DENSE_TORCH, None): lambda: [by_torch(x_NC, dense) for x_NC, dense in denses],
+        (DENSE_OURS, None): lambda: [dense(x_NC) for x_NC, dense in denses],
+        (SELECTION, None): lambda: [of.ffn.select(of.x_NC[None], routing) for of in layers],
     }
-    for density in densities:
-        mean = density * shape.num_experts
-        mask_NE = random_mask(mean, shape.tokens, shape.num_experts, x_NC.device)
-        for impl in PATHS:
-            given = (x_NC, mask_NE, ffn.weights, ffn.act, impl)
-            calls[impl, density] = partial(run_experts, *given)
+
+    def by_path(density: float, impl: str) -> None:
+        for layer in layers:
+            ffn, mask_NE = layer.ffn, layer.masks[density]
+            run_experts(layer.x_NC, mask_NE, ffn.weights, ffn.act, impl)
+
+    for density in layers[0].masks:
+        calls |= {(impl, density): partial(by_path, density, impl) for impl in PATHS}
     return calls
 
 
@@ -170,7 +213,7 @@ def _statistics(times: Sequence[float]) -> dict[str, float]:
 
 
 def _beside_dense(
-    shape: Shape, rows: Sequence[dict[str, Any]], rates: Rates, element: int
+    shape: Shape, layers: int, rows: Sequence[dict[str, Any]], rates: Rates, element: int
 ) -> list[dict[str, Any]]:
     """The rows with their ratios to the fastest dense one."""
     baselines = [row for row in rows if row["impl"] in (DENSE_TORCH, DENSE_OURS)]
@@ -181,9 +224,9 @@ def _beside_dense(
         if row["impl"] == SELECTION:
             continue
         density = 1.0 if row["density"] is None else row["density"]
-        row["gflops_per_s"] = shape.flops(density) / row["ms_median"] / 1e6
-        of_products = shape.flops(density) / rates.gflops_per_s / 1e6
-        of_memory = shape.bytes(density, element) / rates.gbytes_per_s / 1e6
+        row["gflops_per_s"] = layers * shape.flops(density) / row["ms_median"] / 1e6
+        of_products = layers * shape.flops(density) / rates.gflops_per_s / 1e6
+        of_memory = layers * shape.bytes(density, element) / rates.gbytes_per_s / 1e6
         row["rate"] = row["gflops_per_s"] / rates.gflops_per_s
         row["limit_ratio"] = max(of_products, of_memory) / median
     return list(rows)

@@ -210,7 +210,7 @@ def published(task: Task) -> Call:
 def run(work: Work) -> StageResult:
     config, benchmark = work.config, work.config.benchmark
     if benchmark.kernels:
-        return run_kernels(work)
+        return run_kernels(work, {name: rules for name, _, rules in _selections(work)})
     sources = _sources(work)
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)

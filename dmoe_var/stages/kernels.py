@@ -1,14 +1,22 @@
-"""The benchmark of expert paths by themselves: a layer's shapes, experts of several sizes."""
+"""The benchmark of expert paths by themselves: a layer's shapes, experts of several sizes, and the
+layers of a model as it draws."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from dmoe_var.errors import ConfigError
 from dmoe_var.figures.kernels import draw_kernels
-from dmoe_var.metrics.kernel_timing import Shape, measured_rates, time_kernels
+from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
+from dmoe_var.moe.layer import MoEFFN, Routing
+from dmoe_var.moe.selection import Selection
+from dmoe_var.sampling.draw import balanced_labels
+from dmoe_var.sampling.sampler import generate
+from dmoe_var.stages import models
 from dmoe_var.stages.graph import StageResult
 from dmoe_var.stages.work import Work
 
@@ -16,22 +24,30 @@ BRANCHES = 2
 """Rows of an image under guidance."""
 
 
-def run_kernels(work: Work) -> StageResult:
-    """Times a layer of the configured width at each of `moe.scales`; writes kernels.png."""
+def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
+    """Times a layer of the configured width at each of `moe.scales`, and with `real_masks` those of
+    the model under each selection; writes kernels.png."""
     benchmark, sampling, device = work.config.benchmark, work.config.sampling, work.device
     shapes = _shapes(work)
     rates = measured_rates(device, sampling.torch_dtype, benchmark.repeats)
     rows: list[dict[str, Any]] = []
     for shape in tqdm(shapes, desc="kernels", unit="shape", disable=not work.progress):
-        rows += time_kernels(
-            shape, benchmark.densities, rates, device, sampling.torch_dtype, benchmark.repeats
-        )
+        layer = random_layer(shape, benchmark.densities, device, sampling.torch_dtype)
+        timed = time_layers(shape, [layer], rates, benchmark.repeats)
+        rows += [row | {"masks": "random"} for row in timed]
+    for size in benchmark.sizes if benchmark.real_masks else ():
+        for name, selection in selections.items():
+            for shape, layers in _drawn(work, selection, size):
+                timed = time_layers(shape, layers, rates, benchmark.repeats)
+                rows += [row | {"masks": name} for row in timed]
     metrics = {
         "product_gflops_per_s": rates.gflops_per_s,
         "copy_gbytes_per_s": rates.gbytes_per_s,
     }
     for row in rows:
         density = "" if row["density"] is None else f"_d{row['density']:g}"
+        if row["masks"] != "random":
+            density = f"_{row['masks']}"
         name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}{density}"
         metrics[f"{name}_ms_median"] = row["ms_median"]
         metrics[f"{name}_time_ratio"] = row["time_ratio"]
@@ -52,4 +68,42 @@ def _shapes(work: Work) -> list[Shape]:
             for si in config.moe.scales:
                 tokens = branches * batch * config.var.patch_nums[si] ** 2
                 found.append(Shape(config.name, config.var.C, config.var.hidden, size, tokens))
+    return found
+
+
+@torch.no_grad()
+def _drawn(work: Work, selection: Selection, size: int) -> list[tuple[Shape, list[Layer]]]:
+    """The expert FFNs of each of `moe.scales`, with the tokens and masks of `size` images."""
+    config, sampling = work.config, work.config.sampling
+    vqvae = models.vqvae(work).to(work.device, sampling.torch_dtype)
+    model = models.dynamic(work).to(work.device, sampling.torch_dtype)
+    given: dict[int, list[tuple[MoEFFN, torch.Tensor, torch.Tensor]]] = {}
+
+    def watch(ffn: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        x_RlC, routing = inputs
+        assert isinstance(ffn, MoEFFN)
+        assert isinstance(routing, Routing)
+        mask_RlE = ffn.select(x_RlC, routing)
+        given.setdefault(routing.si, []).append((ffn, x_RlC.flatten(0, 1), mask_RlE.flatten(0, 1)))
+
+    hooks = [
+        module.register_forward_pre_hook(watch)
+        for module in model.modules()
+        if isinstance(module, MoEFFN)
+    ]
+    labels = torch.from_numpy(balanced_labels(size, config.var.num_classes))
+    try:
+        generate(
+            model, vqvae, labels, **sampling.options, seed=config.evaluate.seed,
+            selection=selection, impl=config.moe.impl,
+        )  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for layers in given.values():
+        tokens, size = len(layers[0][1]), config.split.expert_size
+        density = float(torch.stack([mask for *_, mask in layers]).float().mean())
+        shape = Shape(config.name, config.var.C, config.var.hidden, size, tokens)
+        found.append((shape, [Layer(ffn, x_NC, {density: mask}) for ffn, x_NC, mask in layers]))
     return found

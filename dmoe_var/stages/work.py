@@ -474,7 +474,7 @@ class Work:
 
 def _unread_by(benchmark: BenchmarkConfig) -> tuple[str, ...]:
     """Sections that say nothing about what is timed."""
-    if benchmark.kernels:
+    if benchmark.kernels and not benchmark.real_masks:
         return ("vqvae", "base.vqvae", "base.var", "evaluate.seed", "selection")
     if not benchmark.dynamic:
         return EXPERTS

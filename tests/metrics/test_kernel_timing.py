@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from dmoe_var.metrics import kernel_timing
-from dmoe_var.metrics.kernel_timing import Rates, Shape, measured_rates, time_kernels
+from dmoe_var.metrics.kernel_timing import (
+    Layer,
+    Rates,
+    Shape,
+    measured_rates,
+    random_layer,
+    time_layers,
+)
 from dmoe_var.moe.experts import PATHS
 
 SHAPE = Shape("mini", width=16, hidden=64, expert_size=8, tokens=12)
@@ -16,7 +23,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def rows():
-    return time_kernels(SHAPE, [1.0, 0.5], RATES, CPU, torch.float32, repeats=3)
+    layer = random_layer(SHAPE, [1.0, 0.5], CPU, torch.float32)
+    return time_layers(SHAPE, [layer], RATES, repeats=3)
 
 
 def test_everything_is_timed_once(rows):
@@ -49,6 +57,34 @@ def test_limits_by_hand(rows):
         assert row["limit_ratio"] == pytest.approx(max(products, memory) / baseline)
         assert row["gflops_per_s"] == pytest.approx(49152 * density / row["ms_median"] / 1e6)
         assert row["rate"] == pytest.approx(row["gflops_per_s"] / 2.0)
+
+
+def test_zeros_are_those_of_the_experts_that_run():
+    """Of three tokens: a negative bias makes an expert's values 0, a positive one none."""
+    layer = random_layer(SHAPE, [1.0], CPU, torch.float32)
+    ffn, masks = layer.ffn.requires_grad_(False), torch.zeros(12, 8, dtype=torch.bool)
+    ffn.b1_ED[0], ffn.b1_ED[1] = -100, 100
+    masks[:3, 0] = True
+    assert layer.zeros(masks) == 1
+    masks[4:7, 1] = True
+    assert layer.zeros(masks) == 0.5
+    assert layer.zeros(torch.zeros_like(masks)) == 1
+
+
+def test_several_layers_are_timed_together(monkeypatch):
+    """Each path runs every layer, by its own mask; the limits are those of all."""
+    layers = [random_layer(SHAPE, [0.5], CPU, torch.float32) for _ in range(3)]
+    layers[1] = Layer(layers[1].ffn, layers[1].x_NC, {0.5: layers[1].masks[0.5].roll(1, 0)})
+    ran = []
+    monkeypatch.setattr(kernel_timing, "run_experts", lambda x, mask, *_: ran.append(mask))
+    rows = time_layers(SHAPE, layers, RATES, repeats=1)
+    masks = [layer.masks[0.5] for layer in layers]
+    assert len(ran) == 2 * 3 * len(PATHS)
+    assert all(a is b for a, b in zip(ran, masks * (2 * len(PATHS)), strict=True))
+    assert {row["layers"] for row in rows} == {3}
+    baseline = min(row["ms_median"] for row in rows[:2])
+    products = 3 * 49152 * 0.5 / 2e9 * 1e3
+    assert rows[-1]["limit_ratio"] * baseline == pytest.approx(products)
 
 
 def test_rates_are_those_of_the_fastest_call(monkeypatch):

@@ -286,6 +286,38 @@ def test_kernels_of_experts_that_do_not_divide(make_work, no_process, tmp_path):
     refused(work, ConfigError, "benchmark.expert_sizes=48 must divide the hidden width")
 
 
+def test_kernels_of_a_model_as_it_draws(make_work, runs, no_process):
+    """Beside random ones: each sparse scale's layers, with the masks of each tau."""
+    changes = {
+        **KERNELS, "benchmark.densities": [1], "benchmark.tau": [0.9, 0.97],
+        "benchmark.real_masks": True, "benchmark.batch_size": 2,
+    }  # fmt: skip
+    work = make_work(runs, changes)
+    record = run_stage(work, "benchmark")
+    rows = [row for row in record.about["kernels"] if row["masks"] != "random"]
+    scales = work.config.moe.scales
+    tokens = {2 * 2 * work.config.var.patch_nums[si] ** 2 for si in scales}
+    assert {(row["masks"], row["tokens"]) for row in rows} == {
+        (name, n) for name in ("tau0.9", "tau0.97") for n in tokens
+    }
+    paths = [row for row in rows if row["density"] is not None]
+    assert {row["layers"] for row in rows} == {work.config.var.depth}
+    assert all(0 < row["density"] < 1 for row in paths)
+    assert all(0 <= row["zeros"] <= 1 for row in paths)
+    few, many = (
+        min(row["density"] for row in paths if row["masks"] == name)
+        for name in ("tau0.97", "tau0.9")
+    )
+    assert few < many
+    assert work.needs("benchmark")
+
+
+def test_real_masks_want_kernels_and_tau(make_work, tmp_path):
+    for changes in ({"benchmark.tau": [0.5]}, {"benchmark.kernels": True}):
+        with pytest.raises(ConfigError, match="real_masks=true needs kernels=true"):
+            make_work(tmp_path, {**changes, "benchmark.real_masks": True})
+
+
 def test_kernels_want_no_models(make_work, tmp_path):
     """Neither those of a sampler that an experiment times, nor weights to be fetched."""
     changes = {**KERNELS, "benchmark.tau": [0.2], "base.var": "var_d16"}
