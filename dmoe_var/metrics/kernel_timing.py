@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe_var.devices import synchronise
 from dmoe_var.metrics.random_masks import random_mask
-from dmoe_var.metrics.timing import synchronise
 from dmoe_var.models.blocks import FFN
 from dmoe_var.models.products import sampling
-from dmoe_var.moe.experts import PATHS, run_experts
+from dmoe_var.moe.experts import paths_on, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 from dmoe_var.moe.selection import Threshold
 
@@ -142,7 +142,7 @@ def _calls(
     for density in densities:
         mean = density * shape.num_experts
         mask_NE = random_mask(mean, shape.tokens, shape.num_experts, x_NC.device)
-        for impl in PATHS:
+        for impl in paths_on(x_NC.device):
             given = (x_NC, mask_NE, ffn.weights, ffn.act, impl)
             calls[impl, density] = partial(run_experts, *given)
     return calls
