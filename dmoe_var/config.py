@@ -71,7 +71,7 @@ class MoEConfig:
     __pydantic_config__ = STRICT
 
     scales: Scales = (7, 8, 9)
-    impl: Literal["auto", "reference", "grouped", "native"] = "auto"
+    impl: Literal["auto", "reference", "grouped", "native", "triton"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The cores that a process may use, and how torch's threads share them with others.
+"""The cores that a process may use, how torch's threads share them with others, and how to wait for
+a device.
 
 Nothing here imports torch before it is asked to: OpenMP reads its settings once, when torch loads.
 """
@@ -10,6 +11,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -44,6 +49,16 @@ def limit_threads() -> None:
     cores = usable_cores()
     if cores < torch.get_num_threads() and not any(map(os.environ.get, COUNTED_BY_USER)):
         torch.set_num_threads(cores)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def usable_cores() -> int:

@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from dmoe_var.devices import synchronise
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
@@ -55,12 +55,12 @@ def timed(
     marks = [0.0]
 
     def mark(si: int, f_hat_BCHW: Tensor) -> None:
-        _wait(f_hat_BCHW.device)
+        synchronise(f_hat_BCHW.device)
         marks.append(time.perf_counter())
 
     marks[0] = time.perf_counter()
     images = generate(model, vqvae, labels, seed=seed, on_scale=mark, **options)
-    _wait(images.device)
+    synchronise(images.device)
     times = 1000 * np.diff([*marks, time.perf_counter()])
     return times[:-1].tolist(), float(times[-1])
 
@@ -113,10 +113,3 @@ def measure_costs(
         table[si] = tuple(zip(at, np.maximum.accumulate(times).tolist(), strict=True))
     wholes = {name: median(times) for name, times in whole_by_setting.items()}
     return CostTable(median(rest), table, median(whole), wholes)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -8,7 +8,12 @@ from typing import Any
 
 from dmoe_var.figures.style import save, styled, subplots
 
-PATH_COLOURS = {"reference": "#7F7F7F", "grouped": "#E69F00", "native": "#D55E00"}
+PATH_COLOURS = {
+    "reference": "#7F7F7F",
+    "grouped": "#E69F00",
+    "native": "#D55E00",
+    "triton": "#0072B2",
+}
 COLUMNS = 4
 
 
@@ -34,6 +39,8 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_size = [row for row in of_size if row["masks"] == "random"]
         for impl in PATH_COLOURS:
             points = [row for row in of_size if row["impl"] == impl]
+            if not points:  # not on that device
+                continue
             axis.plot(
                 [row["density"] for row in points],
                 [row["time_ratio"] for row in points],

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe_var.devices import synchronise
 from dmoe_var.metrics.random_masks import random_mask
-from dmoe_var.metrics.timing import synchronise
 from dmoe_var.models.blocks import FFN
 from dmoe_var.models.products import sampling
-from dmoe_var.moe.experts import PATHS, run_experts
+from dmoe_var.moe.experts import paths_on, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 from dmoe_var.moe.selection import Threshold
 
@@ -187,7 +187,8 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
             run_experts(layer.x_NC, mask_NE, ffn.weights, ffn.act, impl)
 
     for density in layers[0].masks:
-        calls |= {(impl, density): partial(by_path, density, impl) for impl in PATHS}
+        for impl in paths_on(layers[0].x_NC.device):
+            calls[impl, density] = partial(by_path, density, impl)
     return calls
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dmoe_var.devices import synchronise
 from dmoe_var.metrics.part_timing import PartClock, PartTimes
 
 Call = Callable[..., Tensor]
@@ -172,14 +173,6 @@ def _serve(
         return
     except Exception as error:
         pipe.send(("error", f"{type(error).__name__}: {error}"))
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from dmoe_var.metrics.kernel_timing import (
     random_layer,
     time_layers,
 )
-from dmoe_var.moe.experts import PATHS
+from dmoe_var.moe.experts import paths_on
 
 SHAPE = Shape("mini", width=16, hidden=64, expert_size=8, tokens=12)
 RATES = Rates(gflops_per_s=2.0, gbytes_per_s=4.0)
@@ -30,7 +30,7 @@ def rows():
 def test_everything_is_timed_once(rows):
     cases = [(row["impl"], row["density"]) for row in rows]
     expected = [("dense_torch", None), ("dense", None), ("selection", None)]
-    assert cases == expected + [(impl, d) for d in (1.0, 0.5) for impl in PATHS]
+    assert cases == expected + [(impl, d) for d in (1.0, 0.5) for impl in paths_on(CPU)]
     for row in rows:
         assert 0 < row["ms_min"] <= row["ms_p10"] <= row["ms_median"] <= row["ms_p90"]
         assert (row["tokens"], row["expert_size"], row["dtype"]) == (12, 8, "float32")
@@ -79,8 +79,9 @@ def test_several_layers_are_timed_together(monkeypatch):
     monkeypatch.setattr(kernel_timing, "run_experts", lambda x, mask, *_: ran.append(mask))
     rows = time_layers(SHAPE, layers, RATES, repeats=1)
     masks = [layer.masks[0.5] for layer in layers]
-    assert len(ran) == 2 * 3 * len(PATHS)
-    assert all(a is b for a, b in zip(ran, masks * (2 * len(PATHS)), strict=True))
+    paths = len(paths_on(CPU))
+    assert len(ran) == 2 * 3 * paths
+    assert all(a is b for a, b in zip(ran, masks * (2 * paths), strict=True))
     assert {row["layers"] for row in rows} == {3}
     baseline = min(row["ms_median"] for row in rows[:2])
     products = 3 * 49152 * 0.5 / 2e9 * 1e3

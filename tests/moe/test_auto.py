@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmoe_var.moe.experts import PATHS, RAN, ExpertWeights, auto, native, run_experts
+from dmoe_var.moe.experts import RAN, ExpertWeights, auto, native, paths_on, run_experts, triton
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
-RELU = nn.ReLU()
+RELU, CPU = nn.ReLU(), torch.device("cpu")
+PATHS = paths_on(CPU)
 N, C, E, D = 20, 12, 5, 4
 
 
@@ -74,10 +76,10 @@ def test_measured_once_and_kept(layer, monkeypatch, cache):
 @pytest.mark.parametrize("content", ["", "[1]", '{"format": "other"}', "nonsense"])
 def test_a_broken_table_is_measured_again(layer, monkeypatch, cache, content):
     asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
-    auto._file().write_text(content)
+    auto._file(CPU).write_text(content)
     run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
     assert len(asked) == 1
-    assert len(json.loads(auto._file().read_text())["seconds"]) == 1
+    assert len(json.loads(auto._file(CPU).read_text())["seconds"]) == 1
 
 
 def test_the_first_who_measures_counts(layer, monkeypatch):
@@ -85,9 +87,9 @@ def test_the_first_who_measures_counts(layer, monkeypatch):
     timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0))
     x, weights = layer
     run_experts(x, mask(0.5), weights, RELU, "auto")
-    (key,) = auto._tables[auto._file()]
+    (key,) = auto._tables[auto._file(CPU)]
     mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
-    auto._keep(auto._file(), key, mine)
+    auto._keep(auto._file(CPU), key, mine)
     assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
 
 
@@ -100,7 +102,7 @@ def test_a_table_that_cannot_be_written(layer, monkeypatch, cache, capfd):
         run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
     assert len(asked) == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{auto._file()}: cannot be kept (Not a directory)")
+    assert line.startswith(f"{auto._file(CPU)}: cannot be kept (Not a directory)")
 
 
 def test_every_path_is_timed_at_both_densities(layer):
@@ -125,3 +127,36 @@ def test_gradients_are_grouped_s(layer):
 )
 def test_tokens_are_rounded_down(tokens, rounded):
     assert auto._rounded(tokens) == rounded
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A layer on a GPU that is none: of tensors without values nobody could tell a density."""
+    monkeypatch.setattr(triton, "missing", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(auto, "_file", lambda device: auto.cache_folder() / f"{device.type}.json")
+    with FakeTensorMode(), torch.device("cuda"):
+        shapes = ((E, D, C), (E, D), (E, D, C), (C,))
+        weights = ExpertWeights(*map(torch.empty, shapes))
+        return torch.empty(N, C), torch.empty(N, E, dtype=torch.bool), weights, RELU
+
+
+def test_on_a_gpu_the_fastest_at_one_density(gpu, monkeypatch):
+    """triton takes 1 + 4 d, grouped 4 d + 0.5 and reference 2.4."""
+    asked = timed(monkeypatch, triton=(2.0, 5.0), reference=(3.1, 3.1), grouped=(4.0, 5.5))
+    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "triton"
+    assert [list(paths) for paths, *_ in asked] == [["reference", "grouped", "triton"]]
+    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "triton"
+    assert len(asked) == 1
+
+
+def test_nothing_is_timed_while_a_cuda_graph_is_made(gpu, monkeypatch):
+    asked = timed(monkeypatch, triton=(2.0, 2.0), reference=(1.0, 1.0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "triton"
+    assert not asked
+
+
+def test_on_a_gpu_without_kernels(gpu, monkeypatch):
+    monkeypatch.setattr(triton, "missing", lambda device: "why")
+    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "grouped"

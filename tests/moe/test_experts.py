@@ -150,5 +150,7 @@ def test_repeated_runs_agree_to_the_bit(impl):
 
 
 def test_unknown_impl_raises():
-    with pytest.raises(ValueError, match="impl='fast' is none of auto, reference, grouped, native"):
+    with pytest.raises(
+        ValueError, match="impl='fast' is none of auto, reference, grouped, native, triton"
+    ):
         run_experts(random_tokens(2), all_on(2, 5), random_layer(5, 3), nn.ReLU(), "fast")

@@ -9,33 +9,45 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dmoe_var import values
 from dmoe_var.models.blocks import activation
 from dmoe_var.moe.experts import native as _native
+from dmoe_var.moe.experts import triton as _triton
 from dmoe_var.moe.experts.auto import fastest
 from dmoe_var.moe.experts.grouped import grouped
 from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.reference import reference
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
 
-__all__ = ["AUTO", "RAN", "ExpertWeights", "check_impl", "forget", "run_experts"]
+__all__ = ["AUTO", "RAN", "ExpertWeights", "check_impl", "forget", "paths_on", "run_experts"]
 
 PATHS: dict[str, ComputePath] = {
     "reference": reference,
     "grouped": grouped,
     "native": _native.native,
+    "triton": _triton.triton,
 }
+_CAN_RUN = {"native": _native.can_run, "triton": _triton.can_run}
 AUTO = "auto"
 """The path that is fastest on this machine for such experts, by a table that is measured once."""
 IMPLEMENTATIONS = (AUTO, *PATHS)
 RAN: Counter[str] = Counter()
-"""Calls of each path in this process: what `auto` chose, and what ran in the place of `native`."""
+"""Calls of each path in this process: what `auto` chose, and what ran in the place of another."""
 
 
 def check_impl(impl: str) -> None:
     """ValueError for a name that is no compute path."""
     values.choice("impl", impl, IMPLEMENTATIONS)
+
+
+def paths_on(device: torch.device) -> dict[str, ComputePath]:
+    """The paths of PATHS that a device is there for."""
+    other = "native" if device.type == "cuda" else "triton"
+    missing = device.type == "cuda" and _triton.missing(device) is not None
+    left_out = {other, "triton"} if missing else {other}
+    return {name: path for name, path in PATHS.items() if name not in left_out}
 
 
 def run_experts(
@@ -44,17 +56,19 @@ def run_experts(
     """Sum of the selected experts' outputs plus the shared bias, (N, C).
 
     The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path; an unknown one
-    raises ValueError. What `native` does not know is run by `grouped`, see `native.can_run`.
+    raises ValueError, and so does `triton` on a device that it has no kernels for. Tensors that
+    `native` or `triton` does not know are run by `grouped`, see their `can_run`.
     """
     check_impl(impl)
     # How many rows an expert gets is a value, and torch.compile would break off at each. Where no
-    # gradient is asked for it takes the whole as one operator.
+    # gradient is asked for it takes the whole as one operator. So do tensors without values.
     name = _name_of(act)
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and name is not None:
+    opaque = torch.compiler.is_compiling() or isinstance(x_NC, FakeTensor)
+    if opaque and not torch.is_grad_enabled() and name is not None:
         return _as_operator(x_NC, mask_NE, *weights, name, impl)
     if impl == AUTO:
-        impl = fastest(PATHS, x_NC, mask_NE, weights, act)
-    if impl == "native" and not _native.can_run(x_NC, weights, act):
+        impl = fastest(paths_on(x_NC.device), x_NC, mask_NE, weights, act)
+    if impl in _CAN_RUN and not _CAN_RUN[impl](x_NC, weights, act):
         impl = "grouped"
     RAN[impl] += 1
     return PATHS[impl](x_NC, mask_NE, weights, act)

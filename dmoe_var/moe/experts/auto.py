@@ -2,6 +2,8 @@
 
 A path's time is taken as a line through its times at two densities of random masks. `reference` is
 the dense FFN with what was not selected zeroed, so that nothing is ever much slower than dense.
+On a GPU the host would wait for the density of the mask at hand: there a shape takes the path that
+is fastest at the density ASSUMED.
 
 The table is in `c_library.cache_folder()`. The same inputs take the same path as long as it is
 there; where it cannot be written, as long as the process lives.
@@ -21,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_var.c_library import cache_folder, processor
+from dmoe_var.devices import synchronise
 from dmoe_var.files import alone, note, write_text
 from dmoe_var.models.products import this_sampling
-from dmoe_var.moe.experts import native
+from dmoe_var.moe.experts import native, triton
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
 
 FORMAT = "dmoe-var-experts/1"
 DENSITIES = (0.25, 1.0)
+ASSUMED = 0.5
 REPEATS = 3
 """Calls of which the fastest counts, after one that does not."""
 
@@ -43,11 +47,21 @@ def fastest(
     weights: ExpertWeights,
     act: nn.Module,
 ) -> str:
-    """Name of the path to run: `grouped` for all that the compiled kernel does not know."""
-    if not native.can_run(x_NC, weights, act) or mask_NE.numel() == 0:
+    """Name of the path to run: `grouped` for all that the compiled kernels do not know."""
+    device = x_NC.device
+    if device.type == "cuda":
+        known = triton.missing(device) is None and triton.knows(x_NC, weights, act)
+    else:
+        known = native.can_run(x_NC, weights, act)
+    if not known or mask_NE.numel() == 0:
         return "grouped"
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
+            return "triton"
+        density = ASSUMED
+    else:
+        density = float(mask_NE.count_nonzero()) / mask_NE.numel()
     seconds = _seconds(paths, x_NC, weights, act)
-    density = float(mask_NE.count_nonzero()) / mask_NE.numel()
     return min(seconds, key=lambda name: _at(density, seconds[name]))
 
 
@@ -63,9 +77,12 @@ def _seconds(
     """From the table, or measured now."""
     E, D, C = weights.w1_EDC.shape
     dtype = str(x_NC.dtype).removeprefix("torch.")
-    products = "torch" if this_sampling() is None else "sampling"
+    if x_NC.is_cuda:
+        products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "exact"
+    else:
+        products = "torch" if this_sampling() is None else "sampling"
     key = f"{dtype} C={C} D={D} E={E} N={_rounded(len(x_NC))} {products}"
-    file = _file()
+    file = _file(x_NC.device)
     table = _tables.setdefault(file, {})
     if key not in table:
         table |= _read(file)
@@ -86,26 +103,32 @@ def _measured(
 ) -> Seconds:
     generator = torch.Generator().manual_seed(0)
     draws_NE = torch.rand(len(x_NC), len(weights.w1_EDC), generator=generator)
-    masks = [draws_NE < density for density in DENSITIES]
+    masks = [(draws_NE < density).to(x_NC.device) for density in DENSITIES]
     times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
     for _ in range(1 + REPEATS):  # in turn: a machine that is busy for a while is so for all
         for name, path in paths.items():
             for mask_NE, found in zip(masks, times[name], strict=True):
+                synchronise(x_NC.device)
                 started = time.perf_counter()
                 path(x_NC, mask_NE, weights, act)
+                synchronise(x_NC.device)
                 found.append(time.perf_counter() - started)
     return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
 
 
-def _file() -> Path:
-    """The table of this processor, number of threads, torch and kernel."""
-    return cache_folder() / f"experts-{_machine(torch.get_num_threads())}.json"
+def _file(device: torch.device) -> Path:
+    """The table of this processor and number of threads, or of this GPU; of torch and kernels."""
+    return cache_folder() / f"experts-{_machine(device, torch.get_num_threads())}.json"
 
 
 @cache
-def _machine(threads: int) -> str:
-    parts = (processor(), str(threads), torch.__version__, native.SOURCE.read_text("utf-8"))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _machine(device: torch.device, threads: int) -> str:
+    parts: tuple[str, ...]
+    if device.type == "cuda":
+        parts = (torch.cuda.get_device_name(device), *triton.versions())
+    else:
+        parts = (processor(), str(threads), native.SOURCE.read_text("utf-8"))
+    return hashlib.sha256("\0".join((torch.__version__, *parts)).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, Seconds]:

@@ -1,0 +1,189 @@
+"""ReLU experts on an NVIDIA GPU, see triton_kernels.py: fc1 gathers rows, fc2 is cuBLAS's.
+
+`row_lists` sorts the tokens of each block into those that chose an expert and the others. fc1
+multiplies the former by the expert's weights and writes zeros for the others, so that fc2 is one
+dense product over all neurons. A product of half the density thus takes three quarters of the dense
+FFN's operations. An fc2 that left out the rest would have to add its outputs up in memory, expert
+by expert: for experts of 128, that moves as many bytes as the dense product has time for.
+
+The host never waits for the device, and nothing is as large as the worst case: hidden activations
+are the dense FFN's. Sums have a fixed order, so that the same inputs give the same bits.
+
+Legend: N tokens, C width, E experts, D neurons of an expert, H = E D, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmoe_var.errors import InputError
+from dmoe_var.models.products import observed
+from dmoe_var.moe.experts.weights import ExpertWeights
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INTERPRETER = "TRITON_INTERPRET"
+"""Triton's own switch: with 1 its kernels run on a CPU, slowly, for tests."""
+OLDEST, HOPPER = (8, 0), 9
+"""Compute capabilities; of Hopper the first number."""
+MANY_TOKENS = 2048
+"""From here half of d16's pairs make two large tiles or more for each multiprocessor."""
+COLUMNS = (16, 128)
+"""Fewest and most columns of a tile: what tensor cores take, and what registers hold."""
+LISTED = 4096
+"""Elements of the mask that a program of `row_lists` sorts: they stay in registers."""
+
+
+class Tile(NamedTuple):
+    """What a program of fc1 multiplies at a time, and how.
+
+    A list's last tile is half empty on average: the larger a tile the longer is a list.
+    """
+
+    block: int
+    """Tokens that a list is made of; a list has 16 bits a token."""
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    """Tiles in shared memory: all but one are on their way while that one is multiplied."""
+    warps: int = 4
+
+
+def tile(capability: tuple[int, int], dtype: torch.dtype, size: int, tokens: int) -> Tile:
+    """For experts of `size` neurons on a GPU of this compute capability.
+
+    In half precision two programs fit a multiprocessor: one multiplies while the other begins or
+    ends. Tiles of 64 rows leave fewer of them idle where tokens are few.
+    """
+    columns = min(max(1 << (size - 1).bit_length(), COLUMNS[0]), COLUMNS[1])
+    if dtype == torch.float32:
+        return Tile(512, 64, min(columns, 64), depth=32, stages=3)
+    if tokens < MANY_TOKENS:
+        return Tile(512, 64, columns, depth=64, stages=3)
+    if capability[0] == HOPPER:
+        return Tile(1024, 128, columns, depth=64, stages=3)
+    return Tile(1024, 128, columns, depth=32, stages=4)
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """triton_kernels.py; None where the triton package is missing."""
+    try:
+        from dmoe_var.moe.experts import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def versions() -> tuple[str, str]:
+    """Triton's, and the source of what runs here."""
+    loaded = kernels()
+    assert loaded is not None
+    files = (Path(str(loaded.__file__)), Path(__file__))
+    return loaded.triton.__version__, "".join(file.read_text("utf-8") for file in files)
+
+
+def missing(device: torch.device) -> str | None:
+    """Why nothing can run by these kernels on a device, in one line; None where they can."""
+    if kernels() is None:
+        return "impl=triton needs the triton package, which is not installed here"
+    if os.environ.get(INTERPRETER) == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        found = "AMD's" if device.type == "cuda" else f"device={device.type}"
+    elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
+        found = f"one of {capability[0]}.{capability[1]}"
+    else:
+        return None
+    return f"impl=triton needs an NVIDIA GPU of compute capability 8.0 or more, not {found}"
+
+
+def knows(x: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
+    """Whether these are tokens and ReLU experts of one dtype of DTYPES, no gradient is asked for,
+    and nobody watches operators or the activation."""
+    hooked = bool(act._forward_hooks or act._forward_pre_hooks)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    return (
+        isinstance(act, nn.ReLU)
+        and not hooked
+        and x.dtype in DTYPES
+        and all(weight.dtype == x.dtype for weight in weights)
+        and not learns
+        and not observed(x)
+    )
+
+
+def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
+    """Whether the kernels `know` such tensors. InputError where they run nothing on this device."""
+    reason = missing(x_NC.device)
+    if reason is not None:
+        raise InputError(reason)
+    return knows(x_NC, weights, act)
+
+
+def triton(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
+    """See `run_experts`; for what `can_run`."""
+    w1_EDC, b1_ED, w2_EDC, b2_C = weights
+    h_NH = _hidden(x_NC.contiguous(), mask_NE.contiguous(), w1_EDC.contiguous(), b1_ED.contiguous())
+    return torch.addmm(b2_C, h_NH, w2_EDC.flatten(0, 1))
+
+
+def _hidden(x_NC: Tensor, mask_NE: Tensor, w1_EDC: Tensor, b1_ED: Tensor) -> Tensor:
+    """Hidden activations (N, H), 0 where an expert does not run."""
+    (N, C), (E, D) = x_NC.shape, b1_ED.shape
+    h_NH = x_NC.new_empty(N, E * D)
+    if N == 0:
+        return h_NH
+    chosen = tile(_capability(x_NC.device), x_NC.dtype, D, N)
+    exact = x_NC.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    loaded = kernels()
+    assert loaded is not None
+    rows, counts = row_lists(mask_NE, chosen.block)
+    grid = (E * -(-D // chosen.columns), chosen.block // chosen.rows, len(counts))
+    with torch.cuda.device_of(x_NC):
+        loaded.fc1[grid](
+            x_NC, w1_EDC, b1_ED, rows, counts, h_NH, N, C, E,
+            D=D, T=chosen.block, ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=chosen.depth,
+            PRECISION="ieee" if exact else "tf32",
+            num_stages=chosen.stages, num_warps=chosen.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return h_NH
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the oldest for the interpreter, to which it makes no difference."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST
+
+
+def row_lists(mask_NE: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Each expert's tokens, of each block of so many: their places in it, int16 (blocks, E, T), and
+    their number, int32 (blocks, E). After them come the tokens that did not choose the expert."""
+    N, E = mask_NE.shape
+    blocks, experts = -(-N // block), LISTED // block
+    rows = mask_NE.new_empty((blocks, E, block), dtype=torch.int16)
+    counts = mask_NE.new_empty((blocks, E), dtype=torch.int32)
+    loaded = kernels()
+    assert loaded is not None
+    with torch.cuda.device_of(mask_NE):
+        loaded.row_lists[blocks, -(-E // experts)](
+            mask_NE.view(torch.uint8), rows, counts, N, E, T=block, EXPERTS=experts,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return rows, counts
+
+
+def row_lists_by_torch(mask_NE: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`row_lists` by torch's sort, which tests compare it with."""
+    N, E = mask_NE.shape
+    padded = mask_NE.new_zeros(-(-N // block) * block, E)
+    padded[:N] = mask_NE
+    mask_BET = padded.view(-1, block, E).transpose(1, 2)
+    rows = torch.sort(mask_BET.int(), dim=-1, descending=True, stable=True).indices
+    return rows.to(torch.int16), mask_BET.sum(-1, dtype=torch.int32)

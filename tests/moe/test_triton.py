@@ -1,0 +1,270 @@
+"""The Triton kernels without a GPU: values by the interpreter (triton_values.py), what the launcher
+asks of a GPU, and the machine code that its launches are compiled to."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dmoe_var.errors import InputError
+from dmoe_var.moe.experts import PATHS, ExpertWeights, paths_on, run_experts, triton
+
+RELU = nn.ReLU()
+needs_triton = pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of a block."""
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+}
+SIZES = (8, 32, 48, 64, 128, 256)
+FEW, MANY = 512, triton.MANY_TOKENS
+QUICK = [
+    (80, torch.float16, False, 128, MANY),
+    (90, torch.bfloat16, False, 128, MANY),
+]
+"""The tiles of the published layers; compiling takes seconds each."""
+DTYPES = [(torch.float16, False), (torch.bfloat16, False), (torch.float32, False)]
+LAUNCHES = [
+    (arch, *dtype, size, tokens)
+    for arch in SHARED_MEMORY
+    for dtype in (*DTYPES, (torch.float32, True))
+    for size in SIZES
+    for tokens in ((FEW,) if dtype[0] == torch.float32 else (FEW, MANY))
+]
+
+
+@needs_triton
+def test_values_by_the_interpreter():
+    """Triton reads its switch when it is loaded: in a process of its own."""
+    script = Path(__file__).with_name("triton_values.py")
+    pytest_ = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+    ]
+    done = subprocess.run(
+        [*pytest_, str(script)],
+        env={**os.environ, triton.INTERPRETER: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """with gpu(arch) as launches: fake CUDA tensors, whose launches are written down.
+
+    Whatever waited for the device would raise: these tensors have no values.
+    """
+
+    def pretend(arch):
+        launches = {}
+
+        def kernel(name):
+            def launch(*given, **named):
+                launches[name] = (given, named)
+
+            return AnyGrid(launch)
+
+        fakes = SimpleNamespace(row_lists=kernel("row_lists"), fc1=kernel("fc1"))
+        monkeypatch.delenv(triton.INTERPRETER, raising=False)
+        monkeypatch.setattr(triton, "kernels", lambda: fakes)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10))
+        monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+        return launches
+
+    return pretend
+
+
+class AnyGrid:
+    """kernel[grid] of a kernel that is not run."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        assert all(size < 1 << 16 for size in grid[1:])
+        return self.launch
+
+
+def fake_layer(size, tokens, dtype=torch.bfloat16, width=1024):
+    """x, mask and weights of a layer of four experts, on no GPU."""
+    with FakeTensorMode(), torch.device("cuda"):
+        weights = ExpertWeights(
+            torch.empty(4, size, width, dtype=dtype), torch.empty(4, size, dtype=dtype),
+            torch.empty(4, size, width, dtype=dtype), torch.empty(width, dtype=dtype),
+        )  # fmt: skip
+        mask = torch.empty(tokens, 4, dtype=torch.bool)
+        return torch.empty(tokens, width, dtype=dtype), mask, weights
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 338, 100_000])
+def test_the_host_does_not_wait_for_the_device(gpu, tokens):
+    launches = gpu(80)
+    x, mask, weights = fake_layer(32, tokens)
+    out = triton.triton(x, mask, weights, RELU)
+    assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+    assert launches.keys() == ({"row_lists", "fc1"} if tokens else set())
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_tensors_without_values_are_one_operator(impl):
+    x, mask, weights = fake_layer(32, 20)
+    with torch.no_grad():
+        out = run_experts(x, mask, weights, RELU, impl)
+    assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+
+
+def launches_of(gpu, arch, dtype, tf32, size, tokens):
+    launches = gpu(arch)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        triton.triton(*fake_layer(size, tokens, dtype), RELU)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return launches
+
+
+def compiled(kernel, given, named, arch):
+    """As Triton would for this launch: its metadata and machine code."""
+    import triton as package
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    places = dict(zip(kernel.arg_names, given, strict=False))
+    aligned = [
+        name for name, x in places.items() if name != "N" and (torch.is_tensor(x) or x == 1024)
+    ]
+    types = {n: POINTERS[x.dtype] if torch.is_tensor(x) else "i32" for n, x in places.items()}
+    constants = {name: named[name] for name in kernel.arg_names if name in named}
+    options = {name: value for name, value in named.items() if name not in constants}
+    source = ASTSource(
+        kernel,
+        types | dict.fromkeys(constants, "constexpr"),
+        constants,
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return package.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def machine_code(found, folder):
+    import triton as package
+
+    tool = Path(package.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    if not tool.exists():
+        pytest.skip("no nvdisasm in this triton package")
+    (folder / "cubin").write_bytes(found.asm["cubin"])
+    text = subprocess.run(
+        [tool, "-c", folder / "cubin"], capture_output=True, text=True, check=True
+    )
+    return re.findall(r"\b[A-Z][A-Z0-9]+\b", text.stdout)
+
+
+def no_slower_than_meant(found, code, arch):
+    assert found.metadata.shared <= SHARED_MEMORY[arch]
+    assert not {"LDL", "STL"} & set(code), "registers are spilled"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "launch",
+    [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in LAUNCHES if x not in QUICK)],
+    ids=str,
+)
+def test_machine_code_of_fc1(gpu, tmp_path, launch):
+    """Tensor cores unless float32 is exact, tiles that arrive meanwhile, no spilled registers."""
+    from dmoe_var.moe.experts import triton_kernels
+
+    arch, dtype, tf32, *_ = launch
+    given, named = launches_of(gpu, *launch)["fc1"]
+    found = compiled(triton_kernels.fc1, given, named, arch)
+    code = machine_code(found, tmp_path)
+    no_slower_than_meant(found, code, arch)
+    tensor_cores = {80: "HMMA", 90: "HGMMA"}[arch]
+    assert (tensor_cores in code) == (dtype != torch.float32 or tf32)
+    assert "LDGSTS" in code
+    if dtype != torch.float32:
+        assert 2 * found.metadata.shared <= SHARED_MEMORY[arch], "two fit a multiprocessor"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("arch", "tokens"),
+    [
+        (90, MANY),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(80, FEW), (80, MANY), (90, FEW)]),
+    ],
+)
+def test_machine_code_of_row_lists(gpu, tmp_path, arch, tokens):
+    from dmoe_var.moe.experts import triton_kernels
+
+    launches = launches_of(gpu, arch, torch.float16, False, 128, tokens)
+    found = compiled(triton_kernels.row_lists, *launches["row_lists"], arch)
+    no_slower_than_meant(found, machine_code(found, tmp_path), arch)
+
+
+def small_layer():
+    shapes = ((2, 3, 4), (2, 3), (2, 3, 4), (4,))
+    return (
+        torch.ones(5, 4),
+        torch.ones(5, 2, dtype=torch.bool),
+        ExpertWeights(*map(torch.ones, shapes)),
+    )
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get(triton.INTERPRETER) == "1", reason="runs on a CPU then")
+@pytest.mark.parametrize("act", [RELU, nn.GELU(approximate="tanh")])
+def test_a_cpu_is_refused(act):
+    said = r"^impl=triton needs an NVIDIA GPU of compute capability 8.0 or more, not device=cpu$"
+    with pytest.raises(InputError, match=said):
+        run_experts(*small_layer(), act, "triton")
+
+
+def test_without_triton_all_else_runs(monkeypatch):
+    monkeypatch.setattr(triton, "kernels", lambda: None)
+    with pytest.raises(InputError, match=r"^impl=triton needs the triton package, which is not"):
+        run_experts(*small_layer(), RELU, "triton")
+    for impl in ("auto", *paths_on(torch.device("cpu"))):
+        assert run_experts(*small_layer(), RELU, impl).shape == (5, 4)
+    assert list(paths_on(torch.device("cuda"))) == ["reference", "grouped"]
+
+
+def test_an_old_gpu_is_refused(gpu):
+    gpu(75)
+    device = torch.device("cuda")
+    assert triton.missing(device).endswith("compute capability 8.0 or more, not one of 7.5")
+    gpu(80)
+    assert triton.missing(device) is None
+
+
+def test_paths_of_a_device(gpu):
+    gpu(80)
+    assert list(paths_on(torch.device("cuda"))) == [name for name in PATHS if name != "native"]
+    assert list(paths_on(torch.device("cpu"))) == [name for name in PATHS if name != "triton"]
