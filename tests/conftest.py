@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmoe_var import VAR, VQVAE, VARConfig, VQVAEConfig, convert_to_moe, load_var, load_vqvae
+from dmoe_var import (
+    VAR,
+    VQVAE,
+    VARConfig,
+    VQVAEConfig,
+    convert_to_moe,
+    generators,
+    load_var,
+    load_vqvae,
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # these share the cores, as what they start
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -101,6 +111,25 @@ def head_inputs():
                 hook.remove()
 
     return record
+
+
+@pytest.fixture(scope="session")
+def cuda_dry_run():
+    """with cuda_dry_run() as run: there is a device "cuda", the same each time (see
+    cuda_dry_run.py); run.waits tells where the host waited for it."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = runpy.run_path(str(Path(__file__).parent / "cuda_dry_run.py"))["CudaDryRun"]()
+
+    @contextmanager
+    def dry_run():
+        run.waits.clear()
+        of_cpu = partial(generators.seeded, "cpu")
+        with pytest.MonkeyPatch.context() as patch, run:
+            patch.setattr(generators, "seeded", lambda device, seed: of_cpu(seed))
+            yield run
+
+    return dry_run
 
 
 @pytest.fixture(scope="session")

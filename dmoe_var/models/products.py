@@ -23,11 +23,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe_var.errors import InputError
+
 ONEDNN_LINEAR = "_linear_pointwise"
 
 
 class Sampling:
     """One time within `sampling`: as long as it lasts nobody writes to a weight."""
+
+    def __init__(self) -> None:
+        self._checks: list[tuple[Tensor, str]] = []
+
+    def check_at_end(self, holds: Tensor, otherwise: str) -> None:
+        """InputError(otherwise) at the end of this time unless `holds`, a truth value on whatever
+        device: it is waited for once, then."""
+        self._checks.append((holds, otherwise))
+
+    def end(self) -> None:
+        """InputError for the first check that does not hold."""
+        if self._checks:
+            held = torch.stack([holds for holds, _ in self._checks]).cpu()
+            for holds, (_, otherwise) in zip(held.tolist(), self._checks, strict=True):
+                if not holds:
+                    raise InputError(otherwise)
 
 
 _SAMPLING: ContextVar[Sampling | None] = ContextVar("sampling", default=None)
@@ -43,10 +61,12 @@ FEW_ROWS = 16
 def sampling() -> Iterator[None]:
     """Within it this thread draws images: no gradients, and the products that are fastest there.
     Its tensors are plain ones, which inference mode's are not: others may train through them."""
-    outside = _SAMPLING.set(Sampling())
+    this = Sampling()
+    outside = _SAMPLING.set(this)
     try:
         with torch.no_grad():
             yield
+            this.end()
     finally:
         _SAMPLING.reset(outside)
 

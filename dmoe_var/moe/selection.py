@@ -15,9 +15,9 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from dmoe_var import values
+from dmoe_var import generators, values
 from dmoe_var.errors import InputError
-from dmoe_var.models.products import widest_float
+from dmoe_var.models.products import this_sampling, widest_float
 from dmoe_var.moe.experts import native
 
 
@@ -169,7 +169,7 @@ class Random(_Counted):
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         if noise is None:
-            generator = torch.Generator(scores.device).manual_seed(self.seed)
+            generator = generators.seeded(scores.device, self.seed)
             noise = torch.rand(scores.shape, generator=generator, device=scores.device)
         return self._mask(noise)
 
@@ -240,15 +240,24 @@ def _rule_from_json(content: Any) -> SelectionRule:
     return rule
 
 
+NOT_FINITE = "an expert's score is not finite: the router or its input has overflowed"
+
+
 def check_finite(scores: Tensor) -> Tensor:
-    """The scores; InputError where NaN or infinity among them would decide what runs."""
+    """The scores; InputError where NaN or infinity among them would decide what runs.
+
+    While a GPU draws images it is raised at the end: to ask it at every layer is to wait for it.
+    """
     # torch.compile knows no values: it takes the whole check as one operator.
     return _finite(scores.detach()) if torch.compiler.is_compiling() else _checked(scores)
 
 
 def _checked(scores: Tensor) -> Tensor:
-    if not bool(scores.isfinite().all()):
-        raise InputError("an expert's score is not finite: the router or its input has overflowed")
+    finite, sampling = scores.isfinite().all(), this_sampling()
+    if sampling is not None and scores.device.type != "cpu":
+        sampling.check_at_end(finite, NOT_FINITE)
+    elif not bool(finite):
+        raise InputError(NOT_FINITE)
     return scores
 
 

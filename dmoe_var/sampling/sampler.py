@@ -6,7 +6,7 @@ a scale, C width, V vocabulary, Cvae latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -16,8 +16,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var import values
-from dmoe_var.errors import InputError
-from dmoe_var.models.products import sampling
+from dmoe_var.models.products import sampling, this_sampling
 from dmoe_var.models.var import VAR, Labels, Modulation, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.dynamic_var import DynamicVAR
@@ -216,7 +215,6 @@ def generate(
     x_RlC = model.embed_start(cond_RC)
     f_hat_BCHW = torch.zeros((), device=device)
     last = config.num_scales - 1
-    finite = []
     for si in range(config.num_scales):
         backbone = model.backbone_at(si)
         if call.adaln_every_scale or id(backbone) not in modulations:
@@ -230,7 +228,7 @@ def generate(
         mark("sampling", si)
         progress = si / last
         logits_BlV = guide(logits_RlV, call.cfg * progress) if guided else logits_RlV
-        finite.append(logits_BlV.amax(-1).isfinite().all())
+        _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)
         mark("quantiser", si)
@@ -242,19 +240,19 @@ def generate(
             mark("embedding", si + 1)
             x_RlC = model.embed_scale(f_hat_BlC, si + 1).repeat(branches, 1, 1)
     mark("decoder")
-    images_B3RR = (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
-    _check_finite(finite)  # once, as a GPU is waited for
-    return images_B3RR
+    return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
 
 
-def _check_finite(finite: Sequence[Tensor]) -> None:
-    """InputError where a scale's logits were not: what is drawn from NaN looks like a picture."""
-    bad = (~torch.stack(list(finite))).nonzero()
-    if len(bad):
-        raise InputError(
-            f"the logits of scale {int(bad[0])} are not finite: the model's weights are not, or "
-            "its activations overflow in their dtype"
-        )
+def _check_finite(logits_BlV: Tensor, si: int) -> None:
+    """InputError, when all is drawn, where a scale's logits were not: what is drawn from NaN looks
+    like a picture."""
+    this = this_sampling()
+    assert this is not None
+    this.check_at_end(
+        logits_BlV.amax(-1).isfinite().all(),
+        f"the logits of scale {si} are not finite: the model's weights are not, or its activations "
+        "overflow in their dtype",
+    )
 
 
 def _unmeasured(part: str, scale: int | None = None) -> None:

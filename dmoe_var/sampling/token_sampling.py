@@ -10,6 +10,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from dmoe_var import generators
+
 TOKENS, ROUTING = 0, 1
 
 
@@ -49,7 +51,7 @@ class ImageStreams:
 
         def streams(purpose: int) -> list[torch.Generator]:
             return [
-                torch.Generator(device).manual_seed(stream_seed(seed, start_index + i, purpose))
+                generators.seeded(device, stream_seed(seed, start_index + i, purpose))
                 for i in range(batch)
             ]
 
@@ -131,4 +133,4 @@ def soft_mix(
     temperature = max(0.27 * (1 - progress * 0.95), 0.005)
     gumbel = -streams.exponential(*logits_BlV.shape[1:]).log()
     mix_BlV = ((logits_BlV * (1 + progress) + gumbel) / temperature).softmax(-1)
-    return mix_BlV @ codes_VC
+    return mix_BlV @ codes_VC.to(mix_BlV.dtype)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmoe_var import generators
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.safetensors_io import is_described
@@ -83,7 +84,7 @@ class Task:
             **self.sampling.options,
             "selection": self.selection,
             "impl": self.impl,
-            "generator": torch.Generator(self.device).manual_seed(self.seed),
+            "generator": generators.seeded(self.device, self.seed),
         }
 
     def flops(self) -> FlopReport:

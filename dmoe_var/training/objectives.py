@@ -195,12 +195,13 @@ def select_trainable(var: VAR, what: str) -> None:
         parameter.requires_grad_(in_ffn if what == "ffn" else in_blocks_or_head)
 
 
-def tokens_of(config: VARConfig, scales: Sequence[int]) -> Tensor | slice:
-    """Index of the tokens of some scales among all L."""
+def tokens_of(config: VARConfig, scales: Sequence[int], device: torch.device) -> Tensor | slice:
+    """Index of the tokens of some scales among all L, on the device of what it is an index to: one
+    from the CPU would be copied there, and waited for, each time."""
     if len(scales) == config.num_scales:
         return slice(None)
     slices = [config.scale_slices[si] for si in scales]
-    return torch.cat([torch.arange(tokens.start, tokens.stop) for tokens in slices])
+    return torch.cat([torch.arange(t.start, t.stop, device=device) for t in slices])
 
 
 class SparsifyObjective(VARObjective):
@@ -217,7 +218,8 @@ class SparsifyObjective(VARObjective):
     ):
         super().__init__(var, vqvae, training, held_out, config)
         self.config = config
-        self.learnt_tokens = tokens_of(var.config, conversion.scale_numbers(var.config.num_scales))
+        learnt = conversion.scale_numbers(var.config.num_scales)
+        self.learnt_tokens = tokens_of(var.config, learnt, self.device)
         self.probe = ActivationProbe(var, pre_activation=config.activation == "gelu")
         select_trainable(var, conversion.train)
 

@@ -110,7 +110,7 @@ class RouterObjective(TokenObjective):
         self.config = config
         self.constants_LE: list[Tensor] | None = None
         learnt = config.scales or range(moe.config.num_scales)
-        self.learnt_tokens = tokens_of(moe.config, learnt)
+        self.learnt_tokens = tokens_of(moe.config, learnt, self.device)
         moe.requires_grad_(False).eval()
         self.routers.requires_grad_(True)
 

@@ -126,7 +126,9 @@ class VQVAEObjective:
     def _count(self, tokens: list[Tensor]) -> None:
         hits_SV = self.vqvae.quantize.ema_vocab_hit_SV
         for si, tokens_Bl in enumerate(tokens):
-            counts_V = torch.bincount(tokens_Bl.flatten(), minlength=hits_SV.shape[1])
+            tokens_N = tokens_Bl.flatten()  # not by bincount, which waits for a GPU
+            counts_V = tokens_N.new_zeros(hits_SV.shape[1])
+            counts_V.index_add_(0, tokens_N, torch.ones_like(tokens_N))
             hits_SV[si].mul_(HIT_MOMENTUM).add_(counts_V, alpha=1 - HIT_MOMENTUM)
 
     def _hits(self) -> Tensor:

@@ -60,17 +60,17 @@ def build(digits, tokens, vqvae, make_vqvae, make_var, make_moe):
     """build(kind, dtype, conversion, **fields of its configuration) -> objective (a fresh model),
     config. conversion: fields of a ConversionConfig; var: fields of the VARConfig."""
 
-    def build(kind, dtype=torch.float32, conversion=None, var=None, **fields):
+    def build(kind, dtype=torch.float32, conversion=None, var=None, device="cpu", **fields):
         config = CONFIGS[kind](**{"steps": 6, **EVERY_STEP, **fields})
         if kind == "vqvae":
-            return VQVAEObjective(make_vqvae(seed=1), *digits, config), config
+            return VQVAEObjective(make_vqvae(seed=1).to(device), *digits, config), config
         act = "gelu" if getattr(config, "activation", "relu") == "gelu" else "relu"
         shape = {"num_classes": 10, "drop_path": 0.2, "label_drop": 0.3, **(var or {})}
         model = make_var(activation=act, **shape)
-        given = (copy.deepcopy(vqvae).to(dtype), *tokens, config)
+        given = (copy.deepcopy(vqvae).to(device, dtype), *tokens, config)
         if kind == "router":
-            return RouterObjective(make_moe(model).to(dtype), *given), config
-        model = model.to(dtype)
+            return RouterObjective(make_moe(model).to(device, dtype), *given), config
+        model = model.to(device, dtype)
         if kind == "var":
             return VARObjective(model, *given), config
         return SparsifyObjective(model, *given, ConversionConfig(**conversion or {})), config

@@ -1,0 +1,183 @@
+"""Sampling on a GPU that is not there: the CPU's images, and where the host waits for the GPU.
+
+Within a scale it must not: a scale is hundreds of short operators, which the GPU is to have before
+it is done with those of the scale before.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from dmoe_var import Cumulative, Oracle, Random, Threshold, TopK, generate
+from dmoe_var.errors import InputError
+from dmoe_var.models.products import sampling
+from dmoe_var.models.var import check_labels
+from dmoe_var.moe.layer import ExpertCounts, Routing
+from dmoe_var.sampling.draw import Drawing
+from dmoe_var.sampling.sampler import SamplingConfig
+
+LABELS = [0, 3, 5]
+A_CALL = {"models/var.py:check_labels": 1, "models/products.py:end": 1}
+"""Of `generate`: labels go to the GPU when it begins, and all checks come back when it ends."""
+GROUPED = {"moe/experts/grouped.py:grouped": 8}
+"""`grouped` has to know each expert's tokens: two waits in each layer of each sparse scale."""
+SMALL = {"top_k": 20, "top_p": 0.9}
+
+
+def moved(models, device="cpu", dtype=torch.float32):
+    """Copies elsewhere."""
+    return [copy.deepcopy(model).to(device, dtype) for model in models]
+
+
+def test_what_is_found(cuda_dry_run):
+    """Each way to wait, and a tensor that was left on the CPU."""
+    with cuda_dry_run() as run:
+        x, index = torch.ones(3, device="cuda"), torch.tensor([0])
+        for wait in (
+            lambda: x[0].item(),
+            lambda: 1 if x[0] > 0 else 0,
+            lambda: x[index],
+            lambda: x[x > 0],
+            lambda: torch.equal(x, x),
+            lambda: index.to("cuda"),
+            x.nonzero,
+            x.tolist,
+            x.cpu,
+        ):
+            run.waits.clear()
+            wait()
+            assert run.waits.total() == 1
+        run.waits.clear()
+        assert (x * 2 + x.sum()).is_cuda
+        assert not run.waits
+        with pytest.raises(AssertionError, match="left on the CPU"):
+            x + torch.ones(3)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def both(request, tiny_models, cuda_dry_run):
+    """The models on the CPU, and on the GPU."""
+    with cuda_dry_run():
+        there = moved(tiny_models, "cuda", request.param)
+    return moved(tiny_models, dtype=request.param), there
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "more_waits"),
+    [
+        (True, SMALL, {}),
+        (True, {"cfg": 0.0, "top_k": 0, "more_smooth": True}, {}),
+        (False, {"impl": "reference", "tau": 0.4, "adaln_every_scale": True}, {}),
+        (False, {"impl": "grouped", "tau": 0.4, "cfg": 0.0}, GROUPED),
+        (False, {"impl": "auto", "tau": 0.4}, GROUPED),
+    ],
+    ids=["dense", "dense unguided", "reference", "grouped unguided", "auto"],
+)
+def test_images(both, cuda_dry_run, dense, options, more_waits):
+    here, there = ((model.dense if dense else model, vqvae) for model, vqvae in both)
+    counts, counts_there = ExpertCounts(), ExpertCounts()
+    on_cpu = generate(*here, LABELS, counts=counts, **options)
+    with cuda_dry_run() as run:
+        on_gpu = generate(*there, LABELS, counts=counts_there, **options)
+        assert run.waits == A_CALL | more_waits
+        assert on_gpu.is_cuda
+        assert on_gpu.isfinite().all()
+        assert counts_there.scales == counts.scales
+        if next(here[0].parameters()).dtype == torch.bfloat16:
+            return  # the CPU rounds elsewhere
+        assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-4)
+        for si in counts.scales:
+            assert torch.equal(counts_there.per_token(si).cpu(), counts.per_token(si))
+
+
+@pytest.mark.parametrize(
+    "rule", [Threshold(0.4), TopK(2), Cumulative(0.5), Random(2), Oracle(0.4)], ids=repr
+)
+def test_selection(tiny_models, cuda_dry_run, rule):
+    """Router, rule, experts and counts of a layer."""
+    ffn = tiny_models[0].moe.blocks[0].ffn
+    x_BLC = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ffn(x_BLC, Routing(rule, impl="reference"))
+    with cuda_dry_run() as run, sampling():
+        (ffn,), x_BLC, counts = moved([ffn], "cuda"), x_BLC.to("cuda"), ExpertCounts()
+        run.waits.clear()
+        out_BLC = ffn(x_BLC, Routing(rule, impl="reference", counts=counts))
+        assert not run.waits
+        assert_close(out_BLC.cpu(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("moe.blocks.1.ffn.router.fc2.weight", "an expert's score is not finite"),
+        ("moe.head.weight", "the logits of scale 2 are not finite"),
+    ],
+)
+def test_what_is_not_finite_is_refused_as_on_the_cpu(tiny_models, cuda_dry_run, name, message):
+    models = moved(tiny_models)
+    with torch.no_grad():
+        models[0].get_parameter(name)[0, 0] = torch.nan
+    with pytest.raises(InputError, match=message):
+        generate(*models, LABELS, tau=0.4)
+    with cuda_dry_run(), pytest.raises(InputError, match=message):
+        generate(*moved(models, "cuda"), LABELS, tau=0.4, impl="reference")
+
+
+def test_drawing(tiny_models, cuda_dry_run):
+    """What evaluate draws a batch with: images, pairs and charges come back."""
+    config = SamplingConfig(top_k=20, top_p=0.9, batch_size=3)
+    given = (np.array([0, 1, 2, 3]), 5, config, Threshold(0.4), "reference")
+    expected = Drawing(*tiny_models, *given).batch(1)
+    with cuda_dry_run() as run:
+        there = moved(tiny_models, "cuda")
+        run.waits.clear()
+        batch = Drawing(*there, *given).batch(1)
+        after = {"metrics/images.py:to_uint8": 1, "metrics/flops.py:_per_image": 4}
+        assert run.waits == A_CALL | after
+    difference = np.abs(batch.samples.images.astype(int) - expected.samples.images)
+    assert difference.max() <= 1
+    assert (batch.pairs, batch.charged) == (expected.pairs, expected.charged)
+
+
+def test_labels(cuda_dry_run):
+    """However they are given, they come to the GPU in one copy."""
+    with cuda_dry_run() as run:
+        on_gpu = torch.tensor(LABELS, device="cuda")
+        for given in (LABELS, np.array(LABELS), torch.tensor(LABELS), on_gpu):
+            run.waits.clear()
+            labels_B = check_labels(given, 5, on_gpu.device)
+            assert run.waits.pop("models/var.py:check_labels") == 1
+            assert run.waits == ({"values.py:_python": 1} if given is on_gpu else {})
+            assert labels_B.is_cuda
+            assert labels_B.tolist() == LABELS
+
+
+def test_tokens_and_teacher(tiny_models, make_teacher, cuda_dry_run):
+    """The VQ-VAE both ways, and both models over a teacher's tokens."""
+    model, vqvae = tiny_models
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = vqvae.encode(images)
+    decoded, teacher = vqvae.decode(tokens), vqvae.teacher_input(tokens)
+    logits, dense_logits = model(LABELS, teacher, tau=0.4), model.dense(LABELS, teacher)
+    with cuda_dry_run() as run, torch.no_grad():
+        (model, vqvae), images = moved(tiny_models, "cuda"), images.to("cuda")
+        run.waits.clear()
+        found = vqvae.encode(images)
+        found_teacher = vqvae.teacher_input(found)
+        found_decoded = vqvae.decode(found)
+        assert not run.waits
+        found_dense = model.dense(LABELS, found_teacher)
+        assert run.waits == {"models/var.py:check_labels": 1}
+        found_logits = model(LABELS, found_teacher, tau=0.4, impl="reference")
+        for there, here in zip(
+            [*found, found_decoded, found_teacher, found_dense, found_logits],
+            [*tokens, decoded, teacher, dense_logits, logits],
+            strict=True,
+        ):
+            assert_close(there.cpu(), here, rtol=0, atol=1e-4)

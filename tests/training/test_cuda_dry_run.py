@@ -1,0 +1,35 @@
+"""Training on a GPU that is not there: every objective comes to what it comes to on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+from torch.testing import assert_close
+
+from dmoe_var.training.state import StateFile
+
+LOOP = {"training/loop.py:add", "training/loop.py:_update", "training/objectives.py:add"}
+"""Who waits for the GPU: the loop for the loss and for the gradient's norm, and each mean of a
+validation."""
+TOKENS = {"training/objectives.py:batch", "models/var.py:check_labels", "values.py:_python"}
+VQVAE = {f"training/vqvae_objective.py:{name}" for name in ("loss", "_restart", "validate")}
+WAITS = {
+    "vqvae": LOOP | VQVAE,
+    "var": LOOP | TOKENS,
+    "sparsify": LOOP | TOKENS | {"training/objectives.py:loss"},
+    "router": LOOP | TOKENS,
+}
+
+
+@pytest.mark.parametrize("kind", WAITS)
+def test_training(build, run_in, cuda_dry_run, tmp_path, monkeypatch, kind):
+    """A step and a validation. A state is written from memory, which fake tensors have none of."""
+    monkeypatch.setattr(StateFile, "save", lambda *_: None)
+    fields = {"conversion": {"scales": "last3"}, "steps": 1, "batch_size": 4}
+    on_cpu = run_in(tmp_path / "cpu", *build(kind, **fields))
+    with cuda_dry_run() as run:
+        objective, config = build(kind, device="cuda", **fields)
+        run.waits.clear()
+        on_gpu = run_in(tmp_path / "gpu", objective, config)
+        assert run.waits.keys() == WAITS[kind]
+        assert run.waits["training/loop.py:add"] == run.waits["training/loop.py:_update"] == 1
+    assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-4)
