@@ -34,12 +34,13 @@ SIZES = {{"vocab_size": 32, "z_channels": 8}}
 
 
 class Published(VAR):
-    def autoregressive_infer_cfg(self, B, label_B, g_seed, cfg, top_k, top_p):
+    def autoregressive_infer_cfg(self, B, label_B, g_seed, cfg, top_k, top_p, more_smooth=False):
         assert label_B.shape == (B,) and not torch.is_grad_enabled()
         generator = torch.Generator().manual_seed(g_seed)
         images = generate(
-            self, self.tokenizer[0], label_B, cfg=cfg, top_k=top_k, top_p=top_p, generator=generator
-        )
+            self, self.tokenizer[0], label_B, cfg=cfg, top_k=top_k, top_p=top_p,
+            more_smooth=more_smooth, generator=generator,
+        )  # fmt: skip
         return images + {shift}
 
 

@@ -61,9 +61,12 @@ def run_experts(
     """
     check_impl(impl)
     # How many rows an expert gets is a value, and torch.compile would break off at each. Where no
-    # gradient is asked for it takes the whole as one operator. So do tensors without values.
+    # gradient is asked for it takes the whole as one operator. So do tensors without values, which
+    # no Triton kernel takes.
     name = _name_of(act)
-    opaque = torch.compiler.is_compiling() or isinstance(x_NC, FakeTensor)
+    opaque = torch.compiler.is_compiling() or (
+        isinstance(x_NC, FakeTensor) and impl in (AUTO, "triton")
+    )
     if opaque and not torch.is_grad_enabled() and name is not None:
         return _as_operator(x_NC, mask_NE, *weights, name, impl)
     if impl == AUTO:
