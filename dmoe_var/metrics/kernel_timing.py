@@ -22,7 +22,7 @@ from torch import Tensor
 from dmoe_var.devices import synchronise
 from dmoe_var.metrics.random_masks import random_mask
 from dmoe_var.models.blocks import FFN
-from dmoe_var.models.products import sampling
+from dmoe_var.models.sampling_time import sampling
 from dmoe_var.moe.experts import paths_on, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 from dmoe_var.moe.selection import Threshold

@@ -14,66 +14,21 @@ Everywhere else this is torch's own Linear and Conv2d.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe_var.errors import InputError
+from dmoe_var.models.sampling_time import this_sampling
 
 ONEDNN_LINEAR = "_linear_pointwise"
-
-
-class Sampling:
-    """One time within `sampling`: as long as it lasts nobody writes to a weight."""
-
-    def __init__(self) -> None:
-        self._checks: list[tuple[Tensor, str]] = []
-
-    def check_at_end(self, holds: Tensor, otherwise: str) -> None:
-        """InputError(otherwise) at the end of this time unless `holds`, a truth value on whatever
-        device: it is waited for once, then."""
-        self._checks.append((holds, otherwise))
-
-    def end(self) -> None:
-        """InputError for the first check that does not hold."""
-        if self._checks:
-            held = torch.stack([holds for holds, _ in self._checks]).cpu()
-            for holds, (_, otherwise) in zip(held.tolist(), self._checks, strict=True):
-                if not holds:
-                    raise InputError(otherwise)
-
-
-_SAMPLING: ContextVar[Sampling | None] = ContextVar("sampling", default=None)
 _GIVES_FLOAT32 = any(
     "out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::mm")
 )
 """Whether this torch hands out a GPU's float32 sums of half-precision products (2.8 and up)."""
 FEW_ROWS = 16
 """Up to here a product only streams its weights, and bfloat16 is half the bytes."""
-
-
-@contextmanager
-def sampling() -> Iterator[None]:
-    """Within it this thread draws images: no gradients, and the products that are fastest there.
-    Its tensors are plain ones, which inference mode's are not: others may train through them."""
-    this = Sampling()
-    outside = _SAMPLING.set(this)
-    try:
-        with torch.no_grad():
-            yield
-            this.end()
-    finally:
-        _SAMPLING.reset(outside)
-
-
-def this_sampling() -> Sampling | None:
-    """What this thread is within; None outside of `sampling`."""
-    return _SAMPLING.get()
 
 
 def emulates_bfloat16() -> bool:
@@ -135,7 +90,7 @@ def _by_onednn(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and _SAMPLING.get() is not None
+        and this_sampling() is not None
         and not observed(x)
         and not torch.is_grad_enabled()
         and bool(torch.backends.mkldnn.enabled)

@@ -5,9 +5,10 @@ Legend: B batch, L tokens, N = B L, C width, E experts, D neurons an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -171,3 +172,23 @@ class MoEFFN(nn.Module):
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
         h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())
         return linear(h_BLH, self.w2_EDC.flatten(0, 1).T, self.b2_C)
+
+
+@contextmanager
+def watched(model: nn.Module, watch: Callable[[MoEFFN, Tensor, Routing], None]) -> Iterator[None]:
+    """Within it `watch` sees every expert FFN of the model before it runs: itself, its input
+    (R, l, C) and how it is to select."""
+
+    def hook(ffn: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x_RlC, routing = inputs
+        assert isinstance(ffn, MoEFFN)
+        assert isinstance(routing, Routing)
+        watch(ffn, x_RlC, routing)
+
+    ffns = [module for module in model.modules() if isinstance(module, MoEFFN)]
+    hooks = [ffn.register_forward_pre_hook(hook) for ffn in ffns]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dmoe_var import generators, values
 from dmoe_var.errors import InputError
-from dmoe_var.models.products import this_sampling, widest_float
+from dmoe_var.models.products import widest_float
+from dmoe_var.models.sampling_time import this_sampling
 from dmoe_var.moe.experts import native
 
 

@@ -11,7 +11,6 @@ E experts, C width, K layers, S picture side.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from dmoe_var.metrics.images import to_uint8
 from dmoe_var.models.products import activated_linear, at_least_float32, unrounded_linear
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import MoEFFN, Routing
+from dmoe_var.moe.layer import MoEFFN, Routing, watched
 from dmoe_var.moe.selection import Threshold, check_finite
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
@@ -63,10 +62,7 @@ def record(
     ratios: dict[int, list[np.ndarray]] = {}
     errors: dict[int, list[np.ndarray]] = {}
 
-    def watch(ffn: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        x_RlC, routing = inputs
-        assert isinstance(ffn, MoEFFN)
-        assert isinstance(routing, Routing)
+    def watch(ffn: MoEFFN, x_RlC: Tensor, routing: Routing) -> None:
         ratios_RlE = routing.for_all(quantised_ratios(ffn.router(routing.selecting(x_RlC))))
         found_RlE = errors_by_count(ffn, x_RlC, ratios_RlE)
         ratios.setdefault(routing.si, []).append(ratios_RlE.cpu().numpy().astype(np.uint16))
@@ -76,16 +72,11 @@ def record(
         if si in model.moe_scales:
             recording.pictures[si] = to_uint8((vqvae.decode_f_hat(f_hat_1CHW) + 1) / 2)[0]
 
-    ffns = [module for module in model.moe.modules() if isinstance(module, MoEFFN)]
-    hooks = [ffn.register_forward_pre_hook(watch) for ffn in ffns]
-    try:
+    with watched(model.moe, watch):
         generate(
             model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
             start_index=index, impl=impl, on_scale=decode,
         )  # fmt: skip
-    finally:
-        for hook in hooks:
-            hook.remove()
     for si in model.moe_scales:
         recording.ratios[si] = np.stack(ratios[si])
         recording.errors[si] = np.stack(errors[si]).astype(np.float32)

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var import values
-from dmoe_var.models.products import sampling, this_sampling
+from dmoe_var.models.sampling_time import sampling, this_sampling
 from dmoe_var.models.var import VAR, Labels, Modulation, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.dynamic_var import DynamicVAR

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dmoe_var.errors import ConfigError
 from dmoe_var.figures.kernels import draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
-from dmoe_var.moe.layer import MoEFFN, Routing
+from dmoe_var.moe.layer import MoEFFN, Routing, watched
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
@@ -79,27 +79,16 @@ def _drawn(work: Work, selection: Selection, size: int) -> list[tuple[Shape, lis
     model = models.dynamic(work).to(work.device, sampling.torch_dtype)
     given: dict[int, list[tuple[MoEFFN, torch.Tensor, torch.Tensor]]] = {}
 
-    def watch(ffn: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        x_RlC, routing = inputs
-        assert isinstance(ffn, MoEFFN)
-        assert isinstance(routing, Routing)
+    def watch(ffn: MoEFFN, x_RlC: torch.Tensor, routing: Routing) -> None:
         mask_RlE = ffn.select(x_RlC, routing)
         given.setdefault(routing.si, []).append((ffn, x_RlC.flatten(0, 1), mask_RlE.flatten(0, 1)))
 
-    hooks = [
-        module.register_forward_pre_hook(watch)
-        for module in model.modules()
-        if isinstance(module, MoEFFN)
-    ]
     labels = torch.from_numpy(balanced_labels(size, config.var.num_classes))
-    try:
+    with watched(model, watch):
         generate(
             model, vqvae, labels, **sampling.options, seed=config.evaluate.seed,
             selection=selection, impl=config.moe.impl,
         )  # fmt: skip
-    finally:
-        for hook in hooks:
-            hook.remove()
     found = []
     for layers in given.values():
         tokens, size = len(layers[0][1]), config.split.expert_size

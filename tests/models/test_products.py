@@ -18,9 +18,9 @@ from dmoe_var.models.products import (
     activated_linear,
     at_least_float32,
     linear,
-    sampling,
     unrounded_linear,
 )
+from dmoe_var.models.sampling_time import sampling
 
 HALF_ULP = 2.0**-8
 """Largest relative error of one rounding to bfloat16 (7 stored bits)."""

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from dmoe_var.models.blocks import activation
-from dmoe_var.models.products import sampling
+from dmoe_var.models.sampling_time import sampling
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
 from dmoe_var.moe.selection import Threshold
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
+HERE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("float64_experts.py"))))
+layer, tokens, in_float64 = HERE.layer, HERE.tokens, HERE.in_float64
 RELU = nn.ReLU()
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Relative error of the norm."""
 # C width, E experts, D neurons of an expert
 LAYERS = [(1, 1, 1), (12, 5, 3), (64, 4, 8), (130, 3, 16), (33, 7, 33), (96, 2, 48), (128, 4, 128)]
-
-
-def layer(C, E, D, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((E, D, C), (E, D), (E, D, C), (C,))
-    return ExpertWeights(*(torch.randn(s, generator=generator).to(dtype) for s in shapes))
-
-
-def tokens(N, C, dtype=torch.float32):
-    return torch.randn(N, C, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def masks(N, E):
@@ -41,16 +36,6 @@ def masks(N, E):
     lone[::7, E // 2] = True
     one = torch.arange(N)[:, None] % E == torch.arange(E)
     return [draws < 0.6, draws < 0, draws < 2, one, lone, draws < draws[:, :1]]
-
-
-def in_float64(x, mask, weights):
-    """Per expert and token, by hand."""
-    w1, b1, w2, b2 = (w.double() for w in weights)
-    out = b2.expand(len(x), -1).clone()
-    for e in range(len(w1)):
-        hidden = (x.double() @ w1[e].T + b1[e]).clamp_min(0).to(x.dtype).double()
-        out += mask[:, e, None] * (hidden @ w2[e])
-    return out
 
 
 def run(x, mask, weights):

@@ -157,12 +157,12 @@ def compiled(kernel, given, named, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    places = dict(zip(kernel.arg_names, given, strict=False))
+    places = dict(zip(kernel.arg_names[: len(given)], given, strict=True))
     aligned = [
         name for name, x in places.items() if name != "N" and (torch.is_tensor(x) or x == 1024)
     ]
     types = {n: POINTERS[x.dtype] if torch.is_tensor(x) else "i32" for n, x in places.items()}
-    constants = {name: named[name] for name in kernel.arg_names if name in named}
+    constants = {name: named[name] for name in kernel.arg_names[len(given) :]}
     options = {name: value for name, value in named.items() if name not in constants}
     source = ASTSource(
         kernel,

@@ -6,6 +6,9 @@ bfloat16 is left out: the interpreter multiplies its bits as if they were whole 
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from torch import nn
 
 from dmoe_var.moe.experts import RAN, ExpertWeights, run_experts, triton
 
+HERE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("float64_experts.py"))))
+layer, tokens, in_float64 = HERE.layer, HERE.tokens, HERE.in_float64
 RELU = nn.ReLU()
 PRECISION = {torch.float32: 1e-6, torch.float16: 1e-3}
 """Relative error of the norm."""
@@ -23,32 +28,12 @@ GUARD = 4096
 _tile = triton.tile
 
 
-def layer(C, E, D, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((E, D, C), (E, D), (E, D, C), (C,))
-    return ExpertWeights(*(torch.randn(s, generator=generator).to(dtype) for s in shapes))
-
-
-def tokens(N, C, dtype=torch.float32):
-    return torch.randn(N, C, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
 def mask(N, E):
     """An expert by chance, and others: of no token, the last, all, every seventh, one in E."""
     draws = torch.rand(N, generator=torch.Generator().manual_seed(3))
     token = torch.arange(N)
     kinds = (draws < 0.6, draws < 0, token == N - 1, draws < 2, token % 7 == 0, token % E == 0)
     return torch.stack([kinds[e % len(kinds)] for e in range(E)], 1)
-
-
-def in_float64(x, mask, weights):
-    """Per expert, by hand."""
-    w1, b1, w2, b2 = (w.double() for w in weights)
-    out = b2.expand(len(x), -1).clone()
-    for e in range(len(w1)):
-        hidden = (x.double() @ w1[e].T + b1[e]).clamp_min(0).to(x.dtype).double()
-        out += mask[:, e, None] * (hidden @ w2[e])
-    return out
 
 
 def run(x, mask, weights):
