@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 # ruff: noqa: E402
-from dmoe_var.devices import settle_threads
+from dmoe_var.threads import settle_threads
 
 settle_threads()  # before torch is imported
 
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.metrics.flops import count_flops
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, VARConfig, build_models
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
-from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 from dmoe_var.sampling.sampler import generate
 

@@ -1,115 +1,87 @@
-"""The cores that a process may use, how torch's threads share them with others, and how to wait for
-a device.
-
-Nothing here imports torch before it is asked to: OpenMP reads its settings once, when torch loads.
-"""
+"""Devices: which one runs, what it is called, its memory, and how to wait for it."""
 
 from __future__ import annotations
 
-import math
-import os
+import platform
+import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
-WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
-"""How long a thread without work looks out for some before it sleeps: turns for GNU's OpenMP,
-milliseconds for LLVM's and Intel's. By default GNU's takes 300,000 turns, longer than the system
-lets a thread run beside another busy process: then each of an image's thousands of products waits
-for a thread that only looked out. A batch of eight digits on two cores of a Xeon took 85 to 105 ms
-quiet and up to 4,650 ms beside such a process by default; with 3,000 turns 107 to 116 and 210 to
-222 ms, with 10,000 turns 89 to 121 and 366 to 412 ms, with 1,000 turns 89 to 124 and 143 to 200
-ms (medians of eight calls, over several rounds)."""
-SAID_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
-COUNTED_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-def settle_threads() -> None:
-    """Before torch is loaded, make its threads fit for a machine that others use too: they sleep
-    soon, and are no more than the cores that this process may use. Environment variables of OpenMP
-    that say otherwise hold, and where torch is loaded nothing changes."""
-    if "torch" in sys.modules:
-        return
-    if not any(os.environ.get(name) for name in SAID_BY_USER):
-        os.environ.update(WAITING)
-    limit_threads()
-
-
-def limit_threads() -> None:
-    """Let torch run no more threads than there are usable cores, unless the environment says how
-    many. torch itself knows of affinity, but not of quotas."""
-    import torch
-
-    cores = usable_cores()
-    if cores < torch.get_num_threads() and not any(map(os.environ.get, COUNTED_BY_USER)):
-        torch.set_num_threads(cores)
+from dmoe_var.distributed import launched_processes, local_rank
+from dmoe_var.errors import InputError
 
 
 def synchronise(device: torch.device) -> None:
     """Wait until a device has done what it was given."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, at least 1: those of its affinity, or fewer where a control
-    group's quota (of a container, of a job) is lower; part of a core counts as one."""
-    counted = getattr(os, "process_cpu_count", None)  # from 3.13: also as PYTHON_CPU_COUNT says
-    if counted is not None:
-        cores = counted() or 1
-    elif hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, _quotas())]))
+def chosen_device(name: str) -> torch.device:
+    """The device of a configuration; "auto" takes CUDA, then MPS, then the CPU. InputError for one
+    that this machine lacks, or that several processes cannot share."""
+    kind, _, number = name.partition(":")
+    processes = launched_processes()
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "mps" if kind == "cpu" and torch.backends.mps.is_available() else kind
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={name}: this machine has no CUDA device; allowed: auto, cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device=mps: this machine has no MPS device; allowed: auto, cpu")
+    if kind == "mps" and processes > 1:
+        raise InputError(f"device={name}: one process alone; several may share device=cpu")
+    if number and processes > 1:
+        raise InputError(f"device={name}: torchrun gives each process its own; allowed: auto, cuda")
+    if kind != "cuda":
+        return torch.device(kind)
+    count, index = torch.cuda.device_count(), int(number) if number else local_rank()
+    if index >= count and number:
+        raise InputError(f"device={name}: allowed: cuda:0 to cuda:{count - 1}")
+    if index >= count:
+        raise InputError(
+            f"torchrun started {processes} processes; allowed: {count}, one a GPU of this machine"
+        )
+    return torch.device("cuda", index)
 
 
-def _quotas() -> Iterator[float]:
-    """Cores that each control group above this process allows for, where it sets a limit."""
-    try:
-        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        if controllers == "":  # version 2, alone or beside version 1
-            for folder in _upwards((CGROUPS, CGROUPS / "unified"), place):
-                yield from _quota(_words(folder / "cpu.max"))
-        elif "cpu" in controllers.split(","):
-            for folder in _upwards((CGROUPS / controllers, CGROUPS / "cpu"), place):
-                files = (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
-                yield from _quota([word for file in files for word in _words(file)])
-
-
-def _upwards(roots: tuple[Path, ...], place: str) -> Iterator[Path]:
-    """The folders of a control group and of all above it. In a container its own is the root,
-    whatever the place is called."""
-    for root in roots:
-        inner = root.joinpath(*(part for part in place.split("/") if part != ".."))
-        for folder in (inner, *inner.parents):
-            yield folder
-            if folder == root:
-                break
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the device's allocator on CUDA, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # Linux hands getrusage's peak down to children; this one starts anew with a program
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except OSError:
-        return []
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _quota(words: list[str]) -> Iterator[float]:
-    """Of ["150000", "100000"]: 1.5 cores. "max" and -1 are no limit."""
-    if len(words) == 2 and words[0].isdecimal() and int(words[1]) > 0:
-        yield int(words[0]) / int(words[1])
+def total_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def device_name(device: torch.device) -> str:
+    """What ran it, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return _cpu_name()
+    return device.type
+
+
+def _cpu_name() -> str:
+    """The processor's model where the system tells, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.processor() or platform.machine()} CPU"

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from dmoe_var.config import is_entry, is_text
+from dmoe_var.config.parse import is_entry, is_text
 from dmoe_var.errors import ConfigError
 
 USE = "settings are key=value, options --help, --cfg job, -m"

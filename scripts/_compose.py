@@ -23,9 +23,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dmoe_var.config import Config, known_keys, parse_config
+from dmoe_var.config.parse import known_keys, parse_config
+from dmoe_var.config.root import Config
 from dmoe_var.errors import ConfigError, InputError, sentence
-from dmoe_var.stages.work import Work
+from dmoe_var.experiment.work import Work
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = re.compile(r"\+*experiment=")

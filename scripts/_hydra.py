@@ -36,13 +36,12 @@ with stopped_at_once():
     from _command_line import options_of, read
     from _compose import combinations, composing, own_experiment, show, work_of
 
-    from dmoe_var import launcher
-    from dmoe_var.config import Config
+    from dmoe_var import distributed, launcher
+    from dmoe_var.config.root import Config
     from dmoe_var.errors import ConfigError, InputError, TrainingDiverged, sentence
-    from dmoe_var.metrics.record import Record
-    from dmoe_var.stages.graph import prepare, run_stage
-    from dmoe_var.stages.work import Work
-    from dmoe_var.training import distributed
+    from dmoe_var.experiment.graph import prepare, run_stage
+    from dmoe_var.experiment.record import Record
+    from dmoe_var.experiment.work import Work
     from dmoe_var.training.tracking import Tracking
 
 LAUNCHER = re.compile(r"\+*launcher[.=]")

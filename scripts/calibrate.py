@@ -8,8 +8,8 @@ import re
 
 from _hydra import main, report, say
 
-from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.work import Work
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.work import Work
 
 SHORT = re.compile(r"^(budget|budget_ms|budgets|by_layer|loss)=")
 

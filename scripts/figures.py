@@ -7,9 +7,9 @@ import re
 
 from _hydra import main, report, say
 
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.work import Work
 from dmoe_var.stages import figures
-from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.work import Work
 
 SHORT = ("figure", "make", "plan", "quick")
 

@@ -5,9 +5,9 @@ What is done with the same configuration is skipped; what was interrupted goes o
 
 from _hydra import main, say
 
-from dmoe_var.stages.graph import run_through
+from dmoe_var.experiment.graph import run_through
+from dmoe_var.experiment.work import Work
 from dmoe_var.stages.sweep import table_of
-from dmoe_var.stages.work import Work
 
 
 def run(work: Work) -> None:

@@ -7,9 +7,9 @@ import re
 
 from _hydra import main, report, say
 
-from dmoe_var.stages.graph import run_stage
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.work import Work
 from dmoe_var.stages.sample import settled
-from dmoe_var.stages.work import Work
 
 SHORT = {"classes": "sample.classes", "seeds": "sample.seeds", "tau": "selection.tau"}
 

@@ -11,9 +11,9 @@ other machines; to join them, copy runs/<experiment>/evaluate/* of each into one
 
 from _hydra import main, say
 
-from dmoe_var.stages.graph import run_stage
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.work import Work
 from dmoe_var.stages.sweep import run_part, table_of
-from dmoe_var.stages.work import Work
 
 
 def run(work: Work) -> None:

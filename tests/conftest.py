@@ -26,6 +26,8 @@ from dmoe_var import (
     load_vqvae,
 )
 
+pytest_plugins = ["tiny_experiment"]
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # these share the cores, as what they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

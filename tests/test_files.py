@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from dmoe_var import files
+from dmoe_var.experiment.record import Record
 from dmoe_var.files import alone, sha256_of, sha256_of_all, whole_file, write_text
-from dmoe_var.metrics.record import Record
 
 HOUR = 3600
 

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from dmoe_var.devices import synchronise
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.sampler import generate
 

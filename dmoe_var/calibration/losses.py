@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.files import write_text
-from dmoe_var.models.products import at_least_float32
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.ops import at_least_float32
 from dmoe_var.training.tracking import read_lines
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import SelectionRule, Threshold, check_finite
 
 BINS = 4096

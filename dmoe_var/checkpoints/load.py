@@ -14,7 +14,6 @@ from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.safetensors_io import (
     CONFIG_FILE,
     MODEL_FILE,
-    build_strictly,
     is_described,
     load_checkpoint,
     read_bare,
@@ -22,6 +21,7 @@ from dmoe_var.checkpoints.safetensors_io import (
 )
 from dmoe_var.checkpoints.state_dicts import meant, read_pth
 from dmoe_var.errors import CheckpointError
+from dmoe_var.models.build import build_strictly
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 

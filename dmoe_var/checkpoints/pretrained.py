@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,13 +26,11 @@ from torch import Tensor, nn
 
 from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.hub import network_errors
-from dmoe_var.checkpoints.model_card import model_card
 from dmoe_var.checkpoints.safetensors_io import (
     CONFIG_FILE,
     FORMAT,
     MODEL_FILE,
     READ_BY,
-    build_strictly,
     read_tensors,
     recover,
     write_tensors,
@@ -40,9 +38,9 @@ from dmoe_var.checkpoints.safetensors_io import (
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.files import read_json
-from dmoe_var.metrics.record import Record
+from dmoe_var.models.build import build_strictly
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, VARConfig
-from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import selection_from_json, selection_to_json
 
 KIND = "dynamic_var"
@@ -52,8 +50,6 @@ EXPORTED = "dynamic_var"
 """What the export stage calls a saved model's folder."""
 FRAMEWORK = {"format": "pt"}
 """What the hub's tools look for in a file's metadata; all else there names shared tensors."""
-
-Records = Sequence[Record | str | Path]
 
 
 @dataclass(frozen=True)
@@ -68,17 +64,13 @@ class DynamicVARConfig:
     selection: Any = None
 
 
-def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()) -> None:
-    """Write a model's folder whole or not at all; in a run of several processes, from one of them.
+def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
+    """Write a model's folder whole or not at all. card: the text of its README.md.
 
-    records: what was measured of it, as records or paths to result.json files; they fill the model
-    card, which without any says that nothing was measured. In an existing folder only the files of
-    such a model are replaced: hidden and other files stay. CheckpointError where there are other
-    files and no such model, and for what cannot be written; DataError for a record that is broken
-    or of another model.
+    In an existing folder only the files of such a model are replaced: hidden and other files stay.
+    CheckpointError where there are other files and no such model, and for what cannot be written.
     """
-    place = Path(folder).resolve()
-    _write_folder(model, place, str(folder), place.name, records)
+    _write_folder(model, Path(folder).resolve(), str(folder), card)
 
 
 def from_pretrained(
@@ -137,15 +129,15 @@ def _local(source: str | Path) -> Path | None:
     return inner if (inner / CONFIG_FILE).is_file() and not (path / CONFIG_FILE).exists() else path
 
 
-def push_to_hub(
+def upload(
     model: DynamicVAR,
     repo_id: str,
+    card: str,
     private: bool | None = None,
     token: str | None = None,
     commit_message: str = "Add a DynamicVAR",
-    records: Records = (),
 ) -> str:
-    """Upload what `save_pretrained` writes, in one commit; the commit's address.
+    """Upload what `write_model` writes, in one commit; the commit's address.
 
     The repository is made where there is none (`private`: None means the owner's default).
     CheckpointError, in one line, where the hub cannot be reached or refuses.
@@ -155,7 +147,7 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        _write_folder(model, folder, str(folder), repo_id, records)
+        write_model(model, folder, card)
         with _hub_errors(f"{repo_id}: cannot be uploaded"):
             made = api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
@@ -164,12 +156,9 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _write_folder(
-    model: DynamicVAR, folder: Path, shown: str, load_as: str, records: Records
-) -> None:
-    """Write beside `folder`, then rename. shown: its name in messages; load_as: in the card."""
+def _write_folder(model: DynamicVAR, folder: Path, shown: str, card: str) -> None:
+    """Write beside `folder`, then rename. shown: its name in messages."""
     config = json.dumps(_config(model), indent=2, allow_nan=False) + "\n"
-    card = model_card(model, load_as, records)
     replaced = recover(folder)
     _keep_foreign(replaced, folder)
     _check_replaceable(folder, shown)

@@ -7,33 +7,28 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from functools import reduce
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.files import read_json, whole_file, write_text
+from dmoe_var.models.build import _first_line, build_strictly
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
-
-Model = TypeVar("Model", bound=nn.Module)
 
 FORMAT = "dmoe-var/1"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 RENAMES = 10
 """Tries to put a checkpoint where others are reading the older one."""
-WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 READ_BY = {
     "vqvae": "load_vqvae, base.vqvae",
     "var": "load_var, base.var",
@@ -59,10 +54,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (memory-mapped) and metadata of a safetensors file, or CheckpointError."""
     if not path.is_file():
@@ -75,87 +66,6 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
     except (SafetensorError, OSError) as error:
         reason = _first_line(error)
         raise CheckpointError(f"{path}: cut short or no safetensors file ({reason})") from error
-
-
-def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """CheckpointError that names in one line what of a state dict does not fit a module."""
-    wants = {name: tuple(t.shape) for name, t in wanted.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = []
-    for title, names in (
-        ("missing", sorted(wants.keys() - given.keys())),
-        ("unexpected", sorted(given.keys() - wants.keys())),
-    ):
-        if names:
-            problems.append(f"{title} {len(names)} keys: {', '.join(names)}")
-    shapes = [
-        f"{name} is {given[name]}, should be {wants[name]}"
-        for name in sorted(wants.keys() & given.keys())
-        if wants[name] != given[name]
-    ]
-    if shapes:
-        problems.append(f"{len(shapes)} wrong shapes: {'; '.join(shapes)}")
-    kinds = [
-        f"{name} is {tensors[name].dtype}, {tensors[name].layout}"
-        for name, tensor in wanted.state_dict().items()
-        if name in tensors and not _same_kind(tensor, tensors[name])
-    ]
-    if kinds:
-        problems.append(f"{len(kinds)} wrong types: {'; '.join(kinds)}")
-    if problems:
-        raise CheckpointError(f"{source}: {'; '.join(problems)}")
-
-
-def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """CheckpointError where numbers that follow from the shape (scale numbers, the mask) differ, or
-    the weights are of a type that is not computed with."""
-    for name, buffer in skeleton.named_buffers():
-        given = tensors[name]
-        if buffer.is_meta or given.is_meta:  # without values
-            continue
-        if not torch.equal(buffer.to(given), given):
-            raise CheckpointError(f"{source}: {name} is not what follows from the shape")
-    dtypes = {tensors[name].dtype for name, _ in skeleton.named_parameters()}
-    if not dtypes <= WEIGHT_TYPES:
-        found, allowed = (", ".join(sorted(map(str, types))) for types in (dtypes, WEIGHT_TYPES))
-        raise CheckpointError(f"{source}: weights are {found}; allowed: {allowed}")
-
-
-def _same_kind(a: Tensor, b: Tensor) -> bool:
-    """Both dense, and both of floating point or both of the same whole numbers."""
-    if a.layout != b.layout:
-        return False
-    return b.is_floating_point() if a.is_floating_point() else a.dtype == b.dtype
-
-
-class _WithoutInitialValues(TorchFunctionMode):
-    """Skips torch.nn.init: on the meta device it has nothing to fill, and its first normal_ there
-    would import torch's compiler (160 MB)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def build_strictly(
-    build: Callable[[], Model], tensors: Mapping[str, Tensor], source: Path | str
-) -> Model:
-    """The module that `build` makes, in eval mode, with these very tensors: no copy, no second
-    set of weights (it is built on the meta device). Weights of several precisions become the one
-    that loses nothing. CheckpointError where they do not fit."""
-    try:
-        with torch.device("meta"), _WithoutInitialValues():
-            model = build()
-    except (ValueError, ArithmeticError, RuntimeError, TypeError, MemoryError) as error:
-        raise CheckpointError(f"{source}: no model has its shape: {_first_line(error)}") from error
-    check_fit(model, tensors, source)
-    check_constants(model, tensors, source)
-    model.load_state_dict(tensors, assign=True)
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    return (model.to(reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model).eval()
 
 
 def recover(folder: Path) -> Path:

@@ -10,8 +10,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from dmoe_var.models.products import at_least_float32
 from dmoe_var.models.var import VAR
+from dmoe_var.ops import at_least_float32
 
 CLAMP = 10.0
 

@@ -17,11 +17,11 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
-from dmoe_var.checkpoints.safetensors_io import build_strictly
+from dmoe_var.distributed import sum_over_processes
 from dmoe_var.models.blocks import FFN
-from dmoe_var.models.products import widest_float
+from dmoe_var.models.build import build_strictly
 from dmoe_var.models.var import VAR
-from dmoe_var.training.distributed import sum_over_processes
+from dmoe_var.ops import widest_float
 
 
 @dataclass(frozen=True)

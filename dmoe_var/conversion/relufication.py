@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dmoe_var.checkpoints.safetensors_io import build_strictly
+from dmoe_var.models.build import build_strictly
 from dmoe_var.models.var import VAR
 
 

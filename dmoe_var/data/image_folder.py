@@ -38,12 +38,12 @@ from dmoe_var.data.class_folders import (
 )
 from dmoe_var.data.images import Decoded, Indices, Unreadable, scaled
 from dmoe_var.data.pictures import UnreadablePictureError, open_rgb
+from dmoe_var.distributed import is_main
 from dmoe_var.errors import ConfigError, DataError
 from dmoe_var.files import sha256_of_all
-from dmoe_var.training.distributed import is_main
 
 if TYPE_CHECKING:
-    from dmoe_var.data import DataConfig
+    from dmoe_var.data.config import DataConfig
 
 WIDEST = 32
 """How many times its shorter side a picture's longer side is at most, before it is enlarged: the

@@ -40,10 +40,10 @@ from dmoe_var.data.token_shards import (
     remedy,
     write_json,
 )
+from dmoe_var.distributed import barrier, from_main, gathered, is_main, rank, world_size
 from dmoe_var.errors import DataError, InputError
 from dmoe_var.files import alone, whole_file, write_text
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.distributed import barrier, from_main, gathered, is_main, rank, world_size
 
 FORMAT = "dmoe-var-tokens/2"
 INDEX_FILE, LABELS_FILE, REPORT_FILE = "index.json", "labels.npy", "unreadable.txt"

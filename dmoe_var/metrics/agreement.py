@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.svm import SVC
 
+from dmoe_var.data.images import check_images
 from dmoe_var.errors import InputError
-from dmoe_var.metrics.images import check_images
 
 SIDE = 8
 """Pixels a side that the classifier sees, as in scikit-learn's digits."""

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dmoe_var.arrays import read_npz, write_npz
 from dmoe_var.config_fields import PathOrName
+from dmoe_var.data.image_sets import Pixels, as_pixels, evenly_strided
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.files import note, sha256_of
 from dmoe_var.metrics.feature_statistics import (
@@ -40,7 +41,6 @@ from dmoe_var.metrics.feature_statistics import (
     Statistics,
     frechet_distance,
 )
-from dmoe_var.metrics.image_sets import Pixels, as_pixels, evenly_strided
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and sampling does without
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase

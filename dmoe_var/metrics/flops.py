@@ -13,22 +13,20 @@ published axis may show; where every expert runs, both are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dmoe_var import values
 from dmoe_var.metrics.flops_fixed import OTHER, FixedCost, fixed_cost
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts, _charged, _other_scales, _per_image, _ran
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.sampler import Call, Labels, generate
 
@@ -266,65 +264,3 @@ def report(
             raise ValueError(f"the counts of scale {si} are not those of this model")
     routers = tuple(si for si, rule in rules.items() if rule.uses_scores and not rule.true_norms)
     return FlopReport(fixed, num_images, counted, routers, theirs)
-
-
-def pairs_per_image(
-    batches: Iterable[ExpertCounts], rules: Mapping[int, SelectionRule], branches: int
-) -> dict[int, tuple[int, ...]]:
-    """(token, expert) pairs that ran, by scale and image: all layers, rows and tokens of it.
-
-    batches: what `generate` counted, one a batch; read one after the other, so that none need be
-    kept. branches: rows an image, 2 with guidance and else 1. Raises ValueError where scales were
-    counted that have no rule, or the other way round.
-    """
-    (pairs,) = _per_image(batches, rules, branches, (_ran,))
-    return pairs
-
-
-def charged_per_image(
-    batches: Iterable[ExpertCounts],
-    rules: Mapping[int, SelectionRule],
-    branches: int,
-    num_experts: int,
-) -> dict[int, tuple[float, ...]]:
-    """As `pairs_per_image`, by the authors' accounting; num_experts: E."""
-    (charged,) = _per_image(batches, rules, branches, (partial(_charged, num_experts=num_experts),))
-    return charged
-
-
-def _per_image(
-    batches: Iterable[ExpertCounts],
-    rules: Mapping[int, SelectionRule],
-    branches: int,
-    reductions: Sequence[Callable[[Tensor], Tensor]],
-) -> list[dict[int, tuple[Any, ...]]]:
-    """What each reduction, of experts run (layers, R, l) to a number a row, (R,), comes to by scale
-    and image."""
-    found: list[dict[int, list[Any]]] = [{si: [] for si in rules} for _ in reductions]
-    for counts in batches:
-        if counts.scales != sorted(rules):
-            raise ValueError(_other_scales(counts.scales, rules))
-        for si in rules:
-            per_token = counts.per_token(si).cpu()
-            for reduce, by_scale in zip(reductions, found, strict=True):
-                by_scale[si] += reduce(per_token).view(branches, -1).sum(0).tolist()
-    return [{si: tuple(of) for si, of in by_scale.items()} for by_scale in found]
-
-
-def _ran(per_token: Tensor) -> Tensor:
-    """Pairs that ran."""
-    return per_token.sum((0, 2), dtype=torch.int64)
-
-
-def _charged(per_token: Tensor, num_experts: int) -> Tensor:
-    """What the authors' accounting makes of them, float64."""
-    ran = torch.arange(num_experts + 1, dtype=torch.float64)
-    charge = ran / (1 + 0.1 * torch.log10(num_experts - ran + 1))
-    rows_R = per_token.transpose(0, 1).flatten(1).long()
-    # How often each number of experts ran first: whole numbers, in whatever order they are added.
-    times_RE = torch.stack([torch.bincount(row, minlength=num_experts + 1) for row in rows_R])
-    return (times_RE * charge).sum(1)
-
-
-def _other_scales(counted: Sequence[int], rules: Mapping[int, SelectionRule]) -> str:
-    return f"experts were counted at scales {counted}, the rules are for {sorted(rules)}"

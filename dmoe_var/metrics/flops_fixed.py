@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, Modulation, check_pair
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.sampling.sampler import config_device
 

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dmoe_var.arrays import map_npz, names_in, read_npz
+from dmoe_var.data.image_sets import ImageFolder, KeyedArray, KeyedPixels
 from dmoe_var.data.pictures import EXTENSIONS
 from dmoe_var.errors import DataError
 from dmoe_var.files import sha256_of
-from dmoe_var.metrics.image_sets import ImageFolder, KeyedArray, KeyedPixels
 
 IMAGES = "arr_0"
 """Name of the images in files of the ADM evaluator, and in ours."""

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe_var.devices import synchronise
-from dmoe_var.metrics.random_masks import random_mask
 from dmoe_var.models.blocks import FFN
-from dmoe_var.models.sampling_time import sampling
 from dmoe_var.moe.experts import paths_on, run_experts
-from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
-from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.selection import Threshold, random_mask
+from dmoe_var.sampling_time import sampling
 
 DENSE_TORCH, DENSE_OURS, SELECTION = "dense_torch", "dense", "selection"
 """An FFN by torch's own Linear and by the products that the sampler uses, of which the faster is

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmoe_var.data.image_sets import KeyedPixels
 from dmoe_var.errors import DataError
 from dmoe_var.metrics.feature_statistics import Features, Statistics
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.image_files import IMAGES, NamedImages, open_images
-from dmoe_var.metrics.image_sets import KeyedPixels
 
 HASHES = "hashes"
 """Folder, beside that of the statistics, of the hashes of a folder's files."""

@@ -7,14 +7,11 @@ away from the other.
 from __future__ import annotations
 
 import multiprocessing as mp
-import resource
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmoe_var.devices import synchronise
+from dmoe_var.devices import peak_memory, synchronise
 from dmoe_var.metrics.part_timing import PartClock, PartTimes
 
 Call = Callable[..., Tensor]
@@ -168,20 +165,8 @@ def _serve(
                 synchronise(device)
                 pipe.send(("ms", 1000 * (time.perf_counter() - started)))
             else:
-                pipe.send(("report", (_peak_memory(device), output.float().cpu().numpy())))
+                pipe.send(("report", (peak_memory(device), output.float().cpu().numpy())))
     except EOFError:
         return
     except Exception as error:
         pipe.send(("error", f"{type(error).__name__}: {error}"))
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the device's allocator on CUDA, of the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # Linux hands getrusage's peak down to children; this one starts anew with a program
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024)

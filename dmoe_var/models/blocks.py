@@ -15,21 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.kv_cache import KVCache
-from dmoe_var.models.products import Linear, activated, at_least_float32, linear
+from dmoe_var.ops import Linear, activated, activation, at_least_float32, linear
 
 if TYPE_CHECKING:
-    from dmoe_var.moe.layer import Routing
+    from dmoe_var.moe.routing import Routing
 
 MAX_SCALE_MUL = math.log(100)
-
-
-def activation(name: str) -> nn.Module:
-    """`gelu` (the published tanh form) or `relu`."""
-    if name == "gelu":
-        return nn.GELU(approximate="tanh")
-    if name == "relu":
-        return nn.ReLU()
-    raise ValueError(f"activation: {name!r} is none of gelu, relu")
 
 
 class Rows(NamedTuple):

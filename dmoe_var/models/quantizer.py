@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe_var.models.products import Conv2d, at_least_float32
+from dmoe_var.ops import Conv2d, at_least_float32
 
 
 class Phi(Conv2d):

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
-from dmoe_var.models.products import Linear, at_least_float32
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
-from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.routing import Routing
+from dmoe_var.ops import Linear, at_least_float32
 
 Labels = Sequence[int] | np.ndarray | Tensor
 """Classes of any integer type, on any device."""

@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
-from dmoe_var.models.products import Conv2d, at_least_float32
 from dmoe_var.models.quantizer import MultiScaleQuantizer
+from dmoe_var.ops import Conv2d, at_least_float32
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -15,14 +15,14 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
-from dmoe_var.models.blocks import activation
-from dmoe_var.models.products import activated_linear, linear, unrounded_linear
-from dmoe_var.moe.experts import ExpertWeights, check_impl, forget, run_experts
+from dmoe_var.moe.experts import ExpertWeights, forget, run_experts
 from dmoe_var.moe.router import Router, default_hidden
-from dmoe_var.moe.selection import All, SelectionRule
+from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.selection import All
+from dmoe_var.ops import activated_linear, activation, linear, unrounded_linear
 
 if TYPE_CHECKING:
-    from dmoe_var.metrics.part_timing import PartClock
+    pass
 
 
 @dataclass(frozen=True)
@@ -36,59 +36,6 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         values.take_fields(self)
-
-
-class ExpertCounts:
-    """How many experts ran on each token, by scale and layer: what FLOPs and maps are made of.
-
-    Rows are the sampler's: the conditional branch of all images, then the unconditional one.
-    """
-
-    def __init__(self) -> None:
-        self._by_scale: dict[int, list[Tensor]] = {}
-
-    def record(self, si: int, mask_BLE: Tensor) -> None:
-        """Add one layer's mask; layers arrive in order."""
-        self._by_scale.setdefault(si, []).append(mask_BLE.sum(-1, dtype=torch.int16))
-
-    @property
-    def scales(self) -> list[int]:
-        return sorted(self._by_scale)
-
-    def per_token(self, si: int) -> Tensor:
-        """Experts run, int16 (layers, B, L)."""
-        return torch.stack(self._by_scale[si])
-
-
-@dataclass(frozen=True)
-class Routing:
-    """One scale's selection, handed down by the sampler to every expert FFN of that scale."""
-
-    rule: SelectionRule
-    si: int = 0
-    impl: str = "auto"
-    counts: ExpertCounts | None = None
-    noise: Callable[[int, int], Tensor] | None = None
-    """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
-    clock: PartClock | None = None
-    sharing: int = 1
-    """So many equal parts of the batch run the experts that the first part selects."""
-
-    def __post_init__(self) -> None:
-        check_impl(self.impl)
-
-    def at(self, layer: int) -> Routing:
-        """The routing of one layer."""
-        rule = self.rule.at(layer)
-        return self if rule is self.rule else replace(self, rule=rule)
-
-    def selecting(self, x_BLC: Tensor) -> Tensor:
-        """The rows that select, (B / sharing, L, C)."""
-        return x_BLC[: len(x_BLC) // self.sharing]
-
-    def for_all(self, selected: Tensor) -> Tensor:
-        """What those rows selected, (B / sharing, L, E), for every row (B, L, E)."""
-        return selected if self.sharing == 1 else selected.repeat(self.sharing, 1, 1)
 
 
 class MoEFFN(nn.Module):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe_var.models.products import Linear
 from dmoe_var.moe.experts import forget, native
+from dmoe_var.ops import Linear
 
 PUBLISHED_HIDDEN = 128
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from dmoe_var import generators, values
+from dmoe_var.config_fields import STRICT, Several, Share, Taus
 from dmoe_var.errors import InputError
-from dmoe_var.models.products import widest_float
-from dmoe_var.models.sampling_time import this_sampling
 from dmoe_var.moe.experts import native
+from dmoe_var.ops import widest_float
+from dmoe_var.sampling_time import this_sampling
 
 
 @dataclass(frozen=True)
@@ -270,3 +272,85 @@ def _finite(scores: Tensor) -> Tensor:
 @_finite.register_fake
 def _(scores: Tensor) -> Tensor:
     return torch.empty_like(scores)
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """A selection rule: threshold and oracle read `tau` (one, one a sparse scale, or one a
+    scale), top_k and random read `k`, cumulative reads `share`."""
+
+    __pydantic_config__ = STRICT
+
+    rule: Literal["threshold", "oracle", "top_k", "random", "cumulative", "all"] = "threshold"
+    tau: Taus = (0.2,)
+    k: Annotated[int, Field(gt=0)] = 8
+    share: Share = 0.9
+    layer_tau: tuple[Annotated[tuple[Share, ...], Several], ...] = ()
+    """For threshold, in the place of `tau`: by sparse scale, a tau for each layer."""
+
+    def __post_init__(self) -> None:
+        if self.layer_tau and self.rule != "threshold":
+            given = [list(taus) for taus in self.layer_tau]
+            raise ValueError(f"layer_tau={given} goes with rule=threshold, but rule={self.rule}")
+
+    def rules(self) -> SelectionRule | list[SelectionRule]:
+        """What `generate(selection=...)` takes."""
+        if self.rule == "threshold" and self.layer_tau:
+            return [LayerThreshold(taus) for taus in self.layer_tau]
+        if self.rule in ("threshold", "oracle"):
+            rule = Threshold if self.rule == "threshold" else Oracle
+            rules: list[SelectionRule] = [rule(tau) for tau in self.tau]
+            return rules if len(rules) > 1 else rules[0]
+        others = {
+            "top_k": TopK(self.k),
+            "random": Random(self.k),
+            "cumulative": Cumulative(self.share),
+            "all": All(),
+        }
+        return others[self.rule]
+
+    @property
+    def text(self) -> str:
+        """In a few words: "threshold 0.2,0.3"; of a tau for each layer, scales behind ";"."""
+        values: dict[str, Any] = {
+            "top_k": self.k,
+            "random": self.k,
+            "cumulative": self.share,
+            "all": "",
+        }
+        if self.rule == "threshold" and self.layer_tau:
+            return f"threshold by layer {'; '.join(map(_listed, self.layer_tau))}"
+        return f"{self.rule} {values.get(self.rule, _listed(self.tau))}".rstrip()
+
+
+@dataclass(frozen=True)
+class RandomDensity(SelectionRule):
+    """Experts by chance, `mean` of them a token: each token has the whole number below or above.
+
+    Over N tokens the mean is met to 1/N. The router runs, as it does for the rule whose density
+    this is; its scores are not looked at. Masks are drawn once a shape, so that it is not drawing
+    that is timed, and are the same in each layer.
+    """
+
+    mean: float
+
+    def __post_init__(self) -> None:
+        self._set("mean", values.number("mean", self.mean, 0, 2**31))
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        num_experts = scores.shape[-1]
+        num_tokens = scores.numel() // num_experts
+        return random_mask(self.mean, num_tokens, num_experts, scores.device).view(scores.shape)
+
+
+@lru_cache(maxsize=64)
+def random_mask(mean: float, num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
+    """(N, E): as in `RandomDensity`, drawn once."""
+    generator = torch.Generator().manual_seed(0)
+    ranks_NE = torch.rand(num_tokens, num_experts, generator=generator).argsort(-1).argsort(-1)
+    reached = (torch.arange(num_tokens + 1, dtype=torch.float64) * mean).round()
+    return (ranks_NE < reached.diff()[:, None]).to(device)

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoe_var.metrics.images import to_uint8
-from dmoe_var.models.products import activated_linear, at_least_float32, unrounded_linear
+from dmoe_var.data.images import to_uint8
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import MoEFFN, Routing, watched
+from dmoe_var.moe.layer import MoEFFN, watched
+from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Threshold, check_finite
+from dmoe_var.ops import activated_linear, at_least_float32, unrounded_linear
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
 STEPS = 65535

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from dmoe_var.data.class_names import class_names, title
+from dmoe_var.data.image_sets import ImageFolder, all_pixels
+from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures.fid_over_flops import ALONE, LABELS, display_name
 from dmoe_var.figures.style import MARKERS, colour
 from dmoe_var.metrics.flops import SAMPLER_PARTS
-from dmoe_var.metrics.image_sets import ImageFolder, all_pixels
-from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.report.pictures import grid_uri
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples, balanced_labels
-from dmoe_var.sampling.parts import PNG_FOLDER
-from dmoe_var.stages.work import Work
+from dmoe_var.sampling.store import PNG_FOLDER
 
 MAKING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
 MEASURING = ("sweep", "evaluate", "calibrate", "benchmark")

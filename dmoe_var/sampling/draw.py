@@ -16,16 +16,14 @@ import torch
 
 from dmoe_var import values
 from dmoe_var.arrays import map_npz, read_npz
+from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import DataError
-from dmoe_var.metrics.flops import charged_per_image, pairs_per_image
-from dmoe_var.metrics.images import to_uint8
+from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts, charged_per_image, pairs_per_image
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.sampling.sampler import SamplingConfig, generate
-from dmoe_var.sampling.tau_schedule import rules_of
 
 SAMPLES_FILE = "samples.npz"
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var import values
-from dmoe_var.models.sampling_time import sampling, this_sampling
+from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.var import VAR, Labels, Modulation, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
-from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.experts import check_impl
-from dmoe_var.moe.layer import ExpertCounts, Routing
+from dmoe_var.moe.routing import Clock, Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.moe.tau_schedule import Tau
 from dmoe_var.sampling.memory import keep_freed_memory
-from dmoe_var.sampling.tau_schedule import Tau, rules_of
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
     draw_tokens,
@@ -32,9 +32,7 @@ from dmoe_var.sampling.token_sampling import (
     guide,
     soft_mix,
 )
-
-if TYPE_CHECKING:
-    from dmoe_var.metrics.part_timing import PartClock
+from dmoe_var.sampling_time import sampling, this_sampling
 
 OnScale = Callable[[int, Tensor], None]
 MAX_INDEX = 2**63 - 1
@@ -106,7 +104,7 @@ class Call(NamedTuple):
         adaln_every_scale: Any = False,
         counts: ExpertCounts | None = None,
         on_scale: OnScale | None = None,
-        clock: PartClock | None = None,
+        clock: Clock | None = None,
     ) -> Call:
         """ValueError for the first that is wrong."""
         device = _check_models(model, vqvae)
@@ -171,7 +169,7 @@ def generate(
     adaln_every_scale: bool = False,
     counts: ExpertCounts | None = None,
     on_scale: OnScale | None = None,
-    clock: PartClock | None = None,
+    clock: Clock | None = None,
 ) -> Tensor:
     """Images (B, 3, R, R) in [0, 1] of the given classes.
 

@@ -26,21 +26,20 @@ from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.safetensors_io import is_described
 from dmoe_var.errors import CheckpointError, ConfigError
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures.part_times import draw_part_times
 from dmoe_var.metrics.flops import FlopReport, count_flops
 from dmoe_var.metrics.part_timing import PartClock, median_by_part, median_by_scale
-from dmoe_var.metrics.random_masks import RandomDensity
 from dmoe_var.metrics.timing import Call, Timing, time_in_turn
 from dmoe_var.models.blocks import Block
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.selection import Selection, Threshold
+from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.sampling.sampler import SamplingConfig, generate
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult
+from dmoe_var.stages import loaded
 from dmoe_var.stages.kernels import run_kernels
-from dmoe_var.stages.work import Work
 
 OURS, PUBLISHED = "dense", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
@@ -216,10 +215,10 @@ def run(work: Work) -> StageResult:
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)
     _check_compiler(work)
-    models.vqvae(work)  # checks all against the configuration
-    models.dense(work)
+    loaded.vqvae(work)  # checks all against the configuration
+    loaded.dense(work)
     if benchmark.dynamic:
-        models.split(work)
+        loaded.split(work)
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     runs_ms: dict[str, tuple[float, ...]] = {}
@@ -285,11 +284,11 @@ def _sources(work: Work) -> dict[str, str]:
         if source is not None:
             found[kind] = _openable(weights_file(source, kind))
         elif benchmark.dynamic:
-            found[kind] = models.checkpoint(work, f"train_{kind}")
+            found[kind] = loaded.checkpoint(work, f"train_{kind}")
         else:
             raise ConfigError("base.vqvae and base.var must both be given for the benchmark")
     if benchmark.dynamic:
-        found["moe"] = models.checkpoint(work, "train_router")
+        found["moe"] = loaded.checkpoint(work, "train_router")
     if benchmark.smaller is not None:
         found["smaller"] = _openable(weights_file(_smaller(work), "var"))
     return {kind: str(path) for kind, path in found.items()}

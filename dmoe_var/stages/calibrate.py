@@ -15,14 +15,14 @@ from dmoe_var.calibration import rivals
 from dmoe_var.calibration.calibrate import Plan, Taus, taus_for
 from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
+from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import InputError
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.stages.calibration_bench import Bench, Calibration, Found
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import from_main, is_main
 
 HALVINGS = 40
 

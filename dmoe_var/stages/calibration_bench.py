@@ -10,19 +10,19 @@ from typing import Any
 from tqdm import tqdm
 
 from dmoe_var.calibration.calibrate import Group, Losses, Plan, Taus, measure_losses, taus_for
-from dmoe_var.calibration.config import CalibrateConfig
 from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
 from dmoe_var.calibration.refinement import at_cost, most_losses, refine
 from dmoe_var.calibration.scores import Cell, Recorder, Tails, record_scores
+from dmoe_var.config.calibrate import CalibrateConfig
 from dmoe_var.errors import InputError
+from dmoe_var.experiment.work import Work
 from dmoe_var.metrics.flops import FlopReport, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
-from dmoe_var.moe.dynamic_var import DynamicVAR
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.draw import Drawing, balanced_labels
-from dmoe_var.stages import models
-from dmoe_var.stages.tokens import token_sets
-from dmoe_var.stages.work import Work
+from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import token_sets
 
 ROUNDS = 2
 """Times that images are drawn to find out what a tau runs."""
@@ -41,17 +41,17 @@ class Bench:
 
     @cached_property
     def model(self) -> DynamicVAR:
-        return models.dynamic(self.work).to(self.work.config.sampling.torch_dtype)
+        return loaded.dynamic(self.work).to(self.work.config.sampling.torch_dtype)
 
     @cached_property
     def vqvae(self) -> Any:
-        return models.vqvae(self.work).to(self.work.config.sampling.torch_dtype)
+        return loaded.vqvae(self.work).to(self.work.config.sampling.torch_dtype)
 
     @cached_property
     def images(self) -> tuple[TeacherForced, TeacherForced]:
         """Of the training set, and held-out ones."""
         counts = (self.config.images, self.config.held_out)
-        sets = token_sets(self.work, models.vqvae(self.work))  # float32, whatever samples
+        sets = token_sets(self.work, loaded.vqvae(self.work))  # float32, whatever samples
         training, held_out = (
             TeacherForced(tokens, self.vqvae, count, self.config.batch_size)
             for tokens, count in zip(sets, counts, strict=True)

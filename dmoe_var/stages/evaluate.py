@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
+from dmoe_var.data.image_sets import ImageArray, ImageFolder, Pixels, all_pixels
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.distributed import from_main, is_main, rank, world_size
 from dmoe_var.errors import DataError
+from dmoe_var.experiment.contents import hash_of
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
 from dmoe_var.files import note, write_text
 from dmoe_var.metrics.agreement import LabelAgreement
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
 from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
-from dmoe_var.metrics.image_sets import ImageArray, ImageFolder, Pixels, all_pixels
 from dmoe_var.metrics.reference import HASHES, Reference, load_reference
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import DynamicVAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
-from dmoe_var.sampling.parts import Drawn, StoredDrawing
-from dmoe_var.stages import models
-from dmoe_var.stages.contents import hash_of
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.tokens import image_sets, token_sets
-from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import from_main, is_main, rank, world_size
+from dmoe_var.sampling.store import Drawn, StoredDrawing
+from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import image_sets, token_sets
 
 T = TypeVar("T")
 
@@ -84,14 +84,14 @@ class Bench:
         """The tokenizer of a point."""
         dtype = work.config.sampling.torch_dtype
         key = (work.fingerprint_of_model("train_vqvae"), dtype)
-        return self._made("vqvae", key, lambda: models.vqvae(work).to(dtype))
+        return self._made("vqvae", key, lambda: loaded.vqvae(work).to(dtype))
 
     def var_of(self, work: Work, stage: str) -> VAR:
         """The VAR of a point as a stage left it: dense, sparse, or split into experts."""
         dtype = work.config.sampling.torch_dtype
         kind = "experts" if stage in ("split", "train_router") else stage
         key = (stage, work.fingerprint_of_model(stage), dtype)
-        return self._made(kind, key, lambda: models.var(work, stage).to(dtype))
+        return self._made(kind, key, lambda: loaded.var(work, stage).to(dtype))
 
     def pruned_of(self, work: Work) -> Pruned:
         """The pruned VAR of a point and what was kept of it. Called by all processes at once."""
@@ -110,7 +110,7 @@ class Bench:
 
     def _mean_activations(self, work: Work, var: VAR) -> list[Tensor]:
         """Over training images that lie evenly over the set, which may be sorted by class."""
-        vqvae, pruning = models.vqvae(work), work.config.pruning
+        vqvae, pruning = loaded.vqvae(work), work.config.pruning
         tokens, _ = token_sets(work, vqvae)
         num_images = min(pruning.images, len(tokens))
         indices = torch.arange(num_images) * len(tokens) // num_images

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
-from dmoe_var.checkpoints.pretrained import push_to_hub, save_pretrained
-from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult, require
-from dmoe_var.stages.work import OPTIONAL, Work
-from dmoe_var.training.distributed import is_main
+from dmoe_var.distributed import is_main
+from dmoe_var.experiment.graph import StageResult, require
+from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.work import OPTIONAL, Work
+from dmoe_var.report.model_card import push_to_hub, save_pretrained
+from dmoe_var.stages import loaded
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""
@@ -18,7 +18,7 @@ MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 
 def run(work: Work) -> StageResult:
     """Writes dynamic_var/, with `selection` as what runs by default."""
-    model = models.dynamic(work)
+    model = loaded.dynamic(work)
     model.selection = work.config.selection.rules()
     records = [require(work, stage) for stage in MAKING] + measured(work)
     folder = work.folder("export") / FOLDER

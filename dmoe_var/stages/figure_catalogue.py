@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dmoe_var.config.figures import FiguresConfig
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.graph import record_if_done
+from dmoe_var.experiment.points import Curve, Point, operating_point, vary
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration
-from dmoe_var.figures.config import FiguresConfig
 from dmoe_var.models.var import VARConfig
-from dmoe_var.stages.graph import record_if_done
-from dmoe_var.stages.points import Curve, Point, operating_point, vary
-from dmoe_var.stages.work import Work
 
 Changes = Mapping[str, Any]
 

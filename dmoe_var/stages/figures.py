@@ -14,23 +14,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import DataError
+from dmoe_var.experiment.contents import held
+from dmoe_var.experiment.graph import StageResult, order, record_if_done, run_stage
+from dmoe_var.experiment.points import joined, vary
+from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures import claims, expert_maps, fid_over_flops, sample_grid, times
 from dmoe_var.figures import training_curves as training
 from dmoe_var.figures.style import Paths
 from dmoe_var.files import note as say_once
 from dmoe_var.files import read_json, write_text
-from dmoe_var.metrics.record import RESULT_FILE, Record, whole_record
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.contents import held
 from dmoe_var.stages.figure_catalogue import FIGURES, Figure, Need, Run, at_size
-from dmoe_var.stages.graph import StageResult, order, record_if_done, run_stage
 from dmoe_var.stages.maps import CHOSEN, stored_maps
-from dmoe_var.stages.points import joined, vary
 from dmoe_var.stages.sample import Pictures
-from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import from_main, is_main
 from dmoe_var.training.tracking import read_lines
 
 LOSSES = (

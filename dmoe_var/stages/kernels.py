@@ -10,15 +10,16 @@ import torch
 from tqdm import tqdm
 
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures.kernels import draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
-from dmoe_var.moe.layer import MoEFFN, Routing, watched
+from dmoe_var.moe.layer import MoEFFN, watched
+from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.work import Work
+from dmoe_var.stages import loaded
 
 BRANCHES = 2
 """Rows of an image under guidance."""
@@ -75,8 +76,8 @@ def _shapes(work: Work) -> list[Shape]:
 def _drawn(work: Work, selection: Selection, size: int) -> list[tuple[Shape, list[Layer]]]:
     """The expert FFNs of each of `moe.scales`, with the tokens and masks of `size` images."""
     config, sampling = work.config, work.config.sampling
-    vqvae = models.vqvae(work).to(work.device, sampling.torch_dtype)
-    model = models.dynamic(work).to(work.device, sampling.torch_dtype)
+    vqvae = loaded.vqvae(work).to(work.device, sampling.torch_dtype)
+    model = loaded.dynamic(work).to(work.device, sampling.torch_dtype)
     given: dict[int, list[tuple[MoEFFN, torch.Tensor, torch.Tensor]]] = {}
 
     def watch(ffn: MoEFFN, x_RlC: torch.Tensor, routing: Routing) -> None:

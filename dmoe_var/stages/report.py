@@ -9,27 +9,27 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dmoe_var.config import Config
+from dmoe_var.config.root import Config
 from dmoe_var.data.class_names import class_names, title
+from dmoe_var.data.images import to_uint8
+from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.points import operating_point, vary
+from dmoe_var.experiment.record import git_commit, now
+from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
-from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, pairs_per_image, report
+from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
-from dmoe_var.metrics.images import to_uint8
-from dmoe_var.metrics.record import git_commit, now
+from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts, pairs_per_image
 from dmoe_var.moe.selection import Threshold
 from dmoe_var.report import microscope, page
 from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.points import operating_point, vary
-from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import from_main, is_main
 
 REPORT_FILE = "report.html"
 MB = 1e6

@@ -16,24 +16,22 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dmoe_var.config import Config
+from dmoe_var.config.root import Config
 from dmoe_var.data.class_names import class_names, slug, title
+from dmoe_var.data.images import to_uint8
+from dmoe_var.distributed import gathered, is_main, rank, world_size
 from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.experiment.graph import StageResult, require
+from dmoe_var.experiment.work import Work
 from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
-from dmoe_var.metrics.images import to_uint8
+from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.dynamic_var import SHARED_FIELDS, DynamicVAR
-from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
-from dmoe_var.moe.selection_config import SelectionConfig
+from dmoe_var.moe.selection import Oracle, Selection, SelectionConfig, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.sampling.tau_schedule import rules_of
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult, require
-from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import gathered, is_main, rank, world_size
+from dmoe_var.stages import loaded
 
 MOST_CLASSES = 10
 SAMPLES_FILE = "samples.npz"
@@ -130,7 +128,7 @@ def _missing(work: Work) -> InputError | None:
 
 
 def _changed(work: Work, **fields: str) -> Work:
-    """The work with another `sample` section; the experiment's own draws both models."""
+    """The work with another `sample` section; the experiment's own draws both loaded."""
     config, own = work.config, work.baseline.sample
     return Work(
         replace(config, sample=replace(config.sample, **fields)),  # type: ignore[arg-type]
@@ -146,7 +144,7 @@ def run(work: Work) -> StageResult:
     """
     config, folder = work.config, work.folder("sample")
     pictures = Pictures.of(config)
-    vqvae = models.vqvae(work).to(config.sampling.torch_dtype)
+    vqvae = loaded.vqvae(work).to(config.sampling.torch_dtype)
     panels = {}
     about: dict[str, object] = {"grid": GRID_FILE, "seeds": list(pictures.seeds)}
     for name, drawer in _drawers(work).items():
@@ -173,9 +171,9 @@ def _drawers(work: Work) -> dict[str, Drawer]:
         dense = dynamic.dense
         given = dynamic.selection if sample.selection == "stored" else given
     else:
-        dense = models.dense(work).to(dtype)
+        dense = loaded.dense(work).to(dtype)
         if sample.model != "dense":
-            dynamic = DynamicVAR(dense, models.split(work).to(dtype), config.moe.scales)
+            dynamic = DynamicVAR(dense, loaded.split(work).to(dtype), config.moe.scales)
     drawers = {}
     if sample.model != "dynamic":
         drawers["dense"] = Drawer(dense, None, "dense VAR")

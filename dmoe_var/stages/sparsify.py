@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dmoe_var.conversion.relufication import relufy
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.tokens import token_about, token_metrics, token_sets
-from dmoe_var.stages.work import Work
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
+from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import token_about, token_metrics, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import SparsifyObjective
 
 
 def run(work: Work) -> StageResult:
     config = work.config.sparsify
-    vqvae = models.vqvae(work)
-    var = models.dense(work)
+    vqvae = loaded.vqvae(work)
+    var = loaded.dense(work)
     if config.activation == "relu":
         var = relufy(var)
     tokens = token_sets(work, vqvae)
     objective = SparsifyObjective(var, vqvae, *tokens, config, work.config.conversion)
     metrics = train(objective, config, work.training_run("sparsify"))
-    models.save(work, "sparsify", var)
+    loaded.save(work, "sparsify", var)
     return StageResult(
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},

@@ -6,22 +6,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmoe_var.conversion.to_moe import cluster_layer, convert_to_moe
+from dmoe_var.distributed import gathered, is_main, rank, world_size
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.work import Work
-from dmoe_var.training.distributed import gathered, is_main, rank, world_size
+from dmoe_var.stages import loaded
 
 
 def run(work: Work) -> StageResult:
     config = work.config
-    var = models.sparse(work)
+    var = loaded.sparse(work)
     labels = cluster(work, var)
     if is_main():
         moe = convert_to_moe(
             var, config.split.expert_size, config.seed, config.split.router_hidden, labels
         )
-        models.save(work, "split", moe)
+        loaded.save(work, "split", moe)
     num_experts = config.var.hidden // config.split.expert_size
     metrics = {"num_experts": num_experts, "expert_size": config.split.expert_size}
     return StageResult(metrics, about={"checkpoint": "checkpoint"})

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dmoe_var.distributed import barrier, is_main
+from dmoe_var.experiment.graph import StageResult, run_stage
+from dmoe_var.experiment.points import joined, mean
+from dmoe_var.experiment.record import Record
+from dmoe_var.experiment.work import DEFAULT_VARIANT, Work
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
-from dmoe_var.metrics.record import Record
-from dmoe_var.moe.selection_config import SelectionConfig
+from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.graph import StageResult, run_stage
-from dmoe_var.stages.pictures import collect_maps
-from dmoe_var.stages.points import joined, mean
-from dmoe_var.stages.work import DEFAULT_VARIANT, Work
-from dmoe_var.training.distributed import barrier, is_main
+from dmoe_var.stages.maps import collect_maps
 
 GRID_CLASSES = 10
 GRID_ROWS = 6

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import StageResult
-from dmoe_var.stages.tokens import token_about, token_metrics, token_sets
-from dmoe_var.stages.work import Work
+from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import token_about, token_metrics, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import VARObjective
 
 
 def run(work: Work) -> StageResult:
     config = work.config
-    vqvae = models.vqvae(work)
+    vqvae = loaded.vqvae(work)
     tokens = token_sets(work, vqvae)
     given = (vqvae, *tokens, config.train_var)
     if config.base.var is not None:
-        objective = VARObjective(models.dense(work), *given)
+        objective = VARObjective(loaded.dense(work), *given)
         with torch.no_grad():
             metrics = {**objective.validate(), **token_metrics(tokens)}
             return StageResult(metrics, about={"source": config.base.var, **token_about(tokens)})
@@ -27,7 +27,7 @@ def run(work: Work) -> StageResult:
     var = VAR(config.var).to(work.device)
     objective = VARObjective(var, *given)
     metrics = train(objective, config.train_var, work.training_run("train_var"))
-    models.save(work, "train_var", var)
+    loaded.save(work, "train_var", var)
     return StageResult(
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},

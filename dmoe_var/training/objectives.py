@@ -21,11 +21,11 @@ from dmoe_var.conversion.hoyer import (
     shifted_pre_activation,
 )
 from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.distributed import gathered, rank, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.distributed import gathered, rank, world_size
-from dmoe_var.training.loop import OptimConfig
+from dmoe_var.training.step import OptimConfig
 
 VALIDATION_BATCH = 128
 """Held-out images at once, where `micro_batch_size` does not say how many fit."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from dmoe_var.devices import peak_memory, synchronise, total_memory
+from dmoe_var.distributed import world_size
 from dmoe_var.errors import ConfigError
 from dmoe_var.models.blocks import Rows
-from dmoe_var.training.distributed import world_size
 from dmoe_var.training.state import trainable
 
 if TYPE_CHECKING:
-    from dmoe_var.training.loop import StepGradients
+    from dmoe_var.training.step import StepGradients
 
 ADAM_BYTES = 8
 """AdamW's two float32 moments, per trained parameter."""
@@ -68,8 +67,7 @@ def rehearse(gradients: StepGradients, batch: int, first: int, name: str) -> Est
         for _ in range(2):
             started = time.perf_counter()
             gradients.add(torch.arange(size), 0, Rows(0, batch), share=size / batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
             seconds = time.perf_counter() - started
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -79,24 +77,14 @@ def rehearse(gradients: StepGradients, batch: int, first: int, name: str) -> Est
     for parameter in parameters:
         parameter.grad = None
     num_trained = sum(p.numel() for p in parameters)
-    memory, of_device = _memory(device)
     return Estimate(
         name,
         device,
-        memory + (0 if first else ADAM_BYTES * num_trained),
-        of_device,
+        peak_memory(device) + (0 if first else ADAM_BYTES * num_trained),
+        total_memory(device),
         num_trained,
         gradients.num_steps - first,
         math.ceil(math.ceil(batch / size) / world_size()),
         size,
         seconds,
     )
-
-
-def _memory(device: torch.device) -> tuple[int, int | None]:
-    """Peak so far, and what the device has, in bytes."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_allocated(device), total
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024), None

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
-from dmoe_var.models.products import widest_float
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
-from dmoe_var.training.loop import OptimConfig
+from dmoe_var.ops import widest_float
 from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
+from dmoe_var.training.step import OptimConfig
 
 BRANCHES = ("cond", "null")
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.loop import OptimConfig
 from dmoe_var.training.objectives import Mean
+from dmoe_var.training.step import OptimConfig
 
 HIT_MOMENTUM = 0.9
 PERCEPTUAL_BLOCKS = (0, 2, 4)

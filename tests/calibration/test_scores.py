@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmoe_var.calibration.scores import BINS, EDGES_G, _Sums, record_scores
-from dmoe_var.moe.dynamic_var import DynamicVAR
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.selection import LayerThreshold, Threshold
 
 

@@ -32,7 +32,7 @@ from dmoe_var import (
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.errors import CheckpointError, DataError
-from dmoe_var.metrics.record import SCHEMA_VERSION, Record
+from dmoe_var.experiment.record import SCHEMA_VERSION, Record
 from dmoe_var.moe.selection import LayerThreshold, SelectionRule
 
 SCALES = (1, 3)

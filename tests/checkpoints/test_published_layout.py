@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from dmoe_var import VAR, VQVAE, VARConfig, VQVAEConfig, load_var, load_vqvae
-from dmoe_var.checkpoints.safetensors_io import build_strictly
 from dmoe_var.checkpoints.var_adapter import var_config, vqvae_config
 from dmoe_var.errors import CheckpointError
+from dmoe_var.models.build import build_strictly
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

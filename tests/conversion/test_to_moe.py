@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from dmoe_var import All, Threshold, convert_to_moe
 from dmoe_var.conversion.to_moe import cluster_layer, fill_experts
 from dmoe_var.models.blocks import FFN
-from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.routing import Routing
 
 C, H = 16, 48
 ALL_ON = [

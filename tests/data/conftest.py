@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmoe_var.data import DataConfig, load_data
+from dmoe_var.data import load_data
+from dmoe_var.data.config import DataConfig
 
 
 def draw(path, seed, size=(13, 11)):

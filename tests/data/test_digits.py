@@ -8,7 +8,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from sklearn.datasets import load_digits as sklearn_digits
 
-from dmoe_var.data import DataConfig, load_data
+from dmoe_var.data import load_data
+from dmoe_var.data.config import DataConfig
 from dmoe_var.data.digits import load_digits
 
 

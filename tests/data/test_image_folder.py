@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dmoe_var.data import DataConfig, load_data
+from dmoe_var.data import load_data
+from dmoe_var.data.config import DataConfig
 from dmoe_var.data.image_folder import WIDEST, Cut
 from dmoe_var.errors import ConfigError, DataError
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
+from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import InputError
 from dmoe_var.metrics.agreement import LabelAgreement
-from dmoe_var.metrics.images import to_uint8
 
 NUM_TRAIN = 1437
 

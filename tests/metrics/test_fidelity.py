@@ -19,11 +19,11 @@ from pydantic import TypeAdapter, ValidationError
 from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.metrics.efflite0 import EFFLITE0
 from dmoe_var.metrics.feature_statistics import ROWS, Moments, Statistics, frechet_distance
 from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig, precision_recall
-from dmoe_var.metrics.images import to_uint8
 
 CONFIG = FidelityConfig(input_size=32, batch_size=16)
 

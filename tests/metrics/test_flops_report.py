@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from dmoe_var import Threshold
-from dmoe_var.metrics.flops import (
-    SAMPLER_PARTS,
-    charged_per_image,
-    pairs_per_image,
-    report,
-)
+from dmoe_var.metrics.flops import SAMPLER_PARTS, report
 from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts, charged_per_image, pairs_per_image
 
 NUM_EXPERTS = 4
 

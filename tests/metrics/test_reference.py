@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dmoe_var.data.image_sets import ImageArray, ImageFolder, as_pixels, evenly_strided
 from dmoe_var.errors import DataError, InputError
 from dmoe_var.metrics.feature_statistics import Network, Statistics
 from dmoe_var.metrics.fidelity import Fidelity, FidelityConfig
 from dmoe_var.metrics.image_files import labels_of, open_images
-from dmoe_var.metrics.image_sets import ImageArray, ImageFolder, as_pixels, evenly_strided
 from dmoe_var.metrics.reference import load_reference
 
 CONFIG = FidelityConfig(input_size=32, batch_size=16, reference_images=10)

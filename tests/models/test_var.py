@@ -10,9 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from dmoe_var import VAR, VARConfig, VQVAEConfig, build_models
-from dmoe_var.models.blocks import Block, DropPath, Rows, SelfAttention, activation, whole
+from dmoe_var.models.blocks import Block, DropPath, Rows, SelfAttention, whole
 from dmoe_var.models.var import check_pair
 from dmoe_var.moe.layer import ExpertConfig
+from dmoe_var.ops import activation
 
 
 @torch.no_grad()

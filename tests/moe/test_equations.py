@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from dmoe_var import DynamicVAR, Oracle, Threshold, TopK, generate
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.selection import LayerThreshold
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -7,7 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
-from dmoe_var.moe.layer import ExpertConfig, ExpertCounts, MoEFFN, Routing
+from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.routing import Routing
 
 WIDTH, HIDDEN, SIZE = 16, 24, 4
 E = HIDDEN // SIZE

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmoe_var.models.blocks import activation
-from dmoe_var.models.sampling_time import sampling
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
-from dmoe_var.moe.layer import ExpertConfig, MoEFFN, Routing
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Threshold
+from dmoe_var.ops import activation
+from dmoe_var.sampling_time import sampling
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
 HERE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("float64_experts.py"))))

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dmoe_var import DynamicVAR, Threshold, count_flops, generate
+from dmoe_var.data.images import to_uint8
 from dmoe_var.metrics.flops_fixed import fixed_cost
-from dmoe_var.metrics.images import to_uint8
+from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.experts import run_experts
-from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.report import microscope, page
 from dmoe_var.report.microscope import STEPS, errors_by_count, quantised_ratios, record, runs_at
 from dmoe_var.report.pictures import grid_uri, png_uri

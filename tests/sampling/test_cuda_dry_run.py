@@ -15,14 +15,15 @@ from torch.testing import assert_close
 
 from dmoe_var import Cumulative, Oracle, Random, Threshold, TopK, generate
 from dmoe_var.errors import InputError
-from dmoe_var.models.sampling_time import sampling
 from dmoe_var.models.var import check_labels
-from dmoe_var.moe.layer import ExpertCounts, Routing
+from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.routing import Routing
 from dmoe_var.sampling.draw import Drawing
 from dmoe_var.sampling.sampler import SamplingConfig
+from dmoe_var.sampling_time import sampling
 
 LABELS = [0, 3, 5]
-A_CALL = {"models/var.py:check_labels": 1, "models/sampling_time.py:end": 1}
+A_CALL = {"models/var.py:check_labels": 1, "sampling_time.py:end": 1}
 """Of `generate`: labels go to the GPU when it begins, and all checks come back when it ends."""
 GROUPED = {"moe/experts/grouped.py:grouped": 8}
 """`grouped` has to know each expert's tokens: two waits in each layer of each sparse scale."""

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from dmoe_var import DynamicVAR, Random, Threshold, TopK, generate
 from dmoe_var.conversion.relufication import relufy
-from dmoe_var.moe.layer import ExpertCounts
+from dmoe_var.moe.counts import ExpertCounts
 
 LABELS = [0, 1, 2, 3, 4, 5, 2, 1]
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

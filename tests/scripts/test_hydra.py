@@ -14,11 +14,11 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from dmoe_var.config import parse_config
+from dmoe_var import distributed
+from dmoe_var.config.parse import parse_config
 from dmoe_var.errors import ConfigError, InputError, TrainingDiverged
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
-from dmoe_var.training import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -8,10 +8,10 @@ import torch
 
 from dmoe_var import generate, load_var, load_vqvae
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
+from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.experts import paths_on
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
-from dmoe_var.stages.graph import run_stage
 
 LENGTH = {"benchmark.repeats": 3, "benchmark.warmup": 1, "benchmark.batch_size": 2}
 SEED = 5

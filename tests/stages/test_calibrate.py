@@ -14,13 +14,13 @@ from dmoe_var.calibration.costs import CostTable
 from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
 from dmoe_var.calibration.refinement import at_cost, most_losses
 from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.experiment.graph import run_stage
 from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.moe.selection import LayerThreshold, Threshold
-from dmoe_var.stages import calibrate, calibration_bench, models
+from dmoe_var.stages import calibrate, calibration_bench, loaded
 from dmoe_var.stages.calibration_bench import Bench, Calibration
-from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.tokens import token_sets
+from dmoe_var.stages.loaded import token_sets
 
 FEW = {
     "calibrate.budget": 0.85,
@@ -41,14 +41,14 @@ def made(make_work, runs, **changes):
 
 def token_sets_of(work):
     """Tokens of the training set and of the held-out one."""
-    return token_sets(work, models.vqvae(work))
+    return token_sets(work, loaded.vqvae(work))
 
 
 def test_a_budget_is_hit_on_held_out_images(make_work, runs):
     """Counted once more by `count_flops`, of other images, under the tau that was found."""
     work = made(make_work, runs)
     record = run_stage(work, "calibrate")
-    model, vqvae = models.dynamic(work), models.vqvae(work)
+    model, vqvae = loaded.dynamic(work), loaded.vqvae(work)
     labels = [i % 10 for i in range(200)]
     tau = record.about["tau"]
     counted = count_flops(model, vqvae, labels, tau=tau, seed=77).total_gmac
@@ -96,7 +96,7 @@ def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
     assert record.metrics["held_out_ce_all_experts"] == 100
     assert seeds == [seed, seed, seed, seed + 1]
     counted = count_flops(
-        models.dynamic(work), models.vqvae(work), list(range(10)), tau=tau, seed=seed + 1
+        loaded.dynamic(work), loaded.vqvae(work), list(range(10)), tau=tau, seed=seed + 1
     )
     assert record.metrics["measured_gmac"] == pytest.approx(counted.total_gmac, rel=1e-9)
     assert record.metrics["measured_gmac_std"] == pytest.approx(counted.total_gmac_std, rel=1e-6)
@@ -256,7 +256,7 @@ def test_a_time_budget(make_work, runs, monkeypatch):
 def test_cross_entropy(make_work, runs):
     """Of the sparse scales alone, by hand; with every expert and one rule a scale."""
     work = make_work(runs)
-    model, vqvae = models.dynamic(work), models.vqvae(work)
+    model, vqvae = loaded.dynamic(work), loaded.vqvae(work)
     tokens, _ = token_sets(work, vqvae)
     images = TeacherForced(tokens, vqvae, 10, 4)
     loss = CrossEntropy(model, images, "grouped")

@@ -17,22 +17,22 @@ from dmoe_var import DynamicVAR, count_flops
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.data import load_data
 from dmoe_var.data.digits import ImageSet, load_digits
+from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import ConfigError, DataError, InputError
+from dmoe_var.experiment.graph import StageResult, record_if_done, run_stage, run_through
+from dmoe_var.experiment.record import Record
+from dmoe_var.experiment.work import Work
 from dmoe_var.files import note
 from dmoe_var.metrics.fidelity import Fidelity, precision_recall
-from dmoe_var.metrics.images import to_uint8
-from dmoe_var.metrics.record import Record
+from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.experts import PATHS
-from dmoe_var.moe.layer import ExpertCounts
 from dmoe_var.moe.selection import Threshold
 from dmoe_var.sampling.draw import Drawing, Samples
-from dmoe_var.sampling.parts import StoredDrawing
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import evaluate, models
+from dmoe_var.sampling.store import StoredDrawing
+from dmoe_var.stages import evaluate, loaded
 from dmoe_var.stages.evaluate import Bench, describe
-from dmoe_var.stages.graph import StageResult, record_if_done, run_stage, run_through
-from dmoe_var.stages.pictures import collect_maps
-from dmoe_var.stages.work import Work
+from dmoe_var.stages.maps import collect_maps
 
 
 def test_a_point(make_work, runs):
@@ -64,7 +64,7 @@ def test_a_point(make_work, runs):
     assert labels.tolist() == [*range(10)] * 2
     assert seeds.tolist() == [4] * 20
     again = generate(
-        models.dynamic(work), models.vqvae(work), [int(labels[13])],
+        loaded.dynamic(work), loaded.vqvae(work), [int(labels[13])],
         seed=4, start_index=13, tau=[0.3, 0.6],
     )  # fmt: skip
     difference = again[0].permute(1, 2, 0).numpy() * 255 - images[13]
@@ -85,7 +85,7 @@ def inputs_of_training():
     """inputs_of_training(work, indices): labels and teacher input of training images."""
 
     def inputs_of_training(work, indices):
-        vqvae = models.vqvae(work)
+        vqvae = loaded.vqvae(work)
         images = Bench(work).training_images
         pictures = torch.from_numpy(images.images[indices]).permute(0, 3, 1, 2).float()
         tokens = vqvae.encode(pictures / 127.5 - 1)
@@ -108,7 +108,7 @@ def test_a_pruned_point(make_work, runs, inputs_of_training, images_of, changes,
     work = make_work(runs, {"evaluate.model": "pruned", **changes})
     record = run_stage(work, "evaluate")
     pruning, scales = work.config.pruning, work.config.moe.scales
-    dense, given = models.dense(work), models.var(work, stage)
+    dense, given = loaded.dense(work), loaded.var(work, stage)
     indices = [0, 2, 5, 8, 10, 13, 16, 18, 21, 24, 26, 29, 32, 34, 37]
     of_means = inputs_of_training(work, indices if pruning.images == 15 else list(range(40)))
     signed = pruning.rule == "mean_signed"
@@ -121,12 +121,12 @@ def test_a_pruned_point(make_work, runs, inputs_of_training, images_of, changes,
 
     model = DynamicVAR(dense, prune(given, pruning.share, means), scales)
     cfg = work.config.sampling.cfg
-    counted = count_flops(model, models.vqvae(work), [0], cfg=cfg)
+    counted = count_flops(model, loaded.vqvae(work), [0], cfg=cfg)
     assert record.metrics["flops_gmac"] == pytest.approx(counted.total_gmac)
     assert record.metrics["flops_gmac_authors"] == pytest.approx(counted.total_gmac)
     assert record.about["guidance"] == (cfg != 0)
     assert len(record.about["flops_histogram"]["images"]) == 1
-    image = generate(model, models.vqvae(work), [3], seed=0, start_index=3, cfg=cfg)
+    image = generate(model, loaded.vqvae(work), [3], seed=0, start_index=3, cfg=cfg)
     drawn = images_of(work.folder("evaluate") / "samples.npz")[3]
     assert np.abs(image[0].permute(1, 2, 0).numpy() * 255 - drawn).max() < 0.51
 
@@ -191,10 +191,10 @@ def test_a_rule_that_reads_scores_needs_the_routers(make_work, runs):
 
 def test_one_bench_serves_points_of_different_models(make_work, runs, monkeypatch):
     """Each point gets its own work's models, loaded once as long as they do not change."""
-    loaded, var = [], models.var
+    asked, var = [], loaded.var
 
     def counted(work, stage):
-        loaded.append((stage, work.config.split.expert_size, work.config.sparsify.alpha))
+        asked.append((stage, work.config.split.expert_size, work.config.sparsify.alpha))
         return var(work, stage)
 
     rule = {"selection.rule": "random", "selection.k": 2}
@@ -211,13 +211,13 @@ def test_one_bench_serves_points_of_different_models(make_work, runs, monkeypatc
         run_through(work, work.needs("evaluate")[0], lambda stage, done: None)
     alone = [Bench(work).model(work).state_dict() for work in works]
     bench = Bench(make_work(runs))
-    monkeypatch.setattr(models, "var", counted)
+    monkeypatch.setattr(loaded, "var", counted)
     for work, expected in zip(works, alone, strict=True):
         found = bench.model(work).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     alpha = works[0].config.sparsify.alpha
-    assert loaded == [
+    assert asked == [
         ("train_var", 32, alpha), ("split", 32, alpha), ("split", 16, alpha), ("split", 32, 0.5),
         ("sparsify", 32, alpha),
     ]  # fmt: skip
@@ -489,8 +489,8 @@ def test_given_images_are_measured(make_work, runs, tmp_path, monkeypatch, kind)
     """Real digits against real digits, without a model: the right class is seen in nearly all,
     where labels are there."""
     monkeypatch.setattr(evaluate, "Fidelity", Fidelity)
-    monkeypatch.setattr(models, "var", lambda *_: pytest.fail("a model is loaded"))
-    monkeypatch.setattr(models, "vqvae", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loaded, "var", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loaded, "vqvae", lambda *_: pytest.fail("a model is loaded"))
     real, labels = real_digits()
     path = tmp_path / "theirs=1.npz"
     if kind == "folder":
@@ -668,7 +668,7 @@ def test_expert_maps(make_work, runs, tau):
     images, maps = collect_maps(work, Bench(work), labels, [Threshold(t) for t in tau], seed=1)
     assert images.shape == (3, 2, 8, 8, 3)
     assert maps.shape == (3, 2, 4, 4)
-    model, vqvae = models.dynamic(work), models.vqvae(work)
+    model, vqvae = loaded.dynamic(work), loaded.vqvae(work)
     drawn = generate(model, vqvae, labels, seed=1, tau=tau, counts=counts)
     assert np.array_equal(images[:, 1], to_uint8(drawn))
     for i, (si, cells) in enumerate(((2, [0, 0, 1, 2]), (3, [0, 1, 2, 3]))):

@@ -12,9 +12,9 @@ from dmoe_var import Threshold, TopK
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.errors import CheckpointError, InputError
-from dmoe_var.stages import export, models
-from dmoe_var.stages.graph import run_stage, run_through
-from dmoe_var.stages.work import DEFAULT_VARIANT
+from dmoe_var.experiment.graph import run_stage, run_through
+from dmoe_var.experiment.work import DEFAULT_VARIANT
+from dmoe_var.stages import export, loaded
 
 REPOSITORY = "me/dmoe-var-tiny"
 URL = "https://hub.example/me/dmoe-var-tiny/commit/1"
@@ -62,10 +62,10 @@ def same(ours, theirs):
 def test_the_folder_is_the_configured_model(make_work, runs, pushed, changes, selection):
     work = make_work(runs, changes)
     record = run_stage(work, "export")
-    loaded, model = from_pretrained(saved_in(work)), models.dynamic(work)
-    assert same(loaded.state_dict(), model.state_dict())
-    assert loaded.replaced_scales == (2, 3)
-    assert loaded.selection == selection
+    found, model = from_pretrained(saved_in(work)), loaded.dynamic(work)
+    assert same(found.state_dict(), model.state_dict())
+    assert found.replaced_scales == (2, 3)
+    assert found.selection == selection
     assert record.about["folder"] == "dynamic_var"
     assert record.metrics["dense_parameters_m"] == pytest.approx(size(model.dense) / 1e6)
     assert record.metrics["parameters_m"] == pytest.approx(size(model) / 1e6)
@@ -105,7 +105,7 @@ def test_what_was_not_fine_tuned_is_held_once(make_work, runs):
     whole = run_stage(make_work(runs), "export")
     work = make_work(runs, {"conversion.train": "ffn"})
     record = run_through(work, "export", lambda stage, done: None)
-    names = models.split(work).named_parameters()
+    names = loaded.split(work).named_parameters()
     own = sum(tensor.numel() for name, tensor in names if ".ffn." in name)
     assert record.metrics["dense_parameters_m"] == whole.metrics["dense_parameters_m"]
     expected = record.metrics["dense_parameters_m"] + own / 1e6
@@ -113,8 +113,8 @@ def test_what_was_not_fine_tuned_is_held_once(make_work, runs):
     assert record.metrics["parameters_m"] < whole.metrics["parameters_m"]
     files = [saved_in(w) / "model.safetensors" for w in (work, make_work(runs))]
     assert files[0].stat().st_size < files[1].stat().st_size
-    loaded = from_pretrained(saved_in(work))
-    assert same(loaded.state_dict(), models.dynamic(work).state_dict())
+    found = from_pretrained(saved_in(work))
+    assert same(found.state_dict(), loaded.dynamic(work).state_dict())
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -166,7 +166,7 @@ def test_a_hub_that_refuses(make_work, runs, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be reached"):
         run_stage(work, "export")
     assert not (work.folder("export") / "result.json").exists()
-    assert same(from_pretrained(saved_in(work)).state_dict(), models.dynamic(work).state_dict())
+    assert same(from_pretrained(saved_in(work)).state_dict(), loaded.dynamic(work).state_dict())
     assert run_stage(work, "export").about["url"] == URL
 
 

@@ -9,14 +9,14 @@ from statistics import fmean, stdev
 import pytest
 from PIL import Image
 
+from dmoe_var.config.figures import OURS, PAPER
 from dmoe_var.errors import DataError
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.points import operating_point, vary
 from dmoe_var.figures import times
-from dmoe_var.figures.config import OURS, PAPER
 from dmoe_var.stages import figures
 from dmoe_var.stages.figure_catalogue import FIGURES
 from dmoe_var.stages.figures import make, missing, plan_text
-from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.points import operating_point, vary
 
 FEW = {
     "figures.tau": [0.0, 0.5],

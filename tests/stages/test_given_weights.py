@@ -12,11 +12,11 @@ from dmoe_var import load_var, load_vqvae
 from dmoe_var.checkpoints import hub
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.data.token_cache import weights_hash
-from dmoe_var.metrics.record import Record
-from dmoe_var.stages import models
+from dmoe_var.experiment.graph import require, run_stage, run_through
+from dmoe_var.experiment.record import Record
+from dmoe_var.experiment.work import NEEDS
+from dmoe_var.stages import loaded
 from dmoe_var.stages.evaluate import Bench
-from dmoe_var.stages.graph import require, run_stage, run_through
-from dmoe_var.stages.work import NEEDS
 
 STAGES = tuple(NEEDS)
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -161,7 +161,7 @@ def test_half_a_base_is_computed_with_in_float32(make_work, bases, tmp_path, dty
     for name, changes in (("half", given), ("whole", whole)):
         work = make_work(tmp_path / f"runs_{name}", changes)
         records = [run_through(work, s, lambda *_: None) for s in ("train_var", "sparsify")]
-        found.append(([r.metrics for r in records], models.sparse(work).state_dict()))
+        found.append(([r.metrics for r in records], loaded.sparse(work).state_dict()))
         told = str(dtype).removeprefix("torch.") if name == "half" else "float32"
         for record in records:
             assert set(record.weights_dtype.values()) == {told}

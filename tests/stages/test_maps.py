@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from dmoe_var import DynamicVAR, Threshold, generate
-from dmoe_var.metrics.images import to_uint8
-from dmoe_var.moe.layer import ExpertCounts
-from dmoe_var.stages import models
-from dmoe_var.stages.graph import run_stage
-from dmoe_var.stages.maps import stored_maps
-from dmoe_var.stages.pictures import collect_maps
+from dmoe_var.data.images import to_uint8
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.stages import loaded
+from dmoe_var.stages.maps import collect_maps, stored_maps
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,7 @@ def test_chosen_is_what_is_configured(make_work, runs, selection, name):
     assert (half < 1).any()
     assert np.array_equal(chosen, half) == (selection.get("rule") != "oracle")
     drawn = generate(
-        models.dynamic(work), models.vqvae(work), [0, 1], seed=3,
+        loaded.dynamic(work), loaded.vqvae(work), [0, 1], seed=3,
         selection=work.config.selection.rules(),
     )  # fmt: skip
     assert np.array_equal(stored_maps(work.folder("maps"), 0).images[:, 1], to_uint8(drawn))

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.record import Record
 from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import SAMPLER_PARTS
-from dmoe_var.metrics.record import Record
 from dmoe_var.report.records import Curves, setting_of
 from dmoe_var.stages import report
-from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.sweep import point, settings
 
 SMALL = {"report.tau": [0.0, 0.5], "report.labels": [7, 1], "report.grid_images": 12}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmoe_var.config import DataConfig
+from dmoe_var.config.root import DataConfig
+from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, InputError
-from dmoe_var.metrics.images import to_uint8
+from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.experts import PATHS
 from dmoe_var.moe.selection import Cumulative, Oracle, Threshold
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import models, sample
-from dmoe_var.stages.graph import run_stage
+from dmoe_var.stages import loaded, sample
 from dmoe_var.stages.sample import Pictures, describe, settled
 
 CHOSEN = {"sample.classes": [7, 3], "sample.seeds": [5, 1], "sample.per_class": 3}
@@ -42,7 +42,7 @@ def test_every_picture_can_be_drawn_alone(make_work, runs, batch_size):
     work = make_work(runs, changes)
     record = run_stage(work, "sample")
     assert (record.num_samples, record.seed, record.dtype) == (12, 5, "float32")
-    vqvae, dynamic = models.vqvae(work), models.dynamic(work)
+    vqvae, dynamic = loaded.vqvae(work), loaded.dynamic(work)
     cells = [(c, s, j) for c in (7, 3) for s in (5, 1) for j in range(3)]
     shown = {}
     for name, model, tau in (("dense", dynamic.dense, None), ("dynamic", dynamic, [0.9, 1.0])):
@@ -193,7 +193,7 @@ def test_dense_pictures_depend_on_their_models(make_work, key):
 @pytest.fixture
 def pretrained(make_work, runs, tmp_path):
     """Options that name the tiny DynamicVAR, stored with a selection of its own."""
-    model = models.dynamic(make_work(runs))
+    model = loaded.dynamic(make_work(runs))
     model.selection = [Threshold(0.9), Threshold(0.8)]
     model.save_pretrained(tmp_path / "stored")
     vqvae = base_of(make_work, runs)["base.vqvae"]
@@ -265,8 +265,8 @@ def test_description(selection, text):
 def test_processes_share_the_work(make_work, runs, monkeypatch):
     """Two processes draw half of the batches each, and both get all of them."""
     work = make_work(runs, CHOSEN)
-    vqvae, pictures = models.vqvae(work), Pictures.of(work.config)
-    drawer = sample.Drawer(models.dense(work), None, "")
+    vqvae, pictures = loaded.vqvae(work), Pictures.of(work.config)
+    drawer = sample.Drawer(loaded.dense(work), None, "")
 
     def drawn(number, gathered):
         monkeypatch.setattr(sample, "rank", lambda: number)

@@ -9,7 +9,7 @@ import torch
 
 from dmoe_var import VAR, convert_to_moe
 from dmoe_var.checkpoints.safetensors_io import read_fingerprint
-from dmoe_var.stages import models, split
+from dmoe_var.stages import loaded, split
 
 PROCESSES = 3
 DEPTH = 5
@@ -36,19 +36,19 @@ def test_the_checkpoint_is_the_converted_model(make_work, work, monkeypatch, see
         split, "cluster_layer", lambda *given: seeds.append(given[3:]) or cluster_layer(*given)
     )
     result = split.run(work)
-    var = models.sparse(work)
+    var = loaded.sparse(work)
     expected = convert_to_moe(var, work.config.split.expert_size, seed)
-    assert same(models.split(work, "split").state_dict(), expected.state_dict())
+    assert same(loaded.split(work, "split").state_dict(), expected.state_dict())
     assert seeds == [(seed,)]
     assert result.metrics == {"num_experts": 4, "expert_size": 32}
-    assert read_fingerprint(models.checkpoint(work, "split")) == work.fingerprint("split")
+    assert read_fingerprint(loaded.checkpoint(work, "split")) == work.fingerprint("split")
 
 
 def test_the_main_process_alone_writes(work, monkeypatch):
     monkeypatch.setattr(split, "is_main", lambda: False)
     result = split.run(work)
     assert result.metrics == {"num_experts": 4, "expert_size": 32}
-    assert not models.checkpoint(work, "split").exists()
+    assert not loaded.checkpoint(work, "split").exists()
 
 
 def test_processes_share_the_layers(make_work, monkeypatch):

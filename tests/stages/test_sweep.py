@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from dmoe_var.errors import ConfigError
-from dmoe_var.metrics.record import Record
-from dmoe_var.sampling.parts import StoredDrawing
+from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.record import Record
+from dmoe_var.sampling.store import StoredDrawing
 from dmoe_var.stages import evaluate, sweep
-from dmoe_var.stages.graph import run_stage
 from dmoe_var.stages.sweep import point, settings, table
 
 GROUPS = ["dense", "last", "last", "chosen", "lists"]

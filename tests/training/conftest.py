@@ -12,7 +12,7 @@ import torch
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.token_cache import tokenize
 from dmoe_var.models.blocks import whole
-from dmoe_var.training.loop import BatchOrder, Run, parameter_groups, step_seed, train
+from dmoe_var.training.loop import BatchOrder, parameter_groups, train
 from dmoe_var.training.objectives import (
     ConversionConfig,
     SparsifyConfig,
@@ -21,6 +21,7 @@ from dmoe_var.training.objectives import (
     VARTrainingConfig,
 )
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective
+from dmoe_var.training.step import Run, step_seed
 from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
 
 NUM_TRAINING, NUM_HELD_OUT = 20, 10

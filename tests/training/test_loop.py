@@ -10,8 +10,9 @@ import torch
 
 from dmoe_var.errors import TrainingDiverged
 from dmoe_var.models.blocks import whole
-from dmoe_var.training.loop import BatchOrder, OptimConfig, parameter_groups, step_seed
+from dmoe_var.training.loop import BatchOrder, parameter_groups
 from dmoe_var.training.state import STATE_FILE, StateFile
+from dmoe_var.training.step import OptimConfig, step_seed
 
 KINDS = ("vqvae", "var", "sparsify", "router")
 SEED = 3

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from dmoe_var.checkpoints.safetensors_io import read_tensors
 from dmoe_var.models.blocks import Rows, whole
-from dmoe_var.training.loop import OptimConfig, Run, StepGradients
 from dmoe_var.training.rehearsal import rehearse
 from dmoe_var.training.state import STATE_FILE
+from dmoe_var.training.step import OptimConfig, Run, StepGradients
 
 STEPS = 4
 KINDS = {

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from dmoe_var import load_var, load_vqvae
+from dmoe_var import distributed, load_var, load_vqvae
 from dmoe_var.data.token_cache import About, TokenSet
 from dmoe_var.data.token_shards import Seconds
-from dmoe_var.training import distributed, loop
-from dmoe_var.training.loop import Run, train
+from dmoe_var.training import loop
+from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, SparsifyObjective
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective
+from dmoe_var.training.step import Run
 
 PROCESSES = 2
 

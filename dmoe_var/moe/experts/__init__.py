@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dmoe_var import values
-from dmoe_var.models.blocks import activation
 from dmoe_var.moe.experts import native as _native
 from dmoe_var.moe.experts import triton as _triton
 from dmoe_var.moe.experts.auto import fastest
@@ -20,6 +19,7 @@ from dmoe_var.moe.experts.grouped import grouped
 from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.reference import reference
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
+from dmoe_var.ops import activation
 
 __all__ = ["AUTO", "RAN", "ExpertWeights", "check_impl", "forget", "paths_on", "run_experts"]
 

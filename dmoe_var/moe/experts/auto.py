@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from dmoe_var.c_library import cache_folder, processor
 from dmoe_var.devices import synchronise
 from dmoe_var.files import alone, note, write_text
-from dmoe_var.models.sampling_time import this_sampling
 from dmoe_var.moe.experts import native, triton
 from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
+from dmoe_var.sampling_time import this_sampling
 
 FORMAT = "dmoe-var-experts/1"
 DENSITIES = (0.25, 1.0)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dmoe_var.models.products import at_least_float32, linear, unrounded_linear
 from dmoe_var.moe.experts.weights import ExpertWeights
+from dmoe_var.ops import at_least_float32, linear, unrounded_linear
 
 
 def grouped(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var import c_library
-from dmoe_var.models.products import observed
 from dmoe_var.moe.experts.packed import Packed, packed_of
 from dmoe_var.moe.experts.weights import ExpertWeights
+from dmoe_var.ops import observed
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dmoe_var.models.sampling_time import Sampling, this_sampling
+from dmoe_var.sampling_time import Sampling, this_sampling
 
 Layout = TypeVar("Layout", bound=ctypes.Structure)
 

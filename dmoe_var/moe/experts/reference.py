@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dmoe_var.models.products import linear
 from dmoe_var.moe.experts.weights import ExpertWeights
+from dmoe_var.ops import linear
 
 
 def reference(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:

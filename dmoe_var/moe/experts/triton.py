@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_var.errors import InputError
-from dmoe_var.models.products import observed
 from dmoe_var.moe.experts.weights import ExpertWeights
+from dmoe_var.ops import observed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER = "TRITON_INTERPRET"

@@ -1,0 +1,81 @@
+"""From what a script composes to `Config`, with one line for the first thing that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from dmoe_var.config.root import Config
+from dmoe_var.errors import ConfigError
+
+
+def parse_config(content: Mapping[str, Any]) -> Config:
+    """The configuration of a nested mapping; ConfigError in one line for the first thing wrong."""
+    try:
+        return TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """One line: the key, its value, what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{key}: unknown key; {known_keys(first['loc'][:-1], str(first['loc'][-1]))}"
+    if first["type"].startswith("missing"):
+        given = f" in {first['input']!r}" if isinstance(first["input"], list) else ""
+        return f"{key}: missing{given}"
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={first['input']!r}: {message}"
+
+
+def is_text(key: str) -> bool:
+    """Whether the value of a dotted key is text and nothing else (a path, a name), or null."""
+    return set(_kinds(_type_of(key.split(".")))) == {str}
+
+
+def is_entry(key: str) -> bool:
+    """Whether a dotted key lies in a section whose keys are the user's own (sweep.lists.mine)."""
+    *path, _ = key.split(".")
+    return typing.get_origin(_type_of(path)) is Mapping
+
+
+def _type_of(path: Sequence[Any]) -> Any:
+    """The type that a key is declared with; None for an unknown one."""
+    found: Any = Config
+    for part in path:
+        if dataclasses.is_dataclass(found):
+            found = typing.get_type_hints(found).get(str(part))
+        elif typing.get_origin(found) is Mapping:
+            found = typing.get_args(found)[1]
+        else:
+            return None
+    return found
+
+
+def _kinds(type_: Any) -> tuple[Any, ...]:
+    """The members of a union without None."""
+    union = typing.get_origin(type_) in (typing.Union, types.UnionType)
+    members = typing.get_args(type_) if union else (type_,)
+    return tuple(member for member in members if member is not types.NoneType)
+
+
+def known_keys(path: tuple[Any, ...], wrong: str) -> str:
+    """What a section allows, the likeliest meant key first."""
+    section = _type_of(path)
+    if not dataclasses.is_dataclass(section):
+        return "it takes no keys"
+    names = [f.name for f in dataclasses.fields(section)]
+    close = difflib.get_close_matches(wrong, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}allowed: {', '.join(names)}"

@@ -1,0 +1,224 @@
+"""The root configuration: one frozen dataclass a section, each beside the code that reads it.
+
+Scripts compose it with Hydra and convert it once, here; the library knows no Hydra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dmoe_var.config.calibrate import CalibrateConfig
+from dmoe_var.config.figures import FiguresConfig
+from dmoe_var.config.report import ReportConfig
+from dmoe_var.config.stages import (
+    BenchmarkConfig,
+    EvaluateConfig,
+    ExportConfig,
+    MapsConfig,
+    SampleConfig,
+    SweepConfig,
+)
+from dmoe_var.config_fields import STRICT, PathOrName, Scales, Seed
+from dmoe_var.conversion.pruning import PruningConfig
+from dmoe_var.data.class_names import class_index
+from dmoe_var.data.config import DataConfig
+from dmoe_var.launcher import LauncherConfig
+from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
+from dmoe_var.models.var import VARConfig
+from dmoe_var.models.vqvae import VQVAEConfig
+from dmoe_var.moe.layer import ExpertConfig
+from dmoe_var.moe.selection import SelectionConfig
+from dmoe_var.sampling.sampler import SamplingConfig
+from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
+from dmoe_var.training.router_objective import RouterConfig
+from dmoe_var.training.tracking import WandbMode
+from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Where the base models come from: a path, a published name, or the name of one that this
+    package carries ("digits"). None: they are trained (train_vqvae, train_var)."""
+
+    __pydantic_config__ = STRICT
+
+    vqvae: PathOrName | None = None
+    var: PathOrName | None = None
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """At which scales experts run, and which compute path runs them."""
+
+    __pydantic_config__ = STRICT
+
+    scales: Scales = (7, 8, 9)
+    impl: Literal["auto", "reference", "grouped", "native", "triton"] = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a stage can read. `name` is the experiment's: results go to run_dir/name; `until`
+    is the pipeline's last stage."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    run_dir: PathOrName = "runs"
+    seed: Seed = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: Annotated[int, Field(gt=0)] | None = None
+    deterministic: bool = False
+    wandb: WandbMode = "disabled"
+    progress: bool = True
+    until: Literal["train_vqvae", "train_var", "sparsify", "split", "train_router", "sweep"] = (
+        "sweep"
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    var: VARConfig = field(default_factory=VARConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    train_vqvae: VQVAETrainingConfig = field(default_factory=lambda: VQVAETrainingConfig(steps=1))
+    train_var: VARTrainingConfig = field(default_factory=lambda: VARTrainingConfig(steps=1))
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
+    sparsify: SparsifyConfig = field(default_factory=lambda: SparsifyConfig(steps=1))
+    split: ExpertConfig = field(default_factory=ExpertConfig)
+    train_router: RouterConfig = field(default_factory=lambda: RouterConfig(steps=1))
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    maps: MapsConfig = field(default_factory=MapsConfig)
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if self.name == "cache":
+            raise ValueError("name=cache is where token caches go; choose another")
+        self._check_models()
+        self._check_fidelity()
+        self._check_scales()
+        self._check_selection()
+        self._find_classes()
+
+    def _check_models(self) -> None:
+        for name in ("patch_nums", "vocab_size", "z_channels"):
+            ours, theirs = getattr(self.var, name), getattr(self.vqvae, name)
+            if ours != theirs:
+                raise ValueError(f"var.{name}={ours} must equal vqvae.{name}={theirs}")
+        if self.vqvae.image_size != self.data.image_size:
+            raise ValueError(
+                f"data.image_size={self.data.image_size} must equal the finest scale's "
+                f"{self.vqvae.patch_nums[-1]} cells of {self.vqvae.downsampling} pixels"
+            )
+        if self.var.experts is not None:
+            raise ValueError("var.experts must be null: experts come from the split stage")
+        if self.var.hidden % self.split.expert_size:
+            size, hidden = self.split.expert_size, self.var.hidden
+            raise ValueError(f"split.expert_size={size} must divide the FFN's {hidden} neurons")
+        if self.split.expert_size == self.var.hidden:
+            size = self.split.expert_size
+            raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
+        if not self.data.suits(self.var.num_classes):
+            more = " or more" if self.data.kind == "image_folder" else ""
+            raise ValueError(
+                f"var.num_classes={self.var.num_classes} must be {self.data.known_classes()}{more},"
+                f" the classes of the data (data.kind={self.data.kind})"
+            )
+        if max(self.report.labels or (0,)) >= self.var.num_classes:
+            raise ValueError(
+                f"report.labels={list(self.report.labels or ())} must be within "
+                f"0..{self.var.num_classes - 1}"
+            )
+
+    def _check_fidelity(self) -> None:
+        if self.fidelity.backbone == "inception":
+            if self.evaluate.num_samples < ISC_SPLITS:
+                raise ValueError(
+                    f"evaluate.num_samples={self.evaluate.num_samples} must be at least "
+                    f"{ISC_SPLITS} for fidelity.backbone=inception"
+                )
+            if self.fidelity.weights and not Path(self.fidelity.weights).is_file():
+                raise ValueError(f"fidelity.weights={self.fidelity.weights}: no such file")
+        if self.fidelity.precision_recall:
+            neighbours = self.fidelity.neighbours
+            for key, number in (
+                ("evaluate.num_samples", self.evaluate.num_samples),
+                ("fidelity.reference_images", self.fidelity.reference_images),
+            ):
+                if number <= neighbours:
+                    raise ValueError(
+                        f"{key}={number} must be greater than fidelity.neighbours={neighbours}"
+                    )
+
+    def _check_scales(self) -> None:
+        last = self.var.num_scales - 1
+        for key, scales in (
+            ("moe.scales", self.moe.scales),
+            ("train_router.scales", self.train_router.scales or ()),
+            ("conversion.scales", self.conversion.scale_numbers(self.var.num_scales)),
+        ):
+            if max(scales, default=0) > last or list(scales) != sorted(set(scales)):
+                raise ValueError(
+                    f"{key}={list(scales)} must be distinct scales within 0..{last}, rising"
+                )
+
+    def _check_selection(self) -> None:
+        lengths = {1, len(self.moe.scales), self.var.num_scales}
+        if len(self.selection.tau) not in lengths:
+            allowed = ", ".join(map(str, sorted(lengths)))
+            raise ValueError(f"selection.tau={list(self.selection.tau)} must have {allowed} values")
+        by_layer = self.selection.layer_tau
+        lengths_by_scale = [len(taus) for taus in by_layer]
+        if by_layer and lengths_by_scale != [self.var.depth] * len(self.moe.scales):
+            raise ValueError(
+                f"selection.layer_tau={[list(taus) for taus in by_layer]} must have "
+                f"{len(self.moe.scales)} lists (moe.scales) of {self.var.depth} values (var.depth)"
+            )
+        num_experts = self.var.hidden // self.split.expert_size
+        if self.selection.rule in ("top_k", "random") and self.selection.k > num_experts:
+            raise ValueError(f"selection.k={self.selection.k} must be at most {num_experts}")
+
+    @cached_property
+    def leaves(self) -> Mapping[str, Any]:
+        """Every key and its value, by dotted name; tuples as lists."""
+        return dict(flatten(asdict(self)))
+
+    def _find_classes(self) -> None:
+        """Turns the names among `sample.classes` into indices."""
+        given = self.sample.classes
+        if given is None:
+            return
+        kind, num_classes = self.data.kind, self.var.num_classes
+        found = tuple(class_index(each, kind, num_classes, "sample.classes") for each in given)
+        if len(set(found)) != len(found):
+            raise ValueError(f"sample.classes={list(given)} must be distinct classes")
+        object.__setattr__(self, "sample", replace(self.sample, classes=found))
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _as_list(value)
+
+
+def _as_list(value: Any) -> Any:
+    return [_as_list(each) for each in value] if isinstance(value, tuple) else value

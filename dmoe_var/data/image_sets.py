@@ -1,0 +1,168 @@
+"""Sets of images that are read piece by piece: arrays in memory or on the disk, and folders.
+
+Legend: B batch, N images, H W height and width, R image side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dmoe_var.data.images import check_images
+from dmoe_var.data.pictures import EXTENSIONS, UnreadablePictureError, open_rgb
+from dmoe_var.errors import DataError, InputError
+from dmoe_var.files import note, sha256_of, sha256_of_all
+
+
+@runtime_checkable
+class Pixels(Protocol):
+    """A set of images of one size; the data sets are such sets too."""
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        """Images uint8 (B, H, W, 3) by their indices, int64 (B,)."""
+        ...
+
+
+class KeyedPixels(Pixels, Protocol):
+    """A set of images, and a name for its content."""
+
+    @property
+    def key(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArray:
+    """Images uint8 (N, H, W, 3) in memory, or on the disk as a memory map."""
+
+    images: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        return np.asarray(self.images[indices.numpy()])
+
+
+@dataclass(frozen=True, eq=False)
+class KeyedArray(ImageArray):
+    """Images uint8 (N, H, W, 3), and a name for their content."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The image files under a folder, in sorted order, each of image_size pixels a side.
+
+    They are read as they are: nothing is resized or cropped. `hashes`: a folder in which the hashes
+    of the files' content are kept (None: they are not).
+    """
+
+    folder: Path
+    image_size: int
+    files: tuple[Path, ...]
+    hashes: Path | None = None
+
+    @classmethod
+    def open(cls, folder: Path, image_size: int, hashes: Path | None = None) -> ImageFolder:
+        """List the files, in subfolders and behind links too, but not what is hidden; DataError
+        where there are none. What is no image file is passed over, with a note."""
+        found = sorted(_visible_files(folder))
+        files = tuple(path for path in found if path.name.lower().endswith(EXTENSIONS))
+        others = [path.name for path in found if not path.name.lower().endswith(EXTENSIONS)]
+        if not files:
+            inside = f"; it holds {', '.join(others[:3])}" if others else ""
+            raise DataError(f"{folder}: no image files ({', '.join(EXTENSIONS)}) in it{inside}")
+        if others:
+            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            note(f"{folder}: {len(files)} image files, passed over {len(others)} others ({names})")
+        return cls(folder, image_size, files, hashes)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the files' places and content when it is first asked for. Raises DataError for a
+        file that is unreadable."""
+        places = [path.relative_to(self.folder).as_posix() for path in self.files]
+        if self.hashes is None:
+            found = [sha256_of(path) for path in self.files]
+        else:
+            name = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
+            found = sha256_of_all(self.folder, places, self.hashes / f"{name}.json")
+        for place, digest in zip(places, found, strict=True):
+            if not digest:
+                raise DataError(f"{self.folder / place}: no readable image")
+        return hashlib.sha256(json.dumps([*zip(places, found, strict=True)]).encode()).hexdigest()
+
+    @property
+    def key(self) -> str:
+        """Names the content, and the size at which it is read."""
+        return f"folder-{self.image_size}-{self.sha256[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
+        """Raises DataError for a file that is unreadable or of another size."""
+        return np.stack([self._read(self.files[index]) for index in indices.tolist()])
+
+    def _read(self, path: Path) -> npt.NDArray[np.uint8]:
+        try:
+            pixels = np.asarray(open_rgb(path))
+        except UnreadablePictureError as error:
+            raise DataError(f"{error.path}: no readable image ({error.reason})") from error
+        if pixels.shape[:2] != (self.image_size, self.image_size):
+            size = f"{self.image_size} x {self.image_size}"
+            found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise DataError(f"{path}: {found} pixels; expected {size}")
+        return pixels
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Files under a folder, none of which, nor a folder above it, has a name with a dot first."""
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        paths = (Path(place, name) for name in names if name[0] != ".")
+        yield from (path for path in paths if path.is_file())
+
+
+def as_pixels(images: Pixels | npt.NDArray[np.uint8], at_least: int = 1) -> Pixels:
+    """A set of images as such; InputError where it is none or of fewer than `at_least` images."""
+    if not isinstance(images, Pixels):
+        check_images(images, at_least)
+        return ImageArray(images)
+    if len(images) < at_least:
+        raise InputError(f"at least {at_least} images are needed; got {len(images)}")
+    return images
+
+
+def evenly_strided(num_images: int, most: int) -> Tensor:
+    """Indices of at most `most` of num_images images, spread evenly, int64."""
+    count = min(num_images, most)
+    return torch.arange(count) * num_images // max(count, 1)
+
+
+def all_pixels(images: Pixels) -> npt.NDArray[Any]:
+    """Every image of a set that fits into memory."""
+    return images.pixels(torch.arange(len(images)))

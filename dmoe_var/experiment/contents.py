@@ -1,0 +1,122 @@
+"""What stages are given, by content: weights, pictures, a reference, samples of others.
+
+A path says where something lies, not what: files are overwritten in place, folders lose pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmoe_var.checkpoints.load import cached_file, is_name, weights_file
+from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
+from dmoe_var.data import load_data
+from dmoe_var.data.config import DataConfig
+from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.files import sha256_of
+from dmoe_var.metrics.image_files import content_sha256
+from dmoe_var.metrics.reference import HASHES
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, labelled for a model of num_classes classes."""
+
+    config: DataConfig
+    num_classes: int
+    held_out: bool
+    """Whether the held-out images count as well as the training images."""
+
+
+Given = Path | DataSet
+
+GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
+"""Keys that name files. What is in the files counts, and not where they lie."""
+_HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
+"""Of one thread: runs in two threads end in any order."""
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within, each content is looked at once: all points of a run see one state of it, and a folder
+    of a million pictures is not listed for each."""
+    within = _HELD.get()
+    outside = _HELD.set({} if within is None else within)
+    try:
+        yield
+    finally:
+        _HELD.reset(outside)
+
+
+def content(given: Given, cache: Path) -> str | None:
+    """Hash of what is given; None where it is not at hand, or cannot be read: whoever reads it for
+    its work says what is wrong."""
+    at, held = (given, cache), _HELD.get()
+    if held is not None and at in held:
+        return held[at]
+    try:
+        if isinstance(given, DataSet):
+            found = _key(given, cache / HASHES)
+        else:
+            found = content_sha256(given, cache / HASHES)
+    except (InputError, OSError):
+        return None
+    if held is not None:
+        held[at] = found
+    return found
+
+
+def _key(given: DataSet, hashes: Path) -> str:
+    sets = load_data(given.config, given.num_classes, hashes=hashes)
+    return " ".join(images.key for images in (sets if given.held_out else sets[:1]))
+
+
+def contents_of_files(key: str, source: str) -> dict[str, str]:
+    """SHA-256 of what a key that names files stands for, by key; fetched where it has to be."""
+    if key == "fidelity.weights":
+        return {key: sha256_of(Path(source))}
+    if key != "sample.pretrained":
+        return {key: sha256_of(weights_file(source, key.removeprefix("base.")))}
+    from dmoe_var.checkpoints.pretrained import locate  # reads the hub's client, half a second
+
+    folder = locate(source)
+    files = {key: folder / MODEL_FILE, f"{key}.config": folder / CONFIG_FILE}
+    return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
+
+
+def _known(key: str, source: str | None) -> dict[str, str] | None:
+    """As `contents_of_files`, of what is on this machine; None for what is not or is unreadable."""
+    try:
+        if source is None:
+            return None
+        if key.startswith("base."):
+            file = cached_file(source, key.removeprefix("base."))
+            return None if file is None else {key: sha256_of(file)}
+        return contents_of_files(key, source) if Path(source).expanduser().exists() else None
+    except (CheckpointError, OSError, ValueError):  # whoever reads it says what is wrong with it
+        return None
+
+
+def same_content(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of a key name the same files, whose content is known on this machine."""
+    return key in GIVEN and (known := _known(key, one)) is not None and known == _known(key, other)
+
+
+def told(key: str, value: Any) -> Any:
+    """What stands for a value in a variant's name: of files their content, or the name that they
+    are fetched by."""
+    if key not in GIVEN or value is None or is_name(value):
+        return value
+    known = _known(key, value)
+    return value if known is None else hash_of(known)
+
+
+def hash_of(content: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

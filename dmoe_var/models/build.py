@@ -1,0 +1,102 @@
+"""Models built around given tensors, strictly: every key, shape and constant has to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dmoe_var.errors import CheckpointError
+
+Model = TypeVar("Model", bound=nn.Module)
+WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """CheckpointError that names in one line what of a state dict does not fit a module."""
+    wants = {name: tuple(t.shape) for name, t in wanted.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    problems = []
+    for title, names in (
+        ("missing", sorted(wants.keys() - given.keys())),
+        ("unexpected", sorted(given.keys() - wants.keys())),
+    ):
+        if names:
+            problems.append(f"{title} {len(names)} keys: {', '.join(names)}")
+    shapes = [
+        f"{name} is {given[name]}, should be {wants[name]}"
+        for name in sorted(wants.keys() & given.keys())
+        if wants[name] != given[name]
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} wrong shapes: {'; '.join(shapes)}")
+    kinds = [
+        f"{name} is {tensors[name].dtype}, {tensors[name].layout}"
+        for name, tensor in wanted.state_dict().items()
+        if name in tensors and not _same_kind(tensor, tensors[name])
+    ]
+    if kinds:
+        problems.append(f"{len(kinds)} wrong types: {'; '.join(kinds)}")
+    if problems:
+        raise CheckpointError(f"{source}: {'; '.join(problems)}")
+
+
+def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """CheckpointError where numbers that follow from the shape (scale numbers, the mask) differ, or
+    the weights are of a type that is not computed with."""
+    for name, buffer in skeleton.named_buffers():
+        given = tensors[name]
+        if buffer.is_meta or given.is_meta:  # without values
+            continue
+        if not torch.equal(buffer.to(given), given):
+            raise CheckpointError(f"{source}: {name} is not what follows from the shape")
+    dtypes = {tensors[name].dtype for name, _ in skeleton.named_parameters()}
+    if not dtypes <= WEIGHT_TYPES:
+        found, allowed = (", ".join(sorted(map(str, types))) for types in (dtypes, WEIGHT_TYPES))
+        raise CheckpointError(f"{source}: weights are {found}; allowed: {allowed}")
+
+
+def _same_kind(a: Tensor, b: Tensor) -> bool:
+    """Both dense, and both of floating point or both of the same whole numbers."""
+    if a.layout != b.layout:
+        return False
+    return b.is_floating_point() if a.is_floating_point() else a.dtype == b.dtype
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device it has nothing to fill, and its first normal_ there
+    would import torch's compiler (160 MB)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build_strictly(
+    build: Callable[[], Model], tensors: Mapping[str, Tensor], source: Path | str
+) -> Model:
+    """The module that `build` makes, in eval mode, with these very tensors: no copy, no second
+    set of weights (it is built on the meta device). Weights of several precisions become the one
+    that loses nothing. CheckpointError where they do not fit."""
+    try:
+        with torch.device("meta"), _WithoutInitialValues():
+            model = build()
+    except (ValueError, ArithmeticError, RuntimeError, TypeError, MemoryError) as error:
+        raise CheckpointError(f"{source}: no model has its shape: {_first_line(error)}") from error
+    check_fit(model, tensors, source)
+    check_constants(model, tensors, source)
+    model.load_state_dict(tensors, assign=True)
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return (model.to(reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else model).eval()

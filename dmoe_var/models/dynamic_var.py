@@ -1,0 +1,300 @@
+"""DynamicVAR: the dense VAR at most scales, the MoE VAR at the others, over one K/V cache.
+
+Scale-awareness (DMoE-VAR, section on scale-aware routing): scales outside `moe_scales` run the
+untouched pretrained model, its head included; those inside run the fine-tuned expert model, its
+head included. Embeddings are the dense model's. Legend: B batch, l tokens of a scale, C width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe_var import values
+from dmoe_var.models.build import build_strictly
+from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.var import VAR, Labels, VARConfig
+from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.experts import check_impl
+from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.moe.tau_schedule import Tau, resolve_rules
+
+PAPER_MOE_SCALES = (7, 8, 9)
+SHARED_FIELDS = (
+    "depth",
+    "width",
+    "num_heads",
+    "num_classes",
+    "patch_nums",
+    "vocab_size",
+    "z_channels",
+    "attn_l2_norm",
+)
+"""What two models must have in common to share embeddings, a K/V cache and a tokenizer."""
+EMBEDDINGS = (
+    "word_embed.",
+    "class_emb.",
+    "pos_start",
+    "pos_1LC",
+    "lvl_embed.",
+    "lvl_1L",
+    "attn_bias_for_masking",
+)
+"""Beginnings of the names of those tensors that are the dense model's whatever the other holds."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class DynamicVAR(nn.Module):
+    """Joins a dense VAR and its expert version (or, to compare with, an unsplit ReLU version).
+
+    What the two have in common is held once: the embeddings, which are the dense model's, and
+    every tensor of `moe` that equals the dense one of its name bit by bit (what was not
+    fine-tuned). `dense` is held as it is; `moe` is another VAR than the one given, over the same
+    memory, so that the given one keeps its own tensors, device and dtype. Conversions (`.to`,
+    `.half`) keep what is shared shared. A shared parameter is one parameter, with the dense
+    model's `requires_grad`: train both models before they are joined.
+
+    selection: the rule or rules that run where a call gives neither tau nor selection; None runs
+    every expert. ValueError for models, scales or rules that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dense: VAR,
+        moe: VAR,
+        moe_scales: Sequence[int] = PAPER_MOE_SCALES,
+        selection: Selection = None,
+    ):
+        super().__init__()
+        for name in SHARED_FIELDS:
+            theirs, ours = getattr(moe.config, name), getattr(dense.config, name)
+            if theirs != ours:
+                raise ValueError(f"{name}: the dense model has {ours}, the MoE model has {theirs}")
+        scales = tuple(
+            values.whole(f"moe_scales={values.shown(moe_scales)}: a scale", si)
+            for si in values.items("moe_scales", moe_scales)
+        )
+        last = dense.config.num_scales - 1
+        if not scales or min(scales) < 0 or max(scales) > last:
+            raise ValueError(f"moe_scales={scales}: each must be within 0..{last}")
+        self.dense = dense
+        self.moe = _over_common_tensors(dense, moe)
+        self._scales = tuple(sorted(set(scales)))
+        self.given_scales = scales
+        """As they were given: `rules_of` reads no list of tau where that order is another."""
+        self._selection: Selection = None
+        self.selection = selection
+
+    @property
+    def config(self) -> VARConfig:
+        """The dense model's shape; `moe.config` adds the experts'."""
+        return self.dense.config
+
+    @property
+    def replaced_scales(self) -> tuple[int, ...]:
+        """Scales that the second model runs."""
+        return self._scales
+
+    @property
+    def moe_scales(self) -> tuple[int, ...]:
+        """Scales at which experts are selected (none if the second model is not split)."""
+        return self._scales if self.moe.config.experts else ()
+
+    @property
+    def selection(self) -> Selection:
+        """What runs where a call gives neither tau nor selection; ValueError where it cannot."""
+        return self._selection
+
+    @selection.setter
+    def selection(self, selection: Selection) -> None:
+        rules_of(self, selection=selection)
+        self._selection = selection
+
+    def backbone_at(self, si: int) -> VAR:
+        """The backbone that runs scale si."""
+        return self.moe if si in self._scales else self.dense
+
+    def condition(self, labels_B: Tensor) -> Tensor:
+        return self.dense.condition(labels_B)
+
+    def embed_start(self, cond_BC: Tensor) -> Tensor:
+        return self.dense.embed_start(cond_BC)
+
+    def embed_scale(self, f_hat_BlC: Tensor, si: int) -> Tensor:
+        return self.dense.embed_scale(f_hat_BlC, si)
+
+    def new_cache(self, batch: int) -> KVCache:
+        return self.dense.new_cache(batch)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        labels_B: Labels,
+        teacher_BLC: Tensor,
+        tau: Tau = None,
+        selection: Selection = None,
+        impl: str = "auto",
+        counts: ExpertCounts | None = None,
+    ) -> Tensor:
+        """Teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.
+
+        Without tau and selection the model's own selection runs, and without that every expert.
+        teacher_BLC: (B, L - 1, Cvae). No gradients: the cache is written in place.
+        """
+        config = self.config
+        rules = rules_of(self, tau, selection)
+        check_impl(impl)
+        labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
+        cond_BC = self.condition(labels_B)
+        cache = self.new_cache(labels_B.shape[0])
+        slices = config.scale_slices
+        dense_mod, moe_mod = self.dense.modulation(cond_BC), self.moe.modulation(cond_BC)
+        logits = []
+        for si, tokens in enumerate(slices):
+            if si == 0:
+                x_BlC = self.embed_start(cond_BC)
+            else:
+                given = slice(tokens.start - slices[0].stop, tokens.stop - slices[0].stop)
+                x_BlC = self.embed_scale(teacher_BLC[:, given], si)
+            routing = Routing(rules[si], si, impl, counts) if si in rules else None
+            backbone = self.backbone_at(si)
+            mod = dense_mod if backbone is self.dense else moe_mod
+            logits.append(backbone.step(x_BlC, mod, cache, routing))
+        return torch.cat(logits, dim=1)
+
+    @property
+    def shared_names(self) -> tuple[str, ...]:
+        """Names, without "dense." or "moe.", of the tensors that are held once."""
+        dense = _tensors(self.dense)
+        return tuple(n for n, tensor in _tensors(self.moe).items() if tensor is dense.get(n))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicVAR:
+        """What `.to`, `.half`, `.cuda` call: torch converts buffers one by one, and where it
+        cannot change a parameter in place that too, so that shared ones have to be joined again."""
+        shared = self.shared_names
+        super()._apply(fn, recurse)
+        dense = _tensors(self.dense)
+        for name in shared:
+            _put(self.moe, name, dense[name])
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; ValueError for two values for a tensor that is held once."""
+        pairs = {name: (f"dense.{name}", f"moe.{name}") for name in self.shared_names}
+        differ = [
+            name
+            for name, (ours, theirs) in pairs.items()
+            if ours in state_dict
+            and theirs in state_dict
+            and not _same_bits(state_dict[ours], state_dict[theirs])
+        ]
+        if differ and not assign:
+            raise ValueError(
+                f"{', '.join(differ)}: held once, but given with one value for the dense and "
+                "another for the MoE model; join the two models anew"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(self, folder: str | Path, records: Sequence[Any] = ()) -> None:
+        """See `report.model_card.save_pretrained`."""
+        from dmoe_var.report import model_card
+
+        model_card.save_pretrained(self, folder, records)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> DynamicVAR:
+        """See `checkpoints.pretrained.from_pretrained`."""
+        from dmoe_var.checkpoints import pretrained
+
+        return pretrained.from_pretrained(source, revision, cache_dir, local_files_only, token)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a DynamicVAR",
+        records: Sequence[Any] = (),
+    ) -> str:
+        """See `report.model_card.push_to_hub`."""
+        from dmoe_var.report import model_card
+
+        return model_card.push_to_hub(self, repo_id, private, token, commit_message, records)
+
+
+def _over_common_tensors(dense: VAR, moe: VAR) -> VAR:
+    """A VAR like `moe`, modes and all, over its memory and, for what is common, dense's own
+    tensors. Nothing is copied, and neither model is changed."""
+    theirs, own = _tensors(dense), _tensors(moe)
+    common = {
+        name: theirs[name]
+        for name, tensor in own.items()
+        if name.startswith(EMBEDDINGS) or (name in theirs and _same_bits(tensor, theirs[name]))
+    }
+    # Detached, as load_state_dict sets requires_grad of the parameters that it is given.
+    memory = {name: tensor.detach() for name, tensor in {**own, **common}.items()}
+    joined = build_strictly(lambda: VAR(moe.config), memory, "the MoE model")
+    for name, parameter in joined.named_parameters():
+        parameter.requires_grad_(own[name].requires_grad)
+    for name, tensor in common.items():
+        _put(joined, name, tensor)
+    for new, old in zip(joined.modules(), moe.modules(), strict=True):
+        new.training = old.training
+    return joined
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in the state dict: the objects themselves."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits (so 0 and -0 differ, and NaN may equal NaN)."""
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    if a is b or a.is_meta:  # a tensor without values equals itself alone
+        return a is b
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    bits = BITS[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))
+
+
+def rules_of(
+    model: VAR | DynamicVAR, tau: Tau = None, selection: Selection = None
+) -> dict[int, SelectionRule]:
+    """As `resolve_rules`, for this model; ValueError also where it cannot run one of the rules."""
+    num_scales = model.config.num_scales
+    rules = resolve_rules(tau, selection, num_scales, model.moe_scales, model.selection)
+    ordered = getattr(model, "given_scales", model.moe_scales)
+    if rules and ordered != model.moe_scales and len(set(map(id, rules.values()))) > 1:
+        name = "selection" if tau is None else "tau"
+        raise ValueError(
+            f"{name} has a value for each scale, but moe_scales={ordered} were given in another "
+            f"order than the model runs them; give moe_scales={model.moe_scales}"
+        )
+    for si, rule in rules.items():
+        config = model.backbone_at(si).config
+        rule.check(config.depth, config.num_experts)
+    return rules

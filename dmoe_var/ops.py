@@ -1,0 +1,180 @@
+"""Matrix products and convolutions, in the precision that the processor is good at.
+
+x86 processors without bfloat16 instructions emulate its products at about a quarter of float32's
+speed. There, products of bfloat16 tensors are computed in float32 from the same values and rounded
+to bfloat16 once: faster, and at least as exact.
+
+While sampling on an x86 CPU, float32 products go to oneDNN, with bias and activation in the same
+pass over the result; torch's own Linear reaches MKL there, which is slower at few rows and leaves
+bias and activation to passes of their own.
+
+Everywhere else this is torch's own Linear and Conv2d.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmoe_var.sampling_time import this_sampling
+
+ONEDNN_LINEAR = "_linear_pointwise"
+_GIVES_FLOAT32 = any(
+    "out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::mm")
+)
+"""Whether this torch hands out a GPU's float32 sums of half-precision products (2.8 and up)."""
+FEW_ROWS = 16
+"""Up to here a product only streams its weights, and bfloat16 is half the bytes."""
+
+
+def emulates_bfloat16() -> bool:
+    """Whether this machine's CPU has no instructions for products of bfloat16."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+EMULATES_BFLOAT16 = emulates_bfloat16()
+"""A constant, not a cached function: torch.compile traces through those, into what it cannot."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions become float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no wider one (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _emulated(x: Tensor) -> bool:
+    """Whether torch would emulate a bfloat16 product of x: its own dtype's, or autocast's."""
+    if x.device.type != "cpu" or not EMULATES_BFLOAT16:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.is_floating_point()
+    return x.dtype == torch.bfloat16
+
+
+def _rounded(x: Tensor | None) -> Tensor | None:
+    """Values of bfloat16 in float32."""
+    return x if x is None else x.bfloat16().float()
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's products for this machine's CPU."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    there = bool(torch.backends.mkldnn.is_available())
+    return x86 and there and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR)
+
+
+def observed(x: Tensor) -> bool:
+    """Whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
+    FlopCounterMode, autocast, FakeTensorMode), and is to see the ones that all know."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _by_onednn(x: Tensor) -> bool:
+    """Whether a product of x goes to oneDNN, which knows no gradient."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and this_sampling() is not None
+        and not observed(x)
+        and not torch.is_grad_enabled()
+        and bool(torch.backends.mkldnn.enabled)
+        and has_onednn()
+    )
+
+
+def _onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = ""
+) -> Tensor:
+    operator = getattr(torch.ops.mkldnn, ONEDNN_LINEAR)
+    out: Tensor = operator(x, weight, bias, activation, [], form)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool = False) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype (or autocast's).
+
+    ragged: the number of rows differs from call to call. oneDNN prepares itself for each new one.
+    """
+    if not ragged and _by_onednn(x):
+        return _onednn_linear(x, weight, bias)
+    if not _emulated(x) or x.numel() <= FEW_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        out = F.linear(_rounded(x), _rounded(weight), _rounded(bias))  # type: ignore[arg-type]
+        return out.bfloat16()
+
+
+def unrounded_linear(x: Tensor, weight: Tensor, ragged: bool = False) -> Tensor:
+    """x weight^T as `linear`, but of half precisions the products' sums in float32, not rounded:
+    for those who add up several."""
+    if at_least_float32(x).dtype == x.dtype:
+        return at_least_float32(linear(x, weight, ragged=ragged))
+    weight = weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and not torch.is_grad_enabled() and _GIVES_FLOAT32:
+            flat: Tensor = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return flat.view(*x.shape[:-1], -1)
+        return F.linear(x.float(), weight.float())
+
+
+class Linear(nn.Linear):
+    """torch's Linear through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def activated_linear(act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """act(x weight^T + bias), (..., out). Whoever hooks `act` sees it called."""
+    if _by_onednn(x) and not act._forward_hooks and not act._forward_pre_hooks:
+        if isinstance(act, nn.ReLU):
+            return _onednn_linear(x, weight, bias, "relu")
+        if isinstance(act, nn.GELU):
+            return _onednn_linear(x, weight, bias, "gelu", act.approximate)
+    out: Tensor = act(linear(x, weight, bias))
+    return out
+
+
+def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
+    """act(layer(x)). Whoever hooks either sees it called."""
+    if layer._forward_hooks or layer._forward_pre_hooks or not _by_onednn(x):
+        out: Tensor = act(layer(x))
+        return out
+    return activated_linear(act, x, layer.weight, layer.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """torch's Conv2d; see the top of this file."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not _emulated(x_BCHW):
+            return super().forward(x_BCHW)
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = _rounded(self.weight), _rounded(self.bias)
+            out: Tensor = self._conv_forward(_rounded(x_BCHW), weight, bias)  # type: ignore[arg-type]
+            return out.bfloat16()
+
+
+def activation(name: str) -> nn.Module:
+    """`gelu` (the published tanh form) or `relu`."""
+    if name == "gelu":
+        return nn.GELU(approximate="tanh")
+    if name == "relu":
+        return nn.ReLU()
+    raise ValueError(f"activation: {name!r} is none of gelu, relu")

@@ -1,0 +1,314 @@
+"""Draws a set of images in parts, by any number of processes, and joins them into one file.
+
+A part is a batch of the drawing. Parts that are stored already are not drawn again, so that an
+interrupted run goes on where it was. Legend: N images, B images of a part, S scales with a rule.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from PIL import Image
+from tqdm import tqdm
+
+from dmoe_var.arrays import Rows, is_intact, read_npz, write_npz
+from dmoe_var.data.image_sets import ImageArray, ImageFolder, Pixels
+from dmoe_var.distributed import barrier, from_main, is_main, rank, world_size
+from dmoe_var.errors import DataError
+from dmoe_var.files import whole_file
+from dmoe_var.sampling.draw import SAMPLES_FILE, Batch, Charged, Drawing, Pairs, Samples
+
+PARTS_FOLDER = "parts"
+PNG_FOLDER = "png"
+DRAWN_FILE = "drawn.npz"
+"""What is known of images that are all drawn: fingerprint, experts run, seconds."""
+EXPERTS_RUN = ("scales", "pairs", "charged")
+"""Arrays of the experts that ran: the scales (S,), and by image and scale the pairs and what the
+authors' accounting charges for them."""
+
+ImageFormat = Literal["npz", "png", "both"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a finished drawing leaves beside its images."""
+
+    pairs: Pairs
+    seconds: float
+    """Sum over all batches, whichever process drew them and in whichever run."""
+    charged: Charged = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredDrawing:
+    """A drawing whose images go to a folder: samples.npz, png/NNNNNN.png (one an image) or both.
+
+    fingerprint: hash of all that the images depend on; what was stored under another one is drawn
+    again. others: folders in which images of the same fingerprint may lie, in whichever format:
+    they are taken over in the place of being drawn.
+    """
+
+    drawing: Drawing
+    folder: Path
+    fingerprint: str
+    format: ImageFormat = "npz"
+    others: tuple[Path, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Name, within the folder, of what holds the images."""
+        return PNG_FOLDER if self.format == "png" else SAMPLES_FILE
+
+    def draw(self, progress: str | None = None) -> Drawn:
+        """Draw what is not stored yet; called by all processes of a run, and returned to all.
+
+        Part i is drawn by process i modulo their number; the main one then joins the parts and
+        removes them. `progress` names the main process's bar; None shows none.
+        """
+        done = from_main(self._start() if is_main() else None)
+        if done is not None:
+            return done
+        mine = range(rank(), self.drawing.num_batches, world_size())
+        shown = progress is not None and is_main()
+        for number in tqdm(mine, progress, unit="part", leave=False, disable=not shown):
+            self._make_part(number)
+        barrier()
+        return from_main(self._join() if is_main() else Drawn({}, 0.0))
+
+    def png_path(self, index: int) -> Path:
+        """Where image `index` lies as PNG."""
+        return self.folder / PNG_FOLDER / f"{index:06d}.png"
+
+    def _first(self, number: int) -> int:
+        """Index of a part's first image."""
+        return number * self.drawing.sampling.batch_size
+
+    def _part_path(self, number: int) -> Path:
+        return self.folder / PARTS_FOLDER / f"part_{number:05d}.npz"
+
+    def _make_part(self, number: int) -> None:
+        """Draw and store a part, its PNG files first, unless it is stored."""
+        try:
+            batch, drawn = self._read_part(number), False
+        except DataError:  # missing, broken or of another fingerprint
+            batch, drawn = self.drawing.batch(number), True
+            # A part that is stored says that its PNG files are: it must not outlive them.
+            self._part_path(number).unlink(missing_ok=True)
+        if self.format != "npz":
+            self._write_pngs(number, batch.samples.images, replace=drawn)
+        if drawn:
+            scales = sorted(batch.pairs)
+            samples = batch.samples
+            write_npz(
+                self._part_path(number),
+                {
+                    "first": np.array(self._first(number)),
+                    "images": samples.images,
+                    "labels": samples.labels,
+                    "seeds": samples.seeds,
+                    "scales": np.array(scales, dtype=np.int64),
+                    "pairs": _columns(batch.pairs, len(samples.labels), np.int64),
+                    "charged": _columns(batch.charged, len(samples.labels), np.float64),
+                    "seconds": np.array(batch.seconds),
+                    "fingerprint": np.array(self.fingerprint),
+                },
+            )
+
+    def _read_part(self, number: int) -> Batch:
+        """A stored part; DataError where it is missing, broken or not of this drawing."""
+        path, labels = self._part_path(number), self.drawing.labels_of(number)
+        names = ("first", "images", "labels", "seeds", *EXPERTS_RUN, "seconds", "fingerprint")
+        first, images, found, seeds, scales, *experts, seconds, print_ = read_npz(path, names)
+        size = self.drawing.image_size
+        shape = (len(labels), size, size, 3)
+        if (
+            str(print_) != self.fingerprint
+            or int(first) != self._first(number)  # drawn in batches of another size
+            or not np.array_equal(found, labels)
+            or images.shape != shape
+            or images.dtype != np.uint8
+        ):
+            raise DataError(f"{path}: belongs to other images")
+        pairs, charged = (_by_scale(scales, array_BS) for array_BS in experts)
+        return Batch(Samples(images, found, seeds), pairs, float(seconds), charged)
+
+    def _write_pngs(self, number: int, images: np.ndarray, replace: bool) -> None:
+        """One file an image; without `replace` only those that are missing."""
+        first = self._first(number)
+        (self.folder / PNG_FOLDER).mkdir(parents=True, exist_ok=True)
+        # One temporary name a process: `whole_file` would list the folder for every image.
+        owner = f"{platform.node()}-{os.getpid()}"
+        temporary = self.folder / PNG_FOLDER / f".{owner}.tmp"
+        try:
+            for index, image in enumerate(images, start=first):
+                path = self.png_path(index)
+                if replace or not path.exists():
+                    Image.fromarray(image).save(temporary, format="PNG")
+                    os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _join(self) -> Drawn:
+        """samples.npz of all parts, one after the other; then the parts go."""
+        drawing, pairs, charged, seconds = self.drawing, [], [], []
+
+        def images() -> Iterator[np.ndarray]:
+            for number in range(drawing.num_batches):
+                batch = self._read_part(number)
+                num_images = len(batch.samples.labels)
+                pairs.append(_columns(batch.pairs, num_images, np.int64))
+                charged.append(_columns(batch.charged, num_images, np.float64))
+                seconds.append(batch.seconds)
+                yield batch.samples.images
+
+        if self.format == "png":
+            for _ in images():
+                pass
+        else:
+            self._write_samples(images())
+        self._clear()
+        scales, pairs_NS = np.array(sorted(drawing.rules), dtype=np.int64), np.concatenate(pairs)
+        charged_NS = np.concatenate(charged)
+        about = {
+            "scales": scales,
+            "pairs": pairs_NS,
+            "charged": charged_NS,
+            "seconds": np.array(sum(seconds)),
+            "fingerprint": np.array(self.fingerprint),
+        }
+        write_npz(self.folder / DRAWN_FILE, about)
+        shutil.rmtree(self.folder / PARTS_FOLDER)
+        return Drawn(_by_scale(scales, pairs_NS), sum(seconds), _by_scale(scales, charged_NS))
+
+    def _start(self) -> Drawn | None:
+        """What an earlier run finished, here or in another folder; None where images are to be
+        drawn."""
+        done = self._finished() or self._taken_over()
+        if done is None:  # from here on, the file would not tell what the folder holds
+            (self.folder / DRAWN_FILE).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.folder / PARTS_FOLDER, ignore_errors=True)
+        return done
+
+    def _finished(self) -> Drawn | None:
+        """What an earlier run left, where all of its images are there and intact."""
+        if self.format != "png" and not is_intact(self.folder / SAMPLES_FILE):
+            return None
+        if self.format != "npz" and not all(_is_png(path) for path in self._pngs_in(self.folder)):
+            return None
+        return self._drawn_in(self.folder)
+
+    def _drawn_in(self, folder: Path) -> Drawn | None:
+        """What is known of the images of a folder, where they are those of this drawing."""
+        try:
+            if str(read_npz(folder / DRAWN_FILE, ["fingerprint"])[0]) != self.fingerprint:
+                return None
+            names = (*EXPERTS_RUN, "seconds")
+            scales, *experts, seconds = read_npz(folder / DRAWN_FILE, names)
+        except DataError:
+            return None
+        pairs, charged = (_by_scale(scales, array_NS) for array_NS in experts)
+        return Drawn(pairs, float(seconds), charged)
+
+    def _pngs_in(self, folder: Path) -> tuple[Path, ...]:
+        """Where PNG files of this drawing lie in a folder that has them."""
+        names = (self.png_path(index).name for index in range(len(self.drawing.labels)))
+        return tuple(folder / PNG_FOLDER / name for name in names)
+
+    def _taken_over(self) -> Drawn | None:
+        """What is known of images that lie finished in some folder; they lie here then too."""
+        for folder in (self.folder, *self.others):
+            drawn = self._drawn_in(folder)
+            images = self._images_in(folder) if drawn is not None else None
+            if drawn is None or images is None:
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if folder != self.folder:
+                (self.folder / DRAWN_FILE).unlink(missing_ok=True)
+            self._store(images, folder)
+            if self._drawn_in(folder) != drawn:
+                continue  # another process has begun to draw there
+            if folder != self.folder:
+                _link(folder / DRAWN_FILE, self.folder / DRAWN_FILE)
+            return drawn
+        return None
+
+    def _images_in(self, folder: Path) -> Pixels | None:
+        """The images of a finished drawing; None where some are gone or broken."""
+        if is_intact(folder / SAMPLES_FILE):
+            return ImageArray(Samples.load(folder / SAMPLES_FILE).images)
+        pngs = self._pngs_in(folder)
+        if all(_is_png(path) for path in pngs):
+            return ImageFolder(folder, self.drawing.image_size, pngs)
+        return None
+
+    def _store(self, images: Pixels, folder: Path) -> None:
+        """Images that lie in `folder`, here in this format."""
+        numbers = range(self.drawing.num_batches)
+        indices = torch.arange(len(images)).split(self.drawing.sampling.batch_size)
+        pieces = (images.pixels(indices_B) for indices_B in indices)
+        if self.format != "png" and isinstance(images, ImageFolder):
+            self._write_samples(pieces)
+        elif self.format != "png" and folder != self.folder:
+            _link(folder / SAMPLES_FILE, self.folder / SAMPLES_FILE)
+        if self.format != "npz":
+            for number, indices_B in zip(numbers, indices, strict=True):
+                self._write_pngs(number, images.pixels(indices_B), replace=True)
+        self._clear()
+
+    def _write_samples(self, pieces: Iterable[np.ndarray]) -> None:
+        drawing, num_images, size = self.drawing, len(self.drawing.labels), self.drawing.image_size
+        rows = Rows((num_images, size, size, 3), np.uint8, pieces)
+        seeds = np.full(num_images, drawing.seed, dtype=np.int64)
+        named: dict[str, Any] = {"arr_0": rows, "labels": drawing.labels, "seeds": seeds}
+        write_npz(self.folder / SAMPLES_FILE, named)
+
+    def _clear(self) -> None:
+        """Removes what another format, another set of images or a killed process left."""
+        if self.format == "png":
+            (self.folder / SAMPLES_FILE).unlink(missing_ok=True)
+        kept = len(self.drawing.labels) if self.format != "npz" else 0
+        for path in (self.folder / PNG_FOLDER).glob("*.png"):
+            if path.stem.isdecimal() and int(path.stem) >= kept:
+                path.unlink()
+        for path in (self.folder / PNG_FOLDER).glob(".*.tmp"):
+            path.unlink()
+
+
+def _is_png(path: Path) -> bool:
+    """Whether a file is there and whole."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy of it where the file system knows none."""
+    with whole_file(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def _columns(by_scale: Pairs | Charged, num_images: int, dtype: DTypeLike) -> np.ndarray:
+    """By image and scale, (B, S)."""
+    columns = [np.asarray(by_scale[si], dtype=dtype) for si in sorted(by_scale)]
+    return np.stack(columns, axis=1) if columns else np.zeros((num_images, 0), dtype)
+
+
+def _by_scale(scales: np.ndarray, array_BS: np.ndarray) -> dict[int, tuple[Any, ...]]:
+    columns = zip(scales.tolist(), array_BS.T.tolist(), strict=True)
+    return {si: tuple(column) for si, column in columns}

@@ -1,0 +1,158 @@
+"""The models that stages hand to each other: loaded strictly, checked to be the configured ones.
+
+They are float32 whatever precision their files hold: images are coded and models are trained so.
+What samples in another precision (`sampling.dtype`) casts them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmoe_var.checkpoints import load_var, load_vqvae
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.data import load_data
+from dmoe_var.data.images import Images
+from dmoe_var.data.token_cache import TokenSet, tokenize
+from dmoe_var.data.token_shards import Seconds
+from dmoe_var.distributed import is_main
+from dmoe_var.errors import CheckpointError
+from dmoe_var.experiment.work import Work
+from dmoe_var.models.build import build_strictly
+from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.var import VAR, VARConfig
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.layer import ExpertConfig
+from dmoe_var.moe.router import default_hidden
+
+TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
+"""Fields that shape training, not the function: published files do not hold them."""
+
+
+def checkpoint(work: Work, stage: str) -> Path:
+    return work.folder(stage) / "checkpoint"
+
+
+def save(work: Work, stage: str, model: VAR | VQVAE) -> None:
+    """Write a stage's checkpoint, by the main process, with the fingerprint it belongs to."""
+    if is_main():
+        save_checkpoint(checkpoint(work, stage), model, work.fingerprint(stage))
+
+
+def vqvae(work: Work) -> VQVAE:
+    """The tokenizer, in eval mode on the work's device."""
+    given = work.config.base.vqvae
+    source = given if given is not None else checkpoint(work, "train_vqvae")
+    model = load_vqvae(source, work.config.vqvae.patch_nums)
+    _check(str(source), model.config, work.config.vqvae, ("beta",))
+    return model.to(work.device, torch.float32).requires_grad_(False)
+
+
+def dense(work: Work) -> VAR:
+    """The base VAR, in eval mode on the work's device."""
+    given = work.config.base.var
+    return _var(work, given or checkpoint(work, "train_var"), work.config.var)
+
+
+def sparse(work: Work) -> VAR:
+    """The fine-tuned VAR, not split."""
+    config = replace(work.config.var, activation=work.config.sparsify.activation)
+    return _var(work, checkpoint(work, "sparsify"), config)
+
+
+def split(work: Work, stage: str = "train_router") -> VAR:
+    """The expert VAR as a stage left it: `split` (untrained routers) or `train_router`."""
+    hidden = work.config.split.router_hidden or default_hidden(work.config.var.C)
+    config = replace(
+        work.config.var,
+        activation=work.config.sparsify.activation,
+        experts=ExpertConfig(work.config.split.expert_size, hidden),
+    )
+    return _var(work, checkpoint(work, stage), config)
+
+
+def var(work: Work, stage: str) -> VAR:
+    """The VAR as a stage left it, in eval mode on the work's device: of train_var (or given),
+    sparsify, split or train_router."""
+    if stage in ("split", "train_router"):
+        return split(work, stage)
+    return {"train_var": dense, "sparsify": sparse}[stage](work)
+
+
+def dynamic(work: Work) -> DynamicVAR:
+    """Dense and expert VAR joined at `moe.scales`."""
+    return DynamicVAR(dense(work), split(work), work.config.moe.scales)
+
+
+def _var(work: Work, source: str | Path, expected: VARConfig) -> VAR:
+    model = load_var(source)
+    config = model.config
+    if config.experts is not None and config.experts.router_hidden is None:
+        experts = ExpertConfig(config.experts.expert_size, default_hidden(config.C))
+        config = replace(config, experts=experts)
+    _check(str(source), config, expected, TRAINING_ONLY)
+    configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
+    return configured.to(work.device, torch.float32)
+
+
+def _check(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:
+    differs = [
+        f"{name} is {value}, the configuration says {getattr(expected, name)}"
+        for name, value in vars(found).items()
+        if name not in free and value != getattr(expected, name)
+    ]
+    if differs:
+        raise CheckpointError(f"{source}: belongs to another configuration: {'; '.join(differs)}")
+
+
+def image_sets(work: Work) -> tuple[Images, Images]:
+    """Training and held-out images, labelled for the configured VAR. DataError where they cannot
+    be."""
+    return load_data(
+        work.config.data,
+        work.config.var.num_classes,
+        hashes=work.cache / "hashes",
+        progress=work.progress,
+    )
+
+
+def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
+    """Training and held-out tokens. DataError where the images have other classes than the VAR."""
+    config = work.config
+    tokens = [
+        tokenize(
+            images,
+            vqvae,
+            work.cache / "tokens",
+            batch_size=config.data.encode_batch,
+            workers=config.data.workers,
+            unreadable=config.data.unreadable,
+            progress=config.progress,
+        )
+        for images in image_sets(work)
+    ]
+    return tokens[0], tokens[1]
+
+
+def token_metrics(sets: Sequence[TokenSet]) -> dict[str, float]:
+    """Images with tokens, pictures left out as unreadable, and the images a second that decoders
+    and encoder of one process did alone when the sets were made (see `Seconds`)."""
+    images = sum(tokens.about.images for tokens in sets)
+    seconds = sum((tokens.about.seconds for tokens in sets), Seconds())
+    return {
+        "tokens_images": images,
+        "tokens_unreadable": sum(tokens.about.unreadable for tokens in sets),
+        "tokens_decode_images_per_s": images / seconds.decode,
+        "tokens_encode_images_per_s": images / seconds.encode,
+    }
+
+
+def token_about(sets: Sequence[TokenSet]) -> dict[str, Any]:
+    """For a record: which images the training and held-out tokens were made of."""
+    training, held_out = (dict(tokens.about.data) for tokens in sets)
+    held_out.pop("classes", None)  # the same
+    return {"data": {"training": training, "held_out": held_out}}

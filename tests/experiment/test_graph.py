@@ -1,0 +1,498 @@
+"""What is done is skipped; what changed, broke or belongs elsewhere is not taken for done."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dmoe_var.checkpoints.load import weights_file
+from dmoe_var.checkpoints.pretrained import from_pretrained
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.errors import CheckpointError, ConfigError, InputError
+from dmoe_var.experiment.graph import (
+    StageResult,
+    order,
+    prepare,
+    record_if_done,
+    require,
+    run_stage,
+    run_through,
+)
+from dmoe_var.experiment.record import Record
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.layer import ExpertConfig
+from dmoe_var.report import records
+from dmoe_var.stages import calibration_bench, evaluate, export, figures, loaded
+
+TRAINING = ["train_vqvae", "train_var", "sparsify", "split", "train_router"]
+
+
+def through(work, last):
+    """Runs to the last stage; (stage, whether it was done) of each."""
+    seen = []
+    run_through(work, last, lambda *each: seen.append(each))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("last", "stages"),
+    [
+        ("train_vqvae", TRAINING[:1]),
+        ("split", TRAINING[:4]),
+        *((stage, [*TRAINING, stage]) for stage in ("sample", "evaluate", "sweep")),
+    ],
+)
+def test_order(make_work, last, stages):
+    assert order(make_work(), last) == stages
+
+
+def test_order_of_a_dense_point(make_work):
+    work = make_work(changes={"evaluate.model": "dense"})
+    assert order(work, "evaluate") == ["train_vqvae", "train_var", "evaluate"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"sparsify.log_every": 1}, {"selection.tau": 0.7}])
+def test_done_stages_are_skipped(make_work, runs, no_work, changes):
+    work = make_work(runs, changes)
+    assert through(work, "train_router") == [(stage, True) for stage in TRAINING]
+
+
+def test_a_changed_stage_and_those_after_it_run(make_work, runs):
+    work = make_work(runs, {"sparsify.alpha": 0.5})
+    done = [True, True, False, False, False]
+    assert through(work, "train_router") == list(zip(TRAINING, done, strict=True))
+    assert through(work, "train_router") == [(stage, True) for stage in TRAINING]
+    assert through(make_work(runs), "train_router") == [(stage, True) for stage in TRAINING]
+
+
+def test_an_edited_experiment_runs_again_in_its_folder(make_work, runs):
+    work = make_work(runs, edited={"split.router_hidden": 3})
+    assert work.folder("split") == make_work(runs).folder("split")
+    assert through(work, "train_router")[-2:] == [("split", False), ("train_router", False)]
+    assert record_if_done(make_work(runs), "split") is None
+
+
+def test_a_stage_that_fails_is_not_done(make_work, runs):
+    """Nor is what it replaces: the old record goes before the new work starts."""
+    work = make_work(runs, edited={"split.router_hidden": 3})
+
+    def fail(work):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(work, "split", fail)
+    assert not (work.folder("split") / "result.json").exists()
+    assert record_if_done(make_work(runs), "split") is None
+
+
+def test_record(make_work, runs):
+    work = make_work(runs)
+    record = Record.read(work.folder("sparsify") / "result.json")
+    assert (record.stage, record.variant, record.seed) == ("sparsify", "default", 0)
+    assert work.relevant("sparsify").items() <= record.config.items()
+    assert record.config["evaluate.num_samples"] == work.config.evaluate.num_samples
+    assert record.fingerprint == work.fingerprint("sparsify")
+    assert record.started <= record.ended
+    assert record.libraries["torch"] == torch.__version__.split("+")[0]
+    assert all(isinstance(value, int | float) for value in record.metrics.values())
+    assert {"val_ce", "val_hoyer", "val_inactive_layer0_scale3"} <= record.metrics.keys()
+    files = sorted(path.name for path in work.folder("sparsify").iterdir())
+    assert files == ["checkpoint", "config.yaml", "metrics.jsonl", "result.json"]
+    logged = (work.folder("sparsify") / "metrics.jsonl").read_text().splitlines()
+    trained = {k: v for k, v in record.metrics.items() if not k.startswith("tokens_")}
+    assert json.loads(logged[-1]) == {"step": 2, **trained}
+    assert record.metrics["tokens_unreadable"] == 0
+
+
+def run_twice(work, stage, function):
+    """In two threads that start together, as two processes would; their records."""
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run_stage, work, stage, function) for _ in range(2)]
+        return [each.result() for each in both]
+
+
+@pytest.mark.parametrize("stage", ["train_vqvae", "sparsify", "evaluate", "sample"])
+def test_the_same_stage_twice_at_once(make_work, runs, capfd, stage):
+    """The second waits, says so, and finds it done."""
+    work, ran = make_work(runs, edited={"seed": 1}), []
+
+    def slow(work):
+        ran.append(1)
+        until_said(capfd)
+        return StageResult({})
+
+    for upstream in order(work, stage)[:-1]:
+        run_stage(work, upstream, lambda work: StageResult({}))
+    first, second = run_twice(work, stage, slow)
+    assert (ran, first) == ([1], second)
+    assert ".lock" not in {path.name for path in work.folder(stage).iterdir()}
+
+
+def until_said(capfd):
+    """Waits until another thread says that it waits."""
+    said, end = "", time.monotonic() + 120
+    while "waiting for another run" not in said:
+        assert time.monotonic() < end, said
+        time.sleep(0.01)
+        said += capfd.readouterr().err
+
+
+def test_what_always_runs_takes_turns(make_work, runs):
+    work, events = make_work(runs), []
+
+    def slow(work):
+        events.append("starts")
+        time.sleep(0.05)
+        events.append("ends")
+        return StageResult({})
+
+    run_twice(work, "export", slow)
+    assert events == ["starts", "ends"] * 2
+
+
+def test_stages_within_a_stage_do_not_wait_for_themselves(make_work, tmp_path):
+    work, result = make_work(tmp_path), StageResult({})
+
+    def outer(work):
+        run_stage(make_work(tmp_path, {"seed": 3}), "train_vqvae", lambda work: result)
+        run_stage(work, "train_vqvae", lambda work: result)
+        return result
+
+    run_stage(work, "train_vqvae", outer)
+    assert record_if_done(work, "train_vqvae") is not None
+
+
+BROKEN = {
+    "empty": b"",
+    "NULs": b"\0" * 500,
+    "half": None,
+    "a list": b"[1]",
+    "no keys": b"{}",
+    "no UTF-8": b"\xff\xfe{}",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_record_that_a_crash_left_broken(make_work, runs, capsys, kind):
+    """The stage is not done: it runs again, with a note; what builds on it says what to do."""
+    work = make_work(runs)
+    path, content = work.folder("train_vqvae") / "result.json", BROKEN[kind]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    said = r"result\.json: .*; run scripts/train_vqvae\.py"
+    with pytest.raises(InputError, match=said) as caught:
+        require(work, "train_vqvae")
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err.count("\n") == 1
+    record = run_stage(work, "train_vqvae", lambda work: StageResult({"found": 1.0}))
+    assert Record.read(path) == record
+    assert record_if_done(work, "train_vqvae").metrics == {"found": 1.0}
+
+
+def test_a_record_of_a_newer_version_stays(make_work, runs):
+    work = make_work(runs)
+    path = work.folder("train_vqvae") / "result.json"
+    newer = json.dumps({**json.loads(path.read_text()), "schema_version": 2})
+    path.write_text(newer)
+    for attempt in (record_if_done, require, run_stage):
+        with pytest.raises(InputError, match=f"schema_version=2.*remove {path.parent}"):
+            attempt(work, "train_vqvae")
+    assert path.read_text() == newer
+
+
+def test_a_record_that_cannot_be_read_now_is_not_made_again(make_work, runs, monkeypatch):
+    """A network's file system that fails for a while must not cost what is done."""
+    work = make_work(runs)
+
+    def read_text(path, encoding):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(InputError, match=r"result\.json: cannot be read \(Input/output error\)"):
+        run_stage(work, "train_vqvae", lambda work: pytest.fail("it runs"))
+
+
+def test_broken_records_beside_others_are_left_out(make_work, runs, capsys):
+    """Of what is told of all the records of a stage."""
+    work = make_work(runs)
+    path = work.root / "evaluate" / "seed=9-0a1b2c3d" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert export.measured(work) == []
+    assert figures.minutes(work, ["evaluate"]) == {}
+    (row,) = [row for row in records.stages(work) if row["name"] == "evaluate"]
+    assert row["state"] == "missing"
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}: ")
+    assert said.count("\n") == 1
+
+
+def test_leftover_state_of_a_done_stage_goes(make_work, runs, no_work):
+    """Killed between its record and the removal of its state."""
+    state = make_work(runs).folder("sparsify") / "state.safetensors"
+    state.write_bytes(b"")
+    run_stage(make_work(runs), "sparsify")
+    assert not state.exists()
+
+
+def test_a_stage_needs_those_before_it(make_work, tmp_path):
+    work = make_work(tmp_path)
+    folder = work.folder("train_vqvae")
+    message = f"train_vqvae is not done in {folder}; run scripts/train_vqvae.py or scripts/pipeline"
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        run_stage(work, "train_var")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_made_with_another_configuration(make_work, runs):
+    work = make_work(runs, edited={"sparsify.alpha": 0.5, "train_var.lr": 0.02})
+    message = "sparsify.alpha is 0.5, there 0.0001; train_var.lr is 0.02, there 0.001"
+    with pytest.raises(InputError, match=message) as caught:
+        require(work, "sparsify")
+    assert str(work.folder("sparsify")) in str(caught.value)
+    assert require(make_work(runs), "sparsify").stage == "sparsify"
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [cut_short, emptied, removed])
+def test_broken_checkpoint_of_a_done_stage(make_work, runs, harm):
+    work = make_work(runs)
+    path = work.folder("sparsify") / "checkpoint" / "model.safetensors"
+    harm(path)
+    for attempt in (record_if_done, require, run_stage, through):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
+            attempt(work, "sparsify")
+        assert "\n" not in str(caught.value)
+
+
+def without_a_key(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    del tensors["head.bias"]
+    save_file(tensors, file, about)
+
+
+def without_config(folder):
+    (folder / "config.json").unlink()
+
+
+def with_half_a_config(folder):
+    cut_short(folder / "config.json")
+    cut_short(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("harm", "file", "message"),
+    [
+        (without_a_key, "model.safetensors", "missing 1 keys: head.bias"),
+        (without_config, "config.json", "No such file"),
+        (with_half_a_config, "config.json", "cut short"),
+    ],
+)
+def test_incomplete_checkpoint(make_work, runs, harm, file, message):
+    """Found by the stage that builds on it."""
+    work = make_work(runs, {"split.router_hidden": 3})
+    folder = work.folder("sparsify") / "checkpoint"
+    harm(folder)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder / file))}: .*{message}"):
+        run_stage(work, "split")
+
+
+def smaller_vocabulary(config):
+    return replace(config, vocab_size=16)
+
+
+def deeper(config):
+    return replace(config, depth=2)
+
+
+def split_otherwise(config):
+    return replace(config, experts=ExpertConfig(64, 4))
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "load", "change", "message"),
+    [
+        ("train_vqvae", VQVAE, loaded.vqvae, smaller_vocabulary, "vocab_size is 16, .* says 32"),
+        ("train_var", VAR, loaded.dense, deeper, "depth is 2, .* says 1"),
+        ("sparsify", VAR, loaded.sparse, deeper, "depth is 2, .* says 1"),
+        ("train_router", VAR, loaded.split, split_otherwise, r"expert_size=64.* says .*=32"),
+    ],
+)
+def test_checkpoint_of_another_configuration(make_work, runs, stage, kind, load, change, message):
+    work = make_work(runs)
+    other = kind(change(load(work).config))
+    save_checkpoint(work.folder(stage) / "checkpoint", other)
+    with pytest.raises(CheckpointError, match=f"another configuration: .*{message}") as caught:
+        load(work)
+    assert str(work.folder(stage)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_go_from_stage_to_stage(make_work, runs):
+    """ReLU from GELU; experts that together are the ReLU FFNs; then nothing but routers moves."""
+    work = make_work(runs)
+    dense, sparse = loaded.dense(work), loaded.sparse(work)
+    assert (dense.config.activation, sparse.config.activation) == ("gelu", "relu")
+    split, routed = loaded.split(work, "split"), loaded.split(work)
+    labels, teacher = torch.tensor([3, 10]), torch.randn(2, 29, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            split(labels, teacher), sparse(labels, teacher), rtol=1e-4, atol=1e-5
+        )
+    before, after = split.state_dict(), routed.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".router." in name}
+
+
+def test_fine_tuning_starts_from_the_dense_model(make_work, runs):
+    """At a rate at which nothing moves, its weights are what comes out."""
+    still = {"sparsify.lr": 1e-12, "sparsify.lr_end": 0.0, "sparsify.steps": 1}
+    work = make_work(runs, still)
+    run_stage(work, "sparsify")
+    expected, found = loaded.dense(work).state_dict(), loaded.sparse(work).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_trained_routers_are_what_is_used(make_work, runs):
+    """Joined, exported, calibrated, evaluated: never those that the split left untrained."""
+    work = make_work(runs)
+    expected = load_file(work.folder("train_router") / "checkpoint" / "model.safetensors")
+    routers = {name: tensor for name, tensor in expected.items() if ".router." in name}
+    before = load_file(work.folder("split") / "checkpoint" / "model.safetensors")
+    assert all(not torch.equal(before[name], tensor) for name, tensor in routers.items())
+    run_stage(work, "export")
+    used = {
+        "joined": loaded.dynamic(work).moe,
+        "exported": from_pretrained(work.folder("export") / export.FOLDER).moe,
+        "calibrated": calibration_bench.Bench(work).model.moe,
+        "evaluated": evaluate.Bench(work).model(work).moe,
+    }
+    for name, moe in used.items():
+        found = moe.state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in routers.items()), name
+
+
+def without_speeds(metrics):
+    return {name: value for name, value in metrics.items() if not name.endswith("_per_s")}
+
+
+def test_other_weights_behind_a_name_are_noticed(make_work, runs, tmp_path):
+    """The content of a given file counts, not its name alone."""
+    folder = tmp_path / "var"
+    shutil.copytree(make_work(runs).folder("train_var") / "checkpoint", folder)
+    work = make_work(tmp_path / "new", {"base.var": str(folder)})
+    before = work.fingerprint("sparsify")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.bias"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    assert work.fingerprint("sparsify") != before
+
+
+def test_a_checkpoint_of_another_configuration_is_noticed(make_work, runs, tmp_path):
+    """Same shapes, another alpha: only the fingerprint in the file tells."""
+    ours, other = (make_work(runs, c) for c in ({}, {"sparsify.alpha": 0.5}))
+    through(other, "sparsify")
+    shutil.rmtree(ours.folder("sparsify") / "checkpoint")
+    shutil.copytree(other.folder("sparsify") / "checkpoint", ours.folder("sparsify") / "checkpoint")
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        run_stage(ours, "sparsify")
+
+
+def test_base_models_may_be_given(make_work, runs, tmp_path):
+    """Then they are validated, not trained, and are what later stages read."""
+    given = {
+        f"base.{kind}": str(make_work(runs).folder(stage) / "checkpoint")
+        for kind, stage in (("vqvae", "train_vqvae"), ("var", "train_var"))
+    }
+    work = make_work(tmp_path / "new", given)
+    through(work, "sparsify")
+    for kind, stage in (("vqvae", "train_vqvae"), ("var", "train_var")):
+        record = Record.read(work.folder(stage) / "result.json")
+        assert record.about["source"] == given[f"base.{kind}"]
+        trained = Record.read(make_work(runs).folder(stage) / "result.json").metrics
+        assert without_speeds(record.metrics) == pytest.approx(without_speeds(trained), rel=1e-5)
+        file = weights_file(given[f"base.{kind}"], kind)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert record.weights[f"base.{kind}"] == digest
+        assert not (work.folder(stage) / "checkpoint").exists()
+    expected, found = (loaded.sparse(w).state_dict() for w in (make_work(runs), work))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "var"])
+def test_given_base_that_is_not_there(make_work, runs, kind):
+    work = make_work(runs, {f"base.{kind}": "no/where"})
+    with pytest.raises(CheckpointError, match=r"no/where: no such file") as caught:
+        through(work, "train_var")
+    assert "\n" not in str(caught.value)
+
+
+def test_given_base_of_another_shape(make_work, runs):
+    source = str(make_work(runs).folder("train_var") / "checkpoint")
+    with pytest.raises(CheckpointError, match="depth is 1, the configuration says 2"):
+        through(make_work(runs, {"base.var": source, "var.depth": 2}), "train_var")
+
+
+def test_unknown_stage(make_work):
+    with pytest.raises((ValueError, KeyError, ConfigError), match="nothing"):
+        run_stage(make_work(), "nothing")
+
+
+@pytest.fixture
+def settings_of_torch():
+    """Puts the process's settings back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("settings_of_torch")
+def test_prepare_sets_up_the_process(make_work):
+    prepare(make_work(changes={"threads": 3, "deterministic": True}))
+    assert torch.get_num_threads() == 3
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.usefixtures("settings_of_torch")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_device_that_is_not_there_is_found_before_any_work(make_work, deterministic):
+    with pytest.raises(InputError, match="device=cuda"):
+        prepare(make_work(changes={"device": "cuda", "deterministic": deterministic}))
+
+
+def test_result_of_a_stage_function(make_work, tmp_path):
+    """What `function` returns is what the record holds."""
+    result = StageResult({"fid": 1.5}, num_samples=7, about={"note": "x"})
+    record = run_stage(make_work(tmp_path), "train_vqvae", lambda work: result)
+    assert (record.metrics, record.num_samples, record.about) == ({"fid": 1.5}, 7, {"note": "x"})
+    assert Record.read(make_work(tmp_path).folder("train_vqvae") / "result.json") == record

@@ -1,0 +1,67 @@
+"""Configurations that differ in a few keys, and records joined over seeds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.points import Point, joined, vary
+
+
+def test_vary_changes_what_it_names_alone(make_work):
+    work = make_work()
+    other = vary(work, {"sparsify.alpha": 0.5, "moe.scales": (3,)})
+    assert other.config.sparsify.alpha == 0.5
+    assert other.config.moe.scales == (3,)
+    back = vary(
+        other,
+        {"sparsify.alpha": work.config.sparsify.alpha, "moe.scales": work.config.moe.scales},
+    )
+    assert back == work
+    assert other.folder("evaluate") != work.folder("evaluate")
+
+
+def test_vary_is_what_the_command_line_would_be(make_work):
+    changes = {"split.expert_size": 64, "evaluate.seed": 4}
+    assert vary(make_work(), changes).config == make_work(changes=changes).config
+
+
+@pytest.mark.parametrize("key", ["sparsify.alfa", "nothing"])
+def test_vary_refuses_unknown_keys(make_work, key):
+    with pytest.raises(ConfigError, match=key):
+        vary(make_work(), {key: 1})
+
+
+def test_vary_changes_all_at_once(make_work):
+    """Each alone would be refused: eight of four experts."""
+    changed = vary(make_work(), {"selection.rule": "top_k", "selection.k": 2}).config.selection
+    assert (changed.rule, changed.k) == ("top_k", 2)
+
+
+def test_vary_checks_what_belongs_together(make_work):
+    with pytest.raises(ConfigError, match="expert_size"):
+        vary(make_work(), {"split.expert_size": 48})
+
+
+def test_seeds_of_a_point(make_work):
+    works = Point("x", None, {"selection.tau": (0.5,)}).works(make_work(), (3, 5))
+    assert [each.config.evaluate.seed for each in works] == [3, 5]
+    assert {each.config.selection.tau for each in works} == {(0.5,)}
+
+
+def record(variant, fid, gmac, **more):
+    metrics = {"fid_x": fid, "flops_gmac": gmac, "flops_gmac_std": 0.5, **more}
+    return SimpleNamespace(metrics=metrics, about={"fidelity": "fid_x"}, variant=variant)
+
+
+def test_joined():
+    row = joined([record("a", 1.0, 4.0), record("b", 3.0, 6.0)])
+    assert row["fid_std"] == pytest.approx(2**0.5)
+    places = ["evaluate/a", "evaluate/b"]
+    expected = {"fid_mean": 2, "fid_by_seed": [1, 3], "flops_gmac": 5, "points": places}
+    assert {key: row[key] for key in expected} == expected
+    assert "flops_gmac_authors" not in row
+    one = joined([record("a", 1.0, 4.0, flops_gmac_authors=2.0)])
+    assert (one["fid_std"], one["flops_gmac_authors"]) == (0, 2)

@@ -1,0 +1,287 @@
+"""Which folder a stage works in, and what its result depends on."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+
+from dmoe_var.devices import chosen_device
+from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.experiment.work import NEEDS
+from dmoe_var.training.step import OptimConfig
+from dmoe_var.training.tracking import Tracking
+
+STAGES = tuple(NEEDS)
+TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
+MEASURING = ("sample", "evaluate", "sweep", "export", "calibrate", "maps", "report")
+TIMED = {"benchmark"}
+"""Reads the base models and how images are drawn."""
+
+
+def from_(stage):
+    """A stage and all that build on it."""
+    return {*TRAINING[TRAINING.index(stage) :], *MEASURING}
+
+
+def variants(work):
+    return {stage: work.variant(stage) for stage in STAGES}
+
+
+HOUSEKEEPING = [
+    {"run_dir": "elsewhere"},
+    {"name": "other"},
+    {"device": "auto"},
+    {"threads": 2},
+    {"progress": True},
+    {"wandb": "offline"},
+    {"until": "split"},
+    {"train_vqvae.log_every": 3, "sparsify.validate_every": 7, "train_var.checkpoint_every": 9},
+    {"sparsify.micro_batch_size": 2, "sparsify.activation_checkpointing": True},
+    {"figures.figure": "4", "figures.make": True, "figures.plan": True},
+    {"sweep.parts": 2, "sweep.part": 1},
+    {"sampling.batch_size": 3, "fidelity.batch_size": 5},
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"train_var.lr": 0.001}, {"moe.scales": (2, 3)}, *HOUSEKEEPING]
+)
+def test_what_does_not_change_a_result_changes_no_folder(make_work, changes):
+    work, plain = make_work(changes=changes), make_work()
+    assert set(variants(work).values()) == {"default"}
+    for stage in STAGES:
+        assert work.fingerprint(stage) == plain.fingerprint(stage)
+
+
+POINTS = {"sample", "evaluate", "sweep"}
+SHOWN = {"maps", "report"}
+DRAWN = {"figures"}
+
+READ_BY = [
+    ({"seed": 1}, from_("train_vqvae") | DRAWN),
+    ({"dtype": "bfloat16"}, from_("train_vqvae") | DRAWN),
+    ({"vqvae.beta": 0.5}, from_("train_vqvae") | TIMED | DRAWN),
+    ({"base.vqvae": "digits"}, from_("train_vqvae") | TIMED | DRAWN),
+    ({"train_vqvae.restart_every": 5}, from_("train_vqvae") | DRAWN),
+    ({"var.depth": 2}, from_("train_var") | TIMED | DRAWN),
+    ({"base.var": "digits"}, from_("train_var") | TIMED | DRAWN),
+    ({"train_var.betas": [0.9, 0.99]}, from_("train_var") | DRAWN),
+    ({"sparsify.alpha": 0.1}, from_("sparsify") | DRAWN),
+    ({"split.router_hidden": 3}, from_("split") | DRAWN),
+    ({"train_router.scales": [3]}, from_("train_router") | DRAWN),
+    ({"moe.impl": "reference"}, POINTS | SHOWN | {"calibrate", "export"} | DRAWN),
+    ({"sampling.cfg": 2}, POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN),
+    ({"selection.tau": 0.5}, {"sample", "evaluate", "export"} | SHOWN | DRAWN),
+    ({"evaluate.seed": 1}, {"evaluate"} | TIMED),
+    ({"evaluate.num_samples": 30}, {"evaluate", "sweep", "report"} | DRAWN),
+    ({"fidelity.input_size": 96}, {"evaluate", "sweep", "report"} | DRAWN),
+    ({"sample.per_class": 2}, {"sample"} | DRAWN),
+    ({"conversion.train": "ffn"}, from_("sparsify") | DRAWN),
+    ({"export.private": False}, {"export"}),
+    ({"benchmark.repeats": 3}, TIMED | DRAWN),
+    ({"sweep.last": [0.2]}, {"sweep", "report"} | DRAWN),
+    ({"sweep.lists.more": [0.2]}, {"sweep", "report"} | DRAWN),
+    ({"pruning.share": 0.3}, DRAWN),
+    ({"maps.images": 3}, {"maps"} | DRAWN),
+    ({"calibrate.loss": "norm"}, {"calibrate"} | DRAWN),
+    ({"report.seed": 1}, {"report"}),
+    ({"figures.tau": [0.3]}, DRAWN),
+]
+
+
+@pytest.mark.parametrize(("changes", "affected"), READ_BY)
+def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(make_work, changes, affected):
+    work, plain = make_work(changes=changes), make_work()
+    assert {stage for stage, variant in variants(work).items() if variant != "default"} == affected
+    assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
+    assert all(work.folder(s).parent == plain.folder(s).parent for s in STAGES)
+
+
+@pytest.mark.parametrize(("changes", "affected"), READ_BY)
+def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_work, changes, affected):
+    work, plain = make_work(edited=changes), make_work()
+    assert set(variants(work).values()) == {"default"}
+    assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
+
+
+TRAINED_BY = {
+    "steps": 3, "batch_size": 4, "lr": 0.01, "lr_end": 0.001, "schedule": "constant",
+    "warmup": 0.1, "betas": [0.8, 0.9], "weight_decay": 0.2, "clip": 0.5,
+}  # fmt: skip
+"""Another value for every setting of training that changes its result."""
+NO_RESULT = {"log_every", "validate_every", "checkpoint_every", "micro_batch_size"}
+
+
+def test_every_setting_of_training_is_known():
+    """`epochs` stands in the place of `steps`."""
+    known = TRAINED_BY.keys() | NO_RESULT | {"epochs"}
+    assert {each.name for each in fields(OptimConfig)} == known
+
+
+@pytest.mark.parametrize("key", TRAINED_BY)
+@pytest.mark.parametrize("stage", ["train_vqvae", "train_var", "sparsify", "train_router"])
+def test_how_a_stage_trains_is_part_of_what_it_is(make_work, stage, key):
+    work, plain = make_work(changes={f"{stage}.{key}": TRAINED_BY[key]}), make_work()
+    changed = {each for each in STAGES if work.fingerprint(each) != plain.fingerprint(each)}
+    assert changed == from_(stage) | DRAWN
+
+
+GRID = {
+    "selection.tau": [0.1, 0.2, [0.1, 0.2], [0.2, 0.1]],
+    "sparsify.lr": [1e-4, 1e-2],
+    "train_var.lr": [1e-4, 1e-2],
+}
+CUT = ("x" * 80 + "1", "x" * 80 + "2", "a/b", "a-b", "../b")
+
+
+def test_points_of_a_multirun_never_share_a_folder(make_work):
+    """Whatever the names are cut to; folders are plain names."""
+    points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    points += [{"base.vqvae": path} for path in CUT]
+    names = [make_work(changes=point).variant("evaluate") for point in points]
+    assert len(set(names)) == len(points)
+    assert all(re.fullmatch(r"[A-Za-z0-9=._+-]{1,70}", name) for name in names)
+    assert names == [make_work(changes=point).variant("evaluate") for point in points]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection.tau": 0.9},
+        {"moe.scales": [3]},
+        {"sparsify.alpha": 0.1},
+        {"split.expert_size": 64},
+    ],
+)
+def test_dense_points_do_not_depend_on_experts(make_work, changes):
+    dense = {"evaluate.model": "dense"}
+    plain, work = make_work(changes=dense), make_work(changes={**dense, **changes})
+    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
+    assert work.folder("evaluate") == plain.folder("evaluate")
+    assert work.folder("evaluate") != make_work().folder("evaluate")
+    assert work.needs("evaluate") == ("train_var",)
+
+
+PRUNED = {"evaluate.model": "pruned"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection.tau": 0.9},
+        {"moe.impl": "reference"},
+        {"split.expert_size": 64},
+        {"train_router.lr": 0.5},
+        {"sparsify.alpha": 0.1},
+    ],
+)
+def test_pruned_points_do_not_depend_on_experts(make_work, changes):
+    """Nor on sparse fine-tuning, unless it is the sparse model that is pruned."""
+    plain, work = make_work(changes=PRUNED), make_work(changes={**PRUNED, **changes})
+    assert work.needs("evaluate") == ("train_var",)
+    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
+    assert work.folder("evaluate") == plain.folder("evaluate")
+    sparse = {**PRUNED, "pruning.model": "sparse"}
+    plain, work = make_work(changes=sparse), make_work(changes={**sparse, **changes})
+    assert work.needs("evaluate") == ("sparsify",)
+    same = "sparsify.alpha" not in changes
+    assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pruning.share": 0.6},
+        {"pruning.rule": "mean_signed"},
+        {"pruning.model": "sparse"},
+        {"pruning.images": 3},
+        {"moe.scales": [3]},
+        {"sampling.top_k": 3},
+        {"train_var.lr": 0.5},
+        {"evaluate.seed": 1},
+    ],
+)
+def test_what_pruned_points_depend_on(make_work, changes):
+    plain, work = make_work(changes=PRUNED), make_work(changes={**PRUNED, **changes})
+    assert work.fingerprint("evaluate") != plain.fingerprint("evaluate")
+    assert work.folder("evaluate") != plain.folder("evaluate")
+
+
+@pytest.mark.parametrize("model", ["dense", "dynamic"])
+def test_other_points_do_not_depend_on_pruning(make_work, model):
+    given = {"evaluate.model": model}
+    pruning = {"pruning.share": 0.1, "pruning.rule": "mean_signed", "pruning.model": "sparse"}
+    plain, work = make_work(changes=given), make_work(changes={**given, **pruning})
+    assert not [key for key in work.relevant("evaluate") if key.startswith("pruning")]
+    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
+    assert work.folder("evaluate") == plain.folder("evaluate")
+
+
+@pytest.mark.parametrize("rule", ["oracle", "random", "all"])
+def test_rules_without_a_router_do_not_depend_on_its_training(make_work, rule):
+    given = {"selection.rule": rule, "selection.k": 2}
+    for changes, same in (({"train_router.lr": 0.5}, True), ({"split.expert_size": 64}, False)):
+        plain, work = make_work(changes=given), make_work(changes={**given, **changes})
+        assert work.needs("evaluate") == ("split",)
+        assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same
+        assert (work.folder("evaluate") == plain.folder("evaluate")) == same
+    assert make_work().needs("evaluate") == ("train_router",)
+
+
+def test_training_run(make_work, tmp_path):
+    work = make_work(tmp_path, {"dtype": "bfloat16", "seed": 5, "wandb": "offline"})
+    run = work.training_run("sparsify")
+    assert run.folder == tmp_path / "tiny" / "sparsify" / work.variant("sparsify")
+    assert (run.seed, run.amp_dtype) == (5, torch.bfloat16)
+    assert run.tracking == Tracking("offline", "tiny", "sparsify", work.variant("sparsify"))
+    assert run.fingerprint == work.fingerprint("sparsify")
+    assert run.config["sparsify.lr"] == work.config.sparsify.lr
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there(name):
+    backend = torch.backends.mps if name == "mps" else torch.cuda
+    if backend.is_available():
+        pytest.skip(f"this machine has {name}")
+    with pytest.raises(InputError, match=f"device={name}: this machine has no .*; allowed: auto"):
+        chosen_device(name)
+    assert chosen_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "expected"),
+    [
+        ("cuda", 1, "cuda:0"),
+        ("auto", 1, "cuda:0"),
+        ("cuda:1", 1, "cuda:1"),
+        ("auto", 2, "cuda:1"),
+        ("cuda", 2, "cuda:1"),
+        ("cpu", 2, "cpu"),
+        ("cuda:2", 1, "device=cuda:2: allowed: cuda:0 to cuda:1"),
+        ("cuda:0", 2, "device=cuda:0: torchrun gives each process its own; allowed: auto, cuda"),
+        ("auto", 3, "torchrun started 3 processes; allowed: 2, one a GPU of this machine"),
+    ],
+)
+def test_devices_of_a_machine_with_two_gpus(name, processes, expected, monkeypatch):
+    """The last of the processes; a CUDA device always has its index, which torch asks for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun = {"RANK": 0, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for key, value in {**torchrun, "LOCAL_RANK": processes - 1}.items():
+        monkeypatch.setenv(key, str(value))
+    try:
+        found = str(chosen_device(name))
+    except InputError as error:
+        found = str(error)
+    assert found == expected
+
+
+def test_lists_of_another_length_are_the_sweeps_fault_alone(make_work):
+    work = make_work(changes={"sweep.lists": {"ours": [0.1, 0.2, 0.3]}, "sweep.chosen": "ours"})
+    work.check("evaluate")
+    with pytest.raises(ConfigError, match=r"sweep.lists.ours=\[0.1, 0.2, 0.3\] must have 1 or 2"):
+        work.check("sweep")
