@@ -14,7 +14,7 @@ from dmoe_var.config.root import SelectionConfig
 from dmoe_var.errors import ConfigError
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 GOOD = [(script, ()) for script in SCRIPTS] + [
