@@ -22,7 +22,7 @@ def test_a_package_inside_another_repository_does_not_take_its_commit(tmp_path: 
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "mine.txt"], [*author, "commit", "-qm", "mine"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    code = "from dmoe_var.metrics import record; print(record.__file__, record.git_commit())"
+    code = "from dmoe_var.experiment import record; print(record.__file__, record.git_commit())"
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=site, capture_output=True, text=True, check=True
     ).stdout.split()
