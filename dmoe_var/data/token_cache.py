@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from dmoe_var.data.decoding import decoded
 from dmoe_var.data.images import Images, Unreadable, scaled
-from dmoe_var.distributed import barrier, from_main, gathered, is_main, rank, world_size
+from dmoe_var.distributed import from_main, gathered, is_main, rank, world_size
 from dmoe_var.errors import DataError, InputError
 from dmoe_var.files import alone, note, whole_file, write_text
 from dmoe_var.models.vqvae import VQVAE
@@ -150,9 +151,9 @@ def tokenize(
         missing = [block for block in store.blocks if block.start not in done]
         if missing:
             _from_main(lambda: store.begin(kept))
-            store.make(vqvae, missing[rank() :: world_size()], batch_size, workers, progress)
-            barrier()
-            written = store.written()
+            mine = missing[rank() :: world_size()]
+            made = gathered(store.make(vqvae, mine, batch_size, workers, progress))
+            written = sorted(chain(kept, *made), key=lambda each: each.first)
             _from_main(lambda: store.finish(written))
         return store.opened(written, unreadable)
 
@@ -187,7 +188,7 @@ LINE = TypeAdapter(_Written)
 
 
 def _checksum(rows_nL: np.ndarray, unreadable: list[Unreadable]) -> int:
-    return zlib.crc32(repr(unreadable).encode(), zlib.crc32(rows_nL))
+    return zlib.crc32(repr(unreadable).encode(), zlib.crc32(rows_nL.data))
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,9 @@ class _Store:
 
     def make(
         self, vqvae: VQVAE, blocks: Sequence[range], batch_size: int, workers: int, progress: bool
-    ) -> None:
+    ) -> list[_Written]:
         """Decode, encode and write blocks, one after the other."""
+        made: list[_Written] = []
         rows: list[np.ndarray] = []
         unreadable: list[Unreadable] = []
         seconds = Seconds()
@@ -268,12 +270,13 @@ class _Store:
                 unreadable += batch.unreadable
                 bar.update(len(batch.pixels_BRR3) + len(batch.unreadable))
                 if last:
-                    self._write(block, np.concatenate(rows), unreadable, seconds)
+                    made.append(self._write(block, np.concatenate(rows), unreadable, seconds))
                     rows, unreadable, seconds = [], [], Seconds()
+        return made
 
     def _write(
         self, block: range, readable: np.ndarray, unreadable: list[Unreadable], seconds: Seconds
-    ) -> None:
+    ) -> _Written:
         """Rows first, then the line that vouches for them. `readable`: tokens of these images."""
         N, L = self.shape
         rows_nL = np.zeros((len(block), L), np.uint16)
@@ -286,12 +289,10 @@ class _Store:
         written = _Written(block.start, block.stop, checksum, unreadable, seconds)
         with (self.folder / JOURNAL.format(rank())).open("a", encoding="utf-8") as file:
             file.write(_line(written))
+        return written
 
     def finish(self, written: Sequence[_Written]) -> None:
-        """Write the report of unreadable pictures. DataError where a block is not there."""
-        if len(written) < len(self.blocks):
-            lost = len(self.blocks) - len(written)
-            raise DataError(f"{self.folder}: {lost} blocks went missing; is another run at work?")
+        """Write the report of unreadable pictures."""
         lines = [f"{path}\t{reason}\n" for path, reason in _reasons(written).items()]
         if lines:
             write_text(self.folder / REPORT_FILE, "".join(lines))
