@@ -3,12 +3,14 @@ the paper's authors used. All see the same recorded scores and as many measured 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dmoe_var.calibration.allocation import tau_at
+from dmoe_var.errors import ConfigError
 
 Taus = tuple[float, ...]
 Cost = Callable[[Sequence[float]], float]
@@ -20,6 +22,16 @@ SPREAD = 0.2
 authors' polarity, below)."""
 MARGIN = 0.01
 """How far above a budget a found point may lie, as a share of it."""
+
+
+def check(budgets: Sequence[float]) -> None:
+    """ConfigError where ways to choose tau are to be compared and Optuna is not installed."""
+    if budgets and importlib.util.find_spec("optuna") is None:
+        raise ConfigError(
+            f"calibrate.budgets={list(budgets)}: the two-objective search among the ways compared "
+            "needs the package optuna, which is not installed; pip install -e '.[search]', or "
+            "leave budgets empty"
+        )
 
 
 def one_tau(cost: Cost, num_scales: int, target: float) -> Taus:

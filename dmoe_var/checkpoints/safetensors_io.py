@@ -54,14 +54,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
 
 
-def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (memory-mapped) and metadata of a safetensors file, or CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if kind_of_file(path) != "safetensors":
         raise CheckpointError(f"{path}: a file of torch (.pth), no safetensors file")
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         reason = _first_line(error)

@@ -10,7 +10,6 @@ from functools import cache
 from dmoe_var.errors import ConfigError
 
 IMAGENET_CLASSES = 1000
-MOST_HINTS = 5
 
 
 @cache
@@ -39,7 +38,7 @@ def title(names: Sequence[str] | None, index: int) -> str:
 def class_index(given: int | str, kind: str, num_classes: int, key: str) -> int:
     """Index of a class given by index or by name.
 
-    A name may have spaces, underscores or hyphens, any case, and no apostrophes; where two differ
+    A name may have any case, spaces, underscores or hyphens, and no apostrophes; where two differ
     in case alone, the exact spelling decides. ConfigError, naming `key`, for an index out of
     range and for a name that is unknown or ambiguous.
     """
@@ -51,36 +50,21 @@ def class_index(given: int | str, kind: str, num_classes: int, key: str) -> int:
     allowed = f"allowed: an index within 0..{num_classes - 1}"
     if names is None:
         raise ConfigError(f"{key}: {given!r}: these classes have no known names; {allowed}")
-    same = [i for i, name in enumerate(names) if _plain(name) == _plain(given)]
-    exact = [i for i in same if _spaced(names[i]) == _spaced(given)]
-    if len(same) == 1 or len(exact) == 1:
-        return (exact or same)[0]
+    if given in names:
+        return names.index(given)
+    wanted = slug(given)
+    same = [i for i, name in enumerate(names) if slug(name) == wanted]
+    if len(same) == 1:
+        return same[0]
     if same:
         found = " or ".join(f"{names[i]!r} ({i})" for i in same)
         raise ConfigError(f"{key}: {given!r} may be {found}; give that spelling or the index")
-    closest = _closest(given, names)
-    hint = f"; closest: {', '.join(f'{names[i]} ({i})' for i in closest)}" if closest else ""
+    close = difflib.get_close_matches(given, names, n=1)
+    hint = "".join(f"; did you mean {name} ({names.index(name)})?" for name in close)
     raise ConfigError(f"{key}: {given!r} is no class{hint}; {allowed}, or a name")
 
 
-def slug(name: str) -> str:
-    """A name as part of a file's name: letters, digits and underscores."""
-    return re.sub(r"\W+", "_", _plain(name))
-
-
-def _spaced(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name.replace("'", "")).strip()
-
-
 @cache
-def _plain(name: str) -> str:
-    return _spaced(name).lower()
-
-
-def _closest(given: str, names: Sequence[str]) -> list[int]:
-    """Indices of the names that hold all the words, then of those that are spelled alike."""
-    plain = [_plain(name) for name in names]
-    words = set(_plain(given).split())
-    holding = [name for name in plain if words and words <= set(name.split())]
-    alike = difflib.get_close_matches(_plain(given), plain, n=MOST_HINTS)
-    return [plain.index(name) for name in dict.fromkeys([*holding, *alike])][:MOST_HINTS]
+def slug(name: str) -> str:
+    """A name as part of a file's name: lower-case letters, digits and single underscores."""
+    return re.sub(r"[\W_]+", "_", name.lower().replace("'", "")).strip("_")

@@ -1,4 +1,4 @@
-"""Decodes the images of shards in threads, while the encoder is at work.
+"""Decodes blocks of images in threads, while the encoder is at work.
 
 Threads, not processes: Pillow lets other threads run while it decodes and resizes (nine tenths of
 the time of a 256-pixel picture), and between processes batches would pass through shared memory,
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dmoe_var.data.images import Decoded, Images, Unreadable
-from dmoe_var.data.token_shards import Shard
 
 AHEAD = 2
 """Batches that each thread decodes ahead of the encoder."""
@@ -36,25 +35,25 @@ class Batch:
 
 
 def decoded(
-    images: Images, shards: Sequence[Shard], batch_size: int, workers: int
-) -> Iterator[tuple[Shard, bool, Batch]]:
-    """The images of shards in order, a batch at a time; True with the last of each shard.
+    images: Images, blocks: Sequence[range], batch_size: int, workers: int
+) -> Iterator[tuple[range, bool, Batch]]:
+    """The images of blocks in order, a batch at a time; True with the last of each block.
 
-    A batch never spans two shards, so that a shard does not depend on where a run began. Without
+    A batch never spans two blocks, so that a block does not depend on where a run began. Without
     workers a batch is decoded when it is asked for.
     """
     batches = [
-        (shard, range(start, min(start + batch_size, shard.last)))
-        for shard in shards
-        for start in range(shard.first, shard.last, batch_size)
+        (block, block[start : start + batch_size])
+        for block in blocks
+        for start in range(0, len(block), batch_size)
     ]
     waiting = time.perf_counter()
     results = _in_order(images, [indices for _, indices in batches], workers)
-    for (shard, indices), (found, busy_s) in zip(batches, results, strict=True):
+    for (block, indices), (found, busy_s) in zip(batches, results, strict=True):
         wait_s = time.perf_counter() - waiting
         pixels_BRR3 = torch.from_numpy(found.pixels_BRR3)
         batch = Batch(pixels_BRR3, found.unreadable, busy_s, wait_s)
-        yield shard, indices.stop == shard.last, batch
+        yield block, indices.stop == block.stop, batch
         waiting = time.perf_counter()
 
 

@@ -1,52 +1,50 @@
 """Tokens of a data set, made once and memory-mapped: no epoch pays the encoder again.
 
-The cache folder is keyed by the images and the tokenizer's weights. It holds shards, each made by
-one process and each appearing whole, so that an interrupted run goes on where it stopped;
-labels.npy; unreadable.txt where pictures were unreadable; and at last index.json. A run that finds
-another one at the same cache waits for it (`alone`), and then finds what that one made.
+The cache folder is keyed by the images and the tokenizer's weights. tokens.npy has a row for every
+image. Journals name the blocks of rows that are written, each with a checksum: an interrupted run
+goes on where it stopped, and a block that is not as it was written is made anew. unreadable.txt
+lists pictures that cannot be read. A run that finds another one at the same cache waits for it
+(`alone`), and then finds what that one made.
 
 Times are kept apart (`Seconds`): images a second of decoding and of encoding are what either
 would do alone, the lower one the bottleneck.
 
-Legend: N images of the set, M of them with tokens, B batch, L tokens of all scales, R image side.
+Legend: N images of the set, M of them readable, n images of a block, B batch, L tokens of all
+scales, R image side.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
 from dmoe_var.data.decoding import decoded
 from dmoe_var.data.images import Images, Unreadable, scaled
-from dmoe_var.data.token_shards import (
-    Seconds,
-    Shard,
-    load_array,
-    plan,
-    read_json,
-    remedy,
-    write_json,
-)
-from dmoe_var.distributed import barrier, from_main, gathered, is_main, rank, world_size
+from dmoe_var.distributed import from_main, gathered, is_main, rank, world_size
 from dmoe_var.errors import DataError, InputError
-from dmoe_var.files import alone, whole_file, write_text
+from dmoe_var.files import alone, note, whole_file, write_text
 from dmoe_var.models.vqvae import VQVAE
 
-FORMAT = "dmoe-var-tokens/2"
-INDEX_FILE, LABELS_FILE, REPORT_FILE = "index.json", "labels.npy", "unreadable.txt"
+FORMAT = "dmoe-var-tokens/3"
+TOKENS_FILE, JOURNAL, REPORT_FILE = "tokens.npy", "journal_{}.jsonl", "unreadable.txt"
+BLOCK_IMAGES = 1024
+"""Images that an interrupted process encodes again, at most."""
 
 Policy = Literal["refuse", "skip"]
 T = TypeVar("T")
@@ -63,9 +61,28 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """Time of one encoding process, in seconds.
+
+    decode: its decoders were busy reading, decoding and cutting, divided by their number.
+    encode: the VQ-VAE was at work, with the copies to its device and back.
+    wait: the encoder had nothing to do, for no batch was decoded.
+    """
+
+    decode: float = 0.0
+    encode: float = 0.0
+    wait: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.decode + other.decode, self.encode + other.encode, self.wait + other.wait
+        )
+
+
+@dataclass(frozen=True)
 class About:
     """What it took to make a token set: images with tokens, pictures left out as unreadable, and
-    the time, summed over shards. And what it was made of (see `Images.about`)."""
+    the time, summed over blocks. And what it was made of (see `Images.about`)."""
 
     images: int
     unreadable: int
@@ -75,64 +92,30 @@ class About:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Memory-mapped tokens, shard by shard, with their labels."""
+    """Memory-mapped tokens with their labels."""
 
-    shards: tuple[np.ndarray, ...]
-    """Each uint16 (its images, L)."""
+    tokens_NL: np.ndarray
+    """uint16."""
     labels_M: Tensor
     patch_nums: tuple[int, ...]
     about: About
+    rows_M: np.ndarray | None = None
+    """The images that are readable; None: all of them."""
 
     def __len__(self) -> int:
         return len(self.labels_M)
 
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        """Where each shard's rows end."""
-        return np.cumsum([len(shard) for shard in self.shards])
-
     def batch(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) and labels (B,) as LongTensors; indices within 0..M - 1."""
         rows_B = indices_B.numpy()
-        shard_B = np.searchsorted(self._ends, rows_B, side="right")
-        tokens_BL = np.empty((len(rows_B), sum(p * p for p in self.patch_nums)), np.int64)
-        for number in np.unique(shard_B):
-            here_B = shard_B == number
-            first = self._ends[number] - len(self.shards[number])
-            tokens_BL[here_B] = self.shards[number][rows_B[here_B] - first]
-        return torch.from_numpy(tokens_BL), self.labels_M[indices_B]
+        if self.rows_M is not None:
+            rows_B = self.rows_M[rows_B]
+        tokens_BL = torch.from_numpy(self.tokens_NL[rows_B].astype(np.int64))
+        return tokens_BL, self.labels_M[indices_B]
 
     def by_scale(self, tokens_BL: Tensor) -> list[Tensor]:
         """The tokens of each scale, (B, p*p)."""
         return list(tokens_BL.split([p * p for p in self.patch_nums], dim=1))
-
-
-@dataclass(frozen=True)
-class _ShardEntry:
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    rows: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class _Index:
-    """index.json: what the cache holds. `left_out`: images without a row, in order."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    format: str
-    images: str
-    num_tokens: int
-    shards: list[_ShardEntry]
-    left_out: list[int]
-    unreadable: int
-    first_unreadable: str
-    seconds: Seconds
-
-    @property
-    def rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
 
 
 def tokenize(
@@ -147,9 +130,10 @@ def tokenize(
 ) -> TokenSet:
     """Tokens of all images, from the cache where they are there.
 
-    `workers` threads decode (0: this one); torchrun's processes share the shards. Raises
-    DataError for a cache file that is not what its key says; for unreadable pictures, once all
-    have been tried, unless they are to be skipped; and where none is readable.
+    `workers` threads decode (0: this one); torchrun's processes share the blocks. Raises
+    DataError for unreadable pictures, once all have been tried, unless they are to be skipped;
+    and where none is readable. Where they are refused, those of earlier runs are tried again: what
+    kept them from being read may be gone.
     """
     if vqvae.config.vocab_size > 2**16:
         raise DataError(f"vocab_size={vqvae.config.vocab_size}: the token cache holds uint16")
@@ -161,12 +145,17 @@ def tokenize(
     folder.mkdir(parents=True, exist_ok=True)
     store = _Store(folder, images, vqvae.config.patch_nums)
     with alone(folder) if is_main() else nullcontext():
-        missing = _from_main(lambda: store.begin(unreadable))
-        if missing is not None:
-            store.make(vqvae, missing[rank() :: world_size()], batch_size, workers, progress)
-            barrier()
-            _from_main(store.finish)
-        return store.open(unreadable)
+        written = store.written()
+        kept = [each for each in written if unreadable == "skip" or not each.unreadable]
+        done = {each.first for each in kept}
+        missing = [block for block in store.blocks if block.start not in done]
+        if missing:
+            _from_main(lambda: store.begin(kept))
+            mine = missing[rank() :: world_size()]
+            made = gathered(store.make(vqvae, mine, batch_size, workers, progress))
+            written = sorted(chain(kept, *made), key=lambda each: each.first)
+            _from_main(lambda: store.finish(written))
+        return store.opened(written, unreadable)
 
 
 def _from_main(function: Callable[[], T]) -> T:
@@ -185,6 +174,24 @@ def _from_main(function: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
+class _Written:
+    """A line of a journal: rows first..last - 1 are written, those of unreadable images as 0."""
+
+    first: int
+    last: int
+    checksum: int
+    unreadable: list[Unreadable]
+    seconds: Seconds
+
+
+LINE = TypeAdapter(_Written)
+
+
+def _checksum(rows_nL: np.ndarray, unreadable: list[Unreadable]) -> int:
+    return zlib.crc32(repr(unreadable).encode(), zlib.crc32(rows_nL.data))
+
+
+@dataclass(frozen=True)
 class _Store:
     """The cache folder of one set and one tokenizer."""
 
@@ -193,136 +200,132 @@ class _Store:
     patch_nums: tuple[int, ...]
 
     @cached_property
-    def shards(self) -> list[Shard]:
-        return plan(self.folder, len(self.images))
+    def blocks(self) -> list[range]:
+        images = range(len(self.images))
+        return [images[i : i + BLOCK_IMAGES] for i in images[::BLOCK_IMAGES]]
 
     @property
-    def num_tokens(self) -> int:
-        return sum(p * p for p in self.patch_nums)
+    def shape(self) -> tuple[int, int]:
+        return len(self.images), sum(p * p for p in self.patch_nums)
 
-    @property
-    def index_file(self) -> Path:
-        return self.folder / INDEX_FILE
-
-    @property
-    def report_file(self) -> Path:
-        return self.folder / REPORT_FILE
-
-    def begin(self, unreadable: Policy) -> list[Shard] | None:
-        """The shards to make; None where the whole cache is there.
-
-        Where unreadable pictures are refused, those of earlier runs are tried again: what kept
-        them from being read may be gone.
-        """
-        missing = [
-            shard
-            for shard in self.shards
-            if not shard.is_made() or (unreadable == "refuse" and shard.about().unreadable)
-        ]
-        files = (self.index_file, self.folder / LABELS_FILE)
-        if not missing and all(file.exists() for file in files):
+    def tokens(self) -> np.ndarray | None:
+        """The memory-mapped rows; None where the file is missing or something else."""
+        try:
+            tokens_NL = np.load(self.folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
+        except (FileNotFoundError, ValueError, EOFError):
             return None
-        self.index_file.unlink(missing_ok=True)
-        return missing
+        found = (tokens_NL.shape, tokens_NL.dtype, tokens_NL.flags.c_contiguous)
+        return tokens_NL if found == (self.shape, np.uint16, True) else None
+
+    def written(self) -> list[_Written]:
+        """The blocks that are there, in order. Each checksum is verified by one of the processes;
+        a line says how many are not as they were written."""
+        found, tokens_NL = _from_main(self._journalled), self.tokens()
+        ours = [
+            each.first
+            for each in found[rank() :: world_size()]
+            if tokens_NL is not None
+            and each.checksum == _checksum(tokens_NL[each.first : each.last], each.unreadable)
+        ]
+        intact = {first for of_process in gathered(ours) for first in of_process}
+        if is_main() and len(intact) < len(found):
+            damaged = f"{len(found) - len(intact)} of {len(self.blocks)} blocks"
+            note(f"{self.folder}: damaged; {damaged} are made anew")
+        return [each for each in found if each.first in intact]
+
+    def _journalled(self) -> list[_Written]:
+        found = {}
+        for path in sorted(self.folder.glob(JOURNAL.format("*"))):
+            for line in path.read_bytes().splitlines():
+                with suppress(ValidationError):  # a line that a killed process left cut short
+                    written = LINE.validate_json(line)
+                    found[range(written.first, written.last)] = written
+        return [found[block] for block in self.blocks if block in found]
+
+    def begin(self, kept: Sequence[_Written]) -> None:
+        """Leave a journal of what is kept, and a file with room for all rows."""
+        ours = self.folder / JOURNAL.format(0)
+        write_text(ours, "".join(map(_line, kept)))
+        for path in set(self.folder.glob(JOURNAL.format("*"))) - {ours}:
+            path.unlink()
+        if self.tokens() is None:
+            with whole_file(self.folder / TOKENS_FILE) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", np.dtype(np.uint16), self.shape)
 
     def make(
-        self, vqvae: VQVAE, shards: Sequence[Shard], batch_size: int, workers: int, progress: bool
-    ) -> None:
-        """Decode, encode and write shards, one after the other."""
+        self, vqvae: VQVAE, blocks: Sequence[range], batch_size: int, workers: int, progress: bool
+    ) -> list[_Written]:
+        """Decode, encode and write blocks, one after the other."""
+        made: list[_Written] = []
         rows: list[np.ndarray] = []
         unreadable: list[Unreadable] = []
         seconds = Seconds()
-        total = sum(shard.last - shard.first for shard in shards)
-        shown = progress and is_main()
+        total, shown = sum(map(len, blocks)), progress and is_main()
         with tqdm(total=total, desc="tokenize", unit="image", disable=not shown) as bar:
-            for shard, last, batch in decoded(self.images, shards, batch_size, workers):
+            for block, last, batch in decoded(self.images, blocks, batch_size, workers):
                 started = time.perf_counter()
-                rows.append(_encode(vqvae, batch.pixels_BRR3, self.num_tokens))
+                rows.append(_encode(vqvae, batch.pixels_BRR3, self.shape[1]))
                 encode_s = time.perf_counter() - started
                 seconds += Seconds(batch.busy_s / max(1, workers), encode_s, batch.wait_s)
                 unreadable += batch.unreadable
                 bar.update(len(batch.pixels_BRR3) + len(batch.unreadable))
                 if last:
-                    shard.write(np.concatenate(rows), unreadable, seconds)
+                    made.append(self._write(block, np.concatenate(rows), unreadable, seconds))
                     rows, unreadable, seconds = [], [], Seconds()
+        return made
 
-    def finish(self) -> None:
-        """Write the report of unreadable pictures, the labels and the index."""
-        abouts = [shard.about() for shard in self.shards]
-        broken = [item for about in abouts for item in about.unreadable]
-        reasons = {item.path: item.reason for item in broken}
-        lines = [f"{path}\t{reason}" for path, reason in reasons.items()]
+    def _write(
+        self, block: range, readable: np.ndarray, unreadable: list[Unreadable], seconds: Seconds
+    ) -> _Written:
+        """Rows first, then the line that vouches for them. `readable`: tokens of these images."""
+        N, L = self.shape
+        rows_nL = np.zeros((len(block), L), np.uint16)
+        broken = [each.index - block.start for each in unreadable]
+        rows_nL[np.delete(np.arange(len(block)), broken)] = readable
+        with (self.folder / TOKENS_FILE).open("r+b") as file:  # mapped, a full disk would kill
+            file.seek((block.start - N) * L * rows_nL.itemsize, os.SEEK_END)
+            file.write(rows_nL.data)
+        checksum = _checksum(rows_nL, unreadable)
+        written = _Written(block.start, block.stop, checksum, unreadable, seconds)
+        with (self.folder / JOURNAL.format(rank())).open("a", encoding="utf-8") as file:
+            file.write(_line(written))
+        return written
+
+    def finish(self, written: Sequence[_Written]) -> None:
+        """Write the report of unreadable pictures."""
+        lines = [f"{path}\t{reason}\n" for path, reason in _reasons(written).items()]
         if lines:
-            write_text(self.report_file, "\n".join(lines) + "\n")
+            write_text(self.folder / REPORT_FILE, "".join(lines))
         else:
-            self.report_file.unlink(missing_ok=True)
-        left_out = [item.index for item in broken]
-        with whole_file(self.folder / LABELS_FILE) as temporary, temporary.open("wb") as file:
-            np.save(file, np.delete(self.images.labels, left_out), allow_pickle=False)
-        index = _Index(
-            format=FORMAT,
-            images=self.images.key,
-            num_tokens=self.num_tokens,
-            shards=[_ShardEntry(about.rows, about.sha256) for about in abouts],
-            left_out=left_out,
-            unreadable=len(reasons),
-            first_unreadable=lines[0].replace("\t", " (") + ")" if lines else "",
-            seconds=sum((about.seconds for about in abouts), Seconds()),
-        )
-        write_json(self.index_file, index)
+            (self.folder / REPORT_FILE).unlink(missing_ok=True)
 
-    def open(self, unreadable: Policy) -> TokenSet:
-        """The token set; DataError where a file is not as written, or pictures are refused."""
-        index = _from_main(self._index)
-        listed = f"first {index.first_unreadable}; all in {self.report_file}"
-        if index.rows == 0:
-            raise DataError(f"{index.unreadable} pictures, all unreadable, {listed}")
-        if index.unreadable and unreadable == "refuse":
-            raise DataError(
-                f"{index.unreadable} unreadable pictures, {listed}; data.unreadable=skip leaves "
-                "them out"
-            )
-        data = _from_main(self.images.about)
-        problem = ""
-        try:
-            shards = tuple(self._shards(index))
-            labels_M = self._labels(index)
-        except DataError as error:
-            problem = str(error)
-        for found in gathered(problem):
-            if found:
-                raise DataError(found)
-        about = About(index.rows, index.unreadable, index.seconds, data)
-        return TokenSet(shards, torch.from_numpy(labels_M), self.patch_nums, about)
+    def opened(self, written: Sequence[_Written], unreadable: Policy) -> TokenSet:
+        """The token set; DataError where pictures are refused."""
+        reasons = _reasons(written)
+        broken = [item.index for each in written for item in each.unreadable]
+        if broken and (unreadable == "refuse" or len(broken) == len(self.images)):
+            path, reason = next(iter(reasons.items()))
+            listed = f"first {path} ({reason}); all in {self.folder / REPORT_FILE}"
+            if len(broken) == len(self.images):
+                raise DataError(f"{len(reasons)} pictures, all unreadable, {listed}")
+            remedy = "data.unreadable=skip leaves them out"
+            raise DataError(f"{len(reasons)} unreadable pictures, {listed}; {remedy}")
+        tokens_NL = self.tokens()
+        assert tokens_NL is not None
+        rows_M = np.delete(np.arange(len(self.images)), broken) if broken else None
+        labels_M = torch.from_numpy(np.delete(self.images.labels, broken))
+        seconds = sum((each.seconds for each in written), Seconds())
+        about = About(len(labels_M), len(reasons), seconds, _from_main(self.images.about))
+        return TokenSet(tokens_NL, labels_M, self.patch_nums, about, rows_M)
 
-    def _index(self) -> _Index:
-        path = self.index_file
-        index = read_json(path, _Index)
-        ours = (FORMAT, self.images.key, self.num_tokens, len(self.shards))
-        theirs = (index.format, index.images, index.num_tokens, len(index.shards))
-        if ours != theirs:
-            raise DataError(f"{path}: of {theirs}, expected {ours}; {remedy('it')}")
-        images = range(len(self.images))
-        left_out = [image for image in index.left_out if image in images]
-        if index.rows + len(left_out) != len(images):
-            found = f"{index.rows} rows and {len(left_out)} images left out"
-            raise DataError(f"{path}: {found}, expected {len(images)} in all; {remedy('it')}")
-        return index
 
-    def _shards(self, index: _Index) -> Iterator[np.ndarray]:
-        """The shards, each checksum verified by one of the processes."""
-        for shard, entry in zip(self.shards, index.shards, strict=True):
-            tokens_nL = shard.open(entry.rows, self.num_tokens)
-            if shard.number % world_size() == rank():
-                shard.check(entry.sha256)
-            yield tokens_nL
+def _line(written: _Written) -> str:
+    return LINE.dump_json(written).decode() + "\n"
 
-    def _labels(self, index: _Index) -> np.ndarray:
-        path = self.folder / LABELS_FILE
-        labels_M = np.delete(self.images.labels, index.left_out)
-        if not np.array_equal(load_array(path), labels_M):
-            raise DataError(f"{path}: not the labels of these images; {remedy('it')}")
-        return labels_M
+
+def _reasons(written: Sequence[_Written]) -> dict[str, str]:
+    """Why each unreadable picture is so, by its path: one may have several crops."""
+    return {item.path: item.reason for each in written for item in each.unreadable}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dmoe_var.calibration import rivals
 from dmoe_var.checkpoints.load import file_dtype
 from dmoe_var.config.root import Config
 from dmoe_var.config.stages import BenchmarkConfig
@@ -212,6 +213,8 @@ class Work:
             raise ConfigError(
                 f"{stage} runs in one process, torchrun started {launched_processes()}"
             )
+        if stage == "calibrate":
+            rivals.check(self.config.calibrate.budgets)
         if stage in COMPARING:
             self._check_measured()
         if stage in ("sweep", "figures", "report") and self.config.evaluate.samples is not None:

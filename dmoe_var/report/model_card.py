@@ -1,4 +1,5 @@
-"""The model card (README.md) of a saved DynamicVAR: drawn from the model and from records alone."""
+"""The model card (README.md) of a saved DynamicVAR: model_card.md, filled from the model and from
+records alone."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.moe.selection import SelectionRule, Threshold
 
-PAPER = "https://arxiv.org/abs/2510.08629"
+TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
 MIT_BASES = (*PUBLISHED, "digits")
 """Base models whose licence is known: the published VAR's and the one that this package carries."""
@@ -85,15 +86,27 @@ def model_card(model: DynamicVAR, load_as: str, given: Records = ()) -> str:
         base_model=REPOSITORY if set(bases) & set(PUBLISHED) else None,
         tags=TAGS,
     )
-    sections = [
-        f"# {load_as}\n\n{_description(model)}",
-        f"## Use\n\n{_usage(load_as, _bases(records, 'vqvae'))}",
-        f"## Measured\n\n{_measured(records, model)}",
-        *_hyper_parameters(records),
-        f"## Origin\n\n{_origin(records, bases, known)}",
-    ]
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-    return str(ModelCard(text))
+    tokenizers = _bases(records, "vqvae")
+    named = len(tokenizers) == 1 and tokenizers[0] in MIT_BASES
+    points = [point for record in records for point in _points(record)]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        load_as=load_as,
+        config=model.moe.config,
+        experts=model.moe.config.experts,
+        scales=model.replaced_scales,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dense_parameters=sum(parameter.numel() for parameter in model.dense.parameters()),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        selection=_shown_selection(model),
+        tokenizer=tokenizers[0] if named else "PATH OF ITS VQ-VAE",
+        measured=[[*map(_cell, _measured(point, points, model))] for point in points],
+        settings=[[*map(_cell, item)] for item in sorted(_hyper_parameters(records).items())],
+        bases=[Path(base).name for base in bases],
+        origins=[(record, _hashes(record)) for record in records],
+    )
+    return str(card)
 
 
 def _check_record(record: Record, model: DynamicVAR) -> None:
@@ -108,39 +121,9 @@ def _check_record(record: Record, model: DynamicVAR) -> None:
             )
 
 
-def _description(model: DynamicVAR) -> str:
-    config, experts = model.config, model.moe.config.experts
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    dense = sum(parameter.numel() for parameter in model.dense.parameters())
-    scales = ", ".join(map(str, model.replaced_scales))
-    split = "an unsplit ReLU model"
-    if experts is not None:
-        num_experts = model.moe.config.hidden // experts.expert_size
-        split = f"{num_experts} experts of {experts.expert_size} neurons in every FFN"
-    lines = [
-        "A visual autoregressive image model that computes at its later scales only what each "
-        f"token needs ([DMoE-VAR]({PAPER})): the dense VAR runs most scales, a fine-tuned one with "
-        "experts the others, over one K/V cache.",
-        "",
-        f"- depth {config.depth}, width {config.C}, {config.num_classes} classes, token maps of "
-        f"{', '.join(map(str, config.patch_nums))}",
-        f"- scales {scales} (from 0) run {split}",
-        f"- {parameters / 1e6:.2f} M parameters ({dense / 1e6:.2f} M in the dense model), "
-        f"{str(next(model.parameters()).dtype).removeprefix('torch.')}",
-        f"- what runs where a call names no rule: {_shown_selection(model)}",
-    ]
-    return "\n".join(lines)
-
-
 def _shown_selection(model: DynamicVAR) -> str:
-    rules = _rules(model)
-    if not rules:
-        return "every expert"
-    return "; ".join(f"scale {si}: {_shown_rule(rule)}" for si, rule in rules.items())
-
-
-def _rules(model: DynamicVAR) -> dict[int, SelectionRule]:
-    return rules_of(model)
+    shown = [f"scale {si}: {_shown_rule(rule)}" for si, rule in rules_of(model).items()]
+    return "; ".join(shown) or "every expert"
 
 
 def _shown_rule(rule: SelectionRule) -> str:
@@ -156,57 +139,19 @@ def _shown_value(value: object) -> str:
     return f"{value:g}" if number else str(value)
 
 
-def _usage(load_as: str, tokenizers: Sequence[str]) -> str:
-    named = len(tokenizers) == 1 and tokenizers[0] in MIT_BASES
-    known = tokenizers[0] if named else "PATH OF ITS VQ-VAE"
-    return "\n".join(
-        [
-            "```python",
-            "from dmoe_var import DynamicVAR, generate, load_vqvae",
-            f'model, vqvae = DynamicVAR.from_pretrained("{load_as}"), load_vqvae("{known}")',
-            "images = generate(model, vqvae, labels=[0, 1])  # (2, 3, H, W) in [0, 1]",
-            "```",
-            "",
-            "`tau=` in a call is Eq. 3's threshold ratio and overrides the stored rule: 0 runs "
-            "every expert, larger values fewer.",
-        ]
-    )
-
-
-def _measured(records: Sequence[Record], model: DynamicVAR) -> str:
-    points = [point for record in records for point in _points(record)]
-    if not points:
-        return "Nothing was measured: no record of an evaluation came with this model."
-    lines = [
-        "| setting | tau | scales | images | seeds | GMAC an image | saved | quality |",
-        "|---|---|---|---|---|---|---|---|",
+def _measured(point: Point, points: Sequence[Point], model: DynamicVAR) -> list[str]:
+    """A point's cells of the table."""
+    mine, saved = _is_stored(point, model), _saved(point, points)
+    return [
+        f"**{point.name}** (this model's rule and scales)" if mine else point.name,
+        ", ".join(f"{tau:g}" for tau in point.tau) or UNKNOWN,
+        ", ".join(map(str, point.scales)) or UNKNOWN,
+        str(point.num_images),
+        ", ".join(map(str, point.seeds)),
+        f"{point.gmac:.4f}",
+        UNKNOWN if saved is None else f"{saved:.1%}",
+        "; ".join(f"{key} {value}" for key, value in point.quality.items()),
     ]
-    for point in points:
-        saved = _saved(point, points)
-        name = (
-            f"**{point.name}** (this model's rule and scales)"
-            if _is_stored(point, model)
-            else point.name
-        )
-        cells = [
-            name,
-            ", ".join(f"{tau:g}" for tau in point.tau) or UNKNOWN,
-            ", ".join(map(str, point.scales)) or UNKNOWN,
-            str(point.num_images),
-            ", ".join(map(str, point.seeds)),
-            f"{point.gmac:.4f}",
-            UNKNOWN if saved is None else f"{saved:.1%}",
-            "; ".join(f"{key} {value}" for key, value in point.quality.items()),
-        ]
-        lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    lines += [
-        "",
-        "One GMAC is 1e9 multiply-adds; guidance's two branches are in, the VQ-VAE decoder is not. "
-        "`saved` is against the dense model of the same records. A `±` is the standard deviation "
-        "over seeds. FID depends on the number of images and on the network in its name: compare "
-        "equal ones only.",
-    ]
-    return "\n".join(lines)
 
 
 def _saved(point: Point, points: Sequence[Point]) -> float | None:
@@ -219,7 +164,7 @@ def _saved(point: Point, points: Sequence[Point]) -> float | None:
 
 def _is_stored(point: Point, model: DynamicVAR) -> bool:
     """Whether a point was measured with the scales and thresholds that the model is stored with."""
-    rules = list(_rules(model).values())
+    rules = list(rules_of(model).values())
     tau = tuple(rule.tau for rule in rules if type(rule) is Threshold)
     measured = point.tau * len(rules) if len(point.tau) == 1 else point.tau
     return (
@@ -285,34 +230,20 @@ def _swept(record: Record) -> Iterator[Point]:
         )
 
 
-def _hyper_parameters(records: Sequence[Record]) -> list[str]:
+def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
     """How the model was made and sampled; of two records that differ the later one's."""
-    found = {
+    return {
         key: value
         for record in records
         for key, value in record.config.items()
         if key.startswith(SETTINGS) and key.rpartition(".")[2] not in HOUSEKEEPING
     }
-    if not found:
-        return []
-    rows = [f"| {_cell(key)} | {_cell(found[key])} |" for key in sorted(found)]
-    return ["\n".join(["## Hyper-parameters", "", "| key | value |", "|---|---|", *rows])]
 
 
-def _origin(records: Sequence[Record], bases: Sequence[str], known: bool) -> str:
-    shown = ", ".join(Path(base).name for base in bases) or "not recorded"
-    licence = "MIT, as its base model" if known else "not recorded; that of the base model applies"
-    lines = [f"- base model: {shown}", f"- licence: {licence}"]
-    for record in records:
-        lines += [f"- {record.stage}: {key} sha256 `{h}`" for key, h in record.weights.items()]
-        hashes = {key: value for key, value in _leaves(record.about) if "sha256" in key}
-        lines += [f"- {record.stage}: {key} `{_cell(value)}`" for key, value in hashes.items()]
-        versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
-        lines.append(
-            f"- {record.stage}: seed {record.seed}, {record.dtype} on {_cell(record.device)}, "
-            f"commit `{record.git_commit}`, {_cell(versions)}, {record.ended}"
-        )
-    return "\n".join(lines)
+def _hashes(record: Record) -> dict[str, Any]:
+    """What says which files the record was made with."""
+    about = {key: value for key, value in _leaves(record.about) if "sha256" in key}
+    return {f"{key} sha256": value for key, value in record.weights.items()} | about
 
 
 def _bases(records: Sequence[Record], kind: str) -> list[str]:

@@ -17,8 +17,7 @@ from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.data import load_data
 from dmoe_var.data.images import Images
-from dmoe_var.data.token_cache import TokenSet, tokenize
-from dmoe_var.data.token_shards import Seconds
+from dmoe_var.data.token_cache import Seconds, TokenSet, tokenize
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.work import Work

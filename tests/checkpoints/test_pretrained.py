@@ -589,8 +589,8 @@ def test_a_card_without_records_says_so(make_model, tmp_path):
     assert "GMAC" not in card.text
     assert "scale 1: Threshold tau 0.3; scale 3: Threshold tau 0.4" in card.text
     code = card.text.split("```python\n")[1].split("```")[0].splitlines()
-    assert len(code) == 3
-    assert 'DynamicVAR.from_pretrained("card")' in code[1]
+    assert len(code) == 4
+    assert 'DynamicVAR.from_pretrained("card")' in code[2]
 
 
 def test_a_card_shows_what_records_say(make_model, tmp_path):
@@ -616,7 +616,7 @@ def test_a_card_shows_what_records_say(make_model, tmp_path):
         "base model: var_d16",
         "base_sha256 `abc123`",
         "reference.sha256 `def456`",
-        "float32 on a \\| b, commit `c0ffee`",
+        "float32 on a | b, commit `c0ffee`",
         'load_vqvae("vae_ch160v4096z32")',
     ):
         assert text in card.text

@@ -11,9 +11,8 @@ import pytest
 
 from dmoe_var.data.decoding import AHEAD, decoded
 from dmoe_var.data.images import Decoded
-from dmoe_var.data.token_shards import Shard
 
-SHARDS = [Shard(None, 0, 0, 10), Shard(None, 1, 10, 17)]
+BLOCKS = [range(10), range(10, 17)]
 
 
 class Numbers:
@@ -34,11 +33,12 @@ class Numbers:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_come_in_order(workers):
-    found = list(decoded(Numbers(), SHARDS, 4, workers))
+    found = list(decoded(Numbers(), BLOCKS, 4, workers))
     batches = [batch.pixels_BRR3.flatten().tolist() for _, _, batch in found]
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11, 12, 13], [14, 15, 16]]
-    assert [(shard.number, last) for shard, last, _ in found] == [
-        (0, False), (0, False), (0, True), (1, False), (1, True),
+    first, second = BLOCKS
+    assert [(block, last) for block, last, _ in found] == [
+        (first, False), (first, False), (first, True), (second, False), (second, True),
     ]  # fmt: skip
     assert all(batch.busy_s > 0 for _, _, batch in found)
 
@@ -46,7 +46,7 @@ def test_batches_come_in_order(workers):
 def test_nothing_is_shared_between_processes():
     """Threads of this process alone: shared memory may be as small as it likes."""
     images = Numbers()
-    for _, _, batch in decoded(images, SHARDS, 1, 3):
+    for _, _, batch in decoded(images, BLOCKS, 1, 3):
         assert not batch.pixels_BRR3.is_shared()
     assert images.children == []
     assert threading.current_thread().name not in images.names
@@ -54,7 +54,7 @@ def test_nothing_is_shared_between_processes():
 
 def test_decoders_do_not_run_far_ahead():
     images = Numbers()
-    batches = decoded(images, SHARDS, 1, 2)
+    batches = decoded(images, BLOCKS, 1, 2)
     next(batches)
     time.sleep(0.1)
     assert images.started <= AHEAD * 2 + 1
@@ -65,4 +65,4 @@ def test_decoders_do_not_run_far_ahead():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_a_decoder_ends_the_run(workers):
     with pytest.raises(MemoryError):
-        list(decoded(Numbers(fails_at=5), SHARDS, 2, workers))
+        list(decoded(Numbers(fails_at=5), BLOCKS, 2, workers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -195,6 +196,20 @@ def test_rivals(make_work, runs):
         expected = held_out_loss([rule(tau) for tau in row["tau"]])
         assert row["ce"] == pytest.approx(expected, rel=1e-5), method
     Image.open(work.folder("calibrate") / "calibration.png").verify()
+
+
+def test_rivals_without_optuna(make_work, runs, monkeypatch):
+    """One line before any work; what compares nothing needs no search."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name)
+    )
+    work = made(make_work, runs, budgets=[0.8])
+    with pytest.raises(ConfigError, match=r"calibrate.budgets=\[0.8\]: .*'\.\[search\]'") as caught:
+        run_stage(work, "calibrate")
+    assert "\n" not in str(caught.value)
+    assert not work.folder("calibrate").exists()
+    made(make_work, runs).check("calibrate")
 
 
 def test_by_layer(make_work, runs):

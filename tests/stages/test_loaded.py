@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 
 from dmoe_var.config.parse import parse_config
 from dmoe_var.data.config import DataConfig
-from dmoe_var.data.token_cache import About, TokenSet
-from dmoe_var.data.token_shards import Seconds
+from dmoe_var.data.token_cache import About, Seconds, TokenSet
 from dmoe_var.errors import ConfigError, DataError, InputError
 from dmoe_var.experiment.graph import record_if_done, require, run_through
 from dmoe_var.experiment.record import Record
@@ -92,7 +91,7 @@ def test_skipped_pictures_are_counted(on_pictures, pictures, make_vqvae, monkeyp
 def test_rates_are_of_all_sets():
     """30 images in 2 + 4 seconds of decoding, and 1 + 2 of encoding."""
     sets = [
-        TokenSet((), None, (1,), About(images, 1, Seconds(2 * s, s, 9.0)))
+        TokenSet(None, None, (1,), About(images, 1, Seconds(2 * s, s, 9.0)))
         for images, s in ((10, 1.0), (20, 2.0))
     ]
     assert token_metrics(sets) == {

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from dmoe_var import distributed, load_var, load_vqvae
-from dmoe_var.data.token_cache import About, TokenSet
-from dmoe_var.data.token_shards import Seconds
+from dmoe_var.data.token_cache import About, Seconds, TokenSet
 from dmoe_var.training import loop
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, SparsifyObjective
@@ -34,10 +33,10 @@ def build(folder, kind, fields):
     vqvae = load_vqvae(folder / "vqvae").double()
     stored, sets = load_file(folder / "tokens.safetensors"), []
     for name in ("training", "held_out"):
-        shard = stored[f"{name}.tokens"].numpy().astype("uint16")
+        rows_NL = stored[f"{name}.tokens"].numpy().astype("uint16")
         labels = stored[f"{name}.labels"]
         about = About(len(labels), 0, Seconds())
-        sets.append(TokenSet((shard,), labels, vqvae.config.patch_nums, about))
+        sets.append(TokenSet(rows_NL, labels, vqvae.config.patch_nums, about))
     model = load_var(folder / ("moe" if kind == "router" else "var")).double()
     conversion = ConversionConfig(**fields.pop("conversion", {}))
     if kind == "router":

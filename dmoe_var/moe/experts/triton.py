@@ -178,13 +178,3 @@ def row_lists(mask_NE: Tensor, block: int) -> tuple[Tensor, Tensor]:
             enable_fp_fusion=True,
         )  # fmt: skip
     return rows, counts
-
-
-def row_lists_by_torch(mask_NE: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`row_lists` by torch's sort, which tests compare it with."""
-    N, E = mask_NE.shape
-    padded = mask_NE.new_zeros(-(-N // block) * block, E)
-    padded[:N] = mask_NE
-    mask_BET = padded.view(-1, block, E).transpose(1, 2)
-    rows = torch.sort(mask_BET.int(), dim=-1, descending=True, stable=True).indices
-    return rows.to(torch.int16), mask_BET.sum(-1, dtype=torch.int32)
