@@ -18,25 +18,26 @@ from dmoe_var.ops import activated_linear, at_least_float32, unrounded_linear
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `paths.ComputePath`."""
-    out_NC = at_least_float32(weights.b2_C).expand_as(x_NC).clone()
-    for rows_n, *expert in zip(dispatch.rows, *weights[:3], strict=True):
+    w1_EDC, b1_ED, w2_EDC, b2_C = weights
+    out_NC = at_least_float32(b2_C).expand_as(x_NC).clone()
+    for rows_n, w1_DC, b1_D, w2_DC in zip(dispatch.rows, w1_EDC, b1_ED, w2_EDC, strict=True):
         if rows_n.numel() == 0:
             continue
         x_nC = x_NC.index_select(0, rows_n)  # x_NC[rows_n] takes an element at a time on a CPU
-        out_nC = _output(x_nC, *expert, act, ragged=True)
+        out_nC = _output(act, x_nC, w1_DC, b1_D, w2_DC, ragged=True)
         out_NC.index_add_(0, rows_n, out_nC.to(out_NC.dtype))
-    return out_NC.to(weights.b2_C.dtype)
+    return out_NC.to(b2_C.dtype)
 
 
 def outputs(x: Tensor, weights: ExpertWeights, act: nn.Module) -> Iterator[Tensor]:
     """Each expert's own output on tokens (..., C), as it is added to the others: without the shared
     bias, and not rounded to half precision."""
-    for expert in zip(*weights[:3], strict=True):
-        yield _output(x, *expert, act)
+    for w1_DC, b1_D, w2_DC in zip(*weights[:3], strict=True):
+        yield _output(act, x, w1_DC, b1_D, w2_DC)
 
 
 def _output(
-    x: Tensor, w1_DC: Tensor, b1_D: Tensor, w2_DC: Tensor, act: nn.Module, ragged: bool = False
+    act: nn.Module, x: Tensor, w1_DC: Tensor, b1_D: Tensor, w2_DC: Tensor, ragged: bool = False
 ) -> Tensor:
     """ragged: see `ops.linear`."""
     h_D = activated_linear(act, x, w1_DC, b1_D, ragged)
