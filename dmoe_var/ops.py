@@ -140,14 +140,17 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def activated_linear(act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """act(x weight^T + bias), (..., out). Whoever hooks `act` sees it called."""
-    if _by_onednn(x) and not act._forward_hooks and not act._forward_pre_hooks:
+def activated_linear(
+    act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, ragged: bool = False
+) -> Tensor:
+    """act(x weight^T + bias), (..., out). Whoever hooks `act` sees it called. ragged: see
+    `linear`."""
+    if not ragged and _by_onednn(x) and not act._forward_hooks and not act._forward_pre_hooks:
         if isinstance(act, nn.ReLU):
             return _onednn_linear(x, weight, bias, "relu")
         if isinstance(act, nn.GELU):
             return _onednn_linear(x, weight, bias, "gelu", act.approximate)
-    out: Tensor = act(linear(x, weight, bias))
+    out: Tensor = act(linear(x, weight, bias, ragged))
     return out
 
 

@@ -32,6 +32,7 @@ from dmoe_var.launcher import LauncherConfig
 from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
+from dmoe_var.moe.experts import Impl
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.sampling.sampler import SamplingConfig
@@ -59,7 +60,7 @@ class MoEConfig:
     __pydantic_config__ = STRICT
 
     scales: Scales = (7, 8, 9)
-    impl: Literal["auto", "reference", "grouped", "native", "triton"] = "auto"
+    impl: Impl = "auto"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
-from dmoe_var.moe.experts import ExpertWeights, forget, run_experts
+from dmoe_var.moe.experts import ExpertWeights, forget, grouped, run_experts
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import All
-from dmoe_var.ops import activated_linear, activation, linear, unrounded_linear
+from dmoe_var.ops import activated_linear, activation, linear
 
 if TYPE_CHECKING:
     pass
@@ -76,11 +76,8 @@ class MoEFFN(nn.Module):
 
         The shared output bias is left out.
         """
-        norms = []
-        for w1_DC, b1_D, w2_DC in zip(self.w1_EDC, self.b1_ED, self.w2_EDC, strict=True):
-            h_BLD = activated_linear(self.act, x_BLC, w1_DC, b1_D)
-            out_BLC = unrounded_linear(h_BLD, w2_DC.T)
-            norms.append(torch.linalg.vector_norm(out_BLC, dim=-1))
+        outputs = grouped.outputs(x_BLC, self.weights, self.act)
+        norms = [torch.linalg.vector_norm(out_BLC, dim=-1) for out_BLC in outputs]
         return torch.stack(norms, dim=-1)
 
     def forward(self, x_BLC: Tensor, routing: Routing | None = None) -> Tensor:

@@ -19,10 +19,11 @@ from torch import Tensor
 from dmoe_var.data.images import to_uint8
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.experts import grouped
 from dmoe_var.moe.layer import MoEFFN, watched
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Threshold, check_finite
-from dmoe_var.ops import activated_linear, at_least_float32, unrounded_linear
+from dmoe_var.ops import at_least_float32
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
 STEPS = 65535
@@ -108,11 +109,7 @@ def errors_by_count(ffn: MoEFFN, x_RlC: Tensor, ratios_RlE: Tensor) -> Tensor:
 
 
 def _errors(ffn: MoEFFN, x_NC: Tensor, ratios_NE: Tensor) -> Tensor:
-    outputs = []
-    for w1_DC, b1_D, w2_DC in zip(ffn.w1_EDC, ffn.b1_ED, ffn.w2_EDC, strict=True):
-        h_ND = activated_linear(ffn.act, x_NC, w1_DC, b1_D)
-        outputs.append(unrounded_linear(h_ND, w2_DC.T))
-    out_NEC = torch.stack(outputs, dim=1)
+    out_NEC = torch.stack(list(grouped.outputs(x_NC, ffn.weights, ffn.act)), dim=1)
     order_NE = ratios_NE.argsort(dim=-1, descending=True, stable=True)
     out_NEC = out_NEC.take_along_dim(order_NE[..., None], dim=1)
     dropped_NEC = out_NEC.flip(1).cumsum(1).flip(1)  # at k: all but the first k

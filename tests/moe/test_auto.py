@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dmoe_var.moe.experts import RAN, ExpertWeights, auto, native, paths_on, run_experts, triton
+from dmoe_var.moe.experts import (
+    RAN,
+    Dispatch,
+    ExpertWeights,
+    auto,
+    native,
+    paths_on,
+    run_experts,
+    triton,
+)
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
 RELU, CPU = nn.ReLU(), torch.device("cpu")
@@ -138,25 +147,26 @@ def gpu(monkeypatch):
     with FakeTensorMode(), torch.device("cuda"):
         shapes = ((E, D, C), (E, D), (E, D, C), (C,))
         weights = ExpertWeights(*map(torch.empty, shapes))
-        return torch.empty(N, C), torch.empty(N, E, dtype=torch.bool), weights, RELU
+        dispatch = Dispatch(torch.empty(N, E, dtype=torch.bool))
+        return torch.empty(N, C), dispatch, weights, RELU
 
 
 def test_on_a_gpu_the_fastest_at_one_density(gpu, monkeypatch):
     """triton takes 1 + 4 d, grouped 4 d + 0.5 and reference 2.4."""
     asked = timed(monkeypatch, triton=(2.0, 5.0), reference=(3.1, 3.1), grouped=(4.0, 5.5))
-    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "triton"
+    assert auto.fastest(*gpu) == "triton"
     assert [list(paths) for paths, *_ in asked] == [["reference", "grouped", "triton"]]
-    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "triton"
+    assert auto.fastest(*gpu) == "triton"
     assert len(asked) == 1
 
 
 def test_nothing_is_timed_while_a_cuda_graph_is_made(gpu, monkeypatch):
     asked = timed(monkeypatch, triton=(2.0, 2.0), reference=(1.0, 1.0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "triton"
+    assert auto.fastest(*gpu) == "triton"
     assert not asked
 
 
 def test_on_a_gpu_without_kernels(gpu, monkeypatch):
     monkeypatch.setattr(triton, "missing", lambda device: "why")
-    assert auto.fastest(paths_on(gpu[0].device), *gpu) == "grouped"
+    assert auto.fastest(*gpu) == "grouped"

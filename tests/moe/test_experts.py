@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dmoe_var.moe.experts import ExpertWeights, run_experts
+from dmoe_var.moe.experts import ExpertWeights, paths_on, run_experts
 
-IMPLS = ["reference", "grouped", "native", "auto"]
+IMPLS = ["auto", *paths_on(torch.device("cpu"))]
 C = 12
 # N tokens, E experts, D neurons an expert
 SIZES = [(1, 1, 4), (1, 5, 3), (17, 5, 3), (16, 1, 4), (33, 8, 1)]

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmoe_var.errors import InputError
-from dmoe_var.moe.experts import PATHS, ExpertWeights, paths_on, run_experts, triton
+from dmoe_var.moe.experts import PATHS, Dispatch, ExpertWeights, paths_on, run_experts, triton
 
 RELU = nn.ReLU()
 needs_triton = pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
@@ -127,7 +127,7 @@ def fake_layer(size, tokens, dtype=torch.bfloat16, width=1024):
 def test_the_host_does_not_wait_for_the_device(gpu, tokens):
     launches = gpu(80)
     x, mask, weights = fake_layer(32, tokens)
-    out = triton.triton(x, mask, weights, RELU)
+    out = triton.run(x, Dispatch(mask), weights, RELU)
     assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
     assert launches.keys() == ({"row_lists", "fc1"} if tokens else set())
 
@@ -145,7 +145,8 @@ def launches_of(gpu, arch, dtype, tf32, size, tokens):
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        triton.triton(*fake_layer(size, tokens, dtype), RELU)
+        x, mask, weights = fake_layer(size, tokens, dtype)
+        triton.run(x, Dispatch(mask), weights, RELU)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return launches

@@ -93,6 +93,7 @@ def test_many_tokens():
 
 
 def row_lists_by_torch(mask_NE, block):
+    """By torch's sort."""
     N, E = mask_NE.shape
     padded = mask_NE.new_zeros(-(-N // block) * block, E)
     padded[:N] = mask_NE

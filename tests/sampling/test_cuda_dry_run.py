@@ -25,7 +25,7 @@ from dmoe_var.sampling_time import sampling
 LABELS = [0, 3, 5]
 A_CALL = {"models/var.py:check_labels": 1, "sampling_time.py:end": 1}
 """Of `generate`: labels go to the GPU when it begins, and all checks come back when it ends."""
-GROUPED = {"moe/experts/grouped.py:grouped": 8}
+GROUPED = {"moe/experts/dispatch.py:tokens_P": 4, "moe/experts/dispatch.py:counts": 4}
 """`grouped` has to know each expert's tokens: two waits in each layer of each sparse scale."""
 SMALL = {"top_k": 20, "top_p": 0.9}
 

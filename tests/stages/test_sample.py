@@ -299,7 +299,7 @@ def test_what_the_record_says(make_work, runs):
     """The file that its `samples` names must be there for the stage to be done."""
     work = make_work(runs, {"sample.classes": [2], "sample.model": "dynamic"})
     about = run_stage(work, "sample").about
-    assert set(about["experts_ran_by"]) <= PATHS.keys()
+    assert set(about["experts_ran_by"]) <= set(PATHS)
     assert about == {
         "experts_ran_by": about["experts_ran_by"],
         "grid": "grid.png",

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from dmoe_var.c_library import cache_folder, processor
 from dmoe_var.devices import synchronise
 from dmoe_var.files import alone, note, write_text
-from dmoe_var.moe.experts import native, triton
-from dmoe_var.moe.experts.weights import ComputePath, ExpertWeights
+from dmoe_var.moe.experts.dispatch import Dispatch
+from dmoe_var.moe.experts.paths import FALLBACK, PLAIN, RAN, ComputePath, path, paths_on
+from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.sampling_time import this_sampling
 
 FORMAT = "dmoe-var-experts/1"
@@ -40,27 +41,27 @@ Seconds = dict[str, tuple[float, float]]
 _tables: dict[Path, dict[str, Seconds]] = {}
 
 
-def fastest(
-    paths: Mapping[str, ComputePath],
-    x_NC: Tensor,
-    mask_NE: Tensor,
-    weights: ExpertWeights,
-    act: nn.Module,
-) -> str:
-    """Name of the path to run: `grouped` for all that the compiled kernels do not know."""
+def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
+    """See `paths.ComputePath`."""
+    name = fastest(x_NC, dispatch, weights, act)
+    RAN[name] += 1
+    return path(name).run(x_NC, dispatch, weights, act)
+
+
+def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> str:
+    """Name of the path to run: `grouped` for all that only plain paths can run."""
     device = x_NC.device
-    if device.type == "cuda":
-        known = triton.missing(device) is None and triton.knows(x_NC, weights, act)
+    there = paths_on(device).items()
+    paths = {name: each for name, each in there if each.can_run(x_NC, weights, act)}
+    *_, last = paths
+    if last in PLAIN or dispatch.mask_NE.numel() == 0:
+        return FALLBACK
+    if device.type != "cuda":
+        density = dispatch.density
+    elif torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
+        return last
     else:
-        known = native.can_run(x_NC, weights, act)
-    if not known or mask_NE.numel() == 0:
-        return "grouped"
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
-            return "triton"
         density = ASSUMED
-    else:
-        density = float(mask_NE.count_nonzero()) / mask_NE.numel()
     seconds = _seconds(paths, x_NC, weights, act)
     return min(seconds, key=lambda name: _at(density, seconds[name]))
 
@@ -81,7 +82,8 @@ def _seconds(
         products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "exact"
     else:
         products = "torch" if this_sampling() is None else "sampling"
-    key = f"{dtype} C={C} D={D} E={E} N={_rounded(len(x_NC))} {products}"
+    names = ",".join(paths)
+    key = f"{dtype} C={C} D={D} E={E} N={_rounded(len(x_NC))} {products} {names}"
     file = _file(x_NC.device)
     table = _tables.setdefault(file, {})
     if key not in table:
@@ -106,11 +108,11 @@ def _measured(
     masks = [(draws_NE < density).to(x_NC.device) for density in DENSITIES]
     times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
     for _ in range(1 + REPEATS):  # in turn: a machine that is busy for a while is so for all
-        for name, path in paths.items():
+        for name, each in paths.items():
             for mask_NE, found in zip(masks, times[name], strict=True):
                 synchronise(x_NC.device)
                 started = time.perf_counter()
-                path(x_NC, mask_NE, weights, act)
+                each.run(x_NC, Dispatch(mask_NE), weights, act)
                 synchronise(x_NC.device)
                 found.append(time.perf_counter() - started)
     return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
@@ -123,12 +125,13 @@ def _file(device: torch.device) -> Path:
 
 @cache
 def _machine(device: torch.device, threads: int) -> str:
-    parts: tuple[str, ...]
     if device.type == "cuda":
-        parts = (torch.cuda.get_device_name(device), *triton.versions())
+        machine = [torch.cuda.get_device_name(device)]
     else:
-        parts = (processor(), str(threads), native.SOURCE.read_text("utf-8"))
-    return hashlib.sha256("\0".join((torch.__version__, *parts)).encode()).hexdigest()[:16]
+        machine = [processor(), str(threads)]
+    versions = [each.version() for each in paths_on(device).values()]
+    text = "\0".join((torch.__version__, *machine, *versions))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, Seconds]:

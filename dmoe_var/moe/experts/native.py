@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var import c_library
+from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.packed import Packed, packed_of
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.ops import observed
@@ -119,17 +120,27 @@ def kernel() -> _Kernel | None:
     return None if os.environ.get(SWITCH) == "0" else _compiled()
 
 
+def version() -> str:
+    """What is compiled."""
+    return SOURCE.read_text("utf-8")
+
+
+def runs_on(device: torch.device) -> bool:
+    """See `paths.ComputePath`."""
+    return device.type == "cpu"
+
+
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
     """Whether the kernel `knows` these tokens and experts, which are of ReLU."""
     hooked = bool(act._forward_hooks or act._forward_pre_hooks)
     return isinstance(act, nn.ReLU) and not hooked and knows(x_NC, *weights)
 
 
-def native(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
-    """See `run_experts`; for what `can_run`."""
+def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
+    """See `paths.ComputePath`; native.c lists each expert's tokens itself."""
     loaded = kernel()
     assert loaded is not None
-    x_NC, mask_NE = x_NC.contiguous(), mask_NE.contiguous()
+    x_NC, mask_NE = x_NC.contiguous(), dispatch.mask_NE.contiguous()
     out_NC = torch.empty_like(x_NC)
     packed = packed_of(weights, pack, loaded.fingerprint)
     threads = torch.get_num_threads()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_var.errors import InputError
+from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.ops import observed
 
@@ -83,12 +84,12 @@ def kernels() -> ModuleType | None:
     return triton_kernels
 
 
-def versions() -> tuple[str, str]:
+def version() -> str:
     """Triton's, and the source of what runs here."""
     loaded = kernels()
     assert loaded is not None
     files = (Path(str(loaded.__file__)), Path(__file__))
-    return loaded.triton.__version__, "".join(file.read_text("utf-8") for file in files)
+    return "\0".join((loaded.triton.__version__, *(file.read_text("utf-8") for file in files)))
 
 
 def missing(device: torch.device) -> str | None:
@@ -104,6 +105,11 @@ def missing(device: torch.device) -> str | None:
     else:
         return None
     return f"impl=triton needs an NVIDIA GPU of compute capability 8.0 or more, not {found}"
+
+
+def runs_on(device: torch.device) -> bool:
+    """See `paths.ComputePath`: no CPU, though the interpreter runs there."""
+    return device.type == "cuda" and missing(device) is None
 
 
 def knows(x: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
@@ -129,10 +135,11 @@ def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
     return knows(x_NC, weights, act)
 
 
-def triton(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module) -> Tensor:
-    """See `run_experts`; for what `can_run`."""
+def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
+    """See `paths.ComputePath`; the kernel `row_lists` makes lists that no one has to wait for."""
     w1_EDC, b1_ED, w2_EDC, b2_C = weights
-    h_NH = _hidden(x_NC.contiguous(), mask_NE.contiguous(), w1_EDC.contiguous(), b1_ED.contiguous())
+    mask_NE = dispatch.mask_NE.contiguous()
+    h_NH = _hidden(x_NC.contiguous(), mask_NE, w1_EDC.contiguous(), b1_ED.contiguous())
     return torch.addmm(b2_C, h_NH, w2_EDC.flatten(0, 1))
 
 

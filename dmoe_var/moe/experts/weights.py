@@ -1,14 +1,13 @@
-"""The one layout of expert weights, and what runs them.
+"""The one layout of expert weights.
 
 Legend: C width, E experts, D neurons of an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ExpertWeights(NamedTuple):
@@ -21,7 +20,3 @@ class ExpertWeights(NamedTuple):
     b1_ED: Tensor
     w2_EDC: Tensor
     b2_C: Tensor
-
-
-ComputePath = Callable[[Tensor, Tensor, ExpertWeights, nn.Module], Tensor]
-"""(tokens x_NC, mask_NE, weights, activation) -> sum over the selected experts plus b2, (N, C)."""

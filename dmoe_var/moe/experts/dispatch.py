@@ -1,0 +1,39 @@
+"""Which experts run on which tokens: the mask, and what compute paths make of it.
+
+Legend: N tokens, E experts, P (token, expert) pairs, n one expert's tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor
+
+
+class Dispatch:
+    """A layer's mask. Everything else is made when it is first asked for, and kept; for that the
+    host waits for a GPU."""
+
+    def __init__(self, mask_NE: Tensor):
+        self.mask_NE = mask_NE
+
+    @cached_property
+    def density(self) -> float:
+        """The share of pairs that run; of a mask that has any."""
+        return float(self.mask_NE.count_nonzero()) / self.mask_NE.numel()
+
+    @cached_property
+    def tokens_P(self) -> Tensor:
+        """The tokens of the first expert, then those of the second, and so on; int64."""
+        return self.mask_NE.T.nonzero()[:, 1]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many tokens each expert has, E numbers."""
+        counts: list[int] = self.mask_NE.sum(0).tolist()
+        return counts
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        """Each expert's tokens, (n,) of tokens_P."""
+        return self.tokens_P.split(self.counts)

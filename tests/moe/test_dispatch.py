@@ -1,0 +1,31 @@
+"""What compute paths read of a mask, and that it is made once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmoe_var.moe.experts import Dispatch
+
+N, E = 7, 5
+ALL, NONE = torch.ones(N, E, dtype=torch.bool), torch.zeros(N, E, dtype=torch.bool)
+HALF = torch.rand(N, E, generator=torch.Generator().manual_seed(0)) < 0.5
+NO_TOKENS = ALL[:0]
+
+
+@pytest.mark.parametrize("mask_NE", [HALF, ALL, NONE, NO_TOKENS])
+def test_lists(mask_NE):
+    """Token by token."""
+    dispatch, chosen = Dispatch(mask_NE), mask_NE.tolist()
+    rows = [[n for n, runs in enumerate(chosen) if runs[e]] for e in range(E)]
+    assert [rows_n.tolist() for rows_n in dispatch.rows] == rows
+    assert dispatch.tokens_P.tolist() == [n for of in rows for n in of]
+    assert dispatch.counts == [len(of) for of in rows]
+    if chosen:
+        assert dispatch.density == pytest.approx(sum(dispatch.counts) / (N * E))
+
+
+def test_made_once():
+    dispatch = Dispatch(HALF)
+    assert dispatch.rows is dispatch.rows
+    assert dispatch.tokens_P is dispatch.tokens_P

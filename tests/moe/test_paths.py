@@ -1,0 +1,107 @@
+"""Paths by name: each is loaded when it is used, and says itself what it can run."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from dmoe_var.config.root import MoEConfig
+from dmoe_var.moe.experts import RAN, Dispatch, ExpertWeights, auto, grouped, paths, run_experts
+
+CPU, RELU = torch.device("cpu"), nn.ReLU()
+
+
+def small_layer():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 2, 4), (3, 2), (3, 2, 4), (4,))
+    weights = ExpertWeights(*(torch.randn(s, generator=generator) for s in shapes))
+    x, draws = torch.randn(5, 4, generator=generator), torch.rand(5, 3, generator=generator)
+    return x, draws < 0.5, weights
+
+
+@pytest.fixture
+def added(monkeypatch, tmp_path):
+    """added(name=value): there is a path "added", whose file defines these."""
+
+    def add(**defined):
+        module = ModuleType("dmoe_var.moe.experts.added")
+        vars(module).update(defined)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(paths, "_loaded", {})
+        monkeypatch.setattr(paths, "PATHS", (*paths.PATHS, "added"))
+        monkeypatch.setattr("dmoe_var.moe.experts.IMPLEMENTATIONS", ("auto", *paths.PATHS))
+        monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
+        monkeypatch.setattr(auto, "_tables", {})
+
+    return add
+
+
+@pytest.mark.parametrize("name", paths.IMPLEMENTATIONS)
+def test_every_name_is_a_file(name):
+    found, module = paths.path(name), import_module(f"dmoe_var.moe.experts.{name}")
+    assert found.run is module.run
+    assert TypeAdapter(MoEConfig).validate_python({"impl": name}).impl == name
+    assert paths.path(name) is found
+
+
+def test_a_path_of_run_alone(added):
+    """It is given the mask's dispatch, and is a path of every device."""
+    given = []
+    added(run=lambda *args: given.append(args) or "out")
+    x, mask, weights = small_layer()
+    before = RAN["added"]
+    assert run_experts(x, mask, weights, RELU, "added") == "out"
+    ((*_, act),) = given
+    assert (given[0][0] is x, given[0][1].mask_NE is mask, act) == (True, True, RELU)
+    assert RAN["added"] == before + 1
+    assert "added" in paths.paths_on(CPU)
+    assert "added" in paths.paths_on(torch.device("mps"))
+
+
+def test_limits(added):
+    """What a path cannot run is run by grouped; where it is not there it is not tried."""
+    added(run=None, can_run=lambda x, weights, act: len(x) > 5, runs_on=lambda device: False)
+    x, mask, weights = small_layer()
+    out = run_experts(x, mask, weights, RELU, "added")
+    assert torch.equal(out, run_experts(x, mask, weights, RELU, "grouped"))
+    assert "added" not in paths.paths_on(CPU)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_auto_tries_it(added, monkeypatch, known):
+    """Beside all that can run the same, also where no other kernel does: this is no ReLU."""
+    added(run=lambda *args: "out", can_run=lambda *args: known)
+    timed = []
+    monkeypatch.setattr(
+        auto, "_measured", lambda of, *_: timed.extend(of) or dict.fromkeys(of, (1, 1)) | fast
+    )
+    fast = {"added": (0.5, 0.5)}
+    x, mask, weights = small_layer()
+    out = run_experts(x, mask, weights, nn.GELU(), "auto")
+    assert (timed == ["reference", "grouped", "added"]) == known
+    assert (out == "out") if known else torch.is_tensor(out)
+
+
+@pytest.mark.parametrize("impl", ["reference", "grouped", "native"])
+def test_a_file_that_cannot_be_loaded_breaks_no_other(monkeypatch, impl):
+    monkeypatch.setattr(paths, "_loaded", {})
+    for name in paths.IMPLEMENTATIONS:
+        if name not in (impl, paths.FALLBACK):
+            monkeypatch.setitem(sys.modules, f"dmoe_var.moe.experts.{name}", None)
+    run_experts(*small_layer(), RELU, impl)
+    with pytest.raises(ImportError):
+        run_experts(*small_layer(), RELU, "triton")
+
+
+def test_outputs_add_up_to_the_whole():
+    """Each expert's own, times its mask, plus the shared bias."""
+    x, mask, weights = small_layer()
+    found = torch.stack(list(grouped.outputs(x, weights, RELU)), 1)
+    expected = grouped.run(x, Dispatch(mask), weights, RELU)
+    torch.testing.assert_close((found * mask[..., None]).sum(1) + weights.b2_C, expected)
