@@ -189,7 +189,7 @@ def _drawers(work: Work) -> dict[str, Drawer]:
 def _models(config: Config) -> Keys:
     """The models that are drawn from."""
     model = config.sample.model
-    return ("dense", "dynamic") if model in (None, "both") else (model,)
+    return ("dense", "dynamic") if model is None or model == "both" else (model,)
 
 
 def _pretrained(source: str, config: Config) -> DynamicVAR:
