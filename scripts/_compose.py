@@ -123,7 +123,7 @@ def work_of(script: str, name: str, overrides: Sequence[str]) -> Work:
     alone = [override for override in overrides if is_searchpath(override)]
     if experiment is not None:
         alone.append(f"experiment={experiment}")
-    return Work(config=config, baseline=_compose(script, alone)[0])
+    return Work(config, baseline=_compose(script, alone)[0])
 
 
 def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:

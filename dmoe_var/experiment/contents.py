@@ -16,9 +16,11 @@ from typing import Any
 
 from dmoe_var.checkpoints.load import cached_file, is_name, weights_file
 from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, MODEL_FILE
+from dmoe_var.config.root import Config
 from dmoe_var.data import load_data
 from dmoe_var.data.config import DataConfig
 from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.experiment.stage import Stage
 from dmoe_var.files import sha256_of
 from dmoe_var.metrics.image_files import content_sha256
 from dmoe_var.metrics.reference import HASHES
@@ -40,6 +42,21 @@ GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
 """Keys that name files. What is in the files counts, and not where they lie."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
 """Of one thread: runs in two threads end in any order."""
+
+
+def given(stage: Stage, config: Config) -> dict[str, Given]:
+    """What a stage is given beside weights, by configuration key."""
+    places: dict[str, Given] = {}
+    num_classes = config.var.num_classes
+    if stage.reads_pictures and config.data.kind == "image_folder":
+        places["data"] = DataSet(config.data, num_classes, held_out=True)
+    if not stage.compares:
+        return places
+    places["fidelity.reference"] = DataSet(config.data, num_classes, held_out=False)
+    for key in ("fidelity.reference", "evaluate.samples"):
+        if (path := config.leaves[key]) is not None:
+            places[key] = Path(path).expanduser()
+    return places
 
 
 @contextmanager

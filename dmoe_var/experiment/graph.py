@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,12 @@ from dmoe_var.experiment.record import (
     now,
     whole_record,
 )
-from dmoe_var.experiment.work import NEEDS, Work
+from dmoe_var.experiment.stage import StageResult, find
+from dmoe_var.experiment.work import Work
 from dmoe_var.files import alone, write_text
 from dmoe_var.moe.experts import RAN
 from dmoe_var.threads import limit_threads
 from dmoe_var.training.state import STATE_FILE
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage hands over for its record."""
-
-    metrics: Mapping[str, float]
-    num_samples: int = 0
-    about: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    """Where it is not the configuration's own (a sample has its own)."""
-    dtype: str | None = None
-    """Where it is not that of training."""
-
-
-ALWAYS_RUN = ("benchmark", "export", "figures", "report")
-"""Stages that are never taken for done: time is not a result of the configuration alone, and the
-model card tells of all that was measured in between, as figures are drawn from it."""
 
 StageFunction = Callable[[Work], StageResult]
 
@@ -110,7 +93,7 @@ def require(work: Work, stage: str) -> Record:
 
 def prepare(work: Work) -> None:
     """Settings of the whole process: threads, determinism, TF32; joins torchrun's others."""
-    config, device = work.config, work.device
+    config, device = work.whole, work.device
     if config.threads is None:
         limit_threads()
     else:
@@ -149,8 +132,7 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
 
 def _done(work: Work, stage: str) -> Record | None:
     """The record of a stage that need not run, in every process; what is left over then goes."""
-    of_this_machine = stage == "calibrate" and work.config.calibrate.budget_ms is not None
-    skippable = is_main() and stage not in ALWAYS_RUN and not of_this_machine
+    skippable = is_main() and not find(stage).is_never_done(work.whole)
     done = from_main(record_if_done(work, stage) if skippable else None)
     if done is not None and is_main():
         (work.folder(stage) / STATE_FILE).unlink(missing_ok=True)
@@ -160,11 +142,11 @@ def _done(work: Work, stage: str) -> Record | None:
 def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -> Record:
     if is_main():
         (folder / RESULT_FILE).unlink(missing_ok=True)
-        settings = yaml.safe_dump(_plain(asdict(work.config)), sort_keys=False)
+        settings = yaml.safe_dump(_plain(asdict(work.whole)), sort_keys=False)
         write_text(folder / "config.yaml", settings)
     barrier()
     started, ran_before = now(), RAN.copy()
-    result = (function or _function(stage))(work)
+    result = (function or _function(stage))(work.read_by(stage))
     if ran := RAN - ran_before:
         result = replace(result, about={**result.about, "experts_ran_by": sorted(ran)})
         RAN.subtract(ran)  # it is told: a sweep's points have their own records
@@ -192,10 +174,10 @@ def _record(work: Work, stage: str, result: StageResult, started: str) -> Record
         variant=work.variant(stage),
         fingerprint=work.fingerprint(stage),
         metrics=result.metrics,
-        config=dict(work.config.leaves),
-        seed=work.config.seed if result.seed is None else result.seed,
+        config=dict(work.whole.leaves),
+        seed=work.whole.seed if result.seed is None else result.seed,
         num_samples=result.num_samples,
-        dtype=result.dtype or work.config.dtype,
+        dtype=result.dtype or work.whole.dtype,
         started=started,
         ended=now(),
         device=device_name(work.device),
@@ -231,13 +213,7 @@ def order(work: Work, last: str) -> list[str]:
 
 
 def _function(stage: str) -> StageFunction:
-    """The `run` of a stage's module."""
-    from importlib import import_module
-
-    if stage not in NEEDS:
-        raise ValueError(f"stage={stage!r} is none of {', '.join(NEEDS)}")
-    function: StageFunction = import_module(f"dmoe_var.stages.{stage}").run
-    return function
+    return find(stage).run
 
 
 def _plain(value: Any) -> Any:

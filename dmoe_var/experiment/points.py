@@ -30,7 +30,7 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
             section = section.setdefault(name, {})
         section[last] = value
     try:
-        return Work(_with(work.config, nested, ""), work.baseline)
+        return replace(work, whole=_with(work.whole, nested, ""))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

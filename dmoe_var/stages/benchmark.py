@@ -25,8 +25,9 @@ from dmoe_var import generators
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.safetensors_io import is_described
+from dmoe_var.config.root import Config
 from dmoe_var.errors import CheckpointError, ConfigError
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.part_times import draw_part_times
 from dmoe_var.metrics.flops import FlopReport, count_flops
@@ -40,6 +41,7 @@ from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 from dmoe_var.stages import loaded
 from dmoe_var.stages.kernels import run_kernels
+from dmoe_var.stages.loaded import EXPERTS
 
 OURS, PUBLISHED = "dense", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
@@ -210,7 +212,8 @@ def published(task: Task) -> Call:
 def run(work: Work) -> StageResult:
     config, benchmark = work.config, work.config.benchmark
     if benchmark.kernels:
-        return run_kernels(work, {name: rules for name, _, rules in _selections(work)})
+        selections = _selections(work) if benchmark.real_masks else []
+        return run_kernels(work, {name: rules for name, _, rules in selections})
     sources = _sources(work)
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)
@@ -340,12 +343,12 @@ def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
 
 def _selections(work: Work) -> list[tuple[str, float | None, Selection]]:
     """Name, tau on all sparse scales (None: the configured selection) and rules of each."""
-    benchmark, chosen = work.config.benchmark, work.config.selection
+    benchmark = work.config.benchmark
     settings: list[tuple[str, float | None, Selection]] = [
         (f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau
     ]
     if benchmark.chosen:
-        settings.append(("chosen", None, chosen.rules()))
+        settings.append(("chosen", None, work.config.selection.rules()))
     return settings
 
 
@@ -398,3 +401,20 @@ def _check_published(folder: str, sources: Mapping[str, str]) -> None:
             raise CheckpointError(
                 f"base.{kind}={sources[kind]}: the published code reads .pth files alone"
             )
+
+
+def reads(config: Config, ours: Config) -> Keys:
+    """What is timed; random weights come from no file, and no expert runs in a dense model."""
+    benchmark = config.benchmark
+    if benchmark.kernels and not benchmark.real_masks:
+        return ("var", "moe", "sampling", "benchmark")
+    experts = EXPERTS if benchmark.chosen else ("moe",)
+    base = ("vqvae", "base.vqvae", "var", "base.var", "sampling", "evaluate.seed", "benchmark")
+    return (*base, *(experts if benchmark.dynamic else ()))
+
+
+def needs(config: Config) -> Keys:
+    return ("train_router",) if config.benchmark.dynamic else ()
+
+
+STAGE = Stage("benchmark", run, reads, needs, one_process=True, always_runs=True)

@@ -17,7 +17,7 @@ from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import InputError
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
@@ -257,3 +257,15 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
             rules = [Threshold(tau) for tau in taus]
             compared.setdefault(method, []).append(row(found, list(taus), cost(taus), rules))
     return compared
+
+
+STAGE = Stage(
+    "calibrate",
+    run,
+    reads=("moe", "sampling", "calibrate"),
+    needs=("train_router",),
+    one_process=True,
+    reads_pictures=True,
+    always_runs=lambda config: config.calibrate.budget_ms is not None,  # of this very machine
+    refuse=lambda config: rivals.check(config.calibrate.budgets),
+)

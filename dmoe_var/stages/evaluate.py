@@ -3,28 +3,23 @@ fidelity alone of images that are given."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
+from dmoe_var.config.root import Config
 from dmoe_var.data.image_sets import ImageArray, ImageFolder, Pixels, all_pixels
 from dmoe_var.data.images import Images
-from dmoe_var.data.token_cache import TokenSet
-from dmoe_var.distributed import from_main, is_main, rank, world_size
-from dmoe_var.errors import DataError
+from dmoe_var.distributed import from_main, is_main
+from dmoe_var.errors import ConfigError, DataError
 from dmoe_var.experiment.contents import hash_of
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.work import Work
-from dmoe_var.files import note, write_text
+from dmoe_var.files import note
 from dmoe_var.metrics.agreement import LabelAgreement
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
@@ -32,100 +27,19 @@ from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
 from dmoe_var.metrics.reference import HASHES, Reference, load_reference
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
-from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import image_sets, token_sets
+from dmoe_var.stages.loaded import Models, image_sets
+from dmoe_var.stages.model_kinds import kind_of
 
-T = TypeVar("T")
-
-PRUNING_FILE = "pruning.json"
-IMAGES_AT_ONCE = 16
-"""Training images whose activations are in memory together."""
+MEASURING = ("fidelity", "evaluate.format")
+"""Keys that say how images are measured or stored, not which they are."""
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """A pruned VAR, and the neurons of each layer that it kept, rising."""
-
-    var: VAR
-    kept: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the points of a sweep share: models, reference statistics, classifier. Made once.
-
-    The models are those of a point's own work, so that points of different depths or experts can
-    share a bench; of each kind the latest is kept, and all means that neurons were pruned by. All
-    else is that of the bench's work.
-    """
-
-    work: Work
-    _latest: dict[Hashable, tuple[object, Any]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-    """By kind: what the model was made of, and the model."""
-
-    @property
-    def vqvae(self) -> VQVAE:
-        return self.vqvae_of(self.work)
-
-    @property
-    def dense(self) -> VAR:
-        return self.var_of(self.work, "train_var")
-
-    @property
-    def experts(self) -> VAR:
-        return self.var_of(self.work, "train_router")
-
-    def vqvae_of(self, work: Work) -> VQVAE:
-        """The tokenizer of a point."""
-        dtype = work.config.sampling.torch_dtype
-        key = (work.fingerprint_of_model("train_vqvae"), dtype)
-        return self._made("vqvae", key, lambda: loaded.vqvae(work).to(dtype))
-
-    def var_of(self, work: Work, stage: str) -> VAR:
-        """The VAR of a point as a stage left it: dense, sparse, or split into experts."""
-        dtype = work.config.sampling.torch_dtype
-        kind = "experts" if stage in ("split", "train_router") else stage
-        key = (stage, work.fingerprint_of_model(stage), dtype)
-        return self._made(kind, key, lambda: loaded.var(work, stage).to(dtype))
-
-    def pruned_of(self, work: Work) -> Pruned:
-        """The pruned VAR of a point and what was kept of it. Called by all processes at once."""
-        pruning, scales = work.config.pruning, work.config.moe.scales
-        (stage,) = work.needs("evaluate")
-        of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
-        key = (stage, work.fingerprint_of_model(stage), *of_means)
-        var = self.var_of(work, stage)
-        means = self._made(("means", *key), key, lambda: self._mean_activations(work, var))
-
-        def make() -> Pruned:
-            kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
-            return Pruned(prune(var, pruning.share, means), kept)
-
-        return self._made("pruned", (*key, pruning.share), make)
-
-    def _mean_activations(self, work: Work, var: VAR) -> list[Tensor]:
-        """Over training images that lie evenly over the set, which may be sorted by class."""
-        vqvae, pruning = loaded.vqvae(work), work.config.pruning
-        tokens, _ = token_sets(work, vqvae)
-        num_images = min(pruning.images, len(tokens))
-        indices = torch.arange(num_images) * len(tokens) // num_images
-        batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
-        inputs = _teacher_inputs(tokens, batches, vqvae, work.device)
-        signed = pruning.rule == "mean_signed"
-        return mean_activations(var, inputs, work.config.moe.scales, signed)
-
-    def _made(self, kind: Hashable, key: object, make: Callable[[], T]) -> T:
-        """The latest of a kind where it has the same key, else a new one in its place."""
-        if kind not in self._latest or self._latest[kind][0] != key:
-            self._latest.pop(kind, None)  # its memory before the new one's
-            self._latest[kind] = (key, make())
-        made: T = self._latest[kind][1]
-        return made
+class Bench(Models):
+    """What the points of a sweep share: models, reference statistics, classifier. Each is made
+    once. The models are those of a point's own work, all else is that of the bench's."""
 
     @cached_property
     def training_images(self) -> Images:
@@ -155,13 +69,7 @@ class Bench:
 
     def model(self, work: Work) -> VAR | DynamicVAR:
         """The model of a point: the dense VAR, or dense and another joined at its scales."""
-        config, dense = work.config, self.var_of(work, "train_var")
-        if config.evaluate.model == "dense":
-            return dense
-        if config.evaluate.model == "pruned":
-            return DynamicVAR(dense, self.pruned_of(work).var, config.moe.scales)
-        (stage,) = work.needs("evaluate")
-        return DynamicVAR(dense, self.var_of(work, stage), config.moe.scales)
+        return kind_of(work.config).load(self, work)
 
     def drawing(self, work: Work) -> Drawing:
         """How a point's images are drawn: as many of each class, from its seed."""
@@ -178,8 +86,7 @@ class Bench:
             classes[balanced_labels(num_samples, len(classes))],
             config.evaluate.seed,
             config.sampling,
-            config.selection.rules() if config.evaluate.model == "dynamic" else None,
-            config.moe.impl,
+            **kind_of(config).sampled_by(config),
         )
 
     def _classes(self, work: Work) -> npt.NDArray[np.int64]:
@@ -206,10 +113,11 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
         _ = bench.reference  # what is wrong with it ends the run before images are drawn
     folder = work.folder("evaluate")
     drawing = bench.drawing(work)
+    images = work.fingerprint_of_images("evaluate", MEASURING)
     stored = StoredDrawing(
         drawing,
         folder,
-        hash_of({"images": work.fingerprint_of_images(), "labels": drawing.labels.tolist()}),
+        hash_of({"images": images, "labels": drawing.labels.tolist()}),
         config.evaluate.format,
         tuple(sorted(other for other in folder.parent.glob("*") if other != folder)),
     )
@@ -237,8 +145,7 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     }
     if config.data.kind == "image_folder" and config.fidelity.reference is None:
         about["data"] = bench.training_images.about()
-    if config.evaluate.model == "pruned":
-        about |= _write_pruning(work, bench.pruned_of(work))  # kept since it was drawn from
+    about |= kind_of(config).about(bench, work)
     dtype = str(next(drawing.model.parameters()).dtype).removeprefix("torch.")
     return StageResult(metrics, num_images, about, config.evaluate.seed, dtype)
 
@@ -278,22 +185,6 @@ def _compare(
     }
 
 
-def _teacher_inputs(
-    tokens: TokenSet, batches: Sequence[Tensor], vqvae: VQVAE, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labels (B,) and teacher input (B, L - 1, Cvae) of the images of each batch of indices."""
-    for indices_B in batches:
-        tokens_BL, labels_B = tokens.batch(indices_B)
-        yield labels_B.to(device), vqvae.teacher_input(tokens.by_scale(tokens_BL.to(device)))
-
-
-def _write_pruning(work: Work, pruned: Pruned) -> dict[str, Any]:
-    """Leaves pruning.json beside the record: the neurons that stay, by layer."""
-    content = {"hidden": work.config.var.hidden, "kept": pruned.kept}
-    write_text(work.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
-    return {"pruning": PRUNING_FILE, "kept_neurons": len(pruned.kept[0])}
-
-
 def _stored_images(stored: StoredDrawing) -> Pixels:
     """The images that were drawn, read from the disk as they are used."""
     if stored.format == "png":
@@ -307,10 +198,53 @@ def describe(work: Work) -> str:
     config = work.config
     if config.evaluate.samples is not None:
         return f"images of {config.evaluate.samples}"
-    scales = ",".join(str(si) for si in config.moe.scales)
-    if config.evaluate.model == "dense":
-        return f"dense seed {config.evaluate.seed}"
-    if config.evaluate.model == "pruned":
-        how = f"{config.pruning.model} pruned by {config.pruning.share:g} ({config.pruning.rule})"
-        return f"{how} at scales {scales} seed {config.evaluate.seed}"
-    return f"{config.selection.text} at scales {scales} seed {config.evaluate.seed}"
+    return f"{kind_of(config).text(config)} seed {config.evaluate.seed}"
+
+
+def refuse_given_samples(config: Config) -> None:
+    """ConfigError for stages that measure points of their own."""
+    if config.evaluate.samples is not None:
+        raise ConfigError(
+            f"evaluate.samples={config.evaluate.samples}: images that are given are measured by "
+            "scripts/evaluate.py alone; allowed here: null"
+        )
+
+
+def refuse(config: Config) -> None:
+    """ConfigError for what fidelity cannot be measured with."""
+    samples = config.evaluate.samples
+    if samples is not None and not Path(samples).expanduser().exists():
+        raise ConfigError(
+            f"evaluate.samples={samples}: no such file or folder; allowed: null, an .npz file of "
+            "images (arr_0), a folder of images"
+        )
+    if config.sampling.more_smooth:
+        raise ConfigError(
+            "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "
+            "measured on images that were drawn without it; allowed here: false"
+        )
+    reference = config.fidelity.reference
+    if reference is None and config.data.unreadable == "skip":
+        raise ConfigError(
+            "fidelity.reference=null compares with all training pictures, data.unreadable=skip "
+            "leaves some out; allowed: a reference file or folder, or data.unreadable=refuse"
+        )
+    if reference is not None and not Path(reference).expanduser().exists():
+        raise ConfigError(
+            f"fidelity.reference={reference}: no such file or folder; allowed: null, an .npz "
+            "reference file, a folder of images"
+        )
+
+
+def reads(config: Config, ours: Config) -> Keys:
+    """A point reads what its kind of model does; given images depend on no model."""
+    if ours.evaluate.samples is not None:
+        return ("data", "var.num_classes", "evaluate.samples", "fidelity")
+    return (*kind_of(config).reads, "sampling", "evaluate", "fidelity")
+
+
+def needs(config: Config) -> Keys:
+    return kind_of(config).needs(config) if config.evaluate.samples is None else ()
+
+
+STAGE = Stage("evaluate", run, reads, needs, refuse=refuse, compares=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
+from dmoe_var.config.root import flatten
 from dmoe_var.distributed import is_main
-from dmoe_var.experiment.graph import StageResult, require
+from dmoe_var.experiment.graph import require
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
-from dmoe_var.experiment.work import OPTIONAL, Work
+from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.view import OPTIONAL
+from dmoe_var.experiment.work import Work
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
 from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import EXPERTS
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""
@@ -41,8 +46,7 @@ def run(work: Work) -> StageResult:
 def measured(work: Work) -> list[Record]:
     """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
     sample counts and references; of a stage that has no record, or a broken one, none."""
-    said = work.config.leaves.items()
-    given = {key: value for key, value in said if key.startswith("selection.")}
+    given = dict(flatten({"selection": asdict(work.config.selection)}))
     rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
     scales = {"moe.scales": list(work.config.moe.scales)}
     records = []
@@ -63,3 +67,6 @@ def measured(work: Work) -> list[Record]:
             if same and not work.differing("train_router", record):
                 records.append(record)
     return records
+
+
+STAGE = Stage("export", run, reads=(*EXPERTS, "export"), needs=("train_router",), always_runs=True)

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.contents import held
-from dmoe_var.experiment.graph import StageResult, order, record_if_done, run_stage
+from dmoe_var.experiment.graph import order, record_if_done, run_stage
 from dmoe_var.experiment.points import joined, vary
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import claims, expert_maps, fid_over_flops, sample_grid, times
 from dmoe_var.figures import training_curves as training
@@ -324,3 +325,12 @@ def _draw_pictures(work: Work, figure: Figure, data: Data, paths: Paths) -> None
 
 def _setting_name(setting: Data) -> str:
     return "chosen tau" if setting["name"] == CHOSEN else f"tau {setting['name']}"
+
+
+READS = (
+    "seed", "dtype", "data", "vqvae", "var", "base",
+    "train_vqvae", "train_var", "conversion", "sparsify", "split", "train_router",
+    "moe", "selection", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity",
+    "sweep", "pruning", "sample", "benchmark", "calibrate", "maps", "figures",
+)  # fmt: skip
+STAGE = Stage("figures", run, READS, refuse=evaluate.refuse_given_samples, always_runs=True)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dmoe_var.errors import ConfigError
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.kernels import draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers

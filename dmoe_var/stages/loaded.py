@@ -6,10 +6,10 @@ What samples in another precision (`sampling.dtype`) casts them itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,11 @@ from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.router import default_hidden
+
+T = TypeVar("T")
+
+EXPERTS = ("moe", "selection")
+"""Sections that say nothing about a dense model."""
 
 TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
 """Fields that shape training, not the function: published files do not hold them."""
@@ -85,6 +90,52 @@ def var(work: Work, stage: str) -> VAR:
 def dynamic(work: Work) -> DynamicVAR:
     """Dense and expert VAR joined at `moe.scales`."""
     return DynamicVAR(dense(work), split(work), work.config.moe.scales)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that the points of a sweep or a figure share: each is looked up by a point's own
+    configuration and loaded once; of each kind the latest is kept, in the dtype of sampling."""
+
+    work: Work
+    """Whose models `vqvae`, `dense` and `experts` are."""
+    _latest: dict[Hashable, tuple[object, Any]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """By kind: what the model was made of, and the model."""
+
+    @property
+    def vqvae(self) -> VQVAE:
+        return self.vqvae_of(self.work)
+
+    @property
+    def dense(self) -> VAR:
+        return self.var_of(self.work, "train_var")
+
+    @property
+    def experts(self) -> VAR:
+        return self.var_of(self.work, "train_router")
+
+    def vqvae_of(self, work: Work) -> VQVAE:
+        """The tokenizer of a point."""
+        dtype = work.config.sampling.torch_dtype
+        key = (work.fingerprint_of_model("train_vqvae"), dtype)
+        return self.made("vqvae", key, lambda: vqvae(work).to(dtype))
+
+    def var_of(self, work: Work, stage: str) -> VAR:
+        """The VAR of a point as a stage left it: dense, sparse, or split into experts."""
+        dtype = work.config.sampling.torch_dtype
+        kind = "experts" if stage in ("split", "train_router") else stage
+        key = (stage, work.fingerprint_of_model(stage), dtype)
+        return self.made(kind, key, lambda: var(work, stage).to(dtype))
+
+    def made(self, kind: Hashable, key: object, make: Callable[[], T]) -> T:
+        """The latest of a kind where it has the same key, else a new one in its place."""
+        if kind not in self._latest or self._latest[kind][0] != key:
+            self._latest.pop(kind, None)  # its memory before the new one's
+            self._latest[kind] = (key, make())
+        made: T = self._latest[kind][1]
+        return made
 
 
 def _var(work: Work, source: str | Path, expected: VARConfig) -> VAR:

@@ -14,14 +14,14 @@ from torch import Tensor
 from dmoe_var.arrays import read_npz, write_npz
 from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import barrier, is_main
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.evaluate import Bench
+from dmoe_var.stages.loaded import EXPERTS, Models
 
 MAPS_FILE = "maps.npz"
 CHOSEN = "chosen"
@@ -34,9 +34,9 @@ def run(work: Work) -> StageResult:
     shown = {CHOSEN: config.selection, **{f"{t:g}": SelectionConfig(tau=(t,)) for t in maps.tau}}
     labels = list(range(min(maps.images, config.var.num_classes)))
     if is_main():
-        bench, arrays = Bench(work), dict[str, Any]()
+        models, arrays = Models(work), dict[str, Any]()
         for i, selection in enumerate(shown.values()):
-            found = collect_maps(work, bench, labels, selection.rules(), maps.seed)
+            found = collect_maps(work, models, labels, selection.rules(), maps.seed)
             arrays |= {f"images_{i}": found.images, f"maps_{i}": found.maps}
         write_npz(work.folder("maps") / MAPS_FILE, arrays)
     barrier()
@@ -53,21 +53,21 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
 
 @torch.inference_mode()
 def collect_maps(
-    work: Work, bench: Bench, labels: Sequence[int], selection: Selection, seed: int
+    work: Work, models: Models, labels: Sequence[int], selection: Selection, seed: int
 ) -> ExpertMaps:
     """Maps of one image a label at `moe.scales`."""
     config = work.config
-    model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
+    model = DynamicVAR(models.dense, models.experts, config.moe.scales)
     counts, pictures = ExpertCounts(), {}
 
     def keep(si: int, f_hat_BCHW: Tensor) -> None:
         if si in config.moe.scales:
-            decoded = (bench.vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
+            decoded = (models.vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
             pictures[si] = to_uint8(decoded)
 
     generate(
         model,
-        bench.vqvae,
+        models.vqvae,
         list(labels),
         **config.sampling.options,
         seed=seed,
@@ -89,3 +89,6 @@ def _share(per_token: Tensor, num_images: int, most: int, finest: int) -> np.nda
     side = round(conditional_Nl.shape[1] ** 0.5)
     share_N1pp = conditional_Nl.view(num_images, 1, side, side)
     return F.interpolate(share_N1pp, size=(finest, finest), mode="nearest")[:, 0].cpu().numpy()
+
+
+STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=("train_router",))

@@ -14,9 +14,9 @@ from dmoe_var.data.class_names import class_names, title
 from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError
-from dmoe_var.experiment.graph import StageResult
 from dmoe_var.experiment.points import operating_point, vary
 from dmoe_var.experiment.record import git_commit, now
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, report
@@ -29,7 +29,8 @@ from dmoe_var.report import microscope, page
 from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.evaluate import Bench
+from dmoe_var.stages.evaluate import Bench, refuse_given_samples
+from dmoe_var.stages.loaded import EXPERTS
 
 REPORT_FILE = "report.html"
 MB = 1e6
@@ -199,3 +200,16 @@ def _draw(
     rules = dict.fromkeys(config.moe.scales, rule)
     pairs = pairs_per_image([counts], rules, fixed.branches)
     return image, report(fixed, pairs, rules, 1)
+
+
+STAGE = Stage(
+    "report",
+    run,
+    reads=(
+        *EXPERTS, "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep",
+        "report",
+    ),
+    needs=("train_router",),
+    refuse=refuse_given_samples,
+    always_runs=True,
+)  # fmt: skip

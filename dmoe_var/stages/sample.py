@@ -21,7 +21,8 @@ from dmoe_var.data.class_names import class_names, slug, title
 from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import gathered, is_main, rank, world_size
 from dmoe_var.errors import CheckpointError, InputError
-from dmoe_var.experiment.graph import StageResult, require
+from dmoe_var.experiment.graph import require
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
@@ -32,6 +33,7 @@ from dmoe_var.moe.selection import Oracle, Selection, SelectionConfig, Selection
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import EXPERTS
 
 MOST_CLASSES = 10
 SAMPLES_FILE = "samples.npz"
@@ -43,8 +45,9 @@ class Drawer:
     """A model as it is drawn from, and what its pictures are titled."""
 
     model: VAR | DynamicVAR
-    selection: Selection
     title: str
+    selection: Selection = None
+    impl: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _missing(work: Work) -> InputError | None:
 
 def _changed(work: Work, **fields: str) -> Work:
     """The work with another `sample` section; the experiment's own draws both loaded."""
-    config, own = work.config, work.baseline.sample
+    config, own = work.whole, work.baseline.sample
     return Work(
         replace(config, sample=replace(config.sample, **fields)),  # type: ignore[arg-type]
         replace(work.baseline, sample=replace(own, model=own.model or "both")),
@@ -164,22 +167,29 @@ def run(work: Work) -> StageResult:
 def _drawers(work: Work) -> dict[str, Drawer]:
     """The models to draw from, by the name of their folder."""
     config, sample = work.config, work.config.sample
-    given: Selection = config.selection.rules()
     dtype = config.sampling.torch_dtype
     if sample.pretrained is not None:
         dynamic = _pretrained(sample.pretrained, config).to(work.device, dtype)
         dense = dynamic.dense
-        given = dynamic.selection if sample.selection == "stored" else given
     else:
         dense = loaded.dense(work).to(dtype)
-        if sample.model != "dense":
+        if "dynamic" in _models(config):
             dynamic = DynamicVAR(dense, loaded.split(work).to(dtype), config.moe.scales)
     drawers = {}
-    if sample.model != "dynamic":
-        drawers["dense"] = Drawer(dense, None, "dense VAR")
-    if sample.model != "dense":
-        drawers["dynamic"] = Drawer(dynamic, given, f"DMoE-VAR, {describe(given)}")
+    if "dense" in _models(config):
+        drawers["dense"] = Drawer(dense, "dense VAR")
+    if "dynamic" in _models(config):
+        stored = sample.pretrained is not None and sample.selection == "stored"
+        given: Selection = dynamic.selection if stored else config.selection.rules()
+        title = f"DMoE-VAR, {describe(given)}"
+        drawers["dynamic"] = Drawer(dynamic, title, given, config.moe.impl)
     return drawers
+
+
+def _models(config: Config) -> Keys:
+    """The models that are drawn from."""
+    model = config.sample.model
+    return ("dense", "dynamic") if model is None or model == "both" else (model,)
 
 
 def _pretrained(source: str, config: Config) -> DynamicVAR:
@@ -191,7 +201,7 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
             raise CheckpointError(
                 f"{source}: {name} is {theirs}, the configuration says var.{name}={ours}"
             )
-    if config.sample.selection == "given":
+    if config.sample.selection == "given" and "dynamic" in _models(config):
         _check_selection(source, model, config.selection)
     return model
 
@@ -236,7 +246,7 @@ def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: st
             seed=seed,
             selection=drawer.selection,
             start_index=start,
-            impl=work.config.moe.impl,
+            impl=drawer.impl,
         )
         drawn[i] = to_uint8(images_B3RR)
     everything = {i: images for part in gathered(drawn) for i, images in part.items()}
@@ -255,3 +265,25 @@ def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bo
     for image, file_name in zip(images, pictures.file_names, strict=True):
         with whole_file(folder / file_name) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
+
+
+def reads(config: Config, ours: Config) -> Keys:
+    """`data.kind` gives the classes their names. Of a stored model the shape alone is compared."""
+    experts = EXPERTS if "dynamic" in _models(config) else ()
+    common = (*experts, "sampling", "sample", "vqvae", "base.vqvae", "data.kind")
+    if ours.sample.pretrained is not None:
+        return (*common, *(f"var.{name}" for name in SHARED_FIELDS))
+    return (*common, "var", "base.var")
+
+
+def needs(config: Config) -> Keys:
+    """Nothing is validated for pictures: models that are given need no stage."""
+    base, sample = config.base, config.sample
+    if sample.pretrained is None and "dynamic" in _models(config):
+        return ("train_router",)
+    if sample.pretrained is None and base.var is None:
+        return ("train_var",)
+    return ("train_vqvae",) if base.vqvae is None else ()
+
+
+STAGE = Stage("sample", run, reads, needs)

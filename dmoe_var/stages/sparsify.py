@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmoe_var.conversion.relufication import relufy
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import token_about, token_metrics, token_sets
@@ -25,3 +25,12 @@ def run(work: Work) -> StageResult:
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},
     )
+
+
+STAGE = Stage(
+    "sparsify",
+    run,
+    reads=("sparsify", "conversion"),
+    needs=("train_var",),
+    reads_pictures=True,
+)

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from dmoe_var.conversion.to_moe import cluster_layer, convert_to_moe
 from dmoe_var.distributed import gathered, is_main, rank, world_size
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
 from dmoe_var.stages import loaded
@@ -37,3 +37,6 @@ def cluster(work: Work, var: VAR) -> list[Tensor]:
     }
     by_layer = {layer: labels for part in gathered(found) for layer, labels in part.items()}
     return [by_layer[layer] for layer in range(config.var.depth)]
+
+
+STAGE = Stage("split", run, reads=("split",), needs=("sparsify",))

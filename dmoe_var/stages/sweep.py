@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import barrier, is_main
-from dmoe_var.experiment.graph import StageResult, run_stage
+from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.graph import run_stage
 from dmoe_var.experiment.points import joined, mean
 from dmoe_var.experiment.record import Record
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import DEFAULT_VARIANT, Work
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
@@ -60,19 +63,17 @@ def settings(work: Work) -> list[Setting]:
 
 def point(work: Work, setting: Setting, seed: int) -> Work:
     """The configuration of one setting and seed, as the evaluate stage runs it."""
-    config = work.config
+    config = work.whole
     evaluated = replace(config.evaluate, model=setting.model, seed=seed)  # type: ignore[arg-type]
     if setting.model == "dense":
-        return Work(replace(config, evaluate=evaluated), work.baseline)
-    return Work(
-        replace(
-            config,
-            evaluate=evaluated,
-            selection=SelectionConfig("threshold", tau=setting.tau),
-            moe=replace(config.moe, scales=setting.scales),
-        ),
-        work.baseline,
+        return replace(work, whole=replace(config, evaluate=evaluated))
+    changed = replace(
+        config,
+        evaluate=evaluated,
+        selection=SelectionConfig("threshold", tau=setting.tau),
+        moe=replace(config.moe, scales=setting.scales),
     )
+    return replace(work, whole=changed)
 
 
 def planned(work: Work) -> list[tuple[Setting, int]]:
@@ -97,7 +98,7 @@ def run_part(work: Work) -> list[Record]:
 def whole(work: Work) -> Work:
     """The sweep that a part is of. A point's record is the same in both."""
     sweep = replace(work.config.sweep, part=None, parts=1)
-    return Work(replace(work.config, sweep=sweep), work.baseline)
+    return replace(work, whole=replace(work.whole, sweep=sweep))
 
 
 def _measure(work: Work, bench: evaluate.Bench) -> list[tuple[Setting, Record]]:
@@ -259,3 +260,35 @@ def _cell(column: str, value: float) -> str:
 def table_of(record: Record) -> str:
     """The table of a sweep's record."""
     return table(record.about["settings"], record.about["fidelity"])
+
+
+def refuse(config: Config) -> None:
+    """ConfigError for what no point, or only a sweep, cannot do with the configuration."""
+    evaluate.refuse(config)
+    evaluate.refuse_given_samples(config)
+    if config.sweep.part is not None:
+        raise ConfigError(
+            f"sweep.part={config.sweep.part}: a part of a sweep is measured by scripts/sweep.py; "
+            "allowed here: null, which joins all parts"
+        )
+    if config.evaluate.format == "png":
+        raise ConfigError(
+            "evaluate.format=png: a sweep's figures are drawn from samples.npz; allowed: npz, both"
+        )
+    allowed = sorted({1, len(config.moe.scales)})
+    for name, taus in config.sweep.lists.items():
+        if len(taus) not in allowed:
+            raise ConfigError(
+                f"sweep.lists.{name}={list(taus)} must have {' or '.join(map(str, allowed))} "
+                "values, one for all or one for each of moe.scales"
+            )
+
+
+STAGE = Stage(
+    "sweep",
+    run,
+    reads=("moe", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep"),
+    needs=("train_router",),
+    refuse=refuse,
+    compares=True,
+)

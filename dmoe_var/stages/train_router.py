@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import token_about, token_sets
@@ -19,3 +19,6 @@ def run(work: Work) -> StageResult:
     metrics = train(objective, config, work.training_run("train_router"))
     loaded.save(work, "train_router", moe)
     return StageResult(metrics, about={"checkpoint": "checkpoint", **token_about(tokens)})
+
+
+STAGE = Stage("train_router", run, reads=("train_router",), needs=("split",), reads_pictures=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dmoe_var.experiment.graph import StageResult
+from dmoe_var.config.root import Config
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
 from dmoe_var.stages import loaded
@@ -32,3 +33,13 @@ def run(work: Work) -> StageResult:
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},
     )
+
+
+def reads(config: Config, ours: Config) -> Keys:
+    trained = ("train_var",) if config.base.var is None else ()
+    return ("var", "base.var", *trained)
+
+
+STAGE = Stage(
+    "train_var", run, reads, needs=("train_vqvae",), given="base.var", reads_pictures=True
+)

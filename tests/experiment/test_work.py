@@ -11,11 +11,10 @@ import torch
 
 from dmoe_var.devices import chosen_device
 from dmoe_var.errors import ConfigError, InputError
-from dmoe_var.experiment.work import NEEDS
+from dmoe_var.experiment.stage import STAGES
 from dmoe_var.training.step import OptimConfig
 from dmoe_var.training.tracking import Tracking
 
-STAGES = tuple(NEEDS)
 TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
 MEASURING = ("sample", "evaluate", "sweep", "export", "calibrate", "maps", "report")
 TIMED = {"benchmark"}

@@ -270,7 +270,7 @@ KERNELS = {"benchmark.kernels": True, "benchmark.repeats": 2, "benchmark.expert_
 def test_kernels(make_work, no_process, tmp_path):
     """No models are needed; a picture and a row for each path, size, scale and density."""
     changes = {**KERNELS, "benchmark.densities": [1, 0.5], "moe.scales": [2, 3]}
-    work = make_work(tmp_path, changes)
+    work = make_work(tmp_path, {**changes, "benchmark.chosen": True})  # without effect
     record = run_stage(work, "benchmark")
     rows = [row for row in record.about["kernels"] if row["density"] is not None]
     assert len(rows) == len(paths_on(work.device)) * 2 * 2 * 2

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.svm import SVC
 
-from dmoe_var import DynamicVAR, count_flops
-from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.data import load_data
 from dmoe_var.data.digits import ImageSet, load_digits
 from dmoe_var.data.images import to_uint8
-from dmoe_var.errors import ConfigError, DataError, InputError
-from dmoe_var.experiment.graph import StageResult, record_if_done, run_stage, run_through
+from dmoe_var.errors import ConfigError, DataError
+from dmoe_var.experiment.graph import StageResult, record_if_done, run_stage
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.work import Work
 from dmoe_var.files import note
@@ -31,7 +26,7 @@ from dmoe_var.sampling.draw import Drawing, Samples
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.store import StoredDrawing
 from dmoe_var.stages import evaluate, loaded
-from dmoe_var.stages.evaluate import Bench, describe
+from dmoe_var.stages.evaluate import MEASURING, Bench, describe
 from dmoe_var.stages.maps import collect_maps
 
 
@@ -78,168 +73,6 @@ def test_dense_and_dynamic_points_differ(make_work, runs, images_of):
     assert not any(name.startswith("experts_share") for name in metrics[0])
     images = [images_of(work.folder("evaluate") / "samples.npz") for work in (dense, dynamic)]
     assert not np.array_equal(*images)
-
-
-@pytest.fixture
-def inputs_of_training():
-    """inputs_of_training(work, indices): labels and teacher input of training images."""
-
-    def inputs_of_training(work, indices):
-        vqvae = loaded.vqvae(work)
-        images = Bench(work).training_images
-        pictures = torch.from_numpy(images.images[indices]).permute(0, 3, 1, 2).float()
-        tokens = vqvae.encode(pictures / 127.5 - 1)
-        return torch.from_numpy(images.labels[indices]), vqvae.teacher_input(tokens)
-
-    return inputs_of_training
-
-
-@pytest.mark.parametrize(
-    ("changes", "stage"),
-    [
-        ({}, "train_var"),
-        ({"pruning.rule": "mean_signed", "moe.scales": [1, 3], "sampling.cfg": 0}, "train_var"),
-        ({"pruning.model": "sparse", "pruning.share": 0.3, "pruning.images": 15}, "sparsify"),
-    ],
-)
-def test_a_pruned_point(make_work, runs, inputs_of_training, images_of, changes, stage):
-    """What is pruned, by means taken anew of evenly spread training images, is what was drawn
-    from, counted and written down."""
-    work = make_work(runs, {"evaluate.model": "pruned", **changes})
-    record = run_stage(work, "evaluate")
-    pruning, scales = work.config.pruning, work.config.moe.scales
-    dense, given = loaded.dense(work), loaded.var(work, stage)
-    indices = [0, 2, 5, 8, 10, 13, 16, 18, 21, 24, 26, 29, 32, 34, 37]
-    of_means = inputs_of_training(work, indices if pruning.images == 15 else list(range(40)))
-    signed = pruning.rule == "mean_signed"
-    means = mean_activations(given, [of_means], scales, signed)
-    kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
-    stored = json.loads((work.folder("evaluate") / "pruning.json").read_text())
-    assert stored == {"hidden": 128, "kept": kept}
-    assert record.about["pruning"] == "pruning.json"
-    assert record.about["kept_neurons"] == len(kept[0]) == 128 - int(128 * pruning.share)
-
-    model = DynamicVAR(dense, prune(given, pruning.share, means), scales)
-    cfg = work.config.sampling.cfg
-    counted = count_flops(model, loaded.vqvae(work), [0], cfg=cfg)
-    assert record.metrics["flops_gmac"] == pytest.approx(counted.total_gmac)
-    assert record.metrics["flops_gmac_authors"] == pytest.approx(counted.total_gmac)
-    assert record.about["guidance"] == (cfg != 0)
-    assert len(record.about["flops_histogram"]["images"]) == 1
-    image = generate(model, loaded.vqvae(work), [3], seed=0, start_index=3, cfg=cfg)
-    drawn = images_of(work.folder("evaluate") / "samples.npz")[3]
-    assert np.abs(image[0].permute(1, 2, 0).numpy() * 255 - drawn).max() < 0.51
-
-
-@pytest.mark.parametrize("num_images", [15, 40])
-def test_means_are_over_the_whole_set(make_work, runs, inputs_of_training, monkeypatch, num_images):
-    """Every image that they are taken over, which lie evenly: in all batches, with its label."""
-    seen = []
-
-    def record(var, inputs, scales, signed):
-        seen.extend(inputs)
-        return [torch.rand(var.config.hidden)]
-
-    monkeypatch.setattr(evaluate, "mean_activations", record)
-    work = make_work(runs, {"evaluate.model": "pruned", "pruning.images": num_images})
-    Bench(work).pruned_of(work)
-    indices = [i * 40 // num_images for i in range(num_images)]
-    labels, teacher = inputs_of_training(work, indices)
-    assert torch.cat([labels_B for labels_B, _ in seen]).tolist() == labels.tolist()
-    torch.testing.assert_close(torch.cat([teacher_B for _, teacher_B in seen]), teacher)
-
-
-RULES = [
-    ({"selection.rule": "oracle", "selection.tau": 0.5}, "split", None),
-    ({"selection.rule": "random", "selection.k": 3}, "split", 3),
-    ({"selection.rule": "all"}, "split", 4),
-    ({"selection.rule": "top_k", "selection.k": 1}, "train_router", 1),
-    ({"selection.rule": "cumulative", "selection.share": 0.6}, "train_router", None),
-    ({"selection.rule": "threshold", "selection.tau": 0.5}, "train_router", None),
-]
-
-
-@pytest.mark.parametrize(("changes", "stage", "experts"), RULES)
-def test_every_rule_goes_the_same_way(make_work, runs, changes, stage, experts):
-    """Through the same sampler, counter and distance; a router is loaded and counted only where
-    the rule reads its scores."""
-    work = make_work(runs, changes)
-    if stage == "split":
-        shutil.rmtree(work.folder("train_router"))
-    assert work.needs("evaluate") == (stage,)
-    metrics = run_stage(work, "evaluate").metrics
-    assert metrics["fid_fake"] >= 0
-    assert (metrics["flops_router_gmac"] > 0) == (stage == "train_router")
-    pairs = [2 * n * 4 * metrics[f"experts_share_scale{si}"] for si, n in ((2, 9), (3, 16))]
-    assert metrics["flops_experts_gmac"] == pytest.approx(sum(pairs) * 2 * 32 * 32 / 1e9)
-    if experts is None:
-        assert 0.25 <= metrics["experts_share_scale3"] < 1
-        assert metrics["flops_gmac_authors"] < metrics["flops_gmac"]
-    else:
-        assert pairs == pytest.approx([2 * 9 * experts, 2 * 16 * experts])
-        charge = 1 + 0.1 * math.log10(4 - experts + 1)
-        spared = metrics["flops_experts_gmac"] * (1 - 1 / charge)
-        assert metrics["flops_gmac"] - metrics["flops_gmac_authors"] == pytest.approx(spared)
-
-
-def test_a_rule_that_reads_scores_needs_the_routers(make_work, runs):
-    work = make_work(runs, {"selection.rule": "top_k", "selection.k": 1})
-    shutil.rmtree(work.folder("train_router"))
-    with pytest.raises(InputError, match="train_router is not done"):
-        run_stage(work, "evaluate")
-
-
-def test_one_bench_serves_points_of_different_models(make_work, runs, monkeypatch):
-    """Each point gets its own work's models, loaded once as long as they do not change."""
-    asked, var = [], loaded.var
-
-    def counted(work, stage):
-        asked.append((stage, work.config.split.expert_size, work.config.sparsify.alpha))
-        return var(work, stage)
-
-    rule = {"selection.rule": "random", "selection.k": 2}
-    works = [
-        make_work(runs, rule),
-        make_work(runs, {**rule, "evaluate.seed": 1}),
-        make_work(runs, {**rule, "split.expert_size": 16}),
-        make_work(runs, {**rule, "sparsify.alpha": 0.5}),
-        make_work(runs, {"evaluate.model": "pruned"}),
-        make_work(runs, {"evaluate.model": "pruned", "pruning.share": 0.7}),
-        make_work(runs, {"evaluate.model": "pruned", "pruning.model": "sparse"}),
-    ]
-    for work in works:
-        run_through(work, work.needs("evaluate")[0], lambda stage, done: None)
-    alone = [Bench(work).model(work).state_dict() for work in works]
-    bench = Bench(make_work(runs))
-    monkeypatch.setattr(loaded, "var", counted)
-    for work, expected in zip(works, alone, strict=True):
-        found = bench.model(work).state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    alpha = works[0].config.sparsify.alpha
-    assert asked == [
-        ("train_var", 32, alpha), ("split", 32, alpha), ("split", 16, alpha), ("split", 32, 0.5),
-        ("sparsify", 32, alpha),
-    ]  # fmt: skip
-    assert bench.dense is bench.var_of(works[0], "train_var")
-
-
-def test_means_are_taken_once_for_all_shares(make_work, runs, monkeypatch):
-    calls, taken = [], evaluate.mean_activations
-    monkeypatch.setattr(
-        evaluate, "mean_activations", lambda *given: calls.append(given) or taken(*given)
-    )
-    bench = Bench(make_work(runs))
-    pruned = {"evaluate.model": "pruned"}
-    signed = {**pruned, "pruning.rule": "mean_signed"}
-    for changes in (
-        pruned,
-        signed,
-        {**pruned, "pruning.share": 0.2},
-        {**signed, "evaluate.seed": 1},
-    ):
-        bench.model(make_work(runs, changes))
-    assert len(calls) == 2
 
 
 def test_the_reference_is_the_training_set(make_work, runs):
@@ -420,6 +253,10 @@ def test_records_are_read_where_the_reference_is_not(make_work, runs, pictures):
     assert record_if_done(work, "evaluate") is None
 
 
+def images_of_point(work):
+    return work.fingerprint_of_images("evaluate", MEASURING)
+
+
 def test_other_weights_of_the_network_are_measured_anew(make_work, tmp_path):
     path = tmp_path / "weights.pth"
     changes = {"fidelity.backbone": "inception", "fidelity.weights": str(path)}
@@ -427,7 +264,7 @@ def test_other_weights_of_the_network_are_measured_anew(make_work, tmp_path):
     for content in (b"one", b"two"):
         path.write_bytes(content)
         work = make_work(changes=changes)
-        found.append((work.fingerprint("evaluate"), work.fingerprint_of_images()))
+        found.append((work.fingerprint("evaluate"), images_of_point(work)))
     assert found[0][0] != found[1][0]
     assert found[0][1] == found[1][1]
 
@@ -472,7 +309,7 @@ def test_measuring_or_storing_otherwise_draws_nothing(make_work, runs, drawn_bat
     ],
 )
 def test_other_images_are_drawn(make_work, changes):
-    assert make_work().fingerprint_of_images() != make_work(changes=changes).fingerprint_of_images()
+    assert images_of_point(make_work()) != images_of_point(make_work(changes=changes))
 
 
 # Images that are given
@@ -637,27 +474,6 @@ def test_what_cannot_be_measured_is_refused(make_work, no_work, stage):
         assert "\n" not in message
         assert [part for part in parts if part not in message] == [], message
         work.check("sample")
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"evaluate.model": "dense"}, "dense seed 0"),
-        (
-            {"evaluate.model": "pruned", "pruning.model": "sparse", "evaluate.seed": 3},
-            "sparse pruned by 0.5 (mean_abs) at scales 2,3 seed 3",
-        ),
-        ({"selection.tau": [0.25, 0.5]}, "threshold 0.25,0.5 at scales 2,3 seed 0"),
-        ({"selection.rule": "top_k", "evaluate.seed": 2}, "top_k 8 at scales 2,3 seed 2"),
-        ({"selection.rule": "cumulative"}, "cumulative 0.9 at scales 2,3 seed 0"),
-        ({"selection.rule": "all", "moe.scales": [1]}, "all at scales 1 seed 0"),
-    ],
-)
-def test_description(make_work, changes, text):
-    if changes.get("selection.rule") == "top_k":
-        changes = {**changes, "selection.k": 4}
-        text = text.replace("top_k 8", "top_k 4")
-    assert describe(make_work(changes=changes)) == text
 
 
 @pytest.mark.parametrize("tau", [[0.0, 0.0], [0.4, 0.8]])

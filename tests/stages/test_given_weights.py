@@ -14,11 +14,10 @@ from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.data.token_cache import weights_hash
 from dmoe_var.experiment.graph import require, run_stage, run_through
 from dmoe_var.experiment.record import Record
-from dmoe_var.experiment.work import NEEDS
+from dmoe_var.experiment.stage import STAGES
 from dmoe_var.stages import loaded
 from dmoe_var.stages.evaluate import Bench
 
-STAGES = tuple(NEEDS)
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 

@@ -150,8 +150,8 @@ def test_given_base_models_need_no_stage_and_no_data(make_work, runs, tmp_path, 
     def no_data(config: DataConfig):
         raise AssertionError("data are loaded")
 
-    for module in ("tokens", "evaluate", "train_vqvae"):
-        monkeypatch.setattr(f"dmoe_var.stages.{module}.load_data", no_data, raising=False)
+    for module in ("loaded", "train_vqvae"):
+        monkeypatch.setattr(f"dmoe_var.stages.{module}.load_data", no_data)
     base = base_of(make_work, runs)
     work, note = settled(make_work(tmp_path / "new", {**CHOSEN, **base}))
     assert work.needs("sample") == ()
@@ -216,6 +216,13 @@ def test_pretrained(make_work, pretrained, tmp_path, runs, selection, tau):
         assert np.array_equal(*found)
 
 
+def test_the_dense_model_of_a_stored_one(make_work, pretrained, tmp_path):
+    changes = {**pretrained, "sample.model": "dense", "sample.selection": "given"}
+    record = run_stage(settled(make_work(tmp_path, changes))[0], "sample")
+    assert record.about["dense"] == "dense VAR"
+    assert "dynamic" not in record.about
+
+
 def test_pretrained_pictures_depend_on_its_content(make_work, runs, tmp_path):
     """And not on the base VAR, which need not be there."""
     base = {"base.vqvae": base_of(make_work, runs)["base.vqvae"], "base.var": "not there"}
@@ -266,7 +273,7 @@ def test_processes_share_the_work(make_work, runs, monkeypatch):
     """Two processes draw half of the batches each, and both get all of them."""
     work = make_work(runs, CHOSEN)
     vqvae, pictures = loaded.vqvae(work), Pictures.of(work.config)
-    drawer = sample.Drawer(loaded.dense(work), None, "")
+    drawer = sample.Drawer(loaded.dense(work), "")
 
     def drawn(number, gathered):
         monkeypatch.setattr(sample, "rank", lambda: number)

@@ -1,0 +1,85 @@
+"""The configuration as one stage may read it: a key that it did not declare raises.
+
+A result then depends on nothing but what its fingerprint says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+from dmoe_var.config.root import Config
+
+HOUSEKEEPING = (
+    "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
+    "data.root", "data.workers", "data.encode_batch",
+    "train_vqvae.log_every", "train_vqvae.validate_every", "train_vqvae.checkpoint_every",
+    "train_vqvae.micro_batch_size",
+    "train_var.log_every", "train_var.validate_every", "train_var.checkpoint_every",
+    "train_var.micro_batch_size", "train_var.activation_checkpointing",
+    "sparsify.log_every", "sparsify.validate_every", "sparsify.checkpoint_every",
+    "sparsify.micro_batch_size", "sparsify.activation_checkpointing",
+    "train_router.log_every", "train_router.validate_every", "train_router.checkpoint_every",
+    "train_router.micro_batch_size",
+    "sampling.batch_size", "fidelity.batch_size",
+    "sweep.part", "sweep.parts",
+    "figures.figure", "figures.make", "figures.plan", "figures.minutes",
+)  # fmt: skip
+"""Keys that change no result, or only its rounding: every stage may read them, and a run may go on
+with others. `data.root` is where the pictures are; which they are, their content says.
+`sweep.part` is which points a run measures, not what they are."""
+
+OPTIONAL = ("selection.layer_tau", "evaluate.samples")
+"""Keys that say nothing where they are empty."""
+
+
+class UndeclaredRead(RuntimeError):
+    """A stage read a key that it did not declare: a fault of its file, not of the configuration."""
+
+
+def within(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or lies below one."""
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def view(config: Config, stage: str, declared: Iterable[str]) -> Config:
+    """The configuration in which `stage` may read the declared keys and sections."""
+    return cast(Config, _View(config, "", stage, (*declared, *HOUSEKEEPING)))
+
+
+class _View:
+    """A section of which a stage may read some keys. Sections that it may read in full are handed
+    out as they are; properties see no more than the view shows."""
+
+    def __init__(self, section: Any, place: str, stage: str, allowed: tuple[str, ...]):
+        self._section = section
+        self._place = place
+        self._stage = stage
+        self._allowed = allowed
+
+    __dataclass_fields__ = property(lambda self: self._section.__dataclass_fields__)
+    """So that `replace` and `asdict`, which read every key, raise the same error."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._section.__dataclass_fields__:
+            return getattr(type(self._section), name).__get__(self)
+        value, key = getattr(self._section, name), f"{self._place}{name}"
+        if self._may_read(key, value):
+            return value
+        if is_dataclass(value) and any(each.startswith(f"{key}.") for each in self._allowed):
+            return _View(value, f"{key}.", self._stage, self._allowed)
+        raise UndeclaredRead(
+            f"{self._stage} reads {key}, which it does not declare: its result would be taken for "
+            f"that of another value; name it in `reads` of dmoe_var/stages/{self._stage}.py"
+        )
+
+    def _may_read(self, key: str, value: Any) -> bool:
+        if within(key, self._allowed):
+            return True
+        return is_dataclass(value) and all(
+            self._may_read(f"{key}.{each.name}", getattr(value, each.name))
+            for each in fields(value)
+        )

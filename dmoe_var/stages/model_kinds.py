@@ -1,0 +1,157 @@
+"""The kinds of model that a point of a quality-cost curve can have: a class each, which knows what
+the model reads, what it is made of, how it is loaded and what is told of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe_var.config.root import Config
+from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
+from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.distributed import rank, world_size
+from dmoe_var.experiment.stage import Keys
+from dmoe_var.experiment.work import Work
+from dmoe_var.files import write_text
+from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.var import VAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.stages import loaded
+from dmoe_var.stages.loaded import EXPERTS, Models, token_sets
+
+WITHOUT_ROUTER = ("oracle", "random", "all")
+"""Selection rules for which no router has to be trained."""
+PRUNING_FILE = "pruning.json"
+IMAGES_AT_ONCE = 16
+"""Training images whose activations are in memory together."""
+
+
+class Dense:
+    """The base VAR."""
+
+    reads: Keys = ()
+
+    def needs(self, config: Config) -> Keys:
+        """The stage that its own weights come from."""
+        return ("train_var",)
+
+    def load(self, models: Models, work: Work) -> VAR | DynamicVAR:
+        """The model of a point. All processes call it at once."""
+        return models.var_of(work, "train_var")
+
+    def sampled_by(self, config: Config) -> dict[str, Any]:
+        """How experts run as images are drawn: `selection` and `impl` of a Drawing."""
+        return {"selection": None}
+
+    def about(self, models: Models, work: Work) -> dict[str, Any]:
+        """What the record of a point tells, once its images are drawn."""
+        return {}
+
+    def text(self, config: Config) -> str:
+        """The model in a few words."""
+        return "dense"
+
+
+class Dynamic(Dense):
+    """Dense, with experts at `moe.scales` under `selection`."""
+
+    reads = EXPERTS
+
+    def needs(self, config: Config) -> Keys:
+        return ("split",) if config.selection.rule in WITHOUT_ROUTER else ("train_router",)
+
+    def load(self, models: Models, work: Work) -> DynamicVAR:
+        dense = models.var_of(work, "train_var")
+        (stage,) = self.needs(work.config)
+        return DynamicVAR(dense, models.var_of(work, stage), work.config.moe.scales)
+
+    def sampled_by(self, config: Config) -> dict[str, Any]:
+        return {"selection": config.selection.rules(), "impl": config.moe.impl}
+
+    def text(self, config: Config) -> str:
+        return f"{config.selection.text} at scales {_scales(config)}"
+
+
+@dataclass(frozen=True)
+class PrunedVAR:
+    """A VAR with narrower FFNs, and the neurons that each layer kept, rising."""
+
+    var: VAR
+    kept: list[list[int]]
+
+
+class Pruned(Dense):
+    """Dense, with FFNs at `moe.scales` that `pruning` made narrower."""
+
+    reads = ("moe.scales", "pruning")
+
+    def needs(self, config: Config) -> Keys:
+        return ("sparsify",) if config.pruning.model == "sparse" else ("train_var",)
+
+    def load(self, models: Models, work: Work) -> DynamicVAR:
+        dense = models.var_of(work, "train_var")
+        return DynamicVAR(dense, self.pruned(models, work).var, work.config.moe.scales)
+
+    def about(self, models: Models, work: Work) -> dict[str, Any]:
+        """Leaves pruning.json beside the record: the neurons that stay, by layer."""
+        kept = self.pruned(models, work).kept  # made when the images were drawn
+        content = {"hidden": work.config.var.hidden, "kept": kept}
+        write_text(work.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
+        return {"pruning": PRUNING_FILE, "kept_neurons": len(kept[0])}
+
+    def text(self, config: Config) -> str:
+        pruning = config.pruning
+        how = f"{pruning.model} pruned by {pruning.share:g} ({pruning.rule})"
+        return f"{how} at scales {_scales(config)}"
+
+    def pruned(self, models: Models, work: Work) -> PrunedVAR:
+        """The pruned VAR of a point. All processes call it at once."""
+        pruning, scales = work.config.pruning, work.config.moe.scales
+        (stage,) = self.needs(work.config)
+        of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
+        key = (stage, work.fingerprint_of_model(stage), *of_means)
+        var = models.var_of(work, stage)
+        means = models.made(("means", *key), key, lambda: _mean_activations(work, var))
+
+        def make() -> PrunedVAR:
+            kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
+            return PrunedVAR(prune(var, pruning.share, means), kept)
+
+        return models.made("pruned", (*key, pruning.share), make)
+
+
+KINDS: dict[str, Dense] = {"dense": Dense(), "dynamic": Dynamic(), "pruned": Pruned()}
+"""By the value of `evaluate.model`."""
+
+
+def kind_of(config: Config) -> Dense:
+    return KINDS[config.evaluate.model]
+
+
+def _scales(config: Config) -> str:
+    return ",".join(map(str, config.moe.scales))
+
+
+def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
+    """Over training images that lie evenly over the set, which may be sorted by class."""
+    vqvae, pruning = loaded.vqvae(work), work.config.pruning
+    tokens, _ = token_sets(work, vqvae)
+    num_images = min(pruning.images, len(tokens))
+    indices = torch.arange(num_images) * len(tokens) // num_images
+    batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
+    inputs = _teacher_inputs(tokens, batches, vqvae, work.device)
+    return mean_activations(var, inputs, work.config.moe.scales, pruning.rule == "mean_signed")
+
+
+def _teacher_inputs(
+    tokens: TokenSet, batches: Sequence[Tensor], vqvae: VQVAE, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Labels (B,) and teacher input (B, L - 1, Cvae) of the images of each batch of indices."""
+    for indices_B in batches:
+        tokens_BL, labels_B = tokens.batch(indices_B)
+        yield labels_B.to(device), vqvae.teacher_input(tokens.by_scale(tokens_BL.to(device)))
