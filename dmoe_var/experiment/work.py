@@ -52,9 +52,6 @@ EXPERTS = ("moe", "selection")
 PRUNED = ("moe.scales", "pruning")
 """What a pruned point reads in their place."""
 
-WITHOUT_ROUTER = ("oracle", "random", "all")
-"""Selection rules for which no router has to be trained."""
-
 POINTS = ("evaluate.num_samples", "evaluate.format")
 """What a sweep says about all of its points."""
 
@@ -188,7 +185,7 @@ class Work:
     def _needs_of_point(self) -> tuple[str, ...]:
         config = self.config
         if config.evaluate.model == "dynamic":
-            return ("split",) if config.selection.rule in WITHOUT_ROUTER else NEEDS["evaluate"]
+            return NEEDS["evaluate"] if config.selection.kind.needs_router else ("split",)
         sparse = config.evaluate.model == "pruned" and config.pruning.model == "sparse"
         return ("sparsify",) if sparse else ("train_var",)
 

@@ -14,7 +14,7 @@ from dmoe_var.config.root import SelectionConfig
 from dmoe_var.errors import ConfigError
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 GOOD = [(script, ()) for script in SCRIPTS] + [
@@ -126,7 +126,13 @@ WRONG = [
     ({"var.mlp_ratio": 1e-9}, ("mlp_ratio=1e-09",)),
     ({"split.expert_size": 0}, ("split.expert_size=0", "greater than 0")),
     ({"selection.tau": 1.5}, ("selection.tau", "1.5", "less than or equal to 1")),
-    ({"selection.rule": "best"}, ("selection.rule='best'", "'top_k'", "'oracle'")),
+    ({"selection.rule": "best"}, ("selection.rule='best'", "'top_k'", "'oracle'", "'keys'")),
+    ({"selection.k": 0}, ("selection.k=0", "greater than or equal to 1")),
+    ({"selection.k": 2.5}, ("selection.k=2.5", "integer")),
+    ({"selection.share": 2}, ("selection.share=2", "less than or equal to 1")),
+    ({"selection.layer_tau": [[2]]}, ("selection.layer_tau.0.0=2", "less than or equal to 1")),
+    ({"selection.shares": 1}, ("selection.shares: unknown key", "did you mean share?")),
+    ({"selection.rule": "top_k", "selection.layer_tau": [[0.1]]}, ("layer_tau=[[0.1]] goes with",)),
     ({"sampling.top_p": 1.1}, ("sampling.top_p=1.1", "less than or equal to 1")),
     ({"evaluate.num_samples": 1}, ("evaluate.num_samples=1", "greater than or equal to 2")),
     ({"evaluate.format": "jpg"}, ("evaluate.format='jpg'", "'npz', 'png' or 'both'")),
@@ -154,6 +160,8 @@ WRONG = [
     ({"moe.scales": [5, 5]}, ("moe.scales=[5, 5]", "distinct scales within 0..6")),
     ({"train_router.scales": [9]}, ("train_router.scales=[9]", "within 0..6")),
     ({"selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]", "1, 3, 7 values")),
+    ({"selection.rule": "keys", "selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]",)),
+    ({"selection.layer_tau": [[0.1]]}, ("selection.layer_tau=[[0.1]] is for 1 layers",)),
     ({"selection.rule": "top_k", "selection.k": 17}, ("selection.k=17", "at most 16")),
     (
         {"fidelity.precision_recall": True, "fidelity.neighbours": 1000},
