@@ -112,7 +112,7 @@ Selection = SelectionRule | Sequence[SelectionRule] | None
 
 
 @cache
-def declared_fields(rule: type[SelectionRule]) -> Mapping[str, Any]:
+def declared_fields(rule: Any) -> Mapping[str, Any]:
     """The annotation of each field of a rule."""
     hints = get_type_hints(rule, include_extras=True)
     return {field.name: hints[field.name] for field in fields(rule)}

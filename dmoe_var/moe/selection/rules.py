@@ -17,10 +17,18 @@ from dmoe_var.moe.selection.keys import Keys
 from dmoe_var.moe.selection.threshold import LayerThreshold, Oracle, Threshold
 from dmoe_var.moe.selection.top_k import TopK
 
-RULES: dict[str, type[SelectionRule]] = {
-    rule.name: rule
-    for rule in (Threshold, Oracle, TopK, Random, Cumulative, All, LayerThreshold, Keys)
-}
+_LISTED: tuple[type[SelectionRule], ...] = (
+    Threshold,
+    Oracle,
+    TopK,
+    Random,
+    Cumulative,
+    All,
+    LayerThreshold,
+    Keys,
+)
+RULES = {rule.name: rule for rule in _LISTED}
+"""The rules by their names."""
 
 
 def selection_to_json(selection: Selection) -> Any:
