@@ -35,6 +35,7 @@ from dmoe_var.models.vqvae import VQVAEConfig
 from dmoe_var.moe.experts import Impl
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.selection import SelectionConfig
+from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
 from dmoe_var.training.router_objective import RouterConfig
@@ -180,20 +181,10 @@ class Config:
                 )
 
     def _check_selection(self) -> None:
-        lengths = {1, len(self.moe.scales), self.var.num_scales}
-        if len(self.selection.tau) not in lengths:
-            allowed = ", ".join(map(str, sorted(lengths)))
-            raise ValueError(f"selection.tau={list(self.selection.tau)} must have {allowed} values")
-        by_layer = self.selection.layer_tau
-        lengths_by_scale = [len(taus) for taus in by_layer]
-        if by_layer and lengths_by_scale != [self.var.depth] * len(self.moe.scales):
-            raise ValueError(
-                f"selection.layer_tau={[list(taus) for taus in by_layer]} must have "
-                f"{len(self.moe.scales)} lists (moe.scales) of {self.var.depth} values (var.depth)"
-            )
         num_experts = self.var.hidden // self.split.expert_size
-        if self.selection.rule in ("top_k", "random") and self.selection.k > num_experts:
-            raise ValueError(f"selection.k={self.selection.k} must be at most {num_experts}")
+        check_configured(
+            self.selection, self.var.num_scales, self.moe.scales, self.var.depth, num_experts
+        )
 
     @cached_property
     def leaves(self) -> Mapping[str, Any]:

@@ -12,18 +12,16 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from dmoe_var.files import whole_file
+from dmoe_var.moe.selection import RULES
 
 COLOURS = {
+    **{rule.name: rule.colour for rule in RULES.values()},
     "dense": "#000000",
     "last": "#0072B2",
     "all": "#E69F00",
     "lists": "#009E73",
     "chosen": "#D55E00",
     "pruned": "#CC79A7",
-    "oracle": "#56B4E9",
-    "top_k": "#8C6D00",
-    "cumulative": "#009E73",
-    "random": "#7F7F7F",
     "calibrated": "#D55E00",
     "by_layer": "#8C6D00",
     "search": "#CC79A7",
@@ -32,6 +30,7 @@ COLOURS = {
 }
 """By method, from the Okabe-Ito palette and two dark tones; `last` and `fixed` are one method."""
 MARKERS = {
+    **{rule.name: rule.marker for rule in RULES.values()},
     "dense": "*",
     "last": "o",
     "fixed": "o",
@@ -39,10 +38,6 @@ MARKERS = {
     "lists": "^",
     "chosen": "x",
     "pruned": "v",
-    "oracle": "D",
-    "top_k": "P",
-    "cumulative": "^",
-    "random": "X",
     "calibrated": "d",
     "by_layer": "P",
     "search": "v",

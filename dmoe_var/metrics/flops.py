@@ -50,8 +50,9 @@ class FlopReport:
     num_images: int
     pairs: Mapping[int, tuple[int, ...]]
     """By scale with experts and by image: (token, expert) pairs that ran."""
-    router_scales: tuple[int, ...]
-    """Scales at which the routers ran."""
+    score_macs: Mapping[int, int]
+    """By scale at which a rule selected: MACs of the router, or of what the rule has in its
+    place."""
     charged: Mapping[int, tuple[float, ...]] | None = None
     """As `pairs`, by the authors' accounting; None where it was not asked for."""
 
@@ -64,11 +65,10 @@ class FlopReport:
     def by_part_and_scale_gmac(self) -> dict[str, tuple[float, ...]]:
         """Mean GMAC of every part but the decoder, by scale."""
         scales = range(self.fixed.num_scales)
-        experts, routers = self.fixed.experts, self.router_scales
         macs: dict[str, Sequence[float]] = {
             **self.fixed.macs,
             "experts": [self._mean_expert_macs(si) for si in scales],
-            "router": [experts[si].router_macs if si in routers else 0 for si in scales],
+            "router": [self.score_macs.get(si, 0) for si in scales],
         }
         return {part: tuple(m / GIGA for m in macs[part]) for part in (*SAMPLER_PARTS, OTHER)}
 
@@ -262,5 +262,5 @@ def report(
             )
         if si not in fixed.experts or max(pairs_N) > fixed.experts[si].num_pairs:
             raise ValueError(f"the counts of scale {si} are not those of this model")
-    routers = tuple(si for si, rule in rules.items() if rule.uses_scores and not rule.true_norms)
-    return FlopReport(fixed, num_images, counted, routers, theirs)
+    scores = {si: fixed.experts[si].score_macs(rule) for si, rule in rules.items()}
+    return FlopReport(fixed, num_images, counted, scores, theirs)

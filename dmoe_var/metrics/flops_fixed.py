@@ -19,6 +19,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, Modulation, check_pair
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.sampler import config_device
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ class ExpertCost:
     """MACs of a pair: 2CD."""
     router_macs: int
     """MACs of all routers, where they run."""
+    num_scored: int = 0
+    """Tokens whose experts a rule scores, of all layers and of the rows that select."""
+    width: int = 0
+    num_experts: int = 0
+
+    def score_macs(self, rule: SelectionRule) -> int:
+        """MACs of all scores that a rule reads, but an oracle's true norms."""
+        router = self.router_macs if rule.needs_router else 0
+        return router + self.num_scored * rule.score_macs(self.width, self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -174,9 +184,11 @@ def _expert_cost(
         raise RuntimeError(
             f"{num_pairs} pairs of {pair_macs} MACs at scale {si}, but {all_experts_macs} MACs ran"
         )
-    x_RlC = backbone.pos_start.new_zeros(1 if share_mask else rows, num_tokens, width)
+    selecting = 1 if share_mask else rows
+    x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, width)
     macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
-    return ExpertCost(num_pairs, pair_macs, macs[""].total())
+    num_scored, num_experts = len(ffns) * selecting * num_tokens, backbone.config.num_experts
+    return ExpertCost(num_pairs, pair_macs, macs[""].total(), num_scored, width, num_experts)
 
 
 def _trace(

@@ -102,14 +102,9 @@ class MoEFFN(nn.Module):
     def select(self, x_BLC: Tensor, routing: Routing) -> Tensor:
         """The mask (B, L, E) of experts to run."""
         rule, noise, x_BLC = routing.rule, None, routing.selecting(x_BLC)
-        if rule.true_norms:
-            scores_BLE = self.true_norms(x_BLC)
-        elif rule.uses_scores:
-            scores_BLE = self.router(x_BLC)
-        else:
-            scores_BLE = x_BLC.new_zeros((*x_BLC.shape[:-1], self.num_experts))
-            if routing.noise is not None:
-                noise = routing.noise(x_BLC.shape[1], self.num_experts)
+        if routing.noise is not None and not rule.uses_scores:
+            noise = routing.noise(x_BLC.shape[1], self.num_experts)
+        scores_BLE = rule.scores(self, x_BLC)
         # Not rule(...): torch 2.11 compiling hashes what is called, before it has its fields.
         return routing.for_all(rule.__call__(scores_BLE, noise))
 

@@ -7,10 +7,13 @@ Polarity: a larger tau runs fewer experts; 0 runs all. Published lists of the au
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from dmoe_var import values
-from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
+from dmoe_var.moe.selection import Selection, SelectionConfig, SelectionRule, Threshold
+from dmoe_var.moe.selection.base import keys_of
+
+T = TypeVar("T")
 
 Tau = float | Sequence[float] | None
 """Also an array of numpy or torch, of one value or of several."""
@@ -34,10 +37,8 @@ def resolve_rules(
     """The rule of each scale in `moe_scales`: by tau, by selection, or else by `default`, which is
     the model's own; empty, so that every expert runs, where none of them is given.
 
-    `tau` and `selection` are one value for all those scales, a list of one value for each of them,
-    or a list of one value for every scale of the model, of which those at scales without experts
-    have nothing to act on. Raises ValueError for both at once, a model without experts, a list of
-    another length, or a tau outside [0, 1].
+    `tau` and `selection` are one value, or a list as in `by_scale`. Raises ValueError for both at
+    once, a model without experts, a list of another length, or a tau outside [0, 1].
     """
     if tau is None and selection is None:
         selection = default
@@ -49,18 +50,49 @@ def resolve_rules(
     if not moe_scales:
         raise ValueError(f"{name} is given, but the model has no experts")
     given = _rules_of(selection) if tau is None else _thresholds(tau)
+    return dict(zip(moe_scales, by_scale(name, given, num_scales, moe_scales), strict=True))
+
+
+def by_scale(name: str, given: Sequence[T], num_scales: int, moe_scales: Sequence[int]) -> list[T]:
+    """The value of each scale in `moe_scales`: of one value for all those scales, a list of one for
+    each of them, or a list of one for every scale of the model, of which those at scales without
+    experts have nothing to act on. ValueError for a list of another length."""
     if len(given) == 1:
-        per_scale = given * len(moe_scales)
-    elif len(given) == len(moe_scales):
-        per_scale = given
-    elif len(given) == num_scales:
-        per_scale = [given[si] for si in moe_scales]
-    else:
-        raise ValueError(
-            f"{name} has {len(given)} values; it takes 1, {len(moe_scales)} (the scales with "
-            f"experts) or {num_scales} (all scales)"
-        )
-    return dict(zip(moe_scales, per_scale, strict=True))
+        return list(given) * len(moe_scales)
+    if len(given) == len(moe_scales):
+        return list(given)
+    if len(given) == num_scales:
+        return [given[si] for si in moe_scales]
+    raise ValueError(
+        f"{name} has {len(given)} values; it takes 1, {len(moe_scales)} (the scales with "
+        f"experts) or {num_scales} (all scales)"
+    )
+
+
+def check_configured(
+    selection: SelectionConfig,
+    num_scales: int,
+    moe_scales: Sequence[int],
+    depth: int,
+    num_experts: int,
+) -> None:
+    """ValueError, which names the key, where a model of this shape cannot run the selection."""
+    configured = selection.rules()
+    rules = configured if isinstance(configured, list) else [configured]
+    for name, key in keys_of(selection.kind).items():
+        path = f"selection.{key.name or name}={_as_lists(getattr(selection, key.name or name))}"
+        try:
+            by_scale(path, rules, num_scales, moe_scales)
+        except ValueError as error:
+            allowed = ", ".join(map(str, sorted({1, len(moe_scales), num_scales})))
+            raise ValueError(f"{path} must have {allowed} values") from error
+        for found in (rule.misfit(depth, num_experts) for rule in rules):
+            if found and found[0] == name:
+                raise ValueError(f"{path} {found[1]}")
+
+
+def _as_lists(value: Any) -> Any:
+    return list(map(_as_lists, value)) if isinstance(value, tuple) else value
 
 
 def _thresholds(tau: Any) -> list[SelectionRule]:

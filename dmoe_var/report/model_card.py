@@ -15,7 +15,8 @@ from dmoe_var.checkpoints.pretrained import upload, write_model
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.record import Record
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
-from dmoe_var.moe.selection import SelectionRule, Threshold
+from dmoe_var.moe.selection import SelectionRule, Threshold, recorded_selection
+from dmoe_var.moe.tau_schedule import by_scale
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
@@ -37,6 +38,8 @@ class Point:
     """One measured setting. tau: empty for the dense model and rules without one."""
 
     name: str
+    rules: tuple[SelectionRule, ...]
+    """One for all scales, one a sparse scale, or one a scale; none for the dense model."""
     tau: tuple[float, ...]
     scales: tuple[int, ...]
     num_images: int
@@ -163,16 +166,11 @@ def _saved(point: Point, points: Sequence[Point]) -> float | None:
 
 
 def _is_stored(point: Point, model: DynamicVAR) -> bool:
-    """Whether a point was measured with the scales and thresholds that the model is stored with."""
-    rules = list(rules_of(model).values())
-    tau = tuple(rule.tau for rule in rules if type(rule) is Threshold)
-    measured = point.tau * len(rules) if len(point.tau) == 1 else point.tau
-    return (
-        bool(tau)
-        and len(tau) == len(rules)
-        and point.name in ("threshold", "operating point")
-        and (measured, point.scales) == (tau, model.moe_scales)
-    )
+    """Whether a point was measured with the scales and rules that the model is stored with."""
+    if not point.rules or point.scales != model.moe_scales:
+        return False
+    measured = by_scale("tau", point.rules, model.config.num_scales, point.scales)
+    return measured == list(_rules(model).values())
 
 
 def _points(record: Record) -> Iterator[Point]:
@@ -190,13 +188,14 @@ def _points(record: Record) -> Iterator[Point]:
 def _evaluated(record: Record) -> Point:
     config, metrics = record.config, record.metrics
     dense = config["evaluate.model"] == "dense"
-    rule = "dense" if dense else config["selection.rule"]
-    by_layer = rule == "threshold" and bool(config.get("selection.layer_tau"))
-    has_tau = rule in ("threshold", "oracle") and not by_layer
+    selection = recorded_selection(config)
+    rule, found = selection.kind, selection.rules()
+    rules = tuple(found) if isinstance(found, list) else (found,)
     quality = {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith(QUALITY)}
     return Point(
-        name=f"{rule}, a tau a layer" if by_layer else rule,
-        tau=tuple(config["selection.tau"]) if has_tau else (),
+        name="dense" if dense else rule.wording or rule.name,
+        rules=() if dense else rules,
+        tau=() if dense else tuple(each.tau for each in rules if isinstance(each, Threshold)),
         scales=() if dense else tuple(config["moe.scales"]),
         num_images=record.num_samples,
         seeds=(record.seed,),
@@ -219,6 +218,7 @@ def _swept(record: Record) -> Iterator[Point]:
             quality["label_agreement"] = f"{row['label_agreement']:.4g}"
         yield Point(
             name="dense" if row["group"] == "dense" else "operating point",
+            rules=tuple(map(Threshold, row["tau"])),
             tau=tuple(row["tau"]),
             scales=tuple(row["scales"]),
             num_images=record.num_samples,

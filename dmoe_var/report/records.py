@@ -19,6 +19,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures.fid_over_flops import ALONE, LABELS, display_name
 from dmoe_var.figures.style import MARKERS, colour
 from dmoe_var.metrics.flops import SAMPLER_PARTS
+from dmoe_var.moe.selection import recorded_selection
 from dmoe_var.report.pictures import grid_uri
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples, balanced_labels
 from dmoe_var.sampling.store import PNG_FOLDER
@@ -26,16 +27,6 @@ from dmoe_var.sampling.store import PNG_FOLDER
 MAKING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
 MEASURING = ("sweep", "evaluate", "calibrate", "benchmark")
 """Stages that build on the model, and have records of their own."""
-RULE_LABELS = {
-    "threshold": "Eq. 3, evaluated alone",
-    "oracle": "Eq. 3 on true norms (oracle)",
-    "top_k": "top-k",
-    "random": "k at random",
-    "cumulative": "cumulative share",
-    "all": "all experts",
-}
-VALUES = {"top_k": "k", "random": "k", "cumulative": "share"}
-"""The key under `selection` that a rule reads, where it is not tau."""
 GRID_COLUMNS = 10
 UNCOMPARED = ("fidelity.weights",)
 """Keys that say where a file lies."""
@@ -203,7 +194,7 @@ class Curves:
 
 def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
     """Method (its colour), curve and label of an evaluation, from its record's configuration."""
-    model, rule = config["evaluate.model"], config["selection.rule"]
+    model = config["evaluate.model"]
     if model == "dense":
         return "dense", LABELS["dense"], "dense"
     scales = ", ".join(str(si + 1) for si in config["moe.scales"])
@@ -211,15 +202,11 @@ def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
         which, how = config["pruning.model"], config["pruning.rule"]
         name = f"Pruned-FFN ({which}, {how}), scales {scales}"
         return "pruned", name, f"share {config['pruning.share']:g}"
-    if rule == "threshold" and config.get("selection.layer_tau"):
-        by_scale = (_tau_text(taus) for taus in config["selection.layer_tau"])
-        return "lists", f"a tau a layer, scales {scales}", "; ".join(by_scale)
-    if rule in ("threshold", "oracle"):
-        tau = config["selection.tau"]
-        method = rule if rule == "oracle" else "last" if len(tau) == 1 else "lists"
-        return method, f"{RULE_LABELS[rule]}, scales {scales}", _tau_text(tau)
-    label = f"{config[f'selection.{VALUES[rule]}']:g}" if rule in VALUES else "all"
-    return rule, f"{RULE_LABELS[rule]}, scales {scales}", label
+    selection = recorded_selection(config)
+    rule, values = selection.kind, selection.values
+    several = "," in values or ";" in values
+    method = ("lists" if several else "last") if rule.proposed else rule.name
+    return method, f"{rule.label}, scales {scales}", values.replace(",", ", ") or rule.name
 
 
 def _tau_text(tau: Iterable[Any]) -> str:

@@ -17,6 +17,7 @@ from dmoe_var.experiment.points import Curve, Point, operating_point, vary
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration
 from dmoe_var.models.var import VARConfig
+from dmoe_var.moe.selection import RULES
 
 Changes = Mapping[str, Any]
 
@@ -84,7 +85,7 @@ def _over_tau(
     """One tau on all of `moe.scales`, a point a tau."""
     figures = work.config.figures
     fixed = {**changes, "evaluate.model": "dynamic", "selection.rule": rule}
-    if rule == "oracle":  # nothing is timed, and small experts one by one are slow
+    if RULES[rule].true_norms:  # nothing is timed, and small experts one by one are slow
         fixed["moe.impl"] = "reference"
     points = tuple(
         Point(f"{tau:g}", tau, {**fixed, "selection.tau": (tau,)})
@@ -301,6 +302,7 @@ def _rules(work: Work) -> list[Curve]:
         curve("cumulative share", "cumulative", "share", figures.along(figures.cumulative_shares)),
         curve("random k", "random", "k", counts),
         _over_tau(work, "oracle, Eq. 3", "oracle", rule="oracle"),
+        _over_tau(work, "keys, Eq. 3", "keys", rule="keys"),
     ]
 
 

@@ -24,8 +24,6 @@ from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import EXPERTS, Models, token_sets
 
-WITHOUT_ROUTER = ("oracle", "random", "all")
-"""Selection rules for which no router has to be trained."""
 PRUNING_FILE = "pruning.json"
 IMAGES_AT_ONCE = 16
 """Training images whose activations are in memory together."""
@@ -63,7 +61,7 @@ class Dynamic(Dense):
     reads = EXPERTS
 
     def needs(self, config: Config) -> Keys:
-        return ("split",) if config.selection.rule in WITHOUT_ROUTER else ("train_router",)
+        return ("train_router",) if config.selection.kind.needs_router else ("split",)
 
     def load(self, models: Models, work: Work) -> DynamicVAR:
         dense = models.var_of(work, "train_var")

@@ -25,6 +25,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.moe.counts import ExpertCounts, pairs_per_image
 from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.tau_schedule import by_scale
 from dmoe_var.report import microscope, page
 from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
@@ -140,12 +141,9 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
 def _chosen_tau(work: Work) -> list[float]:
     """Of the operating point, one a sparse scale (the median, where each layer has its own)."""
     config = vary(work, operating_point(work)).config
-    tau, scales = config.selection.tau, config.moe.scales
-    if config.selection.layer_tau:
-        return [median(taus) for taus in config.selection.layer_tau]
-    if len(tau) == config.var.num_scales:
-        return [tau[si] for si in scales]
-    return list(tau) if len(tau) == len(scales) else [tau[0]] * len(scales)
+    selection, scales = config.selection, (config.var.num_scales, config.moe.scales)
+    by_layer = [median(taus) for taus in selection.layer_tau]
+    return by_scale("selection.tau", by_layer or selection.tau, *scales)
 
 
 def _picture(

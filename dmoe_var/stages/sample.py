@@ -29,7 +29,8 @@ from dmoe_var.files import whole_file
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.selection import Oracle, Selection, SelectionConfig, SelectionRule, Threshold
+from dmoe_var.moe.selection import Selection, SelectionConfig, describe
+from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
@@ -208,25 +209,13 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
 
 def _check_selection(source: str, model: DynamicVAR, selection: SelectionConfig) -> None:
     """CheckpointError for a rule that the stored model cannot run."""
-    assert model.moe.config.experts is not None
-    num_experts = model.moe.config.hidden // model.moe.config.experts.expert_size
-    if selection.rule in ("top_k", "random") and selection.k > num_experts:
-        raise CheckpointError(f"{source}: selection.k={selection.k}, it has {num_experts} experts")
+    config = model.moe.config
+    scales = (config.num_scales, model.moe_scales)
     try:
+        check_configured(selection, *scales, config.depth, config.num_experts)
         rules_of(model, selection=selection.rules())
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-
-
-def describe(selection: Selection) -> str:
-    """A selection in a few words."""
-    if selection is None:
-        return "all experts"
-    rules = [selection] if isinstance(selection, SelectionRule) else list(selection)
-    if all(isinstance(rule, Threshold) for rule in rules):
-        prefix = "oracle tau" if isinstance(rules[0], Oracle) else "tau"
-        return f"{prefix} {', '.join(f'{rule.tau:g}' for rule in rules)}"  # type: ignore[attr-defined]
-    return ", ".join(dict.fromkeys(map(str, rules)))
 
 
 def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: str) -> np.ndarray:

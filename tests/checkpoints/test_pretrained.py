@@ -33,7 +33,7 @@ from dmoe_var.checkpoints import pretrained
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.errors import CheckpointError, DataError
 from dmoe_var.experiment.record import SCHEMA_VERSION, Record
-from dmoe_var.moe.selection import LayerThreshold, SelectionRule
+from dmoe_var.moe.selection import Keys, LayerThreshold, SelectionRule
 
 SCALES = (1, 3)
 RULES = [Threshold(0.3), TopK(2)]
@@ -255,11 +255,11 @@ def test_a_twin_beside_its_tensor_is_refused(folder):
         (["config", "moe_scales"], [], "each must be within 0..3"),
         (["config", "moe_scales"], "13", "config.moe_scales: "),
         (["config", "selection", 0, "rule"], "best", "selection.rule='best' is none of threshold"),
-        (["config", "selection", 0, "tau"], 1.5, "tau=1.5 is not within [0, 1]"),
+        (["config", "selection", 0, "tau"], 1.5, "less than or equal to 1, given 1.5"),
         (["config", "selection", 0, "tau"], float("nan"), "tau"),
         (["config", "selection", 0, "tau"], "0.2", "selection.tau of rule threshold"),
         (["config", "selection", 0, "share"], 0.2, "selection.share of rule threshold"),
-        (["config", "selection", 1, "k"], 0, "k=0 is not within [1"),
+        (["config", "selection", 1, "k"], 0, "greater than or equal to 1, given 0"),
         (["config", "selection"], [{"rule": "all"}] * 3, "selection has 3 values"),
         (["config", "selection"], "all", "selection.rule='all'"),
     ],
@@ -370,7 +370,9 @@ def test_a_tau_for_each_layer(make_model, tmp_path, selection):
     assert f"LayerThreshold taus [{first.taus[0]:g}, {first.taus[1]:g}]" in card
 
 
-@pytest.mark.parametrize("rule", [*RULES, Cumulative(0.5), Oracle(0.1), Random(1, seed=3), All()])
+@pytest.mark.parametrize(
+    "rule", [*RULES, Cumulative(0.5), Oracle(0.1), Random(1, seed=3), All(), Keys(0.5)]
+)
 def test_every_rule_has_a_card(make_model, tmp_path, rule):
     make_model(rule).save_pretrained(tmp_path / "model")
     assert type(rule).__name__ in (tmp_path / "model" / "README.md").read_text()

@@ -220,7 +220,7 @@ def test_other_points_do_not_depend_on_pruning(make_work, model):
     assert work.folder("evaluate") == plain.folder("evaluate")
 
 
-@pytest.mark.parametrize("rule", ["oracle", "random", "all"])
+@pytest.mark.parametrize("rule", ["oracle", "random", "all", "keys"])
 def test_rules_without_a_router_do_not_depend_on_its_training(make_work, rule):
     given = {"selection.rule": rule, "selection.k": 2}
     for changes, same in (({"train_router.lr": 0.5}, True), ({"split.expert_size": 64}, False)):

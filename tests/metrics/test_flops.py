@@ -33,8 +33,9 @@ from dmoe_var.metrics.flops import (
     report,
 )
 from dmoe_var.metrics.flops_fixed import fixed_cost
+from dmoe_var.metrics.flops_ops import count_macs
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
-from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.moe.selection import Keys, SelectionRule
 
 PATCH_NUMS = (1, 2, 4)
 DEPTH, WIDTH, VOCAB, LATENT = 2, 32, 16, 8
@@ -264,11 +265,31 @@ def test_rules_of_each_scale_decide_where_the_router_counts(vqvae, dense, moe):
     """An oracle needs no router, and its own pass over the true norms is left out."""
     rules = [TopK(1), Oracle(0.0), Random(1)]
     flops = count_flops(moe, vqvae, [0], selection=rules)
-    assert flops.router_scales == (0,)
+    assert flops.score_macs == {0: router_macs(1, 2), 1: 0, 2: 0}
     assert flops.by_part_and_scale_gmac["router"] == (router_macs(1, 2) / 1e9, 0, 0)
     assert flops.expert_share == {0: 1 / NUM_EXPERTS, 1: 1, 2: 1 / NUM_EXPERTS}
     everything = sampler_macs(DEPTH, WIDTH, VOCAB, PATCH_NUMS, rows=2)["ffn"]
     assert flops.by_part_and_scale_gmac["experts"][1] == everything[1] / 1e9
+
+
+@pytest.mark.parametrize("cfg", [1.5, 0])
+def test_keys_cost_a_product_of_the_width_an_expert(vqvae, dense, moe, cfg):
+    """In the place of the router, and of half of the rows where they share their masks."""
+    rows, tokens = (2 if cfg else 1), PATCH_NUMS[1] ** 2
+    for options, selecting in (({}, rows), ({"share_mask": True}, 1)):
+        flops = count_flops(
+            dynamic(dense, moe, (1,)), vqvae, [0, 1], cfg=cfg, selection=Keys(0.5), **options
+        )
+        macs = DEPTH * selecting * tokens * NUM_EXPERTS * WIDTH
+        assert flops.by_part_and_scale_gmac["router"] == (0, macs / 1e9, 0)
+        x_BLC = torch.zeros(selecting, tokens, WIDTH)
+        ffns = {str(i): block.ffn for i, block in enumerate(moe.blocks)}
+        traced = count_macs(
+            lambda x, ffns=ffns: tuple(Keys(0.5).scores(ffn, x) for ffn in ffns.values()),
+            (x_BLC,),
+            ffns,
+        )
+        assert traced[""].total() == macs
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.selection import Keys
 
 WIDTH, HIDDEN, SIZE = 16, 24, 4
 E = HIDDEN // SIZE
@@ -57,13 +58,42 @@ def test_true_norms_leave_the_shared_bias_out(ffn, x_BLC):
         assert torch.equal(ffn.true_norms(x_BLC), before)
 
 
+def naive_keys(ffn, x_BLC):
+    """By the definition: x . the mean of an expert's fc1 rows."""
+    scores_BLE = torch.zeros(*x_BLC.shape[:-1], E, dtype=x_BLC.dtype)
+    for e in range(E):
+        key_C = sum(ffn.w1_EDC[e, d] for d in range(SIZE)) / SIZE
+        scores_BLE[..., e] = (x_BLC * key_C).sum(-1)
+    return scores_BLE
+
+
+def scores_of(rule, ffn, x_BLC):
+    if isinstance(rule, Oracle):
+        return naive_norms(ffn, x_BLC)
+    return naive_keys(ffn, x_BLC) if isinstance(rule, Keys) else ffn.router(x_BLC)
+
+
+def test_keys(ffn, x_BLC):
+    """In float64, with a sign, and in float32 and bfloat16 to their precision."""
+    expected = naive_keys(ffn, x_BLC)
+    assert_close(Keys(0.5).scores(ffn, x_BLC), expected, rtol=0, atol=1e-12)
+    assert (expected < 0).any()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        found = Keys(0.5).scores(ffn.to(dtype), x_BLC.to(dtype))
+        assert found.dtype == dtype
+        assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("impl", ["reference", "grouped"])
 @pytest.mark.parametrize(
-    "rule", [Threshold(0.4), TopK(2), Cumulative(0.6), Oracle(0.4), Random(2), All()], ids=repr
+    "rule",
+    [Threshold(0.4), TopK(2), Cumulative(0.6), Oracle(0.4), Random(2), All(), Keys(0.4), Keys(0)],
+    ids=repr,
 )
 def test_experts_run_as_the_rule_says(ffn, x_BLC, rule, impl):
-    scores = naive_norms(ffn, x_BLC) if isinstance(rule, Oracle) else ffn.router(x_BLC)
-    mask_BLE = rule(scores)
+    mask_BLE = rule(scores_of(rule, ffn, x_BLC))
+    assert mask_BLE.any(-1).all()
+    assert mask_BLE.all() == (rule in (All(), Keys(0)))
     counts = ExpertCounts()
     out = ffn(x_BLC, Routing(rule, 3, impl, counts))
     assert_close(out, masked_sum(ffn, x_BLC, mask_BLE), rtol=0, atol=1e-12)
@@ -71,15 +101,14 @@ def test_experts_run_as_the_rule_says(ffn, x_BLC, rule, impl):
     assert torch.equal(counts.per_token(3), mask_BLE.sum(-1)[None].short())
 
 
-@pytest.mark.parametrize("rule", [Threshold(0.4), Oracle(0.4), Random(2)], ids=repr)
+@pytest.mark.parametrize("rule", [Threshold(0.4), Oracle(0.4), Random(2), Keys(0.4)], ids=repr)
 def test_rows_that_share_a_mask(ffn, rule):
     """The first half selects, for both; the router and the noise see no other."""
     x_BLC = torch.randn(
         4, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
     )
     noise_BLE = torch.rand(2, 5, E, generator=torch.Generator().manual_seed(3))
-    scores = naive_norms(ffn, x_BLC[:2]) if isinstance(rule, Oracle) else ffn.router(x_BLC[:2])
-    mask_BLE = torch.cat([rule(scores, noise_BLE)] * 2)
+    mask_BLE = torch.cat([rule(scores_of(rule, ffn, x_BLC[:2]), noise_BLE)] * 2)
     seen, counts = [], ExpertCounts()
     ffn.router.register_forward_hook(lambda _, given, out: seen.append(len(out)))
     out = ffn(x_BLC, Routing(rule, 3, "grouped", counts, lambda *_: noise_BLE, sharing=2))
@@ -100,6 +129,7 @@ def test_without_routing_every_expert_runs(ffn, x_BLC):
         (Routing(All()), False),
         (Routing(Random(2)), False),
         (Routing(Oracle(0.4)), False),
+        (Routing(Keys(0.4)), False),
         (Routing(Threshold(0.4)), True),
         (Routing(TopK(2)), True),
         (Routing(Cumulative(0.4)), True),

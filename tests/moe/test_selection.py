@@ -13,10 +13,19 @@ import torch
 
 from dmoe_var import All, Cumulative, Oracle, Random, Threshold, TopK
 from dmoe_var.errors import InputError
-from dmoe_var.moe.selection import LayerThreshold, selection_from_json, selection_to_json
+from dmoe_var.moe.selection import (
+    Keys,
+    LayerThreshold,
+    SelectionConfig,
+    describe,
+    recorded_selection,
+    selection_from_json,
+    selection_to_json,
+)
+from dmoe_var.moe.selection.rules import RULES as NAMED
 
 E = 8
-RULES = [Threshold(0.5), Oracle(0.5), TopK(3), Cumulative(0.5), Random(3), All()]
+RULES = [Threshold(0.5), Oracle(0.5), TopK(3), Cumulative(0.5), Random(3), All(), Keys(0.5)]
 
 
 def with_ties(*shape):
@@ -41,11 +50,23 @@ def assert_largest(row, chosen):
     assert not left_out or not kept or min(kept) >= max(left_out)
 
 
-@pytest.mark.parametrize("rule_type", [Threshold, Oracle])
+@pytest.mark.parametrize("rule_type", [Threshold, Oracle, Keys])
 @pytest.mark.parametrize("tau", [0.0, 0.125, 0.5, 0.875, 1.0])
 def test_threshold(rule_type, tau):
     for row, chosen in zip(SCORES.tolist(), rule_type(tau)(SCORES).tolist(), strict=True):
         assert chosen == [score >= tau * max(row) for score in row]
+
+
+@pytest.mark.parametrize("tau", [0.125, 0.5, 1.0])
+def test_keys_of_scores_with_a_sign(tau):
+    """Eq. 3 where a score is positive; else the largest, and its equals, alone."""
+    scores = SCORES - 0.75
+    assert (scores.amax(-1) < 0).any()
+    for row, chosen in zip(scores.tolist(), Keys(tau)(scores).tolist(), strict=True):
+        least = tau * max(row) if max(row) > 0 else max(row)
+        assert chosen == [score >= least for score in row]
+        assert any(chosen)
+    assert Keys(0.0)(scores).all()
 
 
 @pytest.mark.parametrize("k", [1, 3, E - 1, E])
@@ -120,14 +141,19 @@ def test_any_precision(rule, dtype):
 
 
 def test_what_a_rule_reads():
-    assert [rule.true_norms for rule in RULES] == [False, True, False, False, False, False]
-    assert [rule.uses_scores for rule in RULES] == [True, True, True, True, False, False]
+    assert [rule.name for rule in RULES if rule.true_norms] == ["oracle"]
+    assert [rule.name for rule in RULES if not rule.uses_scores] == ["random", "all"]
+    assert [rule.name for rule in RULES if rule.needs_router] == [
+        "threshold",
+        "top_k",
+        "cumulative",
+    ]
 
 
 @pytest.mark.parametrize(
     ("rule_type", "value"),
     [
-        *[(rule, tau) for rule in (Threshold, Oracle) for tau in (-0.01, 1.01, float("nan"))],
+        *[(rule, tau) for rule in (Threshold, Oracle, Keys) for tau in (-0.01, 1.01, float("nan"))],
         *[(Cumulative, share) for share in (-0.01, 1.01, float("nan"))],
         *[(rule, k) for rule in (TopK, Random) for k in (0, -1)],
     ],
@@ -166,29 +192,32 @@ def test_scores_that_are_not_finite(value):
     """They decide nothing: tau 0 runs every expert, and any other rule of scores refuses."""
     scores = SCORES.clone()
     scores[5, 2] = value
-    for rule in (Threshold(0), Oracle(0.0), Random(3), All()):
+    for rule in (Threshold(0), Oracle(0.0), Keys(0.0), Random(3), All()):
         mask = rule(scores)
         assert mask.all() or isinstance(rule, Random)
-    for rule in (Threshold(1e-9), Oracle(0.5), TopK(3), Cumulative(0.5)):
+    for rule in (Threshold(1e-9), Oracle(0.5), TopK(3), Cumulative(0.5), Keys(0.5)):
         with pytest.raises(InputError, match="score is not finite"):
             rule(scores)
 
 
 @pytest.mark.parametrize("rule_type", [TopK, Random])
 def test_more_experts_than_there_are_raise(rule_type):
-    with pytest.raises(ValueError, match="k=9 is more than the 8 experts"):
+    with pytest.raises(ValueError, match="k=9 must be at most 8, the number of experts"):
         rule_type(E + 1)(SCORES)
 
 
-@pytest.mark.parametrize("selection", [None, *RULES, RULES, [], Threshold(1 / 3)], ids=str)
-def test_rules_come_back_from_json(selection):
-    stored = json.loads(json.dumps(selection_to_json(selection)))
-    assert selection_from_json(stored) == selection
+GIVEN = [None, *RULES, RULES, [], Threshold(1 / 3), LayerThreshold((0.1, 0.2)), Random(2, seed=3)]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+def test_rules_come_back_from_json(given):
+    stored = json.loads(json.dumps(selection_to_json(given)))
+    assert selection_from_json(stored) == given
 
 
 def test_names_are_those_of_configurations():
     names = [content["rule"] for content in selection_to_json(RULES)]
-    assert names == ["threshold", "oracle", "top_k", "cumulative", "random", "all"]
+    assert names == ["threshold", "oracle", "top_k", "cumulative", "random", "all", "keys"]
 
 
 @pytest.mark.parametrize("rule", [0.5, [0.5]], ids=str)
@@ -200,13 +229,14 @@ def test_what_is_no_plain_rule_is_not_stored(rule):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"rule": "best"}, r"selection\.rule='best' is none of threshold, layer_threshold, oracle"),
+        ({"rule": "best"}, r"selection\.rule='best' is none of threshold, oracle, .*, keys"),
         ("threshold", "none of"),
         (["threshold"], "none of"),
         ({"rule": ["all"]}, "none of"),
         ({"tau": 0.5}, "rule=None is none of"),
         ({"rule": "threshold"}, r"selection\.tau of rule threshold: Field required"),
-        ({"rule": "threshold", "tau": 1.5}, r"tau=1\.5 is not within \[0, 1\]"),
+        ({"rule": "threshold", "tau": 1.5}, r"selection\.tau of rule .* equal to 1, given 1\.5"),
+        ({"rule": "layer_threshold", "taus": []}, r"selection\.taus of rule .* at least 1 item"),
         ({"rule": "threshold", "tau": True}, r"selection\.tau .*valid number"),
         ({"rule": "top_k", "k": 2.5}, r"selection\.k .*valid integer"),
         ({"rule": "random", "k": 2, "tau": 1}, r"selection\.tau .*Unexpected"),
@@ -216,3 +246,68 @@ def test_other_json_is_refused_in_one_line(content, message):
     with pytest.raises(ValueError, match=message) as caught:
         selection_from_json(content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_rule_describes_itself(name):
+    """And comes back from what configurations and stored models hold of it."""
+    rule = NAMED[name]
+    assert (rule.name, bool(rule.label)) == (name, True)
+    given = {"rule": name, **({"layer_tau": ((0.5,),)} if name == "layer_threshold" else {})}
+    found = SelectionConfig(**given)
+    assert found.kind is rule
+    assert type(found.rules()) is rule
+    assert selection_from_json(selection_to_json(found.rules())) == found.rules()
+    assert describe(found.rules())
+
+
+CONFIGURED = [
+    ({"tau": (0.25,)}, Threshold(0.25), "threshold 0.25", "tau 0.25"),
+    ({"tau": (0.1, 0.2)}, [Threshold(0.1), Threshold(0.2)], "threshold 0.1,0.2", "tau 0.1, 0.2"),
+    ({"rule": "oracle", "tau": (0.5,)}, Oracle(0.5), "oracle 0.5", "oracle tau 0.5"),
+    ({"rule": "keys", "tau": (0.5, 1)}, [Keys(0.5), Keys(1)], "keys 0.5,1", "keys tau 0.5, 1"),
+    ({"rule": "top_k", "k": 6}, TopK(6), "top_k 6", "top_k k 6"),
+    ({"rule": "random", "k": 6}, Random(6), "random 6", "random k 6"),
+    (
+        {"rule": "cumulative", "share": 0.7},
+        Cumulative(0.7),
+        "cumulative 0.7",
+        "cumulative share 0.7",
+    ),
+    ({"rule": "all"}, All(), "all", "all"),
+    *[
+        (
+            {**rule, "layer_tau": ((0.1, 0.2), (0.3, 0.4))},
+            [LayerThreshold((0.1, 0.2)), LayerThreshold((0.3, 0.4))],
+            "threshold by layer 0.1,0.2; 0.3,0.4",
+            "layer_tau 0.1, 0.2; 0.3, 0.4",
+        )
+        for rule in ({}, {"rule": "layer_threshold"})
+    ],
+]
+
+
+@pytest.mark.parametrize(("given", "rules", "text", "words"), CONFIGURED)
+def test_configured_rules(given, rules, text, words):
+    """Also as a record's configuration has them, which may be older than some key."""
+    found = SelectionConfig(**given)
+    assert found.rules() == rules
+    assert (found.text, describe(rules)) == (text, words)
+    recorded = {f"selection.{key}": value for key, value in {"rule": "threshold", **given}.items()}
+    assert recorded_selection(json.loads(json.dumps(recorded))) == found
+
+
+def test_keys_of_configurations_are_those_of_the_rules():
+    assert SelectionConfig() == SelectionConfig("threshold", (0.2,), 8, 0.9, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "top_k", "layer_tau": ((0.5,),)}, r"layer_tau=\[\[0.5\]\] goes with rule=thr"),
+        ({"rule": "layer_threshold"}, r"layer_tau=\[\] of rule=layer_threshold must hold"),
+    ],
+)
+def test_keys_that_do_not_go_together(given, message):
+    with pytest.raises(ValueError, match=message):
+        SelectionConfig(**given)

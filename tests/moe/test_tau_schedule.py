@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from dmoe_var import Oracle, Threshold, TopK
-from dmoe_var.moe.tau_schedule import PAPER_TAU, from_published, resolve_rules
+from dmoe_var.moe.selection import SelectionConfig
+from dmoe_var.moe.tau_schedule import (
+    PAPER_TAU,
+    by_scale,
+    check_configured,
+    from_published,
+    resolve_rules,
+)
 
 MOE = (7, 8, 9)
 
@@ -100,3 +107,41 @@ def test_a_models_own_selection_is_checked(own, moe_scales, message):
 def test_errors(tau, selection, moe_scales, message):
     with pytest.raises(ValueError, match=message):
         resolve_rules(tau, selection, 10, moe_scales)
+
+
+def test_by_scale_takes_values_of_any_kind():
+    assert by_scale("x", ["a"], 10, MOE) == ["a"] * 3
+    assert by_scale("x", [(0.1, 0.2), (), (0.3,)], 10, MOE) == [(0.1, 0.2), (), (0.3,)]
+    assert by_scale("x", range(10), 10, MOE) == list(MOE)
+    with pytest.raises(ValueError, match="x has 2 values; it takes 1, 3 "):
+        by_scale("x", [1, 2], 10, MOE)
+
+
+LAYERS = (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tau": (0.1, 0.2, 0.3)}, None),
+        ({"rule": "keys", "tau": (0.1,) * 10}, None),
+        ({"layer_tau": (LAYERS,)}, None),
+        ({"layer_tau": (LAYERS,) * 3}, None),
+        ({"rule": "random", "k": 8}, None),
+        ({"tau": (0.1, 0.2)}, r"^selection\.tau=\[0\.1, 0\.2\] must have 1, 3, 10 values$"),
+        ({"rule": "keys", "tau": (0, 1)}, r"^selection\.tau=\[0, 1\] must have 1, 3, 10 values$"),
+        ({"layer_tau": (LAYERS,) * 2}, r"^selection\.layer_tau=.* must have 1, 3, 10 values$"),
+        (
+            {"layer_tau": ((0.5,),)},
+            r"^selection\.layer_tau=\[\[0\.5\]\] is for 1 layers, .*more \(2",
+        ),
+        ({"rule": "top_k", "k": 9}, r"^selection\.k=9 must be at most 8"),
+    ],
+)
+def test_configurations_are_checked_by_what_the_rule_reads(given, message):
+    shape = {"num_scales": 10, "moe_scales": MOE, "depth": 2, "num_experts": 8}
+    if message is None:
+        check_configured(SelectionConfig(**given), **shape)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_configured(SelectionConfig(**given), **shape)

@@ -88,6 +88,7 @@ CURVES = {
         "cumulative share": rule("cumulative", "share", 0.9),
         "random k": rule("random", "k", 1, 3),
         "oracle, Eq. 3": over_tau("oracle"),
+        "keys, Eq. 3": over_tau("keys"),
     },
 }  # fmt: skip
 

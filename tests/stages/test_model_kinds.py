@@ -92,6 +92,7 @@ RULES = [
     ({"selection.rule": "oracle", "selection.tau": 0.5}, "split", None),
     ({"selection.rule": "random", "selection.k": 3}, "split", 3),
     ({"selection.rule": "all"}, "split", 4),
+    ({"selection.rule": "keys", "selection.tau": 0.5}, "split", None),
     ({"selection.rule": "top_k", "selection.k": 1}, "train_router", 1),
     ({"selection.rule": "cumulative", "selection.share": 0.6}, "train_router", None),
     ({"selection.rule": "threshold", "selection.tau": 0.5}, "train_router", None),
@@ -100,15 +101,16 @@ RULES = [
 
 @pytest.mark.parametrize(("changes", "stage", "experts"), RULES)
 def test_every_rule_goes_the_same_way(make_work, runs, changes, stage, experts):
-    """Through the same sampler, counter and distance; a router is loaded and counted only where
-    the rule reads its scores."""
+    """Through the same sampler, counter and distance; a router is loaded only where the rule reads
+    its scores, and counted as other scores are."""
     work = make_work(runs, changes)
     if stage == "split":
         shutil.rmtree(work.folder("train_router"))
     assert work.needs("evaluate") == (stage,)
     metrics = run_stage(work, "evaluate").metrics
     assert metrics["fid_fake"] >= 0
-    assert (metrics["flops_router_gmac"] > 0) == (stage == "train_router")
+    scored = stage == "train_router" or changes["selection.rule"] == "keys"
+    assert (metrics["flops_router_gmac"] > 0) == scored
     pairs = [2 * n * 4 * metrics[f"experts_share_scale{si}"] for si, n in ((2, 9), (3, 16))]
     assert metrics["flops_experts_gmac"] == pytest.approx(sum(pairs) * 2 * 32 * 32 / 1e9)
     if experts is None:
@@ -193,6 +195,7 @@ def test_means_are_taken_once_for_all_shares(make_work, runs, monkeypatch):
         ({"selection.rule": "top_k", "evaluate.seed": 2}, "top_k 8 at scales 2,3 seed 2"),
         ({"selection.rule": "cumulative"}, "cumulative 0.9 at scales 2,3 seed 0"),
         ({"selection.rule": "all", "moe.scales": [1]}, "all at scales 1 seed 0"),
+        ({"selection.rule": "keys"}, "keys 0.2 at scales 2,3 seed 0"),
     ],
 )
 def test_description(make_work, changes, text):

@@ -182,6 +182,10 @@ def test_a_point_is_the_mean_over_its_seeds(make_work, tmp_path):
             "cumulative", "cumulative share, scales 3, 4", "0.7",
         ),
         ({"selection.rule": "all"}, "all", "all experts, scales 3, 4", "all"),
+        (
+            {"selection.rule": "keys", "selection.tau": [0.5, 1]},
+            "keys", "Eq. 3 on keys (no router), scales 3, 4", "0.5, 1",
+        ),
     ],
 )  # fmt: skip
 def test_the_curve_of_a_setting(changes, method, curve, label):

@@ -14,7 +14,7 @@ from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, InputError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.experts import PATHS
-from dmoe_var.moe.selection import Cumulative, Oracle, Threshold
+from dmoe_var.moe.selection import Cumulative, Oracle, Threshold, TopK
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded, sample
 from dmoe_var.stages.sample import Pictures, describe, settled
@@ -241,11 +241,11 @@ def test_pretrained_pictures_depend_on_its_content(make_work, runs, tmp_path):
         ({"var.depth": 2}, r"stored: depth is 1, the configuration says var.depth=2"),
         (
             {"sample.selection": "given", "selection.rule": "top_k", "split.expert_size": 8},
-            r"stored: selection.k=8, it has 4 experts",
+            r"stored: selection.k=8 must be at most 4",
         ),
         (
             {"sample.selection": "given", "moe.scales": [1, 2, 3], "selection.tau": [0, 0.1, 0.2]},
-            r"stored: selection has 3 values",
+            r"stored: selection.tau=\[.*\] must have 1, 2, 4 values",
         ),
     ],
 )
@@ -262,7 +262,7 @@ def test_pretrained_that_does_not_fit(make_work, pretrained, tmp_path, changes, 
         (Threshold(0.25), "tau 0.25"),
         ([Threshold(0.1), Threshold(0.2)], "tau 0.1, 0.2"),
         (Oracle(0.5), "oracle tau 0.5"),
-        ([Cumulative(0.5), Cumulative(0.5)], "Cumulative(share=0.5)"),
+        ([Cumulative(0.5), TopK(3)], "cumulative share 0.5, top_k k 3"),
     ],
 )
 def test_description(selection, text):

@@ -1,0 +1,168 @@
+"""What every selection rule says of itself, and how its fields are declared and checked.
+
+Legend: B batch, L tokens, C width, D neurons an expert, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
+from torch import Tensor
+
+from dmoe_var import values
+
+Count = Annotated[int, Field(ge=1, le=2**31)]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Marks a field of a rule as a key of configurations, under `selection`."""
+
+    default: Any
+    by_scale: Any = None
+    """The key's type if it holds a value for each scale, as one key of a rule may."""
+    name: str | None = None
+    """The key's name where that is not the field's."""
+
+
+class ExpertFFN(Protocol):
+    """What rules see of `moe.layer.MoEFFN`."""
+
+    num_experts: int
+
+    @property
+    def w1_EDC(self) -> Tensor: ...
+
+    @property
+    def router(self) -> Callable[[Tensor], Tensor]: ...
+
+    def true_norms(self, x_BLC: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """Base of all rules: pure functions scores (..., E) -> bool mask (..., E).
+
+    A rule's fields are annotated with their limits, and with a `Key` if configurations have them.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str] = ""
+    """In configurations, stored models and records."""
+    label: ClassVar[str] = ""
+    """In tables and legends."""
+    wording: ClassVar[str] = ""
+    """In a line of text, before the values; the name where it is empty."""
+    colour: ClassVar[str] = "#7F7F7F"
+    marker: ClassVar[str] = "."
+    """Of its curve in figures."""
+    proposed: ClassVar[bool] = False
+    """The paper's method, of which figures have curves of their own, and not a rival of it."""
+
+    uses_scores: ClassVar[bool] = True
+    """The rule reads scores; one that does not is handed noise."""
+    needs_router: ClassVar[bool] = True
+    """The scores are the router's, which has to be trained, runs and is counted."""
+    true_norms: ClassVar[bool] = False
+    """The scores are the experts' true norms; the pass that computes them is not counted."""
+
+    def __post_init__(self) -> None:
+        for name, declared in declared_fields(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), declared))
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def scores(self, ffn: ExpertFFN, x_BLC: Tensor) -> Tensor:
+        """What the rule selects by, (B, L, E)."""
+        if self.true_norms:
+            return ffn.true_norms(x_BLC)
+        if self.needs_router:
+            return ffn.router(x_BLC)
+        return x_BLC.new_zeros((*x_BLC.shape[:-1], ffn.num_experts))
+
+    def score_macs(self, width: int, num_experts: int) -> int:
+        """MACs of one token's scores that are neither the router's nor the true norms."""
+        return 0
+
+    def at(self, layer: int) -> SelectionRule:
+        """The rule of one layer; most rules are the same in all."""
+        return self
+
+    def misfit(self, depth: int, num_experts: int) -> tuple[str, str] | None:
+        """The field with which a model of `depth` layers of so many experts cannot run the rule,
+        and what is allowed; None where it can."""
+        return None
+
+    def check(self, depth: int, num_experts: int) -> None:
+        """ValueError where a model of `depth` layers of so many experts cannot run the rule."""
+        if found := self.misfit(depth, num_experts):
+            name, allowed = found
+            raise ValueError(f"{name}={values.shown(getattr(self, name))} {allowed}")
+
+
+Selection = SelectionRule | Sequence[SelectionRule] | None
+"""One rule for all scales with experts, a list of rules (see `resolve_rules`), or none."""
+
+
+@cache
+def declared_fields(rule: Any) -> Mapping[str, Any]:
+    """The annotation of each field of a rule."""
+    hints = get_type_hints(rule, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(rule)}
+
+
+@cache
+def keys_of(rule: type[SelectionRule]) -> Mapping[str, Key]:
+    """The key of each field that configurations have."""
+    marks = {name: get_args(declared) for name, declared in declared_fields(rule).items()}
+    found = {name: [m for m in of if isinstance(m, Key)] for name, of in marks.items()}
+    return {name: keys[0] for name, keys in found.items() if keys}
+
+
+def _checked(name: str, value: Any, declared: Any) -> Any:
+    """A field as plain Python, checked by its annotation; as given where that holds no number."""
+    kind, *marks = get_args(declared) if get_origin(declared) is Annotated else (declared,)
+    if get_origin(kind) is tuple:
+        found = [_checked(name, each, get_args(kind)[0]) for each in values.items(name, value)]
+        if not found:
+            raise ValueError(f"{name}=() must hold at least one value")
+        return tuple(found)
+    limits = [limit for mark in marks if isinstance(mark, FieldInfo) for limit in mark.metadata]
+    low, high = (
+        next((getattr(limit, bound) for limit in limits if hasattr(limit, bound)), None)
+        for bound in ("ge", "le")
+    )
+    if kind is float:
+        return values.number(name, value, low, high)
+    return values.whole(name, value, low, high) if kind is int else value
+
+
+def shown_values(rules: Sequence[SelectionRule]) -> str:
+    """What the rules of some scales hold: "0.2,0.3"; with layers "0.2,0.3; 0.4,0.5"."""
+    held = [[getattr(rule, name) for name in keys_of(type(rule))] for rule in rules]
+    nested = any(isinstance(value, tuple) for of_rule in held for value in of_rule)
+    return ("; " if nested else ",").join(" ".join(map(_shown, of_rule)) for of_rule in held)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(_shown, value)) if isinstance(value, tuple) else f"{value:g}"
+
+
+def describe(selection: Selection) -> str:
+    """A selection in a few words: "tau 0.1, 0.2"."""
+    if selection is None:
+        return "all experts"
+    rules = [selection] if isinstance(selection, SelectionRule) else list(selection)
+    if len({type(rule) for rule in rules}) > 1:
+        return ", ".join(dict.fromkeys(map(describe, rules)))
+    rule = type(rules[0])
+    words = "" if rule.proposed else rule.wording or rule.name
+    keys = (key.name or name for name, key in keys_of(rule).items())
+    return " ".join([words, *keys, shown_values(rules).replace(",", ", ")]).strip()

@@ -1,0 +1,95 @@
+"""The section `selection` of a configuration: the rules' own keys, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dmoe_var.config_fields import STRICT
+from dmoe_var.moe.selection.base import SelectionRule, declared_fields, keys_of, shown_values
+from dmoe_var.moe.selection.rules import RULES
+from dmoe_var.moe.selection.threshold import LayerThreshold, Threshold
+
+
+def _keys() -> dict[str, tuple[Any, Any]]:
+    """Type and default of every key, those that rules have in common once."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for rule in RULES.values():
+        for name, key in keys_of(rule).items():
+            kind = key.by_scale or declared_fields(rule)[name]
+            found.setdefault(key.name or name, (kind, key.default))
+    return found
+
+
+class _Section:
+    """What `SelectionConfig` does with its keys, of which each rule reads its own."""
+
+    rule: str
+    layer_tau: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        given = [list(taus) for taus in self.layer_tau]
+        if given and self.rule not in (Threshold.name, LayerThreshold.name):
+            raise ValueError(f"layer_tau={given} goes with rule=threshold, but rule={self.rule}")
+        if self.rule == LayerThreshold.name and not given:
+            raise ValueError(f"layer_tau=[] of rule={self.rule} must hold a list for each scale")
+
+    @property
+    def kind(self) -> type[SelectionRule]:
+        """The rule's class; threshold with `layer_tau` is the rule by layer."""
+        return LayerThreshold if self.layer_tau else RULES[self.rule]
+
+    def rules(self) -> SelectionRule | list[SelectionRule]:
+        """What `generate(selection=...)` takes."""
+        kind: Any = self.kind
+        keys = {n: (key, getattr(self, key.name or n)) for n, key in keys_of(kind).items()}
+        fixed = {name: value for name, (key, value) in keys.items() if not key.by_scale}
+        for name, (key, value) in keys.items():
+            if key.by_scale and len(value) > 1:
+                return [kind(**fixed, **{name: each}) for each in value]
+            if key.by_scale:
+                fixed[name] = value[0]
+        rule: SelectionRule = kind(**fixed)
+        return rule
+
+    @property
+    def values(self) -> str:
+        """As text: "0.2,0.3"; of a tau for each layer, scales behind ";"."""
+        rules = self.rules()
+        return shown_values(rules if isinstance(rules, list) else [rules])
+
+    @property
+    def text(self) -> str:
+        """In a few words: "threshold 0.2,0.3"."""
+        return f"{self.kind.wording or self.kind.name} {self.values}".rstrip()
+
+
+if TYPE_CHECKING:
+
+    class SelectionConfig(_Section):
+        """`rule`, and the keys of all rules."""
+
+        def __init__(self, rule: str = "threshold", **keys: Any) -> None: ...
+        def __getattr__(self, key: str) -> Any: ...
+else:
+    SelectionConfig = make_dataclass(
+        "SelectionConfig",
+        [
+            ("rule", Literal[tuple(RULES)], field(default=Threshold.name)),
+            *((key, kind, field(default=default)) for key, (kind, default) in _keys().items()),
+        ],
+        bases=(_Section,),
+        namespace={"__pydantic_config__": STRICT, "__module__": __name__},
+        frozen=True,
+    )
+
+
+def recorded_selection(config: Mapping[str, Any]) -> SelectionConfig:
+    """The section of a record's configuration, {"selection.rule": ..., ...}."""
+    given = {name: config.get(f"selection.{name}") for name in ("rule", *_keys())}
+    return SelectionConfig(**{key: _tuples(v) for key, v in given.items() if v is not None})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,39 @@
+"""Scores have to be finite to decide what runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmoe_var.errors import InputError
+from dmoe_var.sampling_time import this_sampling
+
+NOT_FINITE = "an expert's score is not finite: the router or its input has overflowed"
+
+
+def check_finite(scores: Tensor) -> Tensor:
+    """The scores; InputError where NaN or infinity among them would decide what runs.
+
+    While a GPU draws images it is raised at the end: to ask it at every layer is to wait for it.
+    """
+    # torch.compile knows no values: it takes the whole check as one operator.
+    return _finite(scores.detach()) if torch.compiler.is_compiling() else _checked(scores)
+
+
+def _checked(scores: Tensor) -> Tensor:
+    finite, sampling = scores.isfinite().all(), this_sampling()
+    if sampling is not None and scores.device.type != "cpu":
+        sampling.check_at_end(finite, NOT_FINITE)
+    elif not bool(finite):
+        raise InputError(NOT_FINITE)
+    return scores
+
+
+@torch.library.custom_op("dmoe_var::finite", mutates_args=(), schema="(Tensor scores) -> Tensor")
+def _finite(scores: Tensor) -> Tensor:
+    return _checked(scores).clone()
+
+
+@_finite.register_fake
+def _(scores: Tensor) -> Tensor:
+    return torch.empty_like(scores)

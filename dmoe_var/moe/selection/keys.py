@@ -1,0 +1,44 @@
+"""A gate without parameters, as in EMoE: what a trained router has to beat.
+
+Legend: B batch, L tokens, C width, D neurons an expert, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dmoe_var.moe.selection.base import ExpertFFN
+from dmoe_var.moe.selection.finite import check_finite
+from dmoe_var.moe.selection.threshold import Threshold
+from dmoe_var.ops import linear
+
+
+@dataclass(frozen=True)
+class Keys(Threshold):
+    """Eq. 3 on x . key_e, where an expert's key is the mean of its neurons' fc1 rows.
+
+    Scores have a sign. Where none is positive, the experts of the largest one alone run.
+    """
+
+    name: ClassVar[str] = "keys"
+    label: ClassVar[str] = "Eq. 3 on keys (no router)"
+    colour: ClassVar[str] = "#CC79A7"
+    marker: ClassVar[str] = "v"
+    proposed: ClassVar[bool] = False
+    needs_router: ClassVar[bool] = False
+
+    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        if self.tau == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        largest = check_finite(scores).amax(-1, keepdim=True)
+        return scores >= torch.where(largest > 0, self.tau * largest, largest)
+
+    def scores(self, ffn: ExpertFFN, x_BLC: Tensor) -> Tensor:
+        return linear(x_BLC, ffn.w1_EDC.mean(1))
+
+    def score_macs(self, width: int, num_experts: int) -> int:
+        return width * num_experts
