@@ -52,32 +52,38 @@ OF_THE_CLUSTER = (
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """What a job asks for. `cluster`: slurm, local (processes of this machine, all at once), or
-    None, no jobs at all.
-
-    gpus, cpus, mem_gb, hours: of one job, which is one point of the multirun; with several GPUs
-    torchrun starts a process on each. cpus, mem_gb: None leaves them to the cluster. parallel: jobs
-    of an array that run at once. restarts: how often a job that ran out of time is sent again, to
-    go on where it was. setup: lines of shell before the job. more: further options of sbatch, by
-    name; one that says the same in another way (mem-per-gpu, cpus-per-gpu, gres) stands in the
-    place of mem_gb, cpus or gpus.
-    """
+    """What a job asks for; a job is a point of a multirun (-m)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cluster: Literal["slurm", "local"] | None = None
+    """slurm; local, all jobs as processes of this machine; or null, no jobs: one point after
+    another."""
     partition: Word | None = None
+    """SLURM partition; null leaves it to the cluster, as for the three below."""
     account: Word | None = None
+    """SLURM account."""
     qos: Word | None = None
+    """SLURM quality of service."""
     constraint: Word | None = None
+    """SLURM constraint on nodes."""
     gpus: Annotated[int, Field(ge=0)] = 1
+    """GPUs of a job; with several, torchrun starts a process on each."""
     cpus: Annotated[int, Field(gt=0)] | None = 8
+    """CPUs of a job; null leaves them to the cluster."""
     mem_gb: Annotated[int, Field(gt=0)] | None = 64
+    """Gigabytes of memory of a job; null leaves it to the cluster."""
     hours: Annotated[float, Field(gt=0)] = 24.0
+    """Time limit of a job."""
     parallel: Annotated[int, Field(gt=0)] = 8
+    """Jobs of an array that run at once."""
     restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that a job that ran out of time is sent again, to go on where it was."""
     setup: tuple[Word, ...] = ()
+    """Lines of shell before the job, such as "module load cuda"."""
     more: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    """Further options of sbatch by name, such as {mail-type: END}; mem-per-gpu, cpus-per-gpu
+    and gres stand in for mem_gb, cpus and gpus."""
 
     def __post_init__(self) -> None:
         for name in self.more:

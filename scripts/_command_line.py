@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from dmoe_var.config.parse import is_entry, is_text
+from dmoe_var.config.parse import is_declared, is_entry, is_text
 from dmoe_var.errors import ConfigError
 
 USE = "settings are key=value, options --help, --cfg job, -m"
@@ -106,7 +106,7 @@ def written_out(override: str, multirun: bool) -> str:
     name = key.lstrip("+")
     if not equals or key.startswith("~"):
         return override
-    if is_entry(name):  # of a section whose keys are the user's own: may be new
+    if is_entry(name) or (key != name and is_declared(name)):  # may be new, and may be there
         key = f"++{name}"
     text = is_text(name)
     if text and _is_there(value):

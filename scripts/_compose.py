@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from _command_line import is_searchpath, parser
@@ -16,20 +17,29 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dmoe_var.config.explain import declared, explained
 from dmoe_var.config.parse import known_keys, parse_config
 from dmoe_var.config.root import Config
 from dmoe_var.errors import ConfigError, InputError, sentence
-from dmoe_var.experiment.work import Work
+from dmoe_var.experiment.work import READS, Work
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = re.compile(r"\+*experiment=")
+EVERYWHERE = (
+    "name", "run_dir", "seed", "device", "dtype", "threads", "deterministic", "wandb", "progress",
+    "launcher",
+)  # fmt: skip
+"""What every script reads."""
+
+ConfigStore.instance().store("declared", declared())  # configs/root.yaml begins with it
 
 
 @contextmanager
@@ -55,6 +65,8 @@ def show(script: str, arguments: Namespace) -> bool:
     with _one_line_errors(arguments.overrides):
         if arguments.help:
             hydra.app_help(config_name=name, args_parser=parser(), args=arguments)
+            content = hydra.compose_config(name, arguments.overrides, RunMode.RUN, from_shell=False)
+            print(_help(script, _plain(content)))
         elif arguments.hydra_help:
             hydra.hydra_help(config_name=name, args_parser=parser(), args=arguments)
         elif arguments.cfg:
@@ -64,6 +76,15 @@ def show(script: str, arguments: Namespace) -> bool:
         elif arguments.info:
             hydra.show_info(arguments.info, config_name=name, overrides=arguments.overrides)
     return bool(arguments.help or arguments.hydra_help or arguments.cfg or arguments.info)
+
+
+def _help(script: str, values: Mapping[str, Any]) -> str:
+    """The keys that a script's stage reads; the pipeline's are those of all its stages."""
+    pipeline = get_args(get_type_hints(Config)["until"])
+    stages = (script,) if script in READS else pipeline
+    reads = {*EVERYWHERE, *(key for stage in stages for key in READS[stage])}
+    text = explained(values, reads | {"until"} if stages == pipeline else reads)
+    return f"== Keys ==\nkey=value sets one; --cfg job shows those of other scripts too\n\n{text}"
 
 
 def own_experiment(overrides: Sequence[str]) -> list[str]:
@@ -131,16 +152,21 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:
     with _one_line_errors(overrides):
         content = compose(name, list(overrides), return_hydra_config=True)
         experiment = content.hydra.runtime.choices.get("experiment")
-        OmegaConf.set_struct(content, False)
-        del content["hydra"]
-        plain = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+        plain = _plain(content, throw_on_missing=True)
     if "experiment" in plain:
         raise ConfigError(
             f"experiment={experiment}: its file must begin with the line # @package _global_, and "
             "with nothing before it (such as a byte order mark)"
         )
-    return parse_config({str(key): value for key, value in plain.items()}), experiment
+    return parse_config(plain), experiment
+
+
+def _plain(content: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:
+    """What was composed, without Hydra's own settings, as plain values."""
+    ours = OmegaConf.masked_copy(content, [key for key in content if key != "hydra"])
+    plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=throw_on_missing)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 @contextmanager

@@ -12,36 +12,38 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """scripts/calibrate.py.
-
-    budget: FLOPs of an image as a share of the dense model's (decoder left out). budget_ms, in its
-    place: milliseconds of a batch of `time_batch` images on this device, decoder included.
-    budgets: shares at which all ways to choose tau are compared; () compares none.
-    loss: what is made equal per saved FLOP: `ce`, the teacher-forced cross-entropy of the sparse
-    scales, each weighing the same; `ce_tokens`, each by its tokens; or `norm`, the squared
-    predicted norms that are dropped. by_layer: a tau for each layer.
-    densities: shares of experts at which a loss curve is measured. refinements: rounds in which
-    measured losses of all groups together correct what those of each alone suggest; with 0 the
-    latter decide. images, held_out: training and held-out images for losses; drawn: sampled images
-    that correct and verify the FLOPs.
-    """
+    """What a calibration of tau aims at, and what it may take."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     budget: Share = 0.81
+    """FLOPs of an image as a share of the dense model's, decoder left out."""
     budget_ms: Annotated[float, Field(gt=0)] | None = None
+    """In place of budget: milliseconds of a batch of time_batch images here, decoder included."""
     budgets: tuple[Share, ...] = ()
+    """Budgets at which all ways to choose tau are compared; none compares nothing."""
     loss: Literal["ce", "ce_tokens", "norm"] = "ce"
+    """What is made equal for each saved FLOP: ce (teacher-forced, the sparse scales weighing
+    the same), ce_tokens (each token the same) or norm (predicted norms that are dropped)."""
     by_layer: bool = False
+    """Whether each layer of a scale gets a tau of its own."""
     densities: Annotated[
         tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)
     ] = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)  # fmt: skip
+    """Shares of the experts at which the losses of a group are measured."""
     refinements: Annotated[int, Field(ge=0)] = 3
+    """Rounds that measure the losses of all groups together; 0 trusts those of each alone."""
     images: Annotated[int, Field(gt=0)] = 256
+    """Training images on which losses are measured."""
     held_out: Annotated[int, Field(gt=0)] = 256
+    """Held-out images on which the result is verified."""
     drawn: Annotated[int, Field(ge=2)] = 200
+    """Sampled images that correct and verify the FLOPs."""
     batch_size: Annotated[int, Field(gt=0)] = 64
+    """Images at once."""
     time_batch: Annotated[int, Field(gt=0)] = 8
+    """Images of a batch that is timed."""
     time_repeats: Annotated[int, Field(gt=0)] = 5
+    """Times that such a batch is timed."""
     seed: Annotated[int, Field(ge=0, lt=2**30)] = 1000
-    """Of the sampled images: those that correct, and one more for those that verify."""
+    """Seed of the sampled images that correct; the next one is of those that verify."""

@@ -41,52 +41,59 @@ Figures = Annotated[tuple[str, ...], BeforeValidator(_given), Field(min_length=1
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """scripts/figures.py.
-
-    make: first makes the records that are missing. plan: prints what would be made, in order, and
-    does nothing. quick: one seed, `quick_samples` images a point and four values a curve, marked
-    as such on the figures.
-    """
+    """Which figures are drawn, and over which values."""
 
     __pydantic_config__ = STRICT
 
     figure: Figures = ("all",)
+    """all (the paper's), or names: 2a to 12, rules, calibration, accounting."""
     make: bool = False
+    """First make the records that are missing."""
     plan: bool = False
+    """Print what would be made, in order, and do nothing."""
     quick: bool = False
+    """One seed, quick_samples images a point and four values a curve; the figures say so."""
     quick_samples: Annotated[int, Field(ge=2)] = 500
+    """Images of a point of a quick figure."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (0, 1, 2)
+    """Seeds of the points."""
     tau: Annotated[tuple[Share, ...], Several] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-    """Of every curve over tau."""
+    """Tau of every curve over tau."""
     pruned_shares: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Several] = (
         0.1, 0.3, 0.5, 0.7, 0.9,
     )  # fmt: skip
+    """Shares of the neurons that pruning drops."""
     k_shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (
         0.25, 0.375, 0.5, 0.75,
     )  # fmt: skip
-    """Shares of the experts that top-k and random run (figure `rules`)."""
+    """Shares of the experts that top-k and random run."""
     cumulative_shares: Annotated[tuple[Share, ...], Several] = (0.7, 0.8, 0.9, 0.95)
+    """Shares of the cumulative rule."""
     alphas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] = (0, 1e-3, 1e-2, 1e-1)
+    """Weights of the Hoyer loss."""
     router_alphas: tuple[
         Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
     ] = (1e-3, 1e-1)  # fmt: skip
-    """Low and high, for figure 10."""
+    """A low and a high alpha, for figure 10."""
     gelu_alpha: Annotated[float, Field(ge=0)] = 2e-4
-    """Of the fine-tuning without ReLUfication (figure 7)."""
+    """Alpha of the fine-tuning without ReLUfication (figure 7)."""
     expert_sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Several] = (
         8, 16, 32, 64, 128, 256,
     )  # fmt: skip
+    """Neurons of an expert."""
     single_scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (5, 6, 7, 8, 9)
+    """Scales that run experts alone."""
     depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], PathOrName | None] = field(
         default_factory=dict
     )
-    """By depth, where its dense VAR comes from, as `base.var` says it (null trains it). Figure 5
-    adds the experiment's own depth."""
+    """Sources of dense VARs as base.var, by depth, beside the experiment's own (figure 5); null
+    trains one."""
     budgets: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (0.8, 0.9)
     """Shares of the dense FLOPs at which ways to choose tau are compared (figure calibration)."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Of the timings (figures 8b and 9)."""
+    """Images at once in timings (figures 8b and 9)."""
     time_tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.4)
+    """Tau that are timed."""
     minutes: Mapping[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
     """By stage, about how long it takes where no record tells; evaluate: 1,000 images."""
 

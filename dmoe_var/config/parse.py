@@ -44,6 +44,11 @@ def is_text(key: str) -> bool:
     return set(_kinds(_type_of(key.split(".")))) == {str}
 
 
+def is_declared(key: str) -> bool:
+    """Whether there is such a key or section."""
+    return _type_of(key.split(".")) is not None
+
+
 def is_entry(key: str) -> bool:
     """Whether a dotted key lies in a section whose keys are the user's own (sweep.lists.mine)."""
     *path, _ = key.split(".")

@@ -12,25 +12,25 @@ from dmoe_var.config_fields import STRICT, Share
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """scripts/report.py.
-
-    labels: classes of the pictures under the router microscope, one picture each, drawn from
-    `seed`; None: the first four. tau: at which of Eq. 3's thresholds, on all sparse scales, each of
-    them is drawn once more. grid_images: the first pictures of each point of the curve, dense
-    beside dynamic. picture_side, grid_side: larger pictures are scaled down to that many pixels,
-    those of the grids to JPEG. max_mb: the size of the page; pictures that do not fit are left out
-    from under the microscope, and the page says so.
-    """
+    """What the HTML report shows, and how large it may grow."""
 
     __pydantic_config__ = STRICT
 
     labels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """Classes under the router microscope, a picture of each; null takes the first four."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of these pictures."""
     tau: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+    """Tau on all of moe.scales at which each picture is drawn."""
     grid_images: Annotated[int, Field(gt=0)] = 20
+    """First pictures of each point of the curve, dense beside dynamic."""
     picture_side: Annotated[int, Field(ge=8)] = 256
+    """Pixels a side of a picture under the microscope; larger ones are scaled down."""
     grid_side: Annotated[int, Field(ge=8)] = 96
+    """Pixels a side of a picture in a grid, as JPEG."""
     max_mb: Annotated[float, Field(gt=0)] = 20.0
+    """Size of the page; pictures under the microscope are left out beyond it, and the page says
+    so."""
 
     def __post_init__(self) -> None:
         if list(self.tau) != sorted(set(self.tau)):

@@ -46,43 +46,57 @@ from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
 @dataclass(frozen=True)
 class BaseConfig:
     """Where the base models come from: a path, a published name, or the name of one that this
-    package carries ("digits"). None: they are trained (train_vqvae, train_var)."""
+    package carries ("digits")."""
 
     __pydantic_config__ = STRICT
 
     vqvae: PathOrName | None = None
+    """Source of the VQ-VAE; null trains one (train_vqvae)."""
     var: PathOrName | None = None
+    """Source of the dense VAR; null trains one (train_var)."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """At which scales experts run, and which compute path runs them."""
+    """Where experts run, and how."""
 
     __pydantic_config__ = STRICT
 
     scales: Scales = (7, 8, 9)
+    """Scales at which experts run, from 0, rising; the dense model runs at the others."""
     impl: Impl = "auto"
+    """Compute path of the experts: auto (the fastest here), native, triton, grouped or
+    reference."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a stage can read. `name` is the experiment's: results go to run_dir/name; `until`
-    is the pipeline's last stage."""
+    """Everything a stage can read."""
 
     __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the experiment; results go to run_dir/name."""
     run_dir: PathOrName = "runs"
+    """Folder of all experiments, and of the caches that they share."""
     seed: Seed = 0
+    """Seed of initialisation, training and the split; samples have their own seeds."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, mps, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of training; bfloat16 trains under autocast."""
     threads: Annotated[int, Field(gt=0)] | None = None
+    """CPU threads; null follows the cores that this process may use."""
     deterministic: bool = False
+    """On a GPU: bitwise the same weights at every run, slower."""
     wandb: WandbMode = "disabled"
+    """Whether Weights & Biases gets the lines of metrics.jsonl: disabled, offline or online."""
     progress: bool = True
+    """Whether progress bars are shown."""
     until: Literal["train_vqvae", "train_var", "sparsify", "split", "train_router", "sweep"] = (
         "sweep"
     )
+    """Last stage that scripts/pipeline.py runs."""
     data: DataConfig = field(default_factory=DataConfig)
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     var: VARConfig = field(default_factory=VARConfig)

@@ -27,22 +27,25 @@ Classes = Annotated[tuple[int | str, ...], BeforeValidator(_as_classes)]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """scripts/sample.py: `per_class` images of each class under each seed."""
+    """Which pictures scripts/sample.py draws."""
 
     __pydantic_config__ = STRICT
 
     classes: Classes | None = None
-    """By index or name; `Config` turns names into indices. None: all classes, at most ten."""
+    """Classes by index or name; null draws all, at most ten."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
+    """Seeds under which each class is drawn."""
     per_class: Annotated[int, Field(gt=0)] = 1
+    """Pictures of each class under each seed."""
     single_pngs: bool = False
+    """Whether each picture is also written as a PNG file of its own."""
     model: Literal["dense", "dynamic", "both"] | None = None
-    """None: both where the experts are made, else dense alone (see stages/sample.py)."""
+    """Models that draw; null takes both where the experts are made, else the dense one."""
     pretrained: PathOrName | None = None
-    """A DynamicVAR that `save_pretrained` wrote, a folder or a name on the hub; both models come
+    """DynamicVAR that save_pretrained wrote, a folder or a name on the hub; both models come
     from it then."""
     selection: Literal["stored", "given"] = "stored"
-    """With `pretrained`: the rule that is stored with it, or the one under `selection`."""
+    """With pretrained: the rule that is stored with it, or the one given under `selection`."""
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds):
@@ -51,74 +54,81 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """One point of a quality-cost curve: which model, how many samples, from which seed, and
-    whether they are left as samples.npz, as PNG files or as both.
-
-    model: dense; dynamic, with experts at `moe.scales` under `selection`; or pruned, with FFNs
-    there that `pruning` made narrower. samples: an .npz file (arr_0) or a folder of somebody's
-    images, which are measured in place of a model's; all other keys here are without effect then.
-    """
+    """One point of a quality-cost curve."""
 
     __pydantic_config__ = STRICT
 
     model: Literal["dense", "dynamic", "pruned"] = "dynamic"
+    """dense; dynamic, with experts at moe.scales under `selection`; or pruned, with narrower
+    FFNs there (`pruning`)."""
     num_samples: Annotated[int, Field(ge=2)] = 1000
+    """Images that are drawn and measured."""
     seed: Seed = 0
+    """Seed of the images."""
     format: ImageFormat = "npz"
+    """How images are left: npz (samples.npz), png (a file for each) or both."""
     samples: Annotated[str, Field(min_length=1)] | None = None
+    """Somebody's images to measure in place of a model's: an .npz file (arr_0) or a folder."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """scripts/export.py: a repository on the hub to push the finished model to (None: none)."""
+    """What scripts/export.py does with the finished model."""
 
     __pydantic_config__ = STRICT
 
     push_to: Annotated[str, Field(min_length=1)] | None = None
+    """Repository on the hub to push to, such as me/dmoe-var-d16; null pushes nothing."""
     private: bool = True
+    """Whether a repository that is created is private."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """scripts/benchmark.py: the dense model, and beside it whatever else is named here, in turn.
-
-    batch_sizes: images at once, each size by itself (none: `batch_size` alone). tau: a dynamic
-    model for each, on all of `moe.scales`; chosen: another under `selection`. random_masks: each
-    dynamic one also with experts by chance, as many. smaller: a dense model of less depth, as
-    base.var ("next": the published one below). compile: with torch.compile, without, or both.
-    parts: times by part and scale as well. published: a checkout of the published VAR code.
-    kernels: instead of samplers, a layer's FFN by every compute path, with random weights: experts
-    of expert_sizes, random masks of densities, tokens of each of `moe.scales`. real_masks: beside
-    them the experiment's own layers, on what they are given as images are drawn at each tau.
-    """
+    """What scripts/benchmark.py times: the dense model, and beside it whatever is named here."""
 
     __pydantic_config__ = STRICT
 
     batch_size: Annotated[int, Field(gt=0)] = 1
+    """Images at once."""
     batch_sizes: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple)
     ] = ()  # fmt: skip
+    """Several sizes, timed one by one in place of batch_size."""
     repeats: Annotated[int, Field(gt=0)] = 5
+    """Rounds that count; each times every model once."""
     warmup: Annotated[int, Field(ge=0)] = 1
+    """Rounds before, that do not count."""
     tau: Annotated[
         tuple[Share, ...], BeforeValidator(as_tuple)
     ] = ()  # fmt: skip
+    """A dynamic model for each of these tau, on all of moe.scales."""
     chosen: bool = False
+    """Also the dynamic model under `selection`."""
     random_masks: bool = False
+    """Each dynamic model also with as many experts by chance."""
     smaller: PathOrName | None = None
+    """Also a dense model of less depth: a source as base.var, or next (the published one below)."""
     compile: Literal["eager", "compiled", "both"] = "eager"
+    """Models as they are (eager), with torch.compile (compiled), or both."""
     parts: bool = False
+    """Also times by part and scale, and part_times.png."""
     published: PathOrName | None = None
+    """Folder of a checkout of the published VAR code, timed beside ours."""
     kernels: bool = False
+    """In place of samplers: a layer's FFN by every compute path, with random weights."""
     real_masks: bool = False
+    """With kernels: also the experiment's own layers, on the tokens and masks of drawn images."""
     expert_sizes: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = (32, 128)  # fmt: skip
+    """With kernels: neurons of an expert."""
     densities: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1)], ...],
         BeforeValidator(as_tuple),
         Field(min_length=1),
     ] = (1.0, 0.6, 0.3, 0.1)
+    """With kernels: shares of the experts that run."""
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "tau", "expert_sizes", "densities"):
@@ -143,35 +153,38 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class MapsConfig:
-    """Experts over the picture: one image of each of the first `images` classes, under
-    `selection` and under each of these tau on all sparse scales."""
+    """Maps of experts over the picture, under `selection` and under each tau."""
 
     __pydantic_config__ = STRICT
 
     images: Annotated[int, Field(gt=0)] = 4
+    """Classes from the first on, an image of each."""
     seed: Seed = 0
+    """Seed of the images."""
     tau: tuple[Share, ...] = (0.0, 0.1, 0.2, 0.4)
+    """Tau on all of moe.scales that are shown beside `selection`."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The points of a sweep: the dense model, tau grids and lists, each with every seed.
-
-    last: tau values on `moe.scales`. all: tau values on all scales. lists: tau lists by name, a
-    value for each of `moe.scales`. chosen: the name of the list that is the operating point.
-
-    part of parts: only this share of the points is measured (from 1), and nothing is joined.
-    """
+    """The points of a sweep: the dense model, tau grids and lists, each with every seed."""
 
     __pydantic_config__ = STRICT
 
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    """Seeds with which each point is measured."""
     last: tuple[Share, ...] = ()
+    """A point for each tau, on all of moe.scales."""
     all: tuple[Share, ...] = ()
+    """A point for each tau, on all scales."""
     lists: Mapping[str, Taus] = field(default_factory=dict)
+    """A point for each list, by name: a tau for each of moe.scales."""
     chosen: str | None = None
+    """Name of the list that is the operating point."""
     part: Annotated[int, Field(gt=0)] | None = None
+    """Part of the points that is measured, from 1; null joins them all."""
     parts: Annotated[int, Field(gt=0)] = 1
+    """Parts that the points are cut into."""
 
     def __post_init__(self) -> None:
         if self.part is None and self.parts > 1:

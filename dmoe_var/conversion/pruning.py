@@ -26,20 +26,18 @@ from dmoe_var.ops import widest_float
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """Which neurons the baseline drops, and of which model: the dense one, or the one that was
-    fine-tuned to be sparse.
-
-    share: of each FFN's neurons, those of the lowest mean activation. rule: the mean of absolute
-    activations, or, as in the authors' code, of signed ones. images: training images, at most,
-    that the means are taken over.
-    """
+    """Which neurons the pruned baseline drops (read where evaluate.model is pruned)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of each FFN's neurons at moe.scales that are dropped, of the lowest mean activation."""
     rule: Literal["mean_abs", "mean_signed"] = "mean_abs"
+    """Mean of absolute activations, or, as in the authors' code, of signed ones."""
     model: Literal["dense", "sparse"] = "dense"
+    """Model that is pruned: the dense one, or the one that was fine-tuned to be sparse."""
     images: Annotated[int, Field(gt=0)] = 256
+    """Training images, at most, that activations are averaged over."""
 
 
 @torch.no_grad()

@@ -21,35 +21,42 @@ IN_MEMORY = ("kind", "image_size", "num_classes")
 class DataConfig:
     """Which images, how they are cut, and how they are read.
 
-    digits: scikit-learn's, enlarged to image_size pixels a side; the keys after num_classes are
-    read by image_folder alone. image_folder: pictures in `root`/`train`/CLASS and
-    `root`/`val`/CLASS, both of the same classes; `num_classes`, where given, is how many folders
-    there must be, or how many classes the model has. A label is a folder's place, whole numbers
-    sorted as numbers; fewer folders than the model's classes keep its labels, where they are named
-    by them or by ImageNet's wnids. As published for VAR, the shorter side is resized to
-    `resize_ratio` * image_size; training crops are random, a fixed number (`augmentations`) of each
-    picture that follows from `seed`; held-out crops are central. `limit` and `held_out` are how
-    many training and held-out pictures are used, spread over the classes (None: all). A picture
-    that cannot be decoded is left out (skip), or ends the run once all have been tried (refuse).
-    `workers` threads decode (0: the encoder's own); `encode_batch` images are encoded at a time.
+    A label is a class folder's place, whole numbers sorted as numbers; fewer folders than the
+    model's classes keep its labels, where they are named by them or by ImageNet's wnids.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["digits", "image_folder"] = "digits"
+    """digits (scikit-learn's, in memory) or image_folder, for which alone the keys after
+    num_classes are."""
     image_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
+    """Pixels a side that the models see."""
     num_classes: Count | None = None
+    """Class folders that there must be, or classes of the model; null takes what is there."""
     root: PathOrName | None = None
+    """Folder that holds train and val."""
     train: Name = "train"
+    """Folder of the training pictures, in one folder for each class."""
     val: Name = "val"
+    """Folder of the held-out pictures, of the same classes."""
     resize_ratio: Annotated[float, Field(ge=1, le=8)] = 1.125
+    """Shorter side of a picture before it is cut, in image_size."""
     augmentations: Count = 1
+    """Random crops of each training picture; held-out crops are central."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the crops."""
     limit: Count | None = None
+    """Training pictures that are used, spread over the classes; null takes all."""
     held_out: Count | None = None
+    """Held-out pictures that are used, spread over the classes; null takes all."""
     unreadable: Literal["refuse", "skip"] = "refuse"
+    """A picture that cannot be decoded ends the run once all were tried (refuse), or is left
+    out (skip)."""
     workers: Annotated[int, Field(ge=0)] = 0
+    """Decoding threads of each process; 0 decodes in the encoder's own."""
     encode_batch: Count = 64
+    """Images that are encoded at once."""
 
     def __post_init__(self) -> None:
         if self.kind == "image_folder":

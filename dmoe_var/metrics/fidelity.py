@@ -64,26 +64,28 @@ Images = Pixels | npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class FidelityConfig:
-    """Which network measures fidelity, against what, and how.
-
-    `input_size` (pixels a side that EfficientNet-Lite0 sees) is read by the backbone efflite0
-    only; `weights` (a local file of torch-fidelity's InceptionV3; None: torch-fidelity downloads
-    it) by inception only. `reference`: None for the training images, a folder of images of the
-    samples' size, or an .npz file: the ADM evaluator's, pytorch-fid's, one that `Statistics.save`
-    wrote, or images alone (arr_0). Precision and recall count the
-    `neighbours` nearest of at most `reference_images` reference images.
-    """
+    """Which network measures fidelity, against what, and how."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     backbone: Literal["efflite0", "inception"] = "efflite0"
+    """efflite0 (FID-EffLite0, its weights come with a package) or inception (FID, inception
+    score)."""
     input_size: Annotated[int, Field(ge=32)] = 64
+    """Pixels a side that efflite0 sees; inception does not read it."""
     batch_size: Annotated[int, Field(gt=0)] = 64
+    """Images at once."""
     weights: PathOrName | None = None
+    """File of torch-fidelity's InceptionV3, for inception; null downloads it."""
     reference: PathOrName | None = None
+    """null (the training images), a folder of images of the samples' size, or an .npz file:
+    statistics (the ADM evaluator's, pytorch-fid's, ours) or images (arr_0)."""
     precision_recall: bool = False
+    """Whether precision and recall are measured too."""
     neighbours: Annotated[int, Field(gt=0)] = 3
+    """Nearest neighbours that precision and recall count."""
     reference_images: Annotated[int, Field(gt=0)] = 10_000
+    """Reference images, at most, for precision and recall."""
 
 
 def precision_recall(

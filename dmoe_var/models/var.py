@@ -32,28 +32,45 @@ ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Shape of a VAR. Depth derives all that is left None: width, heads, drop path, AdaLN gain."""
+    """Shape of a VAR; depth derives what is left null."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     depth: Annotated[int, Field(gt=0)] = 16
+    """Transformer blocks."""
     width: Annotated[int, Field(gt=0)] | None = None
+    """Channels C of a token; null: 64 for each block."""
     num_heads: Annotated[int, Field(gt=0)] | None = None
+    """Attention heads; null: one for 64 channels."""
     num_classes: Annotated[int, Field(gt=0)] = 1000
+    """Classes; the null class of guidance comes on top."""
     patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
         PATCH_NUMS_256
     )
+    """Tokens a side of each scale, coarse to fine; the VQ-VAE's."""
     vocab_size: Annotated[int, Field(gt=1)] = 4096
+    """Codes of a token; the VQ-VAE's."""
     z_channels: Annotated[int, Field(gt=0)] = 32
+    """Channels of a code; the VQ-VAE's."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden neurons of an FFN, in widths."""
     activation: Literal["gelu", "relu"] = "gelu"
+    """Activation of the FFNs: gelu as published, relu after ReLUfication."""
     shared_adaln: bool = False
+    """Whether all blocks share one AdaLN projection."""
     attn_l2_norm: bool = True
+    """Whether queries and keys have length 1, with a learnt scale for each head."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Largest rate of stochastic depth, reached at the last block; null: 0.1 at depth 24, in
+    proportion."""
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of labels that training replaces by the null class."""
     adaln_gamma_gain: Annotated[float, Field(gt=0)] | None = None
+    """Gain of AdaLN gates at initialisation; null: as published for the depth."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of the layer norms."""
     experts: ExpertConfig | None = None
+    """How FFNs are cut into experts; null: they are not."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)

@@ -29,29 +29,36 @@ DECODED_TOGETHER = 1 << 27
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    """Shape of a VQ-VAE; the defaults are the published vae_ch160v4096z32.
-
-    Each entry of `ch_mult` is a level; between levels the side halves, so the downsampling
-    factor is 2 ** (len(ch_mult) - 1). `num_phi`: 0 one a scale, 1 one for all, K that many.
-    """
+    """Shape of a multi-scale VQ-VAE; the defaults are the published vae_ch160v4096z32."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     ch: Annotated[int, Field(gt=0, multiple_of=GROUPS)] = 160
+    """Channels of the finest level."""
     ch_mult: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (
         1, 1, 2, 2, 4,
     )  # fmt: skip
+    """Channels of each level, in ch; the side halves from one level to the next."""
     num_res_blocks: Annotated[int, Field(gt=0)] = 2
+    """Residual blocks of a level."""
     attention: bool = True
+    """Whether the coarsest level has attention."""
     z_channels: Annotated[int, Field(gt=0)] = 32
+    """Channels of a code."""
     vocab_size: Annotated[int, Field(gt=1)] = 4096
+    """Codes of the codebook."""
     patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
         PATCH_NUMS_256
     )
+    """Tokens a side of each scale, coarse to fine."""
     num_phi: Annotated[int, Field(ge=0)] = 4
+    """Convolutions phi after upsampling: 0 one for each scale, 1 one for all, K that many."""
     phi_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of phi's output in what is added; the rest is its input."""
     beta: Annotated[float, Field(ge=0)] = 0.25
+    """Weight of the commitment loss."""
     conv_kernel: Annotated[int, Field(ge=1)] = 3
+    """Side of the kernel of the convolutions around the quantiser."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)

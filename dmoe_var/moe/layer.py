@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """How an FFN is cut into experts. `router_hidden` None: `router.default_hidden(width)`."""
+    """How an FFN is cut into experts."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     expert_size: Annotated[int, Field(gt=0)] = 128
+    """Neurons of an expert; must divide the FFN's."""
     router_hidden: Annotated[int, Field(gt=0)] | None = None
+    """Hidden neurons of a router; null: 128 at the published widths, C / 8 below."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)

@@ -170,7 +170,7 @@ def _is_stored(point: Point, model: DynamicVAR) -> bool:
     if not point.rules or point.scales != model.moe_scales:
         return False
     measured = by_scale("tau", point.rules, model.config.num_scales, point.scales)
-    return measured == list(_rules(model).values())
+    return measured == list(rules_of(model).values())
 
 
 def _points(record: Record) -> Iterator[Point]:

@@ -40,20 +40,25 @@ MAX_INDEX = 2**63 - 1
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images are drawn; the defaults are the published ones. batch_size moves an image by
-    rounding only; dtype is that of the models' weights and products."""
+    """How images are drawn; the defaults are the published ones."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cfg: Annotated[float, Field(ge=0)] = 1.5
+    """Strength of classifier-free guidance at the last scale, to which it rises from 0."""
     top_k: Annotated[int, Field(ge=0)] = 900
+    """Tokens are drawn from the most likely k; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
+    """Tokens are drawn from the most likely ones of this probability in all; 0 takes all."""
     more_smooth: bool = False
+    """Whether codes are blended by Gumbel softmax: for pictures, never for FID."""
     share_mask: bool = False
-    """Both halves of guidance run the experts that the conditional half selects: the router and the
-    rule see half of the rows. An extension of the paper."""
+    """Whether both halves of guidance run the experts that the conditional half selects (beyond
+    the paper)."""
     batch_size: Annotated[int, Field(gt=0)] = 128
+    """Images at once; moves an image by rounding alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the models that draw."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)

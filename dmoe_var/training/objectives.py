@@ -95,10 +95,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class VARTrainingConfig(OptimConfig):
-    """Training of a whole transformer. activation_checkpointing: its blocks run again in the
-    backward pass, a third more work, instead of storing their activations."""
+    """Training of the dense VAR."""
 
     activation_checkpointing: bool = False
+    """Whether blocks run again in the backward pass, a third more work, to store less."""
 
 
 class VARObjective(TokenObjective):
@@ -148,17 +148,15 @@ Scale = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class ConversionConfig:
-    """What sparse fine-tuning changes of the model, and what for.
-
-    train: "blocks+head" as in the paper, or "ffn", the FFNs alone: the dynamic model then shares
-    all else with the dense one. scales: those whose tokens the loss is made of; "all" as in the
-    paper, "last3", or a list: where the sparse model will be used.
-    """
+    """What sparse fine-tuning changes of the model, and what for."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     train: Literal["blocks+head", "ffn"] = "blocks+head"
+    """blocks+head as in the paper, or ffn: the dynamic model then shares all else with the
+    dense one."""
     scales: Literal["all", "last3"] | Annotated[tuple[Scale, ...], Field(min_length=1)] = "all"
+    """Scales whose tokens the loss is made of: all as in the paper, last3, or a list."""
 
     def scale_numbers(self, num_scales: int) -> tuple[int, ...]:
         """The scales that the loss is made of."""
@@ -171,15 +169,15 @@ class ConversionConfig:
 
 @dataclass(frozen=True)
 class SparsifyConfig(VARTrainingConfig):
-    """Sparse fine-tuning (DMoE-VAR, Eq. 1): CE + alpha * Hoyer.
-
-    alpha rises linearly from 0 over `alpha_warmup` (a share of all steps). activation "gelu" is the
-    ablation without ReLUfication: Hoyer on clamped and shifted pre-activations.
-    """
+    """Sparse fine-tuning (DMoE-VAR, Eq. 1): CE + alpha * Hoyer."""
 
     alpha: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight of the Hoyer loss."""
     alpha_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the steps over which alpha rises from 0."""
     activation: Literal["relu", "gelu"] = "relu"
+    """relu, or gelu: the ablation without ReLUfication, Hoyer on clamped and shifted
+    pre-activations."""
 
     def alpha_at(self, step: int, num_steps: int) -> float:
         """alpha of step 0..num_steps - 1."""

@@ -30,15 +30,13 @@ BRANCHES = ("cond", "null")
 
 @dataclass(frozen=True)
 class RouterConfig(OptimConfig):
-    """Router training and what the routers see.
-
-    null_share: the share of each batch that runs with the null class, as the unconditional branch
-    of guidance does at inference. scales: those whose tokens are learnt from; None: all, as in
-    the paper.
-    """
+    """Training of the routers."""
 
     null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of a batch that runs with the null class, as the unconditional half of guidance
+    does."""
     scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """Scales whose tokens are learnt from; null: all, as in the paper."""
 
 
 def average_ranks(norms_BLE: Tensor) -> Tensor:

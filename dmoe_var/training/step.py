@@ -25,30 +25,38 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser, schedule and length of a training stage.
-
-    The length is `steps`, or `epochs` of the training set where steps is None. The learning rate
-    rises linearly over `warmup` (a share of all steps), then goes from `lr` to `lr_end` along
-    `schedule`. `batch_size` is that of a step, over all processes; each handles
-    `micro_batch_size` examples at once (None: its whole share) and adds up the gradients.
-    """
+    """Optimiser, schedule and length of a training stage."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimiser steps; null where epochs says it."""
     epochs: Positive | None = None
+    """Passes over the training set; null where steps says it."""
     batch_size: Annotated[int, Field(gt=0)] = 64
+    """Examples of a step, over all processes."""
     micro_batch_size: Annotated[int, Field(gt=0)] | None = None
+    """Examples at once in a process, whose gradients add up; null: its whole share."""
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Learning rate after the warmup."""
     lr_end: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Learning rate at the end."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes from lr to lr_end: constant, linear or cosine."""
     warmup: Fraction = 0.0
+    """Share of the steps over which the learning rate rises."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    """Momenta of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay of AdamW."""
     clip: Positive = 1.0
+    """Largest norm of the gradient."""
     log_every: Annotated[int, Field(gt=0)] = 20
+    """Steps from one line of metrics.jsonl to the next."""
     validate_every: Annotated[int, Field(gt=0)] = 200
+    """Steps from one validation to the next."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 50
+    """Steps from one saved state to the next."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

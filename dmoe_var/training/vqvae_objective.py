@@ -26,19 +26,25 @@ VALIDATION_BATCH = 128
 
 @dataclass(frozen=True)
 class VQVAETrainingConfig(OptimConfig):
-    """Loss: mse * MSE + l1 * L1 + quantisation + perceptual * feature distance.
+    """Training of the VQ-VAE.
 
-    Codes hit less than `dead_below` times the mean (in a running count over scales) are restarted
-    every `restart_every` steps, until `restart_until` (a share of all steps).
+    Loss: mse * MSE + l1 * L1 + quantisation + perceptual * feature distance.
     """
 
     mse: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the squared error."""
     l1: Annotated[float, Field(ge=0)] = 0.2
+    """Weight of the absolute error."""
     perceptual: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the distance of EfficientNet-Lite0 features; 0 does without the network."""
     perceptual_size: Annotated[int, Field(ge=32)] = 64
+    """Pixels a side that this network sees."""
     restart_every: Annotated[int, Field(gt=0)] = 25
+    """Steps from one restart of dead codes to the next."""
     restart_until: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Share of the steps after which codes are restarted no more."""
     dead_below: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """A code is dead that is hit less than this times the mean, in a running count over scales."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
-import hydra
 import pytest
-from omegaconf import OmegaConf
+from composing import CONFIGS, composed
+from omegaconf import MissingMandatoryValue, OmegaConf
 
 from dmoe_var.config.parse import is_entry, is_text, parse_config
-from dmoe_var.config.root import SelectionConfig
+from dmoe_var.config.root import SelectionConfig, flatten
 from dmoe_var.errors import ConfigError
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs"
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 GOOD = [(script, ()) for script in SCRIPTS] + [
     ("pipeline", (f"{path.parent.name}={path.stem}",))
@@ -23,12 +23,6 @@ GOOD = [(script, ()) for script in SCRIPTS] + [
     for path in sorted((CONFIGS / group).glob("*.yaml"))
     if path.stem != "imagenet"  # what imagenet_d16 to imagenet_d36_512 have in common
 ]
-
-
-def composed(script, *overrides):
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        content = hydra.compose(script, list(overrides))
-    return OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +46,31 @@ def changed(content, changes):
 @pytest.mark.parametrize(("script", "overrides"), GOOD)
 def test_everything_in_configs_composes(script, overrides):
     parse_config(composed(script, *overrides))
+
+
+EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_says_what_differs_from_its_base(path, tmp_path):
+    """Its base is what is composed where the file holds its defaults list alone."""
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    said = OmegaConf.to_container(OmegaConf.load(path))
+    defaults = OmegaConf.to_yaml({"defaults": said.pop("defaults", [])})
+    (folder / "experiment" / path.name).write_text(f"# @package _global_\n{defaults}")
+    content = composed("pipeline", f"experiment={path.stem}", folder=folder, whole=False)
+    base = dict(flatten(content))
+    assert [key for key, value in flatten(said) if key in base and base[key] == value] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [(["experiment=imagenet", "model=d16"], "base.var"), (["model=published"], "var.depth")],
+)
+def test_what_a_file_demands_has_no_default(overrides, key):
+    with pytest.raises(MissingMandatoryValue, match=key):
+        composed("pipeline", *overrides)
 
 
 MAPPINGS = ("depths", "minutes")

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import pytest
 import torch
+from composing import CONFIGS, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 
 from dmoe_var import distributed
 from dmoe_var.config.parse import parse_config
@@ -21,7 +20,6 @@ from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs"
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 DEPTHS = {"d16": 16, "d20": 20, "d24": 24, "d30": 30, "d36_512": 36}
 MILLIONS = {"d16": 310.28, "d20": 600.92, "d24": 1033, "d30": 2010}
@@ -49,18 +47,12 @@ def composer(shared):
     return importlib.import_module("_compose")
 
 
-def composed(*overrides):
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        content = OmegaConf.to_container(hydra.compose("sample", list(overrides)), resolve=True)
-    return content
-
-
 @pytest.fixture(scope="module")
 def of_model():
     """of_model(name) -> the configuration of a model on ImageNet folders."""
 
     def of_model(name):
-        content = composed(f"model={name}", "moe=published")
+        content = composed("sample", f"model={name}", "moe=published")
         side = 16 * content["vqvae"]["patch_nums"][-1]
         data = {"kind": "image_folder", "root": "x", "num_classes": 1000, "image_size": side}
         return parse_config({**content, "data": data})
@@ -97,7 +89,7 @@ def test_size_of_the_published_tokenizer(of_model):
 
 def test_classes_by_name(of_model):
     """Names are indices from the configuration on."""
-    content = composed("model=d16", "moe=published")
+    content = composed("sample", "model=d16", "moe=published")
     content["sample"]["classes"] = ["Golden-Retriever", 985, "tench"]
     data = {"kind": "image_folder", "root": "x", "num_classes": 1000, "image_size": 256}
     assert parse_config({**content, "data": data}).sample.classes == (207, 985, 0)
@@ -141,8 +133,8 @@ def test_models_with_and_without_an_experiment(composer):
 def test_own_experiments_are_of_their_model(shared, experiment):
     """Else `model=d16` would not be `experiment=imagenet_d16`."""
     model = experiment.removeprefix("imagenet_")
-    ours = composed(f"experiment={experiment}")
-    theirs = composed(f"model={model}", f"experiment={experiment}")
+    ours = composed("sample", f"experiment={experiment}")
+    theirs = composed("sample", f"model={model}", f"experiment={experiment}")
     assert ours["vqvae"] == theirs["vqvae"]
     assert ours["var"] == theirs["var"]
     parse_config(ours)
@@ -223,6 +215,8 @@ def test_text_is_taken_as_it_is(command_line, key, value, multirun):
         ("train_var.steps=ma=ny", "train_var.steps='ma=ny'"),
         ("sweep.lists.mine=[0.1]", "++sweep.lists.mine=[0.1]"),
         ("+launcher.more.mem=1G", "++launcher.more.mem=1G"),
+        ("+benchmark.real_masks=true", "++benchmark.real_masks=true"),
+        ("+mine.key=1", "+mine.key=1"),
         ("~sweep.lists.paper", "~sweep.lists.paper"),
         ("experiment=mine", "experiment=mine"),
     ],
@@ -350,6 +344,16 @@ def test_one_point_alone(run_points, capsys, monkeypatch):
     monkeypatch.setattr(distributed, "launched_processes", lambda: 2)
     with pytest.raises(SystemExit):
         run_points(failing_run(POINTS_FAIL), "-m", "seed=1,0")
+
+
+def test_help_explains_the_keys_that_the_stage_reads(run_points, capsys):
+    assert run_points(None, "--help", "train_var.lr=0.5") == 0
+    shown = capsys.readouterr().out
+    assert "== Configuration groups ==" in shown
+    assert "\ntrain_var: # Training of the dense VAR.\n" in shown
+    assert "\n  lr: 0.5 # Learning rate after the warmup.\n" in shown
+    assert "\nseed: 0 # " in shown
+    assert "\nsweep: #" not in shown
 
 
 MINE = """# @package _global_

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
-import hydra
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from composing import CONFIGS, composed
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -20,8 +18,6 @@ from dmoe_var.errors import ConfigError, DataError, InputError
 from dmoe_var.experiment.graph import record_if_done, require, run_through
 from dmoe_var.experiment.record import Record
 from dmoe_var.stages.loaded import token_metrics
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture
@@ -184,9 +180,7 @@ def test_wrong_values(make_work, changes, message):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_data_set_composes(path):
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        content = hydra.compose("pipeline", [f"data={path.stem}"])
-    data = json.dumps(OmegaConf.to_container(content.data, resolve=True))
+    data = json.dumps(composed("pipeline", f"data={path.stem}")["data"])
     config = TypeAdapter(DataConfig).validate_json(data, strict=True)
     sizes = {"digits": 16, "cifar10": 32, "imagenet": 256, "imagenet_512": 512}
     assert config.image_size == sizes[path.stem]
@@ -197,9 +191,6 @@ def test_every_data_set_composes(path):
 def test_published_models_take_imagenet():
     """The whole configuration of a published model on ImageNet holds together without a root."""
     for model, data in (("d16", "imagenet"), ("d36_512", "imagenet_512")):
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            content = hydra.compose(
-                "pipeline", [f"model={model}", "moe=published", f"data={data}", "sweep=quick"]
-            )
-        plain = OmegaConf.to_container(content, resolve=True)
+        options = (f"model={model}", "moe=published", f"data={data}", "sweep=quick")
+        plain = composed("pipeline", *options)
         assert parse_config(plain).data.image_size == parse_config(plain).vqvae.image_size
