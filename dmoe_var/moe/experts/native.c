@@ -60,6 +60,7 @@ enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of AMX: two by t
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec load_float(const float *at) {
@@ -90,6 +91,12 @@ INLINE vec rounded(vec value) {
     words bits = (words)value, nan = (words)(value != value);
     words near = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
     return (vec)((nan & (bits | 0x400000)) | (~nan & near));
+}
+
+/* Floats as bfloat16. */
+INLINE void store_half(uint16_t *at, vec value) {
+    halves upper = __builtin_convertvector((words)rounded(value) >> 16, halves);
+    memcpy(at, &upper, sizeof upper);
 }
 
 /* sums[r][v] += sum over k of rows[r][k] * weights[k][v] */
@@ -457,12 +464,6 @@ INLINE void multiply_tiles(const char *rows, int64_t step, int64_t stride, int64
     _tile_stored(3, sums + 16 * TILE_COLUMNS + 16, TILE_COLUMNS * 4);
 }
 
-/* Sixteen floats as bfloat16. */
-INLINE void store_half(uint16_t *at, vec value) {
-    halves upper = __builtin_convertvector((words)rounded(value) >> 16, halves);
-    memcpy(at, &upper, sizeof upper);
-}
-
 /* As fc1, for all columns. `gathered` holds the rows of x, tile by tile. */
 static void fc1_amx(const Layer *layer, const Space *s, const uint16_t *x, int64_t expert,
                     int64_t range, uint16_t *gathered) {
@@ -544,8 +545,9 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
 
 typedef struct {
     int64_t width, hidden, experts;
-    int64_t half;          /* what torch would round to bfloat16 is */
-    const float *w1, *w2;  /* (panels of hidden, C, columns), (panels of E, hidden, columns) */
+    int64_t vectors1, vectors2; /* registers of a panel of w1 and of w2 */
+    int64_t half;               /* what torch would round to bfloat16 is */
+    const float *w1, *w2;       /* (panels of hidden, C, columns), (panels of E, hidden, columns) */
 } Router;
 
 INLINE vec either(words mask, vec yes, vec no) {
@@ -570,38 +572,44 @@ INLINE vec error_function(vec x) {
 }
 
 /* A tile of a plain product. */
-INLINE void product_tile(const int num_rows, const float *const *rows, const float *weights,
-                         size_t depth, float *out, size_t stride) {
+INLINE void product_tile(const int num_rows, const int vectors, const float *const *rows,
+                         const float *weights, size_t depth, float *out, size_t stride) {
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vec){0};
-    multiply(num_rows, VECTORS, 0, sums, rows, weights, depth);
+        for (int v = 0; v < vectors; v++) sums[r][v] = (vec){0};
+    multiply(num_rows, vectors, 0, sums, rows, weights, depth);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store_float(out + r * stride + v * LANES, sums[r][v]);
+        for (int v = 0; v < vectors; v++) store_float(out + r * stride + v * LANES, sums[r][v]);
 }
 
 /* rows W, (num_rows, padded columns). */
-static void product(int num_rows, const float *const *rows, const float *weights, int64_t depth,
-                    float *out, int64_t columns) {
-    for (int64_t c = 0; c < columns; c += VECTORS * LANES) {
-#define TILE(n) product_tile(n, rows, weights + c * depth, depth, out + c, columns)
-        EACH_NUMBER_OF_ROWS(TILE)
+static void product(int64_t panel, int num_rows, const float *const *rows, const float *weights,
+                    int64_t depth, float *out, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += panel * LANES) {
+#define TILE(n) product_tile(n, vectors, rows, weights + c * depth, depth, out + c, columns)
+        if (panel == 1) {
+            enum { vectors = 1 };
+            EACH_NUMBER_OF_ROWS(TILE)
+        } else {
+            enum { vectors = VECTORS };
+            EACH_NUMBER_OF_ROWS(TILE)
+        }
 #undef TILE
     }
 }
 
 /* Predicted norms |W2 GELU(W1 x)| of some rows. */
 static void router_rows(const Router *router, int num_rows, const float *const *x, char *scores) {
-    enum { COLUMNS = VECTORS * LANES };
-    int64_t wide = up(router->hidden, COLUMNS) * COLUMNS, experts = router->experts;
-    int64_t columns = up(experts, COLUMNS) * COLUMNS;
+    int64_t experts = router->experts, element = router->half ? 2 : 4;
+    int64_t wide = up(router->hidden, router->vectors1 * LANES) * router->vectors1 * LANES;
+    int64_t columns = up(experts, router->vectors2 * LANES) * router->vectors2 * LANES;
     float hidden[ROWS * wide], out[ROWS * columns];
     const float *rows[ROWS];
-    product(num_rows, x, router->w1, router->width, hidden, wide);
+    product(router->vectors1, num_rows, x, router->w1, router->width, hidden, wide);
     for (int64_t i = 0; i < num_rows * wide; i += LANES) {
         vec value = load_float(hidden + i);
         if (router->half) value = rounded(value);
@@ -609,20 +617,16 @@ static void router_rows(const Router *router, int num_rows, const float *const *
         store_float(hidden + i, router->half ? rounded(value) : value);
     }
     for (int r = 0; r < num_rows; r++) rows[r] = hidden + r * wide;
-    product(num_rows, rows, router->w2, router->hidden, out, columns);
-    for (int r = 0; r < num_rows; r++)
-        for (int64_t e = 0; e < experts; e++) {
-            float score = out[r * columns + e];
-            uint32_t bits;
-            memcpy(&bits, &score, sizeof bits);
-            if (router->half) {
-                uint16_t upper = (uint16_t)(rounded_bits(score) >> 16) & 0x7fff;
-                memcpy(scores + (r * experts + e) * 2, &upper, sizeof upper);
-            } else {
-                bits &= 0x7fffffff;
-                memcpy(scores + (r * experts + e) * 4, &bits, sizeof bits);
-            }
+    product(router->vectors2, num_rows, rows, router->w2, router->hidden, out, columns);
+    for (int r = 0; r < num_rows; r++) {
+        float *row = out + r * columns;
+        for (int64_t e = 0; e < columns; e += LANES) { /* halves overwrite what has been read */
+            vec score = (vec)((words)load_float(row + e) & 0x7fffffff);
+            if (router->half) store_half((uint16_t *)row + e, score);
+            else store_float(row + e, score);
         }
+        memcpy(scores + r * experts * element, row, experts * element);
+    }
 }
 
 /* x (N, C), scores (N, E). */
@@ -642,28 +646,47 @@ void dmoe_scores(const Router *router, const char *x, char *scores, int64_t toke
     }
 }
 
-/* Eq. 3: mask (N, E) of scores >= tau * the largest; how many scores are not finite. */
+/* The largest of a register. */
+INLINE float largest(vec value) {
+    float lanes[LANES];
+    store_float(lanes, value);
+#pragma GCC unroll 4
+    for (int step = LANES / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < step; i++)
+            lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+    return lanes[0];
+}
+
+/* Eq. 3: mask (N, E) of scores >= tau * the largest; whether a score is not finite. */
 int64_t dmoe_threshold(const char *scores, uint8_t *mask, int64_t tokens, int64_t experts,
                        int64_t half, float tau, int64_t threads) {
-    int64_t bad = 0;
-#pragma omp parallel for schedule(static) num_threads((int)threads) reduction(+ : bad)
-    for (int64_t t = 0; t < tokens; t++) {
-        float row[experts], limit;
-        uint32_t bits;
-        if (half) widen((const uint16_t *)scores + t * experts, row, experts);
-        else memcpy(row, (const float *)scores + t * experts, experts * sizeof *row);
-        limit = row[0];
-        for (int64_t e = 0; e < experts; e++) {
-            memcpy(&bits, row + e, sizeof bits);
-            bad += (bits & 0x7f800000) == 0x7f800000;
-            limit = row[e] > limit ? row[e] : limit;
+    int64_t bad = 0, padded = up(experts, LANES) * LANES;
+#pragma omp parallel for schedule(static) num_threads((int)threads) reduction(| : bad)
+    for (int64_t begin = 0; begin < tokens; begin += RANGE) {
+        float row[padded];
+        uint8_t runs[padded];
+        words wrong = {0};
+        for (int64_t t = begin; t < least(tokens, begin + RANGE); t++) {
+            if (half) widen((const uint16_t *)scores + t * experts, row, experts);
+            else memcpy(row, (const float *)scores + t * experts, experts * sizeof *row);
+            for (int64_t e = experts; e < padded; e++) row[e] = row[0];
+            vec most = load_float(row);
+            for (int64_t e = 0; e < padded; e += LANES) {
+                vec value = load_float(row + e);
+                wrong |= (words)(((words)value & 0x7f800000) == 0x7f800000);
+                most = either((words)(value > most), value, most);
+            }
+            vec limit = (vec){0} + largest(most) * tau;
+            if (half) limit = rounded(limit);
+            for (int64_t e = 0; e < padded; e += LANES) {
+                words yes = (words)(load_float(row + e) >= limit) & 1;
+                bytes each = __builtin_convertvector(yes, bytes);
+                memcpy(runs + e, &each, sizeof each);
+            }
+            memcpy(mask + t * experts, runs, experts);
         }
-        limit *= tau;
-        if (half) {
-            bits = rounded_bits(limit) & 0xffff0000u;
-            memcpy(&limit, &bits, sizeof bits);
-        }
-        for (int64_t e = 0; e < experts; e++) mask[t * experts + e] = row[e] >= limit;
+        for (int i = 0; i < LANES; i++) bad |= wrong[i] != 0;
     }
     return bad;
 }
