@@ -42,18 +42,19 @@ class Router(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Predicted norms (B, L, E), non-negative."""
-        weights = (self.fc1.weight, self.fc2.weight)
-        if x_BLC.numel() and native.knows(x_BLC, *weights) and not self._is_hooked:
-            return native.scores(x_BLC, *weights)
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC)))
-        return out.abs()
-
-    @property
-    def _is_hooked(self) -> bool:
-        """Whether somebody watches the layers."""
-        return any(
-            layer._forward_hooks or layer._forward_pre_hooks for layer in (self.fc1, self.fc2)
+        fc1, fc2 = self.fc1, self.fc2
+        hooked = (
+            fc1._forward_hooks
+            or fc1._forward_pre_hooks
+            or fc2._forward_hooks
+            or fc2._forward_pre_hooks
         )
+        if not hooked and x_BLC.numel():
+            weights = (fc1.weight, fc2.weight)
+            if native.knows(x_BLC, *weights):
+                return native.scores(x_BLC, *weights)
+        out: Tensor = fc2(F.gelu(fc1(x_BLC)))
+        return out.abs()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """What `.to`, `.half`, `.cuda` call: a copy that was packed of the old weights goes."""

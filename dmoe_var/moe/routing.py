@@ -53,7 +53,7 @@ class Routing:
 
     def selecting(self, x_BLC: Tensor) -> Tensor:
         """The rows that select, (B / sharing, L, C)."""
-        return x_BLC[: len(x_BLC) // self.sharing]
+        return x_BLC if self.sharing == 1 else x_BLC[: len(x_BLC) // self.sharing]
 
     def for_all(self, selected: Tensor) -> Tensor:
         """What those rows selected, (B / sharing, L, E), for every row (B, L, E)."""

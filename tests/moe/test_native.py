@@ -66,6 +66,16 @@ def test_values(products, sizes, dtype):
             assert (out - expected).norm() <= PRECISION[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_values_of_wide_layers(products, dtype):
+    """Wider, in both directions, than what AMX multiplies at once."""
+    weights = layer(1060, 2, 160, dtype)
+    for N in (7, 300):
+        x = tokens(N, 1060, dtype)
+        for mask in masks(N, 2):
+            close_to_float64(x, mask, weights)
+
+
 def test_no_tokens():
     assert run(tokens(0, 12), torch.ones(0, 5, dtype=torch.bool), layer(12, 5, 3)).shape == (0, 12)
 

@@ -56,10 +56,12 @@ enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache
 enum { SPARSE = LANES == 16 ? 50 : 75 }; /* percent of a row up to which it pays to skip zeros */
 enum { TOGETHER = LANES == 16 ? 2 : 1 }; /* rows whose sums of a block fit in the registers */
 enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of AMX: two by two tiles of sums */
+enum { WIDE = 4 }; /* panels of fc1 by AMX for which rows are gathered once */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec load_float(const float *at) {
@@ -90,6 +92,12 @@ INLINE vec rounded(vec value) {
     words bits = (words)value, nan = (words)(value != value);
     words near = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
     return (vec)((nan & (bits | 0x400000)) | (~nan & near));
+}
+
+/* Floats as bfloat16. */
+INLINE void store_half(uint16_t *at, vec value) {
+    halves upper = __builtin_convertvector((words)rounded(value) >> 16, halves);
+    memcpy(at, &upper, sizeof upper);
 }
 
 /* sums[r][v] += sum over k of rows[r][k] * weights[k][v] */
@@ -268,7 +276,7 @@ typedef struct {
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
     float *hidden;    /* (pairs, padded D); of AMX (pairs + a tile, padded D), bfloat16 */
     uint64_t *active; /* (pairs, blocks of D): bits of the hidden values that are not 0 */
-    float *x;         /* (tokens, C), of bfloat16; of AMX (threads, TILE_ROWS, padded C) of it */
+    float *x;         /* (tokens, C), of bfloat16 without AMX */
     float *sums;      /* (threads, RANGE, BLOCK) */
     int64_t bytes;
 } Space;
@@ -286,11 +294,10 @@ static Space space(const Layer *layer, int64_t tokens, int threads, char *memory
     s.starts = (int64_t *)(memory + take(&used, (up(chunk, RANGE) + 1) * layer->experts * 8));
     s.rows = (int32_t *)(memory + take(&used, (pairs + 1) * 4));
     s.sums = (float *)(memory + take(&used, (int64_t)threads * RANGE * BLOCK * 4));
-    int64_t x_bytes = layer->half ? chunk * layer->width * 4 : 0, hidden_bytes = pairs * padded * 4;
-    if (layer->amx) {
-        x_bytes = threads * TILE_ROWS * up(layer->width, TILE_DEPTH) * TILE_DEPTH * 2;
+    int64_t x_bytes = layer->half && !layer->amx ? chunk * layer->width * 4 : 0;
+    int64_t hidden_bytes = pairs * padded * 4;
+    if (layer->amx)
         hidden_bytes = (pairs + TILE_ROWS) * up(layer->size, TILE_DEPTH) * TILE_DEPTH * 2;
-    }
     s.active = (uint64_t *)(memory + take(&used, pairs * up(layer->size, BLOCK) * 8));
     s.x = (float *)(memory + take(&used, x_bytes));
     s.hidden = (float *)(memory + take(&used, hidden_bytes));
@@ -348,11 +355,16 @@ static void write_out(const Layer *layer, const float *sums, int64_t columns, in
     for (int64_t t = start; t < end; t++) {
         const float *row = sums + (t - start) * columns;
         char *to = out + (t * layer->width + first) * element;
+        for (int64_t c = 0; c < columns; c += LANES) /* rows lie far from each other */
+            __builtin_prefetch(to + 8 * layer->width * element + c * element, 1);
         if (!layer->half) {
             memcpy(to, row, kept * sizeof *row);
             continue;
         }
-        for (int64_t c = 0; c < kept; c++) {
+        int64_t c = 0;
+        for (; c + LANES <= kept; c += LANES)
+            store_half((uint16_t *)to + c, load_float(row + c));
+        for (; c < kept; c++) {
             uint16_t upper = (uint16_t)(rounded_bits(row[c]) >> 16);
             memcpy(to + 2 * c, &upper, sizeof upper);
         }
@@ -431,14 +443,22 @@ static void tiles_on(void) {
     _tile_loadconfig(&config);
 }
 
-/* sums (TILE_ROWS, TILE_COLUMNS) of a panel: rows by tiles that lie `step` bytes after each other,
- * each of 16 rows `stride` bytes apart, the lower ones `lower` bytes further. */
+/* sums (TILE_ROWS, TILE_COLUMNS) of a panel, or what is added to them: rows by tiles that lie `step`
+ * bytes after each other, each of 16 rows `stride` bytes apart, the lower ones `lower` further. */
 INLINE void multiply_tiles(const char *rows, int64_t step, int64_t stride, int64_t lower,
-                           const char *weights, int64_t steps, float *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+                           const char *weights, int64_t steps, const int add, float *sums) {
+    float *below = sums + 16 * TILE_COLUMNS;
+    if (add) {
+        _tile_loadd(0, sums, TILE_COLUMNS * 4);
+        _tile_loadd(1, sums + 16, TILE_COLUMNS * 4);
+        _tile_loadd(2, below, TILE_COLUMNS * 4);
+        _tile_loadd(3, below + 16, TILE_COLUMNS * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t k = 0; k < steps; k++) {
         _tile_loadd(4, rows, stride);
         _tile_loadd(6, weights, TILE_COLUMNS * 4);
@@ -453,46 +473,59 @@ INLINE void multiply_tiles(const char *rows, int64_t step, int64_t stride, int64
     }
     _tile_stored(0, sums, TILE_COLUMNS * 4);
     _tile_stored(1, sums + 16, TILE_COLUMNS * 4);
-    _tile_stored(2, sums + 16 * TILE_COLUMNS, TILE_COLUMNS * 4);
-    _tile_stored(3, sums + 16 * TILE_COLUMNS + 16, TILE_COLUMNS * 4);
+    _tile_stored(2, below, TILE_COLUMNS * 4);
+    _tile_stored(3, below + 16, TILE_COLUMNS * 4);
 }
 
-/* Sixteen floats as bfloat16. */
-INLINE void store_half(uint16_t *at, vec value) {
-    halves upper = __builtin_convertvector((words)rounded(value) >> 16, halves);
-    memcpy(at, &upper, sizeof upper);
+/* `depth` values of some rows of x from `first` on, filled up with zeros to whole tiles. */
+static void gather(const uint16_t *x, int64_t width, const int32_t *tokens, int64_t num_rows,
+                   int64_t first, int64_t depth, uint16_t *gathered, int64_t stride) {
+    enum { AHEAD = 4 }; /* rows, which lie where no processor guesses */
+    int64_t kept = least(depth, width - first);
+    for (int64_t r = 0; r < num_rows; r++) {
+        const uint16_t *next = x + tokens[least(r + AHEAD, num_rows - 1)] * width + first;
+        for (int64_t k = 0; k < kept; k += TILE_DEPTH) __builtin_prefetch(next + k);
+        uint16_t *to = gathered + r * stride;
+        memcpy(to, x + tokens[r] * width + first, kept * 2);
+        memset(to + kept, 0, (depth - kept) * 2);
+    }
 }
 
-/* As fc1, for all columns. `gathered` holds the rows of x, tile by tile. */
+/* As fc1, for WIDE columns: the rows of x pass by in pieces, that stay in the first cache for all
+ * panels. */
 static void fc1_amx(const Layer *layer, const Space *s, const uint16_t *x, int64_t expert,
-                    int64_t range, uint16_t *gathered) {
+                    int64_t range, int64_t begin) {
+    enum { DEPTH = 512, STRIDE = DEPTH + 32 }; /* a line more: rows lie in all sets of the cache */
     int64_t width = layer->width, steps = up(width, TILE_DEPTH);
-    int64_t panels = up(layer->size, TILE_COLUMNS);
+    int64_t panels = up(layer->size, TILE_COLUMNS), count = least(panels - begin, WIDE);
     int64_t stride = panels * TILE_COLUMNS, to = s->starts[(range + 1) * layer->experts + expert];
-    const char *weights = (const char *)layer->w1;
-    weights += expert * panels * steps * TILE_DEPTH * TILE_COLUMNS * 2;
-    float sums[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
+    const int64_t panel_bytes = steps * TILE_DEPTH * TILE_COLUMNS * 2;
+    const char *weights = (const char *)layer->w1 + (expert * panels + begin) * panel_bytes;
+    const float *bias = layer->b1 + (expert * panels + begin) * TILE_COLUMNS;
+    uint16_t gathered[TILE_ROWS * STRIDE] __attribute__((aligned(64)));
+    float sums[WIDE][TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
     for (int64_t p = s->starts[range * layer->experts + expert]; p < to; p += TILE_ROWS) {
         int64_t num_rows = least(TILE_ROWS, to - p);
-        for (int64_t r = 0; r < num_rows; r++) {
-            const uint16_t *row = x + s->rows[p + r] * width;
-            for (int64_t k = 0; k < steps; k++) {
-                uint16_t *at = gathered + (k * TILE_ROWS + r) * TILE_DEPTH;
-                int64_t left = least(TILE_DEPTH, width - k * TILE_DEPTH);
-                if (left < TILE_DEPTH) memset(at, 0, TILE_DEPTH * 2);
-                memcpy(at, row + k * TILE_DEPTH, left * 2);
+        for (int64_t first = 0; first < steps * TILE_DEPTH; first += DEPTH) {
+            int64_t depth = least(DEPTH, steps * TILE_DEPTH - first);
+            gather(x, width, s->rows + p, num_rows, first, depth, gathered, STRIDE);
+            for (int64_t panel = 0; panel < count; panel++) {
+                const char *at = weights + panel * panel_bytes;
+                at += first * TILE_COLUMNS * 2;
+#define PIECE(add)                                                                               \
+    multiply_tiles((const char *)gathered, TILE_DEPTH * 2, STRIDE * 2, 16 * STRIDE * 2, at,     \
+                   depth / TILE_DEPTH, add, sums[panel])
+                if (first == 0) PIECE(0);
+                else PIECE(1);
+#undef PIECE
             }
         }
-        for (int64_t panel = 0; panel < panels; panel++) {
-            multiply_tiles((const char *)gathered, TILE_ROWS * 64, 64, 16 * 64,
-                           weights + panel * steps * TILE_DEPTH * TILE_COLUMNS * 2, steps, sums);
-            const float *bias = layer->b1 + (expert * panels + panel) * TILE_COLUMNS;
-            for (int64_t r = 0; r < num_rows; r++) {
-                uint16_t *at = (uint16_t *)s->hidden + (p + r) * stride + panel * TILE_COLUMNS;
-                for (int64_t c = 0; c < TILE_COLUMNS; c += LANES) {
-                    vec value = load_float(sums + r * TILE_COLUMNS + c) + load_float(bias + c);
-                    store_half(at + c, (vec)((words)value & ~(words)(value < 0)));
-                }
+        for (int64_t r = 0; r < num_rows; r++) {
+            uint16_t *at = (uint16_t *)s->hidden + (p + r) * stride + begin * TILE_COLUMNS;
+            for (int64_t c = 0; c < count * TILE_COLUMNS; c += LANES) {
+                const float *from = sums[c / TILE_COLUMNS] + r * TILE_COLUMNS + c % TILE_COLUMNS;
+                vec value = load_float(from) + load_float(bias + c);
+                store_half(at + c, (vec)((words)value & ~(words)(value < 0)));
             }
         }
     }
@@ -518,7 +551,7 @@ static void fc2_amx(const Layer *layer, const Space *s, int64_t tokens, int64_t 
                 const char *weights = (const char *)layer->w2;
                 weights += (panel * experts + e) * steps * TILE_DEPTH * TILE_COLUMNS * 2;
                 multiply_tiles(rows, TILE_DEPTH * 2, stride * 2, 16 * stride * 2, weights, steps,
-                               share);
+                               0, share);
                 for (int64_t r = 0; r < num_rows; r++) {
                     float *at = sums + (s->rows[p + r] - start) * columns;
                     at += (panel - first) * TILE_COLUMNS;
@@ -544,8 +577,9 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
 
 typedef struct {
     int64_t width, hidden, experts;
-    int64_t half;          /* what torch would round to bfloat16 is */
-    const float *w1, *w2;  /* (panels of hidden, C, columns), (panels of E, hidden, columns) */
+    int64_t vectors1, vectors2; /* registers of a panel of w1 and of w2 */
+    int64_t half;               /* what torch would round to bfloat16 is */
+    const float *w1, *w2;       /* (panels of hidden, C, columns), (panels of E, hidden, columns) */
 } Router;
 
 INLINE vec either(words mask, vec yes, vec no) {
@@ -570,38 +604,44 @@ INLINE vec error_function(vec x) {
 }
 
 /* A tile of a plain product. */
-INLINE void product_tile(const int num_rows, const float *const *rows, const float *weights,
-                         size_t depth, float *out, size_t stride) {
+INLINE void product_tile(const int num_rows, const int vectors, const float *const *rows,
+                         const float *weights, size_t depth, float *out, size_t stride) {
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = (vec){0};
-    multiply(num_rows, VECTORS, 0, sums, rows, weights, depth);
+        for (int v = 0; v < vectors; v++) sums[r][v] = (vec){0};
+    multiply(num_rows, vectors, 0, sums, rows, weights, depth);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store_float(out + r * stride + v * LANES, sums[r][v]);
+        for (int v = 0; v < vectors; v++) store_float(out + r * stride + v * LANES, sums[r][v]);
 }
 
 /* rows W, (num_rows, padded columns). */
-static void product(int num_rows, const float *const *rows, const float *weights, int64_t depth,
-                    float *out, int64_t columns) {
-    for (int64_t c = 0; c < columns; c += VECTORS * LANES) {
-#define TILE(n) product_tile(n, rows, weights + c * depth, depth, out + c, columns)
-        EACH_NUMBER_OF_ROWS(TILE)
+static void product(int64_t panel, int num_rows, const float *const *rows, const float *weights,
+                    int64_t depth, float *out, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += panel * LANES) {
+#define TILE(n) product_tile(n, vectors, rows, weights + c * depth, depth, out + c, columns)
+        if (panel == 1) {
+            enum { vectors = 1 };
+            EACH_NUMBER_OF_ROWS(TILE)
+        } else {
+            enum { vectors = VECTORS };
+            EACH_NUMBER_OF_ROWS(TILE)
+        }
 #undef TILE
     }
 }
 
 /* Predicted norms |W2 GELU(W1 x)| of some rows. */
 static void router_rows(const Router *router, int num_rows, const float *const *x, char *scores) {
-    enum { COLUMNS = VECTORS * LANES };
-    int64_t wide = up(router->hidden, COLUMNS) * COLUMNS, experts = router->experts;
-    int64_t columns = up(experts, COLUMNS) * COLUMNS;
+    int64_t experts = router->experts, element = router->half ? 2 : 4;
+    int64_t wide = up(router->hidden, router->vectors1 * LANES) * router->vectors1 * LANES;
+    int64_t columns = up(experts, router->vectors2 * LANES) * router->vectors2 * LANES;
     float hidden[ROWS * wide], out[ROWS * columns];
     const float *rows[ROWS];
-    product(num_rows, x, router->w1, router->width, hidden, wide);
+    product(router->vectors1, num_rows, x, router->w1, router->width, hidden, wide);
     for (int64_t i = 0; i < num_rows * wide; i += LANES) {
         vec value = load_float(hidden + i);
         if (router->half) value = rounded(value);
@@ -609,20 +649,16 @@ static void router_rows(const Router *router, int num_rows, const float *const *
         store_float(hidden + i, router->half ? rounded(value) : value);
     }
     for (int r = 0; r < num_rows; r++) rows[r] = hidden + r * wide;
-    product(num_rows, rows, router->w2, router->hidden, out, columns);
-    for (int r = 0; r < num_rows; r++)
-        for (int64_t e = 0; e < experts; e++) {
-            float score = out[r * columns + e];
-            uint32_t bits;
-            memcpy(&bits, &score, sizeof bits);
-            if (router->half) {
-                uint16_t upper = (uint16_t)(rounded_bits(score) >> 16) & 0x7fff;
-                memcpy(scores + (r * experts + e) * 2, &upper, sizeof upper);
-            } else {
-                bits &= 0x7fffffff;
-                memcpy(scores + (r * experts + e) * 4, &bits, sizeof bits);
-            }
+    product(router->vectors2, num_rows, rows, router->w2, router->hidden, out, columns);
+    for (int r = 0; r < num_rows; r++) {
+        float *row = out + r * columns;
+        for (int64_t e = 0; e < columns; e += LANES) { /* halves overwrite what has been read */
+            vec score = (vec)((words)load_float(row + e) & 0x7fffffff);
+            if (router->half) store_half((uint16_t *)row + e, score);
+            else store_float(row + e, score);
         }
+        memcpy(scores + r * experts * element, row, experts * element);
+    }
 }
 
 /* x (N, C), scores (N, E). */
@@ -642,28 +678,47 @@ void dmoe_scores(const Router *router, const char *x, char *scores, int64_t toke
     }
 }
 
-/* Eq. 3: mask (N, E) of scores >= tau * the largest; how many scores are not finite. */
+/* The largest of a register. */
+INLINE float largest(vec value) {
+    float lanes[LANES];
+    store_float(lanes, value);
+#pragma GCC unroll 4
+    for (int step = LANES / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < step; i++)
+            lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+    return lanes[0];
+}
+
+/* Eq. 3: mask (N, E) of scores >= tau * the largest; whether a score is not finite. */
 int64_t dmoe_threshold(const char *scores, uint8_t *mask, int64_t tokens, int64_t experts,
                        int64_t half, float tau, int64_t threads) {
-    int64_t bad = 0;
-#pragma omp parallel for schedule(static) num_threads((int)threads) reduction(+ : bad)
-    for (int64_t t = 0; t < tokens; t++) {
-        float row[experts], limit;
-        uint32_t bits;
-        if (half) widen((const uint16_t *)scores + t * experts, row, experts);
-        else memcpy(row, (const float *)scores + t * experts, experts * sizeof *row);
-        limit = row[0];
-        for (int64_t e = 0; e < experts; e++) {
-            memcpy(&bits, row + e, sizeof bits);
-            bad += (bits & 0x7f800000) == 0x7f800000;
-            limit = row[e] > limit ? row[e] : limit;
+    int64_t bad = 0, padded = up(experts, LANES) * LANES;
+#pragma omp parallel for schedule(static) num_threads((int)threads) reduction(| : bad)
+    for (int64_t begin = 0; begin < tokens; begin += RANGE) {
+        float row[padded];
+        uint8_t runs[padded];
+        words wrong = {0};
+        for (int64_t t = begin; t < least(tokens, begin + RANGE); t++) {
+            if (half) widen((const uint16_t *)scores + t * experts, row, experts);
+            else memcpy(row, (const float *)scores + t * experts, experts * sizeof *row);
+            for (int64_t e = experts; e < padded; e++) row[e] = row[0];
+            vec most = load_float(row);
+            for (int64_t e = 0; e < padded; e += LANES) {
+                vec value = load_float(row + e);
+                wrong |= (words)(((words)value & 0x7f800000) == 0x7f800000);
+                most = either((words)(value > most), value, most);
+            }
+            vec limit = (vec){0} + largest(most) * tau;
+            if (half) limit = rounded(limit);
+            for (int64_t e = 0; e < padded; e += LANES) {
+                words yes = (words)(load_float(row + e) >= limit) & 1;
+                bytes each = __builtin_convertvector(yes, bytes);
+                memcpy(runs + e, &each, sizeof each);
+            }
+            memcpy(mask + t * experts, runs, experts);
         }
-        limit *= tau;
-        if (half) {
-            bits = rounded_bits(limit) & 0xffff0000u;
-            memcpy(&limit, &bits, sizeof bits);
-        }
-        for (int64_t e = 0; e < experts; e++) mask[t * experts + e] = row[e] >= limit;
+        for (int i = 0; i < LANES; i++) bad |= wrong[i] != 0;
     }
     return bad;
 }
@@ -746,15 +801,14 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
             char *to = out + begin * width * element;
 #if HAS_AMX
             if (layer->amx) {
-                int64_t each = TILE_ROWS * up(width, TILE_DEPTH) * TILE_DEPTH;
-                uint16_t *gathered = (uint16_t *)s.x + thread_number() * each;
+                int64_t parts = up(layer->size, WIDE * TILE_COLUMNS);
                 Tiles before; /* another library may take its own for granted */
                 _tile_storeconfig(&before);
                 tiles_on();
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t task = 0; task < experts * ranges; task++)
-                    fc1_amx(layer, &s, (const uint16_t *)from, task / ranges, task % ranges,
-                            gathered);
+                for (int64_t task = 0; task < experts * ranges * parts; task++)
+                    fc1_amx(layer, &s, (const uint16_t *)from, task / (ranges * parts),
+                            task / parts % ranges, task % parts * WIDE);
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < num_fc2; task++)
                     fc2_amx(layer, &s, count, task % ranges, task / ranges, sums, to);

@@ -56,7 +56,8 @@ class _Router(ctypes.Structure):
     """`Router` in native.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("width", "hidden", "experts", "half")),
+        *((name, ctypes.c_int64) for name in ("width", "hidden", "experts")),
+        *((name, ctypes.c_int64) for name in ("vectors1", "vectors2", "half")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2")),
     )
 
@@ -138,7 +139,7 @@ def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `paths.ComputePath`; native.c lists each expert's tokens itself."""
-    loaded = kernel()
+    loaded = _compiled()
     assert loaded is not None
     x_NC, mask_NE = x_NC.contiguous(), dispatch.mask_NE.contiguous()
     out_NC = torch.empty_like(x_NC)
@@ -166,7 +167,7 @@ def knows(x: Tensor, *weights: Tensor) -> bool:
     for, nobody who watches operators; and whether it could be compiled."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in DTYPES
         and all(weight.dtype == x.dtype for weight in weights)
         and not learns
@@ -177,19 +178,20 @@ def knows(x: Tensor, *weights: Tensor) -> bool:
 
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
     """|fc2 GELU(fc1 x)|, (..., E), of tokens x (..., C) that the kernel `knows`."""
-    loaded = kernel()
+    loaded = _compiled()
     assert loaded is not None
     x = x.contiguous()
-    found = x.new_empty((*x.shape[:-1], len(fc2_ER)))
+    *others, width = x.shape
+    found = x.new_empty((*others, fc2_ER.shape[0]))
     packed = packed_of((fc1_RC, fc2_ER), _pack_router, loaded.fingerprint)
-    num_tokens, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    num_tokens, threads = x.numel() // width, torch.get_num_threads()
     loaded.scores(packed.layer, x.data_ptr(), found.data_ptr(), num_tokens, threads)
     return found
 
 
 def threshold(scores: Tensor, tau: float) -> Tensor | None:
     """Eq. 3 on scores (..., E) that the kernel `knows`; None where one is not finite."""
-    loaded = kernel()
+    loaded = _compiled()
     assert loaded is not None
     scores = scores.contiguous()
     mask = torch.empty_like(scores, dtype=torch.bool)
@@ -205,13 +207,16 @@ def _pack_router(weights: Sequence[Tensor]) -> Packed[_Router]:
     loaded = kernel()
     assert loaded is not None
     fc1_RC, fc2_ER = (weight.float() for weight in weights)
-    columns = loaded.vectors * loaded.lanes
-    views = (_in_panels(w.T, columns).transpose(0, 1) for w in (fc1_RC, fc2_ER))
+    vectors = [_vectors(loaded, len(weight)) for weight in weights]
+    views = (
+        _in_panels(weight.T, count * loaded.lanes).transpose(0, 1)
+        for weight, count in zip((fc1_RC, fc2_ER), vectors, strict=True)
+    )
     tensors = tuple(loaded.empty(x.shape, torch.float32).copy_(x) for x in views)
     half = int(weights[0].dtype == torch.bfloat16)
     pointers = (tensor.data_ptr() for tensor in tensors)
     (R, C), E = fc1_RC.shape, len(fc2_ER)
-    return Packed(_Router(C, R, E, half, *pointers), tensors)
+    return Packed(_Router(C, R, E, *vectors, half, *pointers), tensors)
 
 
 @torch.no_grad()
@@ -228,9 +233,7 @@ def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
         w1 = _in_pairs(_in_panels(w1_EDC.mT, columns).transpose(1, 2), loaded.tile)
         w2 = _in_pairs(_in_panels(w2_EDC, columns).permute(2, 0, 1, 3), loaded.tile)
     else:
-        widest = vectors * lanes
-        # A narrow panel where a wide one would be filled up with more zeros.
-        vectors = vectors if -(-D // widest) * widest == -(-D // lanes) * lanes else 1
+        widest, vectors = vectors * lanes, _vectors(loaded, D)
         columns = vectors * lanes
         w1 = _in_panels(w1_EDC.mT, columns).transpose(1, 2)
         w2 = _in_panels(w2_EDC, widest).permute(2, 0, 1, 3)
@@ -240,6 +243,12 @@ def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
     pointers = (tensor.data_ptr() for tensor in tensors)
     finite = int(w2_EDC.isfinite().all())
     return Packed(_Layer(C, E, D, vectors, int(half), amx, finite, *pointers), tensors)
+
+
+def _vectors(loaded: _Kernel, columns: int) -> int:
+    """Registers of a panel: of a narrow one where a wide one would be filled up with more zeros."""
+    wide = loaded.vectors
+    return 1 if -(-columns // loaded.lanes) % wide else wide
 
 
 def _in_panels(x: Tensor, columns: int) -> Tensor:

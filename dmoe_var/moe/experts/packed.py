@@ -37,24 +37,25 @@ class Packed(Generic[Layout]):
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor's values lie: memory that is not another's as long as this lives, and how
-    often it was seen to be written to."""
+Place = tuple[int, int, tuple[int, ...], int]
+"""Where a tensor's values lie, and how often it was seen to be written to."""
 
-    memory: StorageWeakRef
-    offset: int
-    stride: tuple[int, ...]
-    writes: int
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Place:
-        memory = StorageWeakRef(tensor.untyped_storage())
-        writes = 0 if tensor.is_inference() else tensor._version
-        return cls(memory, int(tensor.storage_offset()), tensor.stride(), writes)
+def _place(tensor: Tensor) -> Place:
+    writes = 0 if tensor.is_inference() else tensor._version
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride(), writes
 
 
 Content = tuple[tuple[torch.Size, torch.dtype, int], ...]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Where weights lay at a time of `sampling`."""
+
+    places: list[Place]
+    memory: list[StorageWeakRef]
+    """As long as they live no other memory has the number of theirs in `places`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class _Kept(Generic[Layout]):
 
     content: Content
     packed: Packed[Layout]
-    seen: WeakKeyDictionary[Sampling, tuple[_Place, ...]] = field(default_factory=WeakKeyDictionary)
+    seen: WeakKeyDictionary[Sampling, _Seen] = field(default_factory=WeakKeyDictionary)
 
 
 _kept = WeakTensorKeyDictionary()
@@ -76,10 +77,12 @@ def packed_of(
     fingerprint: Callable[[Tensor], int],
 ) -> Packed[Layout]:
     """The packed weights; packed anew where a value has changed. `fingerprint`: of the values."""
-    sampling, places = this_sampling(), tuple(map(_Place.of, weights))
+    sampling, places = this_sampling(), [_place(weight) for weight in weights]
     kept: _Kept[Layout] | None = _kept.get(weights[0])
-    if kept is not None and sampling is not None and kept.seen.get(sampling) == places:
-        return kept.packed
+    if kept is not None and sampling is not None:
+        seen = kept.seen.get(sampling)
+        if seen is not None and seen.places == places:
+            return kept.packed
     content = tuple((w.shape, w.dtype, fingerprint(w)) for w in weights)
     if kept is None or kept.content != content:
         kept = None
@@ -87,7 +90,8 @@ def packed_of(
         kept = _Kept(content, pack(weights))
         _kept[weights[0]] = kept
     if sampling is not None:
-        kept.seen[sampling] = places
+        memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+        kept.seen[sampling] = _Seen(places, memory)
     return kept.packed
 
 
