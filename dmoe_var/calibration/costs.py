@@ -16,6 +16,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.sampler import generate
 
@@ -48,20 +49,33 @@ class CostTable:
         return self.ms({si: points[0][0] for si, points in self.by_scale.items()})
 
 
+class _Ends(Observer):
+    """Seconds at which each scale's work has ended, from a start."""
+
+    def __init__(self) -> None:
+        self.seconds = [time.perf_counter()]
+
+    def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
+        synchronise(f_hat_BCHW.device)
+        self.seconds.append(time.perf_counter())
+
+    def in_layers(self) -> None:
+        return None
+
+
 def timed(
-    model: VAR | DynamicVAR, vqvae: VQVAE, labels: Tensor, seed: int, **options: Any
+    model: VAR | DynamicVAR,
+    vqvae: VQVAE,
+    labels: Tensor,
+    seed: int,
+    observer: Observer | None = None,
+    **options: Any,
 ) -> tuple[list[float], float]:
     """Milliseconds of each scale of one call of `generate`, and of what comes after the last."""
-    marks = [0.0]
-
-    def mark(si: int, f_hat_BCHW: Tensor) -> None:
-        synchronise(f_hat_BCHW.device)
-        marks.append(time.perf_counter())
-
-    marks[0] = time.perf_counter()
-    images = generate(model, vqvae, labels, seed=seed, on_scale=mark, **options)
+    ends = _Ends()
+    images = generate(model, vqvae, labels, seed=seed, observer=joined(observer, ends), **options)
     synchronise(images.device)
-    times = 1000 * np.diff([*marks, time.perf_counter()])
+    times = 1000 * np.diff([*ends.seconds, time.perf_counter()])
     return times[:-1].tolist(), float(times[-1])
 
 
@@ -89,7 +103,7 @@ def measure_costs(
         for name, selection in settings.items():
             counts = ExpertCounts()
             scales, decoder = timed(
-                model, vqvae, labels, seed, selection=selection, counts=counts, **options
+                model, vqvae, labels, seed, counts, selection=selection, **options
             )
             num_experts = model.moe.config.num_experts
             densities[name] = {

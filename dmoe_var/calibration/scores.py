@@ -5,9 +5,8 @@ Legend: B images, l tokens of a scale, E experts, G = BINS + 1 edges from 0 to 1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.moe.selection import SelectionRule, Threshold, check_finite
+from dmoe_var.moe.observer import Observer, Routed
+from dmoe_var.moe.selection import Threshold, check_finite
 
 BINS = 4096
 """Steps of tau that are told apart."""
@@ -81,39 +81,18 @@ class _Sums:
         return Tails(1 - below / count.sum(), dropped / self.tokens)
 
 
-@dataclass(frozen=True)
-class _Recording(SelectionRule):
-    """Another rule that notes the scores of its cell as well."""
+class Recorder(Observer):
+    """Notes the scores of every cell of a model that runs under rules which read them."""
 
-    rule: SelectionRule
-    sums: Mapping[int, _Sums]
-    layer: int | None = None
-    uses_scores: ClassVar[bool] = True
-
-    def at(self, layer: int) -> SelectionRule:
-        return _Recording(self.rule.at(layer), self.sums, layer)
-
-    def check(self, depth: int, num_experts: int) -> None:
-        self.rule.check(depth, num_experts)
-
-    def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        assert self.layer is not None
-        check_finite(scores)
-        self.sums[self.layer].add(scores)
-        return self.rule(scores, noise)
-
-
-class Recorder:
-    """Notes the scores of every cell while a model runs under rules, one a sparse scale."""
-
-    def __init__(self, model: DynamicVAR, rules: Sequence[SelectionRule]):
+    def __init__(self, model: DynamicVAR):
         layers = range(model.config.depth)
         self._sums = {si: {layer: _Sums() for layer in layers} for si in model.moe_scales}
-        self.rules: list[SelectionRule] = [
-            _Recording(rule, self._sums[si])
-            for si, rule in zip(model.moe_scales, rules, strict=True)
-        ]
-        """To be run in the place of those given."""
+
+    def on_routing(self, routed: Routed) -> None:
+        scores_BlE = routed.scores_bLE
+        assert scores_BlE is not None
+        check_finite(scores_BlE)
+        self._sums[routed.si][routed.layer].add(scores_BlE)
 
     def tails(self) -> dict[Cell, Tails]:
         """Of all scores so far."""
@@ -126,8 +105,8 @@ def record_scores(model: DynamicVAR, batches: Batches) -> dict[Cell, Tails]:
     Each batch runs with its labels and with the null class: at inference half of the tokens are of
     either kind.
     """
-    recorder = Recorder(model, [Threshold(0.0)] * len(model.moe_scales))
+    recorder = Recorder(model)
     for labels_B, teacher_BLC in batches:
         for labels in (labels_B, torch.full_like(labels_B, model.config.num_classes)):
-            model(labels, teacher_BLC, selection=recorder.rules)
+            model(labels, teacher_BLC, selection=Threshold(0.0), observer=recorder)
     return recorder.tails()

@@ -27,6 +27,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts, _charged, _other_scales, _per_image, _ran
+from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.sampler import Call, Labels, generate
 
@@ -203,6 +204,7 @@ def count_flops(
     vqvae: VQVAE,
     labels: Labels,
     batch_size: int = 64,
+    observer: Observer | None = None,
     **generate_options: Any,
 ) -> FlopReport:
     """FLOPs of sampling these labels with these options of `generate` (cfg, seed, tau, ...).
@@ -213,17 +215,16 @@ def count_flops(
     paper. Raises what `generate` raises, and UnknownOperatorError for an operator of unknown cost.
     """
     batch_size = values.whole("batch_size", batch_size, 1)
-    call = Call.of(model, vqvae, labels, **generate_options)
+    call = Call.of(model, vqvae, labels, observer=observer, **generate_options)
     labels_N, rules, first = call.labels_B, call.rules, call.start_index
     how = (call.cfg != 0, call.adaln_every_scale, call.more_smooth, call.share_mask)
     fixed = fixed_cost(model, vqvae, *how)
-    generate_options.pop("start_index", None)
 
     def batches() -> Iterator[ExpertCounts]:
         for start in range(0, len(labels_N), batch_size) if rules else ():
             counts, batch_B = ExpertCounts(), labels_N[start : start + batch_size]
-            place: dict[str, Any] = {"start_index": first + start, "counts": counts}
-            generate(model, vqvae, batch_B, **place, **generate_options)
+            options = {**generate_options, "start_index": first + start}
+            generate(model, vqvae, batch_B, observer=joined(counts, observer), **options)
             yield counts
 
     experts = [model.backbone_at(si).config.num_experts for si in rules]

@@ -17,6 +17,7 @@ from torch import nn
 
 from dmoe_var.models.blocks import FFN, HeadNorm, SelfAttention
 from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.router import Router
 
 PARTS = (
@@ -84,8 +85,8 @@ def median_by_scale(runs: Sequence[PartTimes]) -> list[float]:
     return [float(ms) for ms in np.median([run.by_scale_ms for run in runs], axis=0)]
 
 
-class PartClock:
-    """Measures one call of `generate(..., clock=clock)` inside `with clock.running(model)`.
+class PartClock(Observer):
+    """Measures one call of `generate(..., observer=clock)` inside `with clock.running(model)`.
 
     On CUDA it records events and waits for none of them before the end; on MPS, which has no such
     events, it waits at every change of part.
@@ -95,16 +96,15 @@ class PartClock:
         self._device = device
         self._stamps: list[tuple[str, int | None, Stamp]] = []
         self._end: Stamp | None = None
-        self._scale: int | None = None
+        self._si: int | None = None
+        self._told_apart = True
 
-    def mark(self, part: str, scale: int | None = None) -> None:
-        """From here on time is this part's, at this scale (None: outside of all scales)."""
-        self._scale = scale
-        self.within(part)
+    def on_part(self, part: str, si: int | None) -> None:
+        self._si = si
+        self._stamps.append((part, si, self._stamp()))
 
-    def within(self, part: str) -> None:
-        """As `mark`, at the scale that is running."""
-        self._stamps.append((part, self._scale, self._stamp()))
+    def in_layers(self) -> Observer | None:
+        return self if self._told_apart else None
 
     @contextmanager
     def running(self, model: nn.Module, told_apart: bool = True) -> Iterator[None]:
@@ -113,11 +113,11 @@ class PartClock:
         told_apart: with the transformer's parts, by hooks on its modules that are gone afterwards;
         without (a compiled model has no place for hooks) all of a scale's is `transformer`.
         """
-        self.told_apart = told_apart
+        self._told_apart = told_apart
         handles = [h for m in model.modules() for h in self._hook(m)] if told_apart else []
         self._stamps, self._end = [], None
         try:
-            self.mark("rest")
+            self.on_part("rest", None)
             yield
             self._end = self._stamp()
         finally:
@@ -158,8 +158,8 @@ class PartClock:
             return []
         before, after = claims[type(module)]
         return [
-            module.register_forward_pre_hook(lambda *_: self.within(before)),
-            module.register_forward_hook(lambda *_: self.within(after)),
+            module.register_forward_pre_hook(lambda *_: self.on_part(before, self._si)),
+            module.register_forward_hook(lambda *_: self.on_part(after, self._si)),
         ]
 
 

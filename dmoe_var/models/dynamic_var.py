@@ -19,8 +19,8 @@ from dmoe_var import values
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.var import VAR, Labels, VARConfig
-from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.experts import check_impl
+from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.moe.tau_schedule import Tau, resolve_rules
@@ -140,16 +140,18 @@ class DynamicVAR(nn.Module):
         tau: Tau = None,
         selection: Selection = None,
         impl: str = "auto",
-        counts: ExpertCounts | None = None,
+        observer: Observer | None = None,
     ) -> Tensor:
         """Teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.
 
         Without tau and selection the model's own selection runs, and without that every expert.
-        teacher_BLC: (B, L - 1, Cvae). No gradients: the cache is written in place.
+        teacher_BLC: (B, L - 1, Cvae). observer: is shown the routing alone, see `moe.observer`. No
+        gradients: the cache is written in place.
         """
         config = self.config
         rules = rules_of(self, tau, selection)
         check_impl(impl)
+        in_layers = None if observer is None else observer.in_layers()
         labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
         cache = self.new_cache(labels_B.shape[0])
@@ -162,7 +164,7 @@ class DynamicVAR(nn.Module):
             else:
                 given = slice(tokens.start - slices[0].stop, tokens.stop - slices[0].stop)
                 x_BlC = self.embed_scale(teacher_BLC[:, given], si)
-            routing = Routing(rules[si], si, impl, counts) if si in rules else None
+            routing = Routing(rules[si], si, impl, in_layers) if si in rules else None
             backbone = self.backbone_at(si)
             mod = dense_mod if backbone is self.dense else moe_mod
             logits.append(backbone.step(x_BlC, mod, cache, routing))

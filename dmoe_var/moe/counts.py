@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import SelectionRule
 
 
-class ExpertCounts:
+class ExpertCounts(Observer):
     """How many experts ran on each token, by scale and layer: what FLOPs and maps are made of.
 
     Rows are the sampler's: the conditional branch of all images, then the unconditional one.
@@ -27,6 +28,9 @@ class ExpertCounts:
     def record(self, si: int, mask_BLE: Tensor) -> None:
         """Add one layer's mask; layers arrive in order."""
         self._by_scale.setdefault(si, []).append(mask_BLE.sum(-1, dtype=torch.int16))
+
+    def on_routing(self, routed: Routed) -> None:
+        self.record(routed.si, routed.mask_BLE)
 
     @property
     def scales(self) -> list[int]:

@@ -1,14 +1,14 @@
 """The expert FFN: an FFN whose neurons are grouped into experts, a router beside it.
 
-Legend: B batch, L tokens, N = B L, C width, E experts, D neurons an expert.
+Legend: B batch, b those of its rows that select, L tokens, N = B L, C width, E experts, D neurons
+an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import ConfigDict, Field
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.moe.experts import ExpertWeights, forget, grouped, run_experts
+from dmoe_var.moe.observer import Routed
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import All
 from dmoe_var.ops import activated_linear, activation, linear
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -84,52 +82,36 @@ class MoEFFN(nn.Module):
 
     def forward(self, x_BLC: Tensor, routing: Routing | None = None) -> Tensor:
         """(B, L, C). Without routing every expert runs, and the router does not."""
+        observer = None if routing is None else routing.observer
+        scores_bLE = None
         if routing is None or isinstance(routing.rule, All):
             mask_BLE = x_BLC.new_ones((*x_BLC.shape[:-1], self.num_experts), dtype=torch.bool)
             out_BLC = self._all_experts(x_BLC)
         else:
-            if routing.clock is not None:
-                routing.clock.within("selection")
-            mask_BLE = self.select(x_BLC, routing)
-            if routing.clock is not None:
-                routing.clock.within("experts")
+            if observer is not None:
+                observer.on_part("selection", routing.si)
+            mask_BLE, scores_bLE = self.select(x_BLC, routing)
+            if observer is not None:
+                observer.on_part("experts", routing.si)
             x_NC, mask_NE = x_BLC.flatten(0, 1), mask_BLE.flatten(0, 1)
             out_BLC = run_experts(x_NC, mask_NE, self.weights, self.act, routing.impl).view_as(
                 x_BLC
             )
-        if routing is not None and routing.counts is not None:
-            routing.counts.record(routing.si, mask_BLE)
+        if routing is not None and observer is not None:
+            si, layer = routing.si, routing.layer
+            observer.on_routing(Routed(si, layer, self, x_BLC, scores_bLE, mask_BLE))
         return out_BLC
 
-    def select(self, x_BLC: Tensor, routing: Routing) -> Tensor:
-        """The mask (B, L, E) of experts to run."""
+    def select(self, x_BLC: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The mask (B, L, E) of experts to run, and the scores (b, L, E) that the rule read."""
         rule, noise, x_BLC = routing.rule, None, routing.selecting(x_BLC)
         if routing.noise is not None and not rule.uses_scores:
             noise = routing.noise(x_BLC.shape[1], self.num_experts)
         scores_BLE = rule.scores(self, x_BLC)
         # Not rule(...): torch 2.11 compiling hashes what is called, before it has its fields.
-        return routing.for_all(rule.__call__(scores_BLE, noise))
+        mask_BLE = routing.for_all(rule.__call__(scores_BLE, noise))
+        return mask_BLE, scores_BLE if rule.uses_scores else None
 
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
         h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())
         return linear(h_BLH, self.w2_EDC.flatten(0, 1).T, self.b2_C)
-
-
-@contextmanager
-def watched(model: nn.Module, watch: Callable[[MoEFFN, Tensor, Routing], None]) -> Iterator[None]:
-    """Within it `watch` sees every expert FFN of the model before it runs: itself, its input
-    (R, l, C) and how it is to select."""
-
-    def hook(ffn: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x_RlC, routing = inputs
-        assert isinstance(ffn, MoEFFN)
-        assert isinstance(routing, Routing)
-        watch(ffn, x_RlC, routing)
-
-    ffns = [module for module in model.modules() if isinstance(module, MoEFFN)]
-    hooks = [ffn.register_forward_pre_hook(hook) for ffn in ffns]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()

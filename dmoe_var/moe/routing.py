@@ -7,26 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from torch import Tensor
 
-from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.experts import check_impl
+from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import SelectionRule
-
-
-class Clock(Protocol):
-    """Is told which part begins, see `metrics.part_timing`."""
-
-    told_apart: bool
-    """Whether it wants to know of the parts of the transformer."""
-
-    def mark(self, part: str, scale: int | None = None) -> None:
-        """From here on time is this part's, at this scale (None: outside of all scales)."""
-
-    def within(self, part: str) -> None:
-        """As `mark`, at the scale that is running."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +22,13 @@ class Routing:
     rule: SelectionRule
     si: int = 0
     impl: str = "auto"
-    counts: ExpertCounts | None = None
+    observer: Observer | None = None
     noise: Callable[[int, int], Tensor] | None = None
     """(L, E) -> uniform draws (B, L, E) for rules that select by chance."""
-    clock: Clock | None = None
     sharing: int = 1
     """So many equal parts of the batch run the experts that the first part selects."""
+    layer: int = 0
+    """Known where somebody observes."""
 
     def __post_init__(self) -> None:
         check_impl(self.impl)
@@ -49,7 +36,9 @@ class Routing:
     def at(self, layer: int) -> Routing:
         """The routing of one layer."""
         rule = self.rule.at(layer)
-        return self if rule is self.rule else replace(self, rule=rule)
+        if rule is self.rule and self.observer is None:
+            return self
+        return replace(self, rule=rule, layer=layer)
 
     def selecting(self, x_BLC: Tensor) -> Tensor:
         """The rows that select, (B / sharing, L, C)."""

@@ -4,8 +4,8 @@ Eq. 3 compares a score with tau times the largest of its token, so that the rati
 at which tau an expert still runs. And as the experts of any tau are those of the largest scores,
 what a token loses is a function of how many run: E numbers a token hold it for every tau.
 
-Legend: R rows (1 or, with guidance, 2: conditional, unconditional), l tokens of a scale, N = R l,
-E experts, C width, K layers, S picture side.
+Legend: R rows (1 or, with guidance, 2: conditional, unconditional), r those of them that select,
+l tokens of a scale, N = R l, E experts, C width, K layers, S picture side.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dmoe_var.data.images import to_uint8
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.experts import grouped
-from dmoe_var.moe.layer import MoEFFN, watched
-from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Threshold, check_finite
 from dmoe_var.ops import at_least_float32
 from dmoe_var.sampling.sampler import SamplingConfig, generate
@@ -58,31 +58,39 @@ def record(
     impl: str,
 ) -> Recording:
     """Draw picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
-    recording = Recording()
-    # Another over the same memory: whoever else draws from the model is not watched.
-    model = DynamicVAR(model.dense, model.moe, model.moe_scales)
-    ratios: dict[int, list[np.ndarray]] = {}
-    errors: dict[int, list[np.ndarray]] = {}
+    seen = _Seen(vqvae, model.moe_scales)
+    generate(
+        model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
+        start_index=index, impl=impl, observer=seen,
+    )  # fmt: skip
+    ratios = {si: np.stack(layers) for si, layers in seen.ratios.items()}
+    errors = {si: np.stack(layers).astype(np.float32) for si, layers in seen.errors.items()}
+    return Recording(ratios, errors, seen.pictures)
 
-    def watch(ffn: MoEFFN, x_RlC: Tensor, routing: Routing) -> None:
-        ratios_RlE = routing.for_all(quantised_ratios(ffn.router(routing.selecting(x_RlC))))
-        found_RlE = errors_by_count(ffn, x_RlC, ratios_RlE)
-        ratios.setdefault(routing.si, []).append(ratios_RlE.cpu().numpy().astype(np.uint16))
-        errors.setdefault(routing.si, []).append(found_RlE.cpu().numpy())
 
-    def decode(si: int, f_hat_1CHW: Tensor) -> None:
-        if si in model.moe_scales:
-            recording.pictures[si] = to_uint8((vqvae.decode_f_hat(f_hat_1CHW) + 1) / 2)[0]
+class _Seen(Observer):
+    """What a `Recording` holds, by scale, its ratios and errors layer by layer."""
 
-    with watched(model.moe, watch):
-        generate(
-            model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
-            start_index=index, impl=impl, on_scale=decode,
-        )  # fmt: skip
-    for si in model.moe_scales:
-        recording.ratios[si] = np.stack(ratios[si])
-        recording.errors[si] = np.stack(errors[si]).astype(np.float32)
-    return recording
+    def __init__(self, vqvae: VQVAE, scales: tuple[int, ...]):
+        self.ratios: dict[int, list[np.ndarray]] = {si: [] for si in scales}
+        self.errors: dict[int, list[np.ndarray]] = {si: [] for si in scales}
+        self.pictures: dict[int, np.ndarray] = {}
+        self._vqvae = vqvae
+
+    def on_routing(self, routed: Routed) -> None:
+        x_RlC, scores_rlE = routed.x_BLC, routed.scores_bLE
+        assert isinstance(routed.ffn, MoEFFN)
+        assert scores_rlE is not None
+        sharing = len(x_RlC) // len(scores_rlE)
+        ratios_RlE = quantised_ratios(scores_rlE).repeat(sharing, 1, 1)
+        found_RlE = errors_by_count(routed.ffn, x_RlC, ratios_RlE)
+        self.ratios[routed.si].append(ratios_RlE.cpu().numpy().astype(np.uint16))
+        self.errors[routed.si].append(found_RlE.cpu().numpy())
+
+    def on_scale(self, si: int, f_hat_1CHW: Tensor) -> None:
+        if si in self.ratios:
+            decoded = (self._vqvae.decode_f_hat(f_hat_1CHW) + 1) / 2
+            self.pictures[si] = to_uint8(decoded)[0]
 
 
 def quantised_ratios(scores_E: Tensor) -> Tensor:

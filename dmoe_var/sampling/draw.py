@@ -22,6 +22,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts, charged_per_image, pairs_per_image
+from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
@@ -108,7 +109,7 @@ class Drawing:
         start = number * self.sampling.batch_size
         return self.labels[start : start + self.sampling.batch_size]
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int, observer: Observer | None = None) -> Batch:
         """Draw one batch."""
         sampling, counts, labels = self.sampling, ExpertCounts(), self.labels_of(number)
         started = time.perf_counter()
@@ -121,7 +122,7 @@ class Drawing:
             selection=self.selection,
             start_index=number * sampling.batch_size,
             impl=self.impl,
-            counts=counts,
+            observer=joined(counts, observer),
         )
         images = to_uint8(drawn)  # on the CPU: what a GPU was given to do is done
         seconds = time.perf_counter() - started

@@ -6,7 +6,6 @@ a scale, C width, V vocabulary, Cvae latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,9 +18,9 @@ from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.var import VAR, Labels, Modulation, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
-from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.experts import check_impl
-from dmoe_var.moe.routing import Clock, Routing
+from dmoe_var.moe.observer import Observer
+from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.moe.tau_schedule import Tau
 from dmoe_var.sampling.memory import keep_freed_memory
@@ -34,7 +33,6 @@ from dmoe_var.sampling.token_sampling import (
 )
 from dmoe_var.sampling_time import sampling, this_sampling
 
-OnScale = Callable[[int, Tensor], None]
 MAX_INDEX = 2**63 - 1
 
 
@@ -107,18 +105,14 @@ class Call(NamedTuple):
         share_mask: Any = False,
         impl: str = "auto",
         adaln_every_scale: Any = False,
-        counts: ExpertCounts | None = None,
-        on_scale: OnScale | None = None,
-        clock: Clock | None = None,
+        observer: Observer | None = None,
     ) -> Call:
         """ValueError for the first that is wrong."""
         device = _check_models(model, vqvae)
         check_impl(impl)
         _check_generator(generator, device)
-        if counts is not None and not isinstance(counts, ExpertCounts):
-            raise ValueError(f"counts={values.shown(counts)} must be an ExpertCounts or None")
-        if on_scale is not None and not callable(on_scale):
-            raise ValueError(f"on_scale={values.shown(on_scale)} must be a function or None")
+        if observer is not None and not isinstance(observer, Observer):
+            raise ValueError(f"observer={values.shown(observer)} must be an Observer or None")
         return cls(
             check_labels(labels, model.config.num_classes, device),
             rules_of(model, tau, selection),
@@ -172,9 +166,7 @@ def generate(
     share_mask: bool = False,
     impl: str = "auto",
     adaln_every_scale: bool = False,
-    counts: ExpertCounts | None = None,
-    on_scale: OnScale | None = None,
-    clock: Clock | None = None,
+    observer: Observer | None = None,
 ) -> Tensor:
     """Images (B, 3, R, R) in [0, 1] of the given classes.
 
@@ -186,18 +178,16 @@ def generate(
     every expert runs. impl: what runs them, see `moe.experts.run_experts`. cfg = 0 switches
     guidance off, and with it the unconditional branch. share_mask: see `SamplingConfig`.
     adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
-    instead of once an image. `counts` collects the experts run; `on_scale(si, f_hat_BCHW)` sees
-    what has been drawn after each scale; `clock` measures where the time goes, see
-    `metrics.part_timing`. The images, and what `on_scale` sees, are plain tensors without a
-    gradient.
+    instead of once an image. `observer` is shown what is drawn and which experts run, see
+    `moe.observer`; several are joined by its `joined`. The images, and what an observer sees, are
+    plain tensors without a gradient.
 
     Numbers may be of any type that numpy and torch have. ValueError, before anything is drawn, for
     an argument that has no meaning; afterwards for logits that are not finite.
     """
-    mark = _unmeasured if clock is None else clock.mark
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
-        more_smooth, share_mask, impl, adaln_every_scale, counts, on_scale,
+        more_smooth, share_mask, impl, adaln_every_scale, observer,
     )  # fmt: skip
     config, labels_B, rules = model.config, call.labels_B, call.rules
     guided = call.cfg != 0
@@ -211,7 +201,9 @@ def generate(
     streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
     sharing = branches if call.share_mask else 1
     noise = partial(streams.routing_noise, branches=branches // sharing)
-    mark("embedding", 0)
+    watching = Observer() if observer is None else observer
+    in_layers = None if observer is None else observer.in_layers()
+    watching.on_part("embedding", 0)
     cond_RC = model.condition(labels_R)
     cache = model.new_cache(len(labels_R))
     modulations: dict[int, Modulation] = {}
@@ -222,27 +214,25 @@ def generate(
         backbone = model.backbone_at(si)
         if call.adaln_every_scale or id(backbone) not in modulations:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
-        inside = clock if clock is not None and clock.told_apart else None
         routing = None
         if si in rules:
-            routing = Routing(rules[si], si, impl, counts, noise, inside, sharing)
-        mark("transformer", si)
+            routing = Routing(rules[si], si, impl, in_layers, noise, sharing)
+        watching.on_part("transformer", si)
         logits_RlV = backbone.step(x_RlC, modulations[id(backbone)], cache, routing)
-        mark("sampling", si)
+        watching.on_part("sampling", si)
         progress = si / last
         logits_BlV = guide(logits_RlV, call.cfg * progress) if guided else logits_RlV
         _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)
-        mark("quantiser", si)
+        watching.on_part("quantiser", si)
         f_hat_BCHW = f_hat_BCHW + vqvae.quantize.spread(codes_BCpp, si)
-        if on_scale is not None:
-            on_scale(si, f_hat_BCHW)
+        watching.on_scale(si, f_hat_BCHW)
         if si != last:
             f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, si + 1)
-            mark("embedding", si + 1)
+            watching.on_part("embedding", si + 1)
             x_RlC = model.embed_scale(f_hat_BlC, si + 1).repeat(branches, 1, 1)
-    mark("decoder")
+    watching.on_part("decoder", None)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
 
 
@@ -256,10 +246,6 @@ def _check_finite(logits_BlV: Tensor, si: int) -> None:
         f"the logits of scale {si} are not finite: the model's weights are not, or its activations "
         "overflow in their dtype",
     )
-
-
-def _unmeasured(part: str, scale: int | None = None) -> None:
-    """The mark of no clock."""
 
 
 def _draw_codes(

@@ -159,7 +159,7 @@ def ours(task: Task) -> Call:
         if clock is None:
             return generate(model, vqvae, labels, **task.options())
         with clock.running(model, told_apart=not task.compiled):
-            return generate(model, vqvae, labels, **task.options(), clock=clock)
+            return generate(model, vqvae, labels, **task.options(), observer=clock)
 
     if task.compiled:
         torch._dynamo.config.cache_size_limit = COMPILED_VARIANTS

@@ -19,6 +19,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.metrics.flops import FlopReport, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.draw import Drawing, balanced_labels
 from dmoe_var.stages import loaded
@@ -89,7 +90,9 @@ class Bench:
         guided = self.work.config.sampling.cfg != 0
         return report(fixed_cost(self.model.dense, self.vqvae, guided), {}, {}, 1).total_gmac
 
-    def drawn(self, rules: Sequence[SelectionRule], seed: int) -> FlopReport:
+    def drawn(
+        self, rules: Sequence[SelectionRule], seed: int, observer: Observer | None = None
+    ) -> FlopReport:
         """FLOPs of images that are drawn, as many of each class."""
         config = self.work.config
         labels = balanced_labels(self.config.drawn, config.var.num_classes)
@@ -98,14 +101,14 @@ class Bench:
         )
         pairs: dict[int, tuple[int, ...]] = dict.fromkeys(drawing.rules, ())
         for number in range(drawing.num_batches):
-            for si, of_scale in drawing.batch(number).pairs.items():
+            for si, of_scale in drawing.batch(number, observer).pairs.items():
                 pairs[si] += tuple(of_scale)
         return report(self.fixed, pairs, drawing.rules, len(labels))
 
     def drawn_cells(self, rules: Sequence[SelectionRule]) -> dict[Cell, Tails]:
         """Router scores while images are drawn under these rules."""
-        recorder = Recorder(self.model, rules)
-        self.drawn(recorder.rules, self.config.seed)
+        recorder = Recorder(self.model)
+        self.drawn(rules, self.config.seed, recorder)
         return recorder.tails()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dmoe_var.errors import ConfigError
@@ -14,8 +15,8 @@ from dmoe_var.experiment.stage import StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.kernels import draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
-from dmoe_var.moe.layer import MoEFFN, watched
-from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
@@ -72,26 +73,32 @@ def _shapes(work: Work) -> list[Shape]:
     return found
 
 
+class _Given(Observer):
+    """The expert FFNs of each scale, with their tokens and masks, layer by layer."""
+
+    def __init__(self) -> None:
+        self.by_scale: dict[int, list[tuple[MoEFFN, Tensor, Tensor]]] = {}
+
+    def on_routing(self, routed: Routed) -> None:
+        assert isinstance(routed.ffn, MoEFFN)
+        seen = (routed.ffn, routed.x_BLC.flatten(0, 1), routed.mask_BLE.flatten(0, 1))
+        self.by_scale.setdefault(routed.si, []).append(seen)
+
+
 @torch.no_grad()
 def _drawn(work: Work, selection: Selection, size: int) -> list[tuple[Shape, list[Layer]]]:
     """The expert FFNs of each of `moe.scales`, with the tokens and masks of `size` images."""
     config, sampling = work.config, work.config.sampling
     vqvae = loaded.vqvae(work).to(work.device, sampling.torch_dtype)
     model = loaded.dynamic(work).to(work.device, sampling.torch_dtype)
-    given: dict[int, list[tuple[MoEFFN, torch.Tensor, torch.Tensor]]] = {}
-
-    def watch(ffn: MoEFFN, x_RlC: torch.Tensor, routing: Routing) -> None:
-        mask_RlE = ffn.select(x_RlC, routing)
-        given.setdefault(routing.si, []).append((ffn, x_RlC.flatten(0, 1), mask_RlE.flatten(0, 1)))
-
+    given = _Given()
     labels = torch.from_numpy(balanced_labels(size, config.var.num_classes))
-    with watched(model, watch):
-        generate(
-            model, vqvae, labels, **sampling.options, seed=config.evaluate.seed,
-            selection=selection, impl=config.moe.impl,
-        )  # fmt: skip
+    generate(
+        model, vqvae, labels, **sampling.options, seed=config.evaluate.seed,
+        selection=selection, impl=config.moe.impl, observer=given,
+    )  # fmt: skip
     found = []
-    for layers in given.values():
+    for layers in given.by_scale.values():
         tokens, size = len(layers[0][1]), config.split.expert_size
         density = float(torch.stack([mask for *_, mask in layers]).float().mean())
         shape = Shape(config.name, config.var.C, config.var.hidden, size, tokens)

@@ -18,7 +18,9 @@ from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.loaded import EXPERTS, Models
@@ -51,6 +53,18 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
     return ExpertMaps(images, maps)
 
 
+class Decoded(Observer):
+    """What is drawn so far, decoded after each of some scales: uint8 (N, R, R, 3) by scale."""
+
+    def __init__(self, vqvae: VQVAE, scales: Sequence[int]):
+        self.by_scale: dict[int, np.ndarray] = {}
+        self._vqvae, self._scales = vqvae, scales
+
+    def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
+        if si in self._scales:
+            self.by_scale[si] = to_uint8((self._vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2)
+
+
 @torch.inference_mode()
 def collect_maps(
     work: Work, models: Models, labels: Sequence[int], selection: Selection, seed: int
@@ -58,13 +72,7 @@ def collect_maps(
     """Maps of one image a label at `moe.scales`."""
     config = work.config
     model = DynamicVAR(models.dense, models.experts, config.moe.scales)
-    counts, pictures = ExpertCounts(), {}
-
-    def keep(si: int, f_hat_BCHW: Tensor) -> None:
-        if si in config.moe.scales:
-            decoded = (models.vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
-            pictures[si] = to_uint8(decoded)
-
+    counts, pictures = ExpertCounts(), Decoded(models.vqvae, config.moe.scales)
     generate(
         model,
         models.vqvae,
@@ -73,13 +81,12 @@ def collect_maps(
         seed=seed,
         selection=selection,
         impl=config.moe.impl,
-        counts=counts,
-        on_scale=keep,
+        observer=joined(counts, pictures),
     )
     most = config.var.depth * (config.var.hidden // config.split.expert_size)
     finest = config.var.patch_nums[-1]
     maps = [_share(counts.per_token(si), len(labels), most, finest) for si in config.moe.scales]
-    images = np.stack([pictures[si] for si in config.moe.scales], axis=1)
+    images = np.stack([pictures.by_scale[si] for si in config.moe.scales], axis=1)
     return ExpertMaps(images, np.stack(maps, axis=1))
 
 

@@ -190,7 +190,7 @@ def _draw(
     rule, counts = None if tau is None else Threshold(tau), ExpertCounts()
     image_13RR = generate(
         model, bench.vqvae, [label], **sampling.options, seed=config.report.seed, selection=rule,
-        start_index=index, impl=config.moe.impl, counts=counts,
+        start_index=index, impl=config.moe.impl, observer=counts,
     )  # fmt: skip
     image = to_uint8(image_13RR)[0]
     if rule is None:

@@ -25,7 +25,7 @@ def table(monkeypatch):
     rounds = {"dense": iter(DENSE), "half": iter(HALF), "every": iter(EVERY)}
     order, steps = [], []
 
-    def scripted(model, vqvae, labels, seed, selection=None, counts=None, impl=""):
+    def scripted(model, vqvae, labels, seed, counts=None, selection=None, impl=""):
         assert (seed, impl) == (3, "reference")
         name = "dense" if model == "dense" else selection
         order.append(name)
@@ -69,10 +69,10 @@ def test_time_of_each_scale_and_of_what_comes_after(monkeypatch):
     clock = iter([5.0, 5.010, 5.030, 5.060])
     monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
 
-    def draw(model, vqvae, labels, seed, on_scale, cfg):
+    def draw(model, vqvae, labels, seed, observer, cfg):
         assert (seed, cfg) == (2, 4.0)
         for si in range(2):
-            on_scale(si, torch.zeros(1))
+            observer.on_scale(si, torch.zeros(1))
         return torch.zeros(1)
 
     monkeypatch.setattr(costs, "generate", draw)

@@ -71,7 +71,7 @@ def test_recorded_on_a_model(model, make_teacher):
     ran = []
     for each in (labels, null):
         counts = ExpertCounts()
-        model(each, teacher, selection=rules, counts=counts)
+        model(each, teacher, selection=rules, observer=counts)
         ran.append(counts.per_token(1)[0].double())
     share = torch.cat(ran).mean().item() / model.moe.config.num_experts
     assert cells[1, 0].density(taus[0]) == pytest.approx(share, abs=1e-3)
@@ -82,8 +82,8 @@ def test_a_tau_for_each_layer(model, make_teacher):
     teacher, labels = make_teacher(model.dense, batch=2), torch.tensor([3, 4])
     depth = model.config.depth
     same, by_layer = ExpertCounts(), ExpertCounts()
-    out = model(labels, teacher, selection=Threshold(0.5), counts=same)
-    other = model(labels, teacher, selection=LayerThreshold((0.5,) * depth), counts=by_layer)
+    out = model(labels, teacher, selection=Threshold(0.5), observer=same)
+    other = model(labels, teacher, selection=LayerThreshold((0.5,) * depth), observer=by_layer)
     assert torch.equal(out, other)
     for si in (1, 2):
         assert torch.equal(same.per_token(si), by_layer.per_token(si))

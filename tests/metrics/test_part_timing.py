@@ -36,7 +36,7 @@ def clocked(model, vqvae, told_apart=True, **options):
     clock = PartClock(CPU)
     started = time.perf_counter()
     with clock.running(model, told_apart):
-        images = generate(model, vqvae, [0, 1], clock=clock, **options)
+        images = generate(model, vqvae, [0, 1], observer=clock, **options)
     return clock.read(), 1000 * (time.perf_counter() - started), images
 
 
@@ -114,7 +114,7 @@ def test_a_call_that_fails(dynamic, make_vqvae):
     """Its hooks go, and it has no times."""
     clock = PartClock(CPU)
     with pytest.raises(ValueError, match="labels"), clock.running(dynamic):
-        generate(dynamic, make_vqvae(), [99], clock=clock)
+        generate(dynamic, make_vqvae(), [99], observer=clock)
     assert hooks(dynamic) == 0
     with pytest.raises(ValueError, match="no call has ended"):
         clock.read()
@@ -136,5 +136,5 @@ def test_events_of_a_cuda_device(dynamic, make_vqvae):
     clock = PartClock(device)
     model, vqvae = dynamic.to(device), make_vqvae().to(device)
     with clock.running(model):
-        generate(model, vqvae, [0, 1], tau=0.5, clock=clock)
+        generate(model, vqvae, [0, 1], tau=0.5, observer=clock)
     assert list(clock.read().by_part_ms) == list(PARTS)

@@ -97,7 +97,7 @@ def test_each_head_serves_its_own_scales(dense, moe, make_moe, relu, teacher, mo
 
 def test_tau_reaches_its_own_scale(dense, moe, teacher):
     counts = ExpertCounts()
-    DynamicVAR(dense, moe, (1, 3))(LABELS, teacher, tau=[1.0, 0.0], counts=counts)
+    DynamicVAR(dense, moe, (1, 3))(LABELS, teacher, tau=[1.0, 0.0], observer=counts)
     assert counts.scales == [1, 3]
     assert (counts.per_token(1) == 1).all()
     assert (counts.per_token(3) == 8).all()
@@ -156,9 +156,9 @@ def test_compiled(dense, moe, teacher, backend):
     model = DynamicVAR(dense, moe, (2, 3))
     for options in ({}, {"tau": 0.4}):
         ours, theirs = ExpertCounts(), ExpertCounts()
-        expected = model(LABELS, teacher, counts=theirs, **options)
+        expected = model(LABELS, teacher, observer=theirs, **options)
         found = compiled_once(
-            model, LABELS, teacher, backend=backend, fullgraph=True, counts=ours, **options
+            model, LABELS, teacher, backend=backend, fullgraph=True, observer=ours, **options
         )
         assert_close(found, expected, rtol=0, atol=1e-5)
         assert ours.scales == theirs.scales

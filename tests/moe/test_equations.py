@@ -11,9 +11,11 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from watching import Scales
 
 from dmoe_var import DynamicVAR, Oracle, Threshold, TopK, generate
 from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import LayerThreshold
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -170,7 +172,7 @@ def test_teacher_forcing(case, make_teacher):
     """Over the cache, and of the dense model alone in one masked pass."""
     model, given, equations = case
     teacher, counts = make_teacher(model.dense, batch=3), ExpertCounts()
-    logits = model(LABELS, teacher, counts=counts, **given)
+    logits = model(LABELS, teacher, observer=counts, **given)
     assert_close(logits, teacher_forced(equations, teacher), **EXACT)
     assert_counted(counts, equations)
     equations.rules = {}
@@ -200,10 +202,9 @@ def test_greedy_sampling(case, make_vqvae):
         backbone.head.register_forward_hook(lambda _, __, out: logits.append(out.clone()))
         for backbone in (model.dense, model.moe)
     ]
-    options = {"cfg": cfg, "top_k": 1, "impl": "reference", "counts": counts, **given}
-    images = generate(
-        model, vqvae, LABELS, on_scale=lambda _, drawn: f_hats.append(drawn.clone()), **options
-    )
+    options = {"cfg": cfg, "top_k": 1, "impl": "reference", **given}
+    observer = joined(counts, Scales(lambda _, drawn: f_hats.append(drawn.clone())))
+    images = generate(model, vqvae, LABELS, observer=observer, **options)
     for hook in hooks:
         hook.remove()
     assert_close(logits, expected_logits, **EXACT)

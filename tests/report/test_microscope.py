@@ -44,7 +44,7 @@ def recording(models):
 def drawn(models, tau, counts=None):
     return generate(
         *models, [LABEL], cfg=1.5, top_k=20, top_p=0.9, seed=SEED, start_index=INDEX,
-        selection=Threshold(tau), counts=counts,
+        selection=Threshold(tau), observer=counts,
     )  # fmt: skip
 
 

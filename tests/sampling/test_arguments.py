@@ -8,6 +8,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from watching import Scales
 
 from dmoe_var import DynamicVAR, Threshold, count_flops, generate
 from dmoe_var.errors import InputError
@@ -75,8 +76,7 @@ def test_numbers_of_any_type_give_the_same_images(tiny_models, expected, options
         ({"more_smooth": "no"}, "more_smooth="),
         ({"share_mask": 1.5}, "share_mask="),
         ({"generator": 3}, "generator=3"),
-        ({"counts": True}, "counts=True"),
-        ({"on_scale": 3}, "on_scale=3"),
+        ({"observer": True}, "observer=True"),
     ],
     ids=str,
 )
@@ -125,7 +125,7 @@ def test_teacher_forcing_over_a_cache_drops_nothing(make_var, make_moe, make_tea
 def test_images_are_plain_tensors(tiny_models, make_teacher):
     model, vqvae = tiny_models
     seen = []
-    images = generate(model, vqvae, [1, 2], on_scale=lambda _, f: seen.append(f), **SMALL)
+    images = generate(model, vqvae, [1, 2], observer=Scales(lambda _, f: seen.append(f)), **SMALL)
     logits = model([1, 2], make_teacher(model.dense))
     for tensor in (images, *seen, logits):
         assert not tensor.requires_grad
@@ -149,7 +149,7 @@ def test_a_gradient_may_be_asked_for_while_images_are_drawn(tiny_models):
             )
             norms.append(torch.autograd.grad(loss, f_hat)[0].norm().item())
 
-    generate(model, vqvae, [1], on_scale=on_scale, **SMALL)
+    generate(model, vqvae, [1], observer=Scales(on_scale), **SMALL)
     assert all(norm > 0 for norm in norms)
 
 

@@ -82,9 +82,9 @@ def both(request, tiny_models, cuda_dry_run):
 def test_images(both, cuda_dry_run, dense, options, more_waits):
     here, there = ((model.dense if dense else model, vqvae) for model, vqvae in both)
     counts, counts_there = ExpertCounts(), ExpertCounts()
-    on_cpu = generate(*here, LABELS, counts=counts, **options)
+    on_cpu = generate(*here, LABELS, observer=counts, **options)
     with cuda_dry_run() as run:
-        on_gpu = generate(*there, LABELS, counts=counts_there, **options)
+        on_gpu = generate(*there, LABELS, observer=counts_there, **options)
         assert run.waits == A_CALL | more_waits
         assert on_gpu.is_cuda
         assert on_gpu.isfinite().all()
@@ -108,7 +108,7 @@ def test_selection(tiny_models, cuda_dry_run, rule):
     with cuda_dry_run() as run, sampling():
         (ffn,), x_BLC, counts = moved([ffn], "cuda"), x_BLC.to("cuda"), ExpertCounts()
         run.waits.clear()
-        out_BLC = ffn(x_BLC, Routing(rule, impl="reference", counts=counts))
+        out_BLC = ffn(x_BLC, Routing(rule, impl="reference", observer=counts))
         assert not run.waits
         assert_close(out_BLC.cpu(), expected, rtol=0, atol=1e-5)
 
@@ -139,7 +139,7 @@ def test_drawing(tiny_models, cuda_dry_run):
         there = moved(tiny_models, "cuda")
         run.waits.clear()
         batch = Drawing(*there, *given).batch(1)
-        after = {"metrics/images.py:to_uint8": 1, "metrics/flops.py:_per_image": 4}
+        after = {"data/images.py:to_uint8": 1, "moe/counts.py:_per_image": 4}
         assert run.waits == A_CALL | after
     difference = np.abs(batch.samples.images.astype(int) - expected.samples.images)
     assert difference.max() <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.testing import assert_close
+from watching import Scales
 
 from dmoe_var import DynamicVAR, Random, Threshold, TopK, generate
 from dmoe_var.conversion.relufication import relufy
@@ -115,8 +116,8 @@ def test_batch_size_does_not_change_an_image(dynamic, vqvae, options):
 def test_both_halves_of_guidance_share_a_mask(dynamic, vqvae, rule):
     shared, own = ExpertCounts(), ExpertCounts()
     options = SMALL | {"selection": rule}
-    images = generate(dynamic, vqvae, LABELS, counts=shared, share_mask=True, **options)
-    others = generate(dynamic, vqvae, LABELS, counts=own, **options)
+    images = generate(dynamic, vqvae, LABELS, observer=shared, share_mask=True, **options)
+    others = generate(dynamic, vqvae, LABELS, observer=own, **options)
     for si in dynamic.moe_scales:
         cond, null = shared.per_token(si).chunk(2, dim=1)
         assert torch.equal(cond, null)
@@ -152,7 +153,7 @@ def test_modes_neither_change_an_image_nor_are_changed(make_var, vqvae):
     assert_close(generate(var, vqvae, LABELS, **SMALL), expected, **TOLERANCE)
     assert [module.training for module in var.modules()] == modes
     with pytest.raises(ZeroDivisionError):
-        generate(var, vqvae, LABELS, on_scale=lambda si, _: 1 // (si - 1))
+        generate(var, vqvae, LABELS, observer=Scales(lambda si, _: 1 // (si - 1)))
     assert [module.training for module in var.modules()] == modes
 
 
@@ -179,7 +180,7 @@ def test_without_guidance_only_the_conditional_branch_runs(dynamic, vqvae):
     rows, images = {}, {}
     for cfg in (0.0, 1e-7):
         counts = ExpertCounts()
-        images[cfg] = generate(dynamic, vqvae, LABELS, cfg=cfg, tau=0.3, counts=counts, **SMALL)
+        images[cfg] = generate(dynamic, vqvae, LABELS, cfg=cfg, tau=0.3, observer=counts, **SMALL)
         rows[cfg] = counts.per_token(3).shape[1]
     assert rows == {0.0: 8, 1e-7: 16}
     assert_close(images[0.0], images[1e-7], **TOLERANCE)
@@ -188,7 +189,8 @@ def test_without_guidance_only_the_conditional_branch_runs(dynamic, vqvae):
 def test_guidance_starts_at_the_second_scale(dense, vqvae):
     def f_hats(cfg):
         seen = []
-        generate(dense, vqvae, LABELS, cfg, on_scale=lambda _, f_hat: seen.append(f_hat), **SMALL)
+        scales = Scales(lambda _, f_hat: seen.append(f_hat))
+        generate(dense, vqvae, LABELS, cfg, observer=scales, **SMALL)
         return seen
 
     weak, strong = f_hats(0.5), f_hats(8.0)
@@ -208,7 +210,7 @@ def test_tau_0_is_the_unsplit_relu_model(dense, relu, dynamic, vqvae):
 
 def test_each_scale_has_its_own_rule(dynamic, vqvae):
     counts = ExpertCounts()
-    generate(dynamic, vqvae, LABELS[:3], selection=[TopK(2), Threshold(0.0)], counts=counts)
+    generate(dynamic, vqvae, LABELS[:3], selection=[TopK(2), Threshold(0.0)], observer=counts)
     assert counts.scales == [2, 3]
     assert counts.per_token(2).shape == (2, 6, 9)
     assert (counts.per_token(2) == 2).all()
@@ -217,7 +219,7 @@ def test_each_scale_has_its_own_rule(dynamic, vqvae):
 
 def test_a_moe_var_alone_has_experts_at_every_scale(relu, make_moe, vqvae):
     counts = ExpertCounts()
-    generate(make_moe(relu), vqvae, LABELS, tau=1.0, counts=counts)
+    generate(make_moe(relu), vqvae, LABELS, tau=1.0, observer=counts)
     assert counts.scales == [0, 1, 2, 3]
     assert all((counts.per_token(si) == 1).all() for si in counts.scales)
 
@@ -225,7 +227,7 @@ def test_a_moe_var_alone_has_experts_at_every_scale(relu, make_moe, vqvae):
 def test_on_scale_sees_every_partial_sum(dynamic, vqvae):
     seen = []
     images = generate(
-        dynamic, vqvae, LABELS, on_scale=lambda *args: seen.append(args), tau=0.3, **SMALL
+        dynamic, vqvae, LABELS, observer=Scales(lambda *args: seen.append(args)), tau=0.3, **SMALL
     )
     assert [si for si, _ in seen] == [0, 1, 2, 3]
     with torch.no_grad():

@@ -485,7 +485,7 @@ def test_expert_maps(make_work, runs, tau):
     assert images.shape == (3, 2, 8, 8, 3)
     assert maps.shape == (3, 2, 4, 4)
     model, vqvae = loaded.dynamic(work), loaded.vqvae(work)
-    drawn = generate(model, vqvae, labels, seed=1, tau=tau, counts=counts)
+    drawn = generate(model, vqvae, labels, seed=1, tau=tau, observer=counts)
     assert np.array_equal(images[:, 1], to_uint8(drawn))
     for i, (si, cells) in enumerate(((2, [0, 0, 1, 2]), (3, [0, 1, 2, 3]))):
         side = work.config.var.patch_nums[si]

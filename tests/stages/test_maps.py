@@ -53,7 +53,7 @@ def test_maps_are_of_the_class_and_of_all_layers(
     bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
     maps = collect_maps(work, bench, labels, [Threshold(tau) for tau in taus], seed=1).maps
     counts, model = ExpertCounts(), DynamicVAR(dense, bench.experts, (2, 3))
-    generate(model, bench.vqvae, labels, seed=1, tau=taus, counts=counts)
+    generate(model, bench.vqvae, labels, seed=1, tau=taus, observer=counts)
     experts = counts.per_token(3).view(2, 4, 4, 4).double().numpy()  # of layers, rows; eight each
     assert np.allclose(maps[:, 1], experts[:, :2].sum(0) / 16)
     for others in (experts[:, 2:].sum(0) / 16, experts[0, :2] / 8, experts[1, :2] / 8):

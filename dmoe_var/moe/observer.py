@@ -1,0 +1,73 @@
+"""Watching a model: what an observer is shown while images are drawn, or under teacher forcing.
+
+Legend: B rows of the transformer's batch (with guidance the conditional ones first), b those rows
+that select experts (B, or B / sharing), L tokens of a scale, C width, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Routed(NamedTuple):
+    """What an expert FFN has done at a scale."""
+
+    si: int
+    layer: int
+    ffn: nn.Module
+    """The `MoEFFN`."""
+    x_BLC: Tensor
+    """What entered it."""
+    scores_bLE: Tensor | None
+    """By which experts were selected; None where the rule reads no scores."""
+    mask_BLE: Tensor
+    """Which experts ran."""
+
+
+class Observer:
+    """Sees nothing; a subclass overrides what it wants to see. It changes nothing that it sees."""
+
+    def on_part(self, part: str, si: int | None) -> None:
+        """From here on a part of the sampler runs (see `metrics.part_timing.PARTS`), at scale si;
+        None: outside of all scales."""
+
+    def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
+        """Scale si has been drawn: the sum of the code maps so far."""
+
+    def on_routing(self, routed: Routed) -> None:
+        """The experts of a layer have run; layers come in order."""
+
+    def in_layers(self) -> Observer | None:
+        """Who is shown what happens within the transformer: `on_routing`, and the parts of an
+        expert FFN. None: nobody, and no layer calls anything."""
+        return self
+
+
+class _Several(Observer):
+    """Shows each of some observers all that it sees itself."""
+
+    def __init__(self, observers: tuple[Observer, ...]):
+        self._observers = observers
+
+    def on_part(self, part: str, si: int | None) -> None:
+        for each in self._observers:
+            each.on_part(part, si)
+
+    def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
+        for each in self._observers:
+            each.on_scale(si, f_hat_BCHW)
+
+    def on_routing(self, routed: Routed) -> None:
+        for each in self._observers:
+            each.on_routing(routed)
+
+    def in_layers(self) -> Observer | None:
+        return joined(*(each.in_layers() for each in self._observers))
+
+
+def joined(*observers: Observer | None) -> Observer | None:
+    """Several as one, shown everything in this order; None where there is none."""
+    given = tuple(each for each in observers if each is not None)
+    return _Several(given) if len(given) > 1 else next(iter(given), None)
