@@ -43,7 +43,7 @@ Place = tuple[int, int, tuple[int, ...], int]
 
 def _place(tensor: Tensor) -> Place:
     writes = 0 if tensor.is_inference() else tensor._version
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride(), writes
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.stride(), writes
 
 
 Content = tuple[tuple[torch.Size, torch.dtype, int], ...]
