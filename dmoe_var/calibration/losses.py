@@ -84,12 +84,13 @@ class CrossEntropy:
         return self.known[key]
 
     def _measure(self, rules: Sequence[SelectionRule]) -> float:
-        slices, scales = self.model.config.scale_slices, self.model.moe_scales
+        scales = self.model.moe_scales
+        tokens_of = {step.si: step.tokens for step in self.model.plan()}
         totals, tokens = dict.fromkeys(scales, 0.0), dict.fromkeys(scales, 0)
         for labels_B, teacher_BLC, tokens_BL in self.images.batches():
             logits_BLV = self.model(labels_B, teacher_BLC, selection=list(rules), impl=self.impl)
             for si in scales:
-                logits, target = logits_BLV[:, slices[si]], tokens_BL[:, slices[si]]
+                logits, target = logits_BLV[:, tokens_of[si]], tokens_BL[:, tokens_of[si]]
                 totals[si] += F.cross_entropy(
                     at_least_float32(logits).flatten(0, 1), target.flatten(), reduction="sum"
                 ).item()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from dmoe_var.metrics.flops_fixed import OTHER, FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.counts import ExpertCounts, _charged, _other_scales, _per_image, _ran
+from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram, other_scales
 from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.sampler import Call, Labels, generate
@@ -48,14 +48,30 @@ class FlopReport:
     """
 
     fixed: FixedCost
-    num_images: int
-    pairs: Mapping[int, tuple[int, ...]]
-    """By scale with experts and by image: (token, expert) pairs that ran."""
+    ran: ExpertHistogram
+    """By scale with a selection rule; without rules every expert of `fixed` ran."""
     score_macs: Mapping[int, int]
     """By scale at which a rule selected: MACs of the router, or of what the rule has in its
     place."""
-    charged: Mapping[int, tuple[float, ...]] | None = None
-    """As `pairs`, by the authors' accounting; None where it was not asked for."""
+
+    @property
+    def num_images(self) -> int:
+        return self.ran.num_images
+
+    @cached_property
+    def pairs(self) -> dict[int, tuple[int, ...]]:
+        """By scale with experts and by image: (token, expert) pairs that ran."""
+        if self.ran.scales:
+            return self.ran.pairs
+        experts = self.fixed.experts
+        return {si: (cost.num_pairs,) * self.num_images for si, cost in experts.items()}
+
+    @cached_property
+    def charged(self) -> Mapping[int, tuple[float, ...]]:
+        """As `pairs`, by the authors' accounting: the same where every expert ran."""
+        if self.ran.scales:
+            return self.ran.charged
+        return self.pairs
 
     @property
     def guided(self) -> bool:
@@ -119,8 +135,6 @@ class FlopReport:
             return self.total_gmac
         if accounting != "authors":
             raise ValueError(f"accounting={accounting!r} is none of counted, authors")
-        if self.charged is None:
-            raise ValueError("accounting=authors needs the experts that ran on each token")
         charged = self._expert_gmac_per_image(self.charged)
         return self.total_gmac - self.by_part_gmac["experts"] + (fmean(charged) if charged else 0)
 
@@ -158,9 +172,8 @@ class FlopReport:
             "flops_gmac_max": max(self.gmac_per_image),
             "flops_gflop": self.total_gflop,
             "flops_with_decoder_gmac": self.with_decoder_gmac,
+            "flops_gmac_authors": self.total("authors"),
         }
-        if self.charged is not None:
-            totals["flops_gmac_authors"] = self.total("authors")
         parts = {f"flops_{part}_gmac": gmac for part, gmac in self.by_part_gmac.items()}
         scales = {f"flops_scale{si}_gmac": gmac for si, gmac in enumerate(self.by_scale_gmac)}
         shares = {f"experts_share_scale{si}": share for si, share in self.expert_share.items()}
@@ -220,48 +233,34 @@ def count_flops(
     how = (call.cfg != 0, call.adaln_every_scale, call.more_smooth, call.share_mask)
     fixed = fixed_cost(model, vqvae, *how)
 
-    def batches() -> Iterator[ExpertCounts]:
-        for start in range(0, len(labels_N), batch_size) if rules else ():
+    def ran() -> Iterator[ExpertHistogram]:
+        for start in range(0, len(labels_N), batch_size):
             counts, batch_B = ExpertCounts(), labels_N[start : start + batch_size]
             options = {**generate_options, "start_index": first + start}
             generate(model, vqvae, batch_B, observer=joined(counts, observer), **options)
-            yield counts
+            yield ExpertHistogram.of(counts, rules, len(batch_B))
 
-    experts = [model.backbone_at(si).config.num_experts for si in rules]
-    reductions = (_ran, partial(_charged, num_experts=max(experts, default=0)))
-    pairs, charged = _per_image(batches(), rules, fixed.branches, reductions)
-    return report(fixed, pairs, rules, len(labels_N), charged)  # type: ignore[arg-type]
+    everything = ExpertHistogram.none(len(labels_N))
+    return report(fixed, ExpertHistogram.joined(ran()) if rules else everything, rules)
 
 
 def report(
-    fixed: FixedCost,
-    pairs: Mapping[int, Sequence[int]],
-    rules: Mapping[int, SelectionRule],
-    num_images: int,
-    charged: Mapping[int, Sequence[float]] | None = None,
+    fixed: FixedCost, ran: ExpertHistogram, rules: Mapping[int, SelectionRule]
 ) -> FlopReport:
-    """The report of images that `generate` has drawn, `num_images` in all.
+    """The report of images that `generate` has drawn.
 
-    pairs: the (token, expert) pairs that ran, by scale and image, from `pairs_per_image`. rules:
-    those of the run, by scale, from `resolve_rules`. charged: what the authors' accounting makes of
-    the pairs, from `charged_per_image`. Raises ValueError where the pairs are not of these rules,
-    this many images or this `fixed`.
+    ran: of those images. rules: those of the run, by scale, from `resolve_rules`. ValueError where
+    what ran is not of these rules or of this `fixed`.
     """
-    counted = {si: tuple(of_scale) for si, of_scale in pairs.items()}
-    theirs = None if charged is None else {si: tuple(of) for si, of in charged.items()}
-    for given in (counted, theirs):
-        if given is not None and sorted(given) != sorted(rules):
-            raise ValueError(_other_scales(sorted(given), rules))
-    if not rules:  # every expert runs, and the two agree
-        counted = {si: (cost.num_pairs,) * num_images for si, cost in fixed.experts.items()}
-        theirs = {si: tuple(map(float, of_scale)) for si, of_scale in counted.items()}
-    for si, pairs_N in [*counted.items(), *(theirs or {}).items()]:
-        if len(pairs_N) != num_images:
+    if list(ran.scales) != sorted(rules):
+        raise ValueError(other_scales(ran.scales, rules))
+    tokens_NS = ran.times_NSK.sum(-1)
+    for i, si in enumerate(ran.scales):
+        cost = fixed.experts.get(si)
+        if cost is None or (tokens_NS[:, i] * ran.num_experts != cost.num_pairs).any():
             raise ValueError(
-                f"experts were counted for {len(pairs_N)} images of {num_images}, at "
-                f"{fixed.branches} rows an image"
+                f"the counts of scale {si} are not those of this model at {fixed.branches} rows an "
+                "image"
             )
-        if si not in fixed.experts or max(pairs_N) > fixed.experts[si].num_pairs:
-            raise ValueError(f"the counts of scale {si} are not those of this model")
     scores = {si: fixed.experts[si].score_macs(rule) for si, rule in rules.items()}
-    return FlopReport(fixed, num_images, counted, scores, theirs)
+    return FlopReport(fixed, ran, scores)

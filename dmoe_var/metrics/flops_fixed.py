@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dmoe_var.models.blocks import Modulation
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.var import VAR, Modulation, check_pair
+from dmoe_var.models.plan import Step
+from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.selection import SelectionRule
@@ -92,19 +94,18 @@ def fixed_cost(
     modulations: dict[int, Modulation] = {}
     scales: list[dict[str, int]] = []
     experts = {}
-    for si in range(config.num_scales):
-        backbone = model.backbone_at(si)
+    for step in model.plan(branches, adaln_every_scale):
+        si, backbone = step.si, step.backbone
         macs = dict.fromkeys(FIXED_PARTS, 0)
-        if adaln_every_scale or id(backbone) not in modulations:
+        if step.projects:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
             macs.update(_modulation_macs(backbone, cond_RC))
-        mod = modulations[id(backbone)]
-        macs.update(_step_macs(backbone, cond_RC, mod, si))
+        macs.update(_step_macs(step, modulations[id(backbone)]))
         macs[OTHER] += _input_macs(model, vqvae, si)
         if more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
         if backbone.config.experts is not None:
-            experts[si] = _expert_cost(backbone, branches, si, macs["ffn"], share_mask)
+            experts[si] = _expert_cost(step, macs["ffn"], share_mask)
             macs["ffn"] = 0
         scales.append(macs)
     by_part = {part: tuple(macs[part] for macs in scales) for part in FIXED_PARTS}
@@ -123,12 +124,14 @@ def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
     return {"adaln": macs[""].total() - head_norm, OTHER: head_norm}
 
 
-def _step_macs(backbone: VAR, cond_RC: Tensor, mod: Modulation, si: int) -> dict[str, int]:
+def _step_macs(step: Step[VAR], mod: Modulation) -> dict[str, int]:
     """Blocks and head at one scale, over a cache of all scales before it; every expert runs."""
-    tokens = backbone.config.scale_slices[si]
-    cache = backbone.new_cache(len(cond_RC))
+    backbone, tokens = step.backbone, step.tokens
+    cache = step.cache.new_cache(step.branches)
     cache.length = tokens.start
-    x_RlC = cond_RC.new_zeros(len(cond_RC), tokens.stop - tokens.start, backbone.config.C)
+    x_RlC = backbone.pos_start.new_zeros(
+        step.branches, tokens.stop - tokens.start, backbone.config.C
+    )
     macs = _trace(lambda x: backbone.step(x, mod, cache), x_RlC, backbone=backbone)
     layers = range(backbone.config.depth)
     attn = sum((macs[f"backbone.blocks.{i}.attn"] for i in layers), Counter())
@@ -141,7 +144,7 @@ def _step_macs(backbone: VAR, cond_RC: Tensor, mod: Modulation, si: int) -> dict
     }
     rest = macs[""].total() - sum(parts.values())
     if rest:
-        raise RuntimeError(f"{rest} MACs of scale {si} are neither attention, FFN nor head")
+        raise RuntimeError(f"{rest} MACs of scale {step.si} are neither attention, FFN nor head")
     return parts
 
 
@@ -167,11 +170,10 @@ def _decoder_macs(vqvae: VQVAE) -> int:
     return _trace(vqvae.decode_f_hat, f_hat_1CHW, vqvae=vqvae)[""].total()
 
 
-def _expert_cost(
-    backbone: VAR, rows: int, si: int, all_experts_macs: int, share_mask: bool
-) -> ExpertCost:
+def _expert_cost(step: Step[VAR], all_experts_macs: int, share_mask: bool) -> ExpertCost:
     """Pairs and routers of one scale; `all_experts_macs` is what its FFNs cost when traced."""
-    num_tokens, width = backbone.config.patch_nums[si] ** 2, backbone.config.C
+    backbone, rows, num_tokens = step.backbone, step.branches, step.tokens.stop - step.tokens.start
+    width = backbone.config.C
     ffns = [block.ffn for block in backbone.blocks]
     routers = nn.ModuleList()
     num_pairs = pair_macs = 0
@@ -182,7 +184,7 @@ def _expert_cost(
         pair_macs = 2 * width * ffn.expert_size
     if num_pairs * pair_macs != all_experts_macs:
         raise RuntimeError(
-            f"{num_pairs} pairs of {pair_macs} MACs at scale {si}, but {all_experts_macs} MACs ran"
+            f"{num_pairs} pairs of {pair_macs} MACs at scale {step.si}, but {all_experts_macs} ran"
         )
     selecting = 1 if share_mask else rows
     x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, width)

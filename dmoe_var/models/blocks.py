@@ -39,6 +39,13 @@ def whole(num_rows: int) -> Rows:
     return Rows(0, num_rows)
 
 
+class Modulation(NamedTuple):
+    """AdaLN of every block, (B, 1, 6, C) each, and of the head norm, (B, 1, 2, C)."""
+
+    blocks: list[Tensor]
+    head: Tensor
+
+
 class DropPath(nn.Module):
     """Drops a whole residual branch of a sample while training, by its gain gamma (B, 1, C)."""
 

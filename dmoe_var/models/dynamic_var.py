@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.models.build import build_strictly
-from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.plan import Passes, Step, steps
 from dmoe_var.models.var import VAR, Labels, VARConfig
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
@@ -120,6 +120,11 @@ class DynamicVAR(nn.Module):
         """The backbone that runs scale si."""
         return self.moe if si in self._scales else self.dense
 
+    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step[VAR], ...]:
+        """See `VAR.plan`; both backbones share the dense model's cache."""
+        backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
+        return steps(backbones, self.dense, self.config.scale_slices, branches, adaln_every_scale)
+
     def condition(self, labels_B: Tensor) -> Tensor:
         return self.dense.condition(labels_B)
 
@@ -128,9 +133,6 @@ class DynamicVAR(nn.Module):
 
     def embed_scale(self, f_hat_BlC: Tensor, si: int) -> Tensor:
         return self.dense.embed_scale(f_hat_BlC, si)
-
-    def new_cache(self, batch: int) -> KVCache:
-        return self.dense.new_cache(batch)
 
     @torch.no_grad()
     def forward(
@@ -148,26 +150,24 @@ class DynamicVAR(nn.Module):
         teacher_BLC: (B, L - 1, Cvae). observer: is shown the routing alone, see `moe.observer`. No
         gradients: the cache is written in place.
         """
-        config = self.config
         rules = rules_of(self, tau, selection)
         check_impl(impl)
         in_layers = None if observer is None else observer.in_layers()
         labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
-        cache = self.new_cache(labels_B.shape[0])
-        slices = config.scale_slices
-        dense_mod, moe_mod = self.dense.modulation(cond_BC), self.moe.modulation(cond_BC)
+        passes, plan = Passes(cond_BC), self.plan()
+        first_l = plan[0].tokens.stop
         logits = []
-        for si, tokens in enumerate(slices):
+        for step in plan:
+            si, tokens = step.si, step.tokens
             if si == 0:
                 x_BlC = self.embed_start(cond_BC)
             else:
-                given = slice(tokens.start - slices[0].stop, tokens.stop - slices[0].stop)
-                x_BlC = self.embed_scale(teacher_BLC[:, given], si)
+                given_BlC = teacher_BLC[:, tokens.start - first_l : tokens.stop - first_l]
+                x_BlC = self.embed_scale(given_BlC, si)
             routing = Routing(rules[si], si, impl, in_layers) if si in rules else None
-            backbone = self.backbone_at(si)
-            mod = dense_mod if backbone is self.dense else moe_mod
-            logits.append(backbone.step(x_BlC, mod, cache, routing))
+            passes.begin(step)
+            logits.append(passes.run(step, x_BlC, routing))
         return torch.cat(logits, dim=1)
 
     @property

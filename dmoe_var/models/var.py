@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe_var import values
-from dmoe_var.models.blocks import FFN, Block, HeadNorm, Rows, whole
+from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.plan import Step, steps
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
@@ -141,13 +142,6 @@ def check_labels(labels: Labels, num_classes: int, device: torch.device) -> Tens
     return torch.tensor(given, device=device)
 
 
-class Modulation(NamedTuple):
-    """AdaLN of every block, (B, 1, 6, C) each, and of the head norm, (B, 1, 2, C)."""
-
-    blocks: list[Tensor]
-    head: Tensor
-
-
 class VAR(nn.Module):
     """The backbone, dense or, with `config.experts`, with expert FFNs.
 
@@ -243,6 +237,12 @@ class VAR(nn.Module):
     def backbone_at(self, si: int) -> VAR:
         """The backbone that runs scale si; a DynamicVAR has two."""
         return self
+
+    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step[VAR], ...]:
+        """The steps of an image in order, see `models.plan`. branches: rows of an image;
+        adaln_every_scale: each step computes AdaLN's projections, not each backbone's first."""
+        backbones = [self] * self.config.num_scales
+        return steps(backbones, self, self.config.scale_slices, branches, adaln_every_scale)
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Class embeddings (B, C); label `num_classes` is the null class."""

@@ -1,14 +1,17 @@
 """How many experts ran, by scale, layer and token; and what that comes to for each image.
 
-Legend: B batch, L tokens, R rows of the transformer's batch, E experts.
+Legend: B batch, L tokens, R rows of the transformer's batch, E experts, N images, S scales with a
+rule, K = E + 1: from no expert to all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,9 +27,11 @@ class ExpertCounts(Observer):
 
     def __init__(self) -> None:
         self._by_scale: dict[int, list[Tensor]] = {}
+        self.num_experts = 0
 
     def record(self, si: int, mask_BLE: Tensor) -> None:
         """Add one layer's mask; layers arrive in order."""
+        self.num_experts = mask_BLE.shape[-1]
         self._by_scale.setdefault(si, []).append(mask_BLE.sum(-1, dtype=torch.int16))
 
     def on_routing(self, routed: Routed) -> None:
@@ -41,63 +46,78 @@ class ExpertCounts(Observer):
         return torch.stack(self._by_scale[si])
 
 
-def pairs_per_image(
-    batches: Iterable[ExpertCounts], rules: Mapping[int, SelectionRule], branches: int
-) -> dict[int, tuple[int, ...]]:
-    """(token, expert) pairs that ran, by scale and image: all layers, rows and tokens of it.
+@dataclass(frozen=True, eq=False)
+class ExpertHistogram:
+    """Of images, by scale with a selection rule: on how many tokens k of the E experts ran, counted
+    over all layers and rows of an image."""
 
-    batches: what `generate` counted, one a batch; read one after the other, so that none need be
-    kept. branches: rows an image, 2 with guidance and else 1. Raises ValueError where scales were
-    counted that have no rule, or the other way round.
-    """
-    (pairs,) = _per_image(batches, rules, branches, (_ran,))
-    return pairs
+    scales: tuple[int, ...]
+    times_NSK: npt.NDArray[np.int64]
 
+    @classmethod
+    def of(
+        cls, counts: ExpertCounts, rules: Mapping[int, SelectionRule], num_images: int
+    ) -> ExpertHistogram:
+        """Of a batch of this many images that `generate` has drawn under these rules, by scale.
 
-def charged_per_image(
-    batches: Iterable[ExpertCounts],
-    rules: Mapping[int, SelectionRule],
-    branches: int,
-    num_experts: int,
-) -> dict[int, tuple[float, ...]]:
-    """As `pairs_per_image`, by the authors' accounting; num_experts: E."""
-    (charged,) = _per_image(batches, rules, branches, (partial(_charged, num_experts=num_experts),))
-    return charged
-
-
-def _per_image(
-    batches: Iterable[ExpertCounts],
-    rules: Mapping[int, SelectionRule],
-    branches: int,
-    reductions: Sequence[Callable[[Tensor], Tensor]],
-) -> list[dict[int, tuple[Any, ...]]]:
-    """What each reduction, of experts run (layers, R, l) to a number a row, (R,), comes to by scale
-    and image."""
-    found: list[dict[int, list[Any]]] = [{si: [] for si in rules} for _ in reductions]
-    for counts in batches:
+        ValueError where scales were counted that have no rule, or the other way round, or the rows
+        are not those of so many images.
+        """
         if counts.scales != sorted(rules):
-            raise ValueError(_other_scales(counts.scales, rules))
-        for si in rules:
-            per_token = counts.per_token(si).cpu()
-            for reduce, by_scale in zip(reductions, found, strict=True):
-                by_scale[si] += reduce(per_token).view(branches, -1).sum(0).tolist()
-    return [{si: tuple(of) for si, of in by_scale.items()} for by_scale in found]
+            raise ValueError(other_scales(counts.scales, rules))
+        K = counts.num_experts + 1
+        times_NSK = np.zeros((num_images, len(rules), K), dtype=np.int64)
+        for place, si in enumerate(counts.scales):
+            ran = counts.per_token(si).cpu()
+            if ran.shape[1] % num_images:
+                raise ValueError(
+                    f"experts were counted for {ran.shape[1]} rows of {num_images} images"
+                )
+            image_R1 = torch.arange(ran.shape[1])[:, None] % num_images
+            times = torch.bincount((image_R1 * K + ran).flatten(), minlength=num_images * K)
+            times_NSK[:, place] = times.view(num_images, K).numpy()
+        return cls(tuple(counts.scales), times_NSK)
+
+    @classmethod
+    def none(cls, num_images: int) -> ExpertHistogram:
+        """Of images that were drawn without a rule."""
+        return cls((), np.zeros((num_images, 0, 1), dtype=np.int64))
+
+    @classmethod
+    def joined(cls, parts: Iterable[ExpertHistogram]) -> ExpertHistogram:
+        """Of the images of all parts, one after the other."""
+        given = list(parts)
+        return cls(given[0].scales, np.concatenate([part.times_NSK for part in given]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExpertHistogram):
+            return NotImplemented
+        return self.scales == other.scales and np.array_equal(self.times_NSK, other.times_NSK)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.times_NSK)
+
+    @property
+    def num_experts(self) -> int:
+        """E; 0 where there are no rules."""
+        return self.times_NSK.shape[-1] - 1
+
+    @property
+    def pairs(self) -> dict[int, tuple[int, ...]]:
+        """(token, expert) pairs that ran, by scale and image."""
+        return self._summed(np.arange(self.num_experts + 1))
+
+    @property
+    def charged(self) -> dict[int, tuple[float, ...]]:
+        """What the authors' accounting makes of them (see metrics/flops.py)."""
+        ran_K = np.arange(self.num_experts + 1)
+        return self._summed(ran_K / (1 + 0.1 * np.log10(self.num_experts - ran_K + 1)))
+
+    def _summed(self, weight_K: npt.NDArray[Any]) -> dict[int, tuple[Any, ...]]:
+        sums_NS = (self.times_NSK * weight_K).sum(-1)
+        return {si: tuple(sums_NS[:, i].tolist()) for i, si in enumerate(self.scales)}
 
 
-def _ran(per_token: Tensor) -> Tensor:
-    """Pairs that ran."""
-    return per_token.sum((0, 2), dtype=torch.int64)
-
-
-def _charged(per_token: Tensor, num_experts: int) -> Tensor:
-    """What the authors' accounting makes of them, float64."""
-    ran = torch.arange(num_experts + 1, dtype=torch.float64)
-    charge = ran / (1 + 0.1 * torch.log10(num_experts - ran + 1))
-    rows_R = per_token.transpose(0, 1).flatten(1).long()
-    # How often each number of experts ran first: whole numbers, in whatever order they are added.
-    times_RE = torch.stack([torch.bincount(row, minlength=num_experts + 1) for row in rows_R])
-    return (times_RE * charge).sum(1)
-
-
-def _other_scales(counted: Sequence[int], rules: Mapping[int, SelectionRule]) -> str:
+def other_scales(counted: Sequence[int], rules: Mapping[int, SelectionRule]) -> str:
     return f"experts were counted at scales {counted}, the rules are for {sorted(rules)}"

@@ -6,8 +6,7 @@ Legend: N images, B images of a batch, R image side.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,17 +20,12 @@ from dmoe_var.errors import DataError
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.counts import ExpertCounts, charged_per_image, pairs_per_image
+from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
 from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
 SAMPLES_FILE = "samples.npz"
-
-Pairs = Mapping[int, Sequence[int]]
-"""By scale with a selection rule and by image: (token, expert) pairs that ran."""
-Charged = Mapping[int, Sequence[float]]
-"""What the authors' accounting makes of them (see metrics/flops.py)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +59,9 @@ class Batch:
     """Some of the images of a drawing."""
 
     samples: Samples
-    pairs: Pairs
+    ran: ExpertHistogram
     seconds: float
     """What drawing them took."""
-    charged: Charged = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,12 +119,9 @@ class Drawing:
         )
         images = to_uint8(drawn)  # on the CPU: what a GPU was given to do is done
         seconds = time.perf_counter() - started
-        counted = [counts] if self.rules else []
-        given = (counted, self.rules, 2 if sampling.cfg != 0 else 1)
-        experts = [self.model.backbone_at(si).config.num_experts for si in self.rules]
-        charged = charged_per_image(*given, max(experts, default=0))
+        ran = ExpertHistogram.of(counts, self.rules, len(labels))
         seeds = np.full(len(labels), self.seed, dtype=np.int64)
-        return Batch(Samples(images, labels, seeds), pairs_per_image(*given), seconds, charged)
+        return Batch(Samples(images, labels, seeds), ran, seconds)
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
-from dmoe_var.models.var import VAR, Labels, Modulation, VARConfig, check_labels, check_pair
+from dmoe_var.models.plan import Passes
+from dmoe_var.models.var import VAR, Labels, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
@@ -205,33 +206,31 @@ def generate(
     in_layers = None if observer is None else observer.in_layers()
     watching.on_part("embedding", 0)
     cond_RC = model.condition(labels_R)
-    cache = model.new_cache(len(labels_R))
-    modulations: dict[int, Modulation] = {}
+    passes, plan = Passes(cond_RC), model.plan(branches, call.adaln_every_scale)
     x_RlC = model.embed_start(cond_RC)
     f_hat_BCHW = torch.zeros((), device=device)
-    last = config.num_scales - 1
-    for si in range(config.num_scales):
-        backbone = model.backbone_at(si)
-        if call.adaln_every_scale or id(backbone) not in modulations:
-            modulations[id(backbone)] = backbone.modulation(cond_RC)
+    for step, following in zip(plan, (*plan[1:], None), strict=True):
+        si = step.si
+        passes.begin(step)
         routing = None
         if si in rules:
             routing = Routing(rules[si], si, impl, in_layers, noise, sharing)
         watching.on_part("transformer", si)
-        logits_RlV = backbone.step(x_RlC, modulations[id(backbone)], cache, routing)
+        logits_RlV = passes.run(step, x_RlC, routing)
         watching.on_part("sampling", si)
-        progress = si / last
-        logits_BlV = guide(logits_RlV, call.cfg * progress) if guided else logits_RlV
+        progress = si / plan[-1].si
+        logits_BlV = guide(logits_RlV, call.cfg * progress) if step.branches == 2 else logits_RlV
         _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)
         watching.on_part("quantiser", si)
         f_hat_BCHW = f_hat_BCHW + vqvae.quantize.spread(codes_BCpp, si)
         watching.on_scale(si, f_hat_BCHW)
-        if si != last:
-            f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, si + 1)
-            watching.on_part("embedding", si + 1)
-            x_RlC = model.embed_scale(f_hat_BlC, si + 1).repeat(branches, 1, 1)
+        if following is not None:
+            f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, following.si)
+            watching.on_part("embedding", following.si)
+            x_BlC = model.embed_scale(f_hat_BlC, following.si)
+            x_RlC = x_BlC.repeat(following.branches, 1, 1)
     watching.on_part("decoder", None)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
 

@@ -1,7 +1,8 @@
 """Draws a set of images in parts, by any number of processes, and joins them into one file.
 
 A part is a batch of the drawing. Parts that are stored already are not drawn again, so that an
-interrupted run goes on where it was. Legend: N images, B images of a part, S scales with a rule.
+interrupted run goes on where it was. Legend: N images, B images of a part, S scales with a rule,
+K = E + 1: from none of the E experts to all.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,15 +25,15 @@ from dmoe_var.data.image_sets import ImageArray, ImageFolder, Pixels
 from dmoe_var.distributed import barrier, from_main, is_main, rank, world_size
 from dmoe_var.errors import DataError
 from dmoe_var.files import whole_file
-from dmoe_var.sampling.draw import SAMPLES_FILE, Batch, Charged, Drawing, Pairs, Samples
+from dmoe_var.moe.counts import ExpertHistogram
+from dmoe_var.sampling.draw import SAMPLES_FILE, Batch, Drawing, Samples
 
 PARTS_FOLDER = "parts"
 PNG_FOLDER = "png"
 DRAWN_FILE = "drawn.npz"
 """What is known of images that are all drawn: fingerprint, experts run, seconds."""
-EXPERTS_RUN = ("scales", "pairs", "charged")
-"""Arrays of the experts that ran: the scales (S,), and by image and scale the pairs and what the
-authors' accounting charges for them."""
+EXPERTS_RUN = ("scales", "times")
+"""Arrays of the experts that ran, an `ExpertHistogram`: int64 (S,) and (B, S, K)."""
 
 ImageFormat = Literal["npz", "png", "both"]
 
@@ -42,10 +42,9 @@ ImageFormat = Literal["npz", "png", "both"]
 class Drawn:
     """What a finished drawing leaves beside its images."""
 
-    pairs: Pairs
+    ran: ExpertHistogram
     seconds: float
     """Sum over all batches, whichever process drew them and in whichever run."""
-    charged: Charged = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class StoredDrawing:
         for number in tqdm(mine, progress, unit="part", leave=False, disable=not shown):
             self._make_part(number)
         barrier()
-        return from_main(self._join() if is_main() else Drawn({}, 0.0))
+        return from_main(self._join() if is_main() else Drawn(ExpertHistogram.none(0), 0.0))
 
     def png_path(self, index: int) -> Path:
         """Where image `index` lies as PNG."""
@@ -106,7 +105,6 @@ class StoredDrawing:
         if self.format != "npz":
             self._write_pngs(number, batch.samples.images, replace=drawn)
         if drawn:
-            scales = sorted(batch.pairs)
             samples = batch.samples
             write_npz(
                 self._part_path(number),
@@ -115,9 +113,7 @@ class StoredDrawing:
                     "images": samples.images,
                     "labels": samples.labels,
                     "seeds": samples.seeds,
-                    "scales": np.array(scales, dtype=np.int64),
-                    "pairs": _columns(batch.pairs, len(samples.labels), np.int64),
-                    "charged": _columns(batch.charged, len(samples.labels), np.float64),
+                    **_arrays(batch.ran),
                     "seconds": np.array(batch.seconds),
                     "fingerprint": np.array(self.fingerprint),
                 },
@@ -127,7 +123,7 @@ class StoredDrawing:
         """A stored part; DataError where it is missing, broken or not of this drawing."""
         path, labels = self._part_path(number), self.drawing.labels_of(number)
         names = ("first", "images", "labels", "seeds", *EXPERTS_RUN, "seconds", "fingerprint")
-        first, images, found, seeds, scales, *experts, seconds, print_ = read_npz(path, names)
+        first, images, found, seeds, *ran, seconds, print_ = read_npz(path, names)
         size = self.drawing.image_size
         shape = (len(labels), size, size, 3)
         if (
@@ -138,8 +134,7 @@ class StoredDrawing:
             or images.dtype != np.uint8
         ):
             raise DataError(f"{path}: belongs to other images")
-        pairs, charged = (_by_scale(scales, array_BS) for array_BS in experts)
-        return Batch(Samples(images, found, seeds), pairs, float(seconds), charged)
+        return Batch(Samples(images, found, seeds), _histogram(*ran), float(seconds))
 
     def _write_pngs(self, number: int, images: np.ndarray, replace: bool) -> None:
         """One file an image; without `replace` only those that are missing."""
@@ -159,14 +154,12 @@ class StoredDrawing:
 
     def _join(self) -> Drawn:
         """samples.npz of all parts, one after the other; then the parts go."""
-        drawing, pairs, charged, seconds = self.drawing, [], [], []
+        drawing, ran, seconds = self.drawing, list[ExpertHistogram](), list[float]()
 
         def images() -> Iterator[np.ndarray]:
             for number in range(drawing.num_batches):
                 batch = self._read_part(number)
-                num_images = len(batch.samples.labels)
-                pairs.append(_columns(batch.pairs, num_images, np.int64))
-                charged.append(_columns(batch.charged, num_images, np.float64))
+                ran.append(batch.ran)
                 seconds.append(batch.seconds)
                 yield batch.samples.images
 
@@ -176,18 +169,15 @@ class StoredDrawing:
         else:
             self._write_samples(images())
         self._clear()
-        scales, pairs_NS = np.array(sorted(drawing.rules), dtype=np.int64), np.concatenate(pairs)
-        charged_NS = np.concatenate(charged)
+        drawn = Drawn(ExpertHistogram.joined(ran), sum(seconds))
         about = {
-            "scales": scales,
-            "pairs": pairs_NS,
-            "charged": charged_NS,
-            "seconds": np.array(sum(seconds)),
+            **_arrays(drawn.ran),
+            "seconds": np.array(drawn.seconds),
             "fingerprint": np.array(self.fingerprint),
         }
         write_npz(self.folder / DRAWN_FILE, about)
         shutil.rmtree(self.folder / PARTS_FOLDER)
-        return Drawn(_by_scale(scales, pairs_NS), sum(seconds), _by_scale(scales, charged_NS))
+        return drawn
 
     def _start(self) -> Drawn | None:
         """What an earlier run finished, here or in another folder; None where images are to be
@@ -213,11 +203,10 @@ class StoredDrawing:
             if str(read_npz(folder / DRAWN_FILE, ["fingerprint"])[0]) != self.fingerprint:
                 return None
             names = (*EXPERTS_RUN, "seconds")
-            scales, *experts, seconds = read_npz(folder / DRAWN_FILE, names)
+            *ran, seconds = read_npz(folder / DRAWN_FILE, names)
         except DataError:
             return None
-        pairs, charged = (_by_scale(scales, array_NS) for array_NS in experts)
-        return Drawn(pairs, float(seconds), charged)
+        return Drawn(_histogram(*ran), float(seconds))
 
     def _pngs_in(self, folder: Path) -> tuple[Path, ...]:
         """Where PNG files of this drawing lie in a folder that has them."""
@@ -303,12 +292,10 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _columns(by_scale: Pairs | Charged, num_images: int, dtype: DTypeLike) -> np.ndarray:
-    """By image and scale, (B, S)."""
-    columns = [np.asarray(by_scale[si], dtype=dtype) for si in sorted(by_scale)]
-    return np.stack(columns, axis=1) if columns else np.zeros((num_images, 0), dtype)
+def _arrays(ran: ExpertHistogram) -> dict[str, np.ndarray]:
+    """As they are stored."""
+    return {"scales": np.array(ran.scales, dtype=np.int64), "times": ran.times_NSK}
 
 
-def _by_scale(scales: np.ndarray, array_BS: np.ndarray) -> dict[int, tuple[Any, ...]]:
-    columns = zip(scales.tolist(), array_BS.T.tolist(), strict=True)
-    return {si: tuple(column) for si, column in columns}
+def _histogram(scales: np.ndarray, times_NSK: np.ndarray) -> ExpertHistogram:
+    return ExpertHistogram(tuple(scales.tolist()), times_NSK)

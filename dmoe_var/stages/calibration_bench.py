@@ -19,6 +19,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.metrics.flops import FlopReport, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.draw import Drawing, balanced_labels
@@ -88,7 +89,8 @@ class Bench:
     @cached_property
     def dense_gmac(self) -> float:
         guided = self.work.config.sampling.cfg != 0
-        return report(fixed_cost(self.model.dense, self.vqvae, guided), {}, {}, 1).total_gmac
+        fixed = fixed_cost(self.model.dense, self.vqvae, guided)
+        return report(fixed, ExpertHistogram.none(1), {}).total_gmac
 
     def drawn(
         self, rules: Sequence[SelectionRule], seed: int, observer: Observer | None = None
@@ -99,11 +101,9 @@ class Bench:
         drawing = Drawing(
             self.model, self.vqvae, labels, seed, config.sampling, list(rules), config.moe.impl
         )
-        pairs: dict[int, tuple[int, ...]] = dict.fromkeys(drawing.rules, ())
-        for number in range(drawing.num_batches):
-            for si, of_scale in drawing.batch(number, observer).pairs.items():
-                pairs[si] += tuple(of_scale)
-        return report(self.fixed, pairs, drawing.rules, len(labels))
+        numbers = range(drawing.num_batches)
+        ran = ExpertHistogram.joined(drawing.batch(n, observer).ran for n in numbers)
+        return report(self.fixed, ran, drawing.rules)
 
     def drawn_cells(self, rules: Sequence[SelectionRule]) -> dict[Cell, Tails]:
         """Router scores while images are drawn under these rules."""

@@ -132,7 +132,7 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     num_images, guided = len(drawing.labels), config.sampling.cfg != 0
     shared = config.sampling.share_mask
     fixed = fixed_cost(drawing.model, drawing.vqvae, guided, share_mask=shared)
-    flops = report(fixed, drawn.pairs, drawing.rules, num_images, drawn.charged)
+    flops = report(fixed, drawn.ran, drawing.rules)
     fidelity, compared = _compare(bench, _stored_images(stored), drawing.labels)
     sampling_ms = 1000 * drawn.seconds / num_images
     metrics = {**flops.metrics(), **fidelity, "sampling_ms_per_image": sampling_ms}

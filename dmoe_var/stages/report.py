@@ -23,7 +23,7 @@ from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
-from dmoe_var.moe.counts import ExpertCounts, pairs_per_image
+from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
 from dmoe_var.moe.selection import Threshold
 from dmoe_var.moe.tau_schedule import by_scale
 from dmoe_var.report import microscope, page
@@ -196,8 +196,7 @@ def _draw(
     if rule is None:
         return image, None
     rules = dict.fromkeys(config.moe.scales, rule)
-    pairs = pairs_per_image([counts], rules, fixed.branches)
-    return image, report(fixed, pairs, rules, 1)
+    return image, report(fixed, ExpertHistogram.of(counts, rules, 1), rules)
 
 
 STAGE = Stage(

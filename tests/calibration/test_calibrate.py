@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dmoe_var.calibration.calibrate import Losses, Plan, measure_losses, taus_for
 from dmoe_var.calibration.scores import EDGES_G, Tails
 from dmoe_var.metrics.flops import report
 from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost
+from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.moe.selection import LayerThreshold, Threshold
 
 LEAST = {(1, 0): 0.1, (1, 1): 0.2, (2, 0): 0.3, (2, 1): 0.5}
@@ -37,8 +39,11 @@ def counted(taus):
     pairs = {1: 0.0, 2: 0.0}
     for (si, layer), tau in taus.items():
         pairs[si] += FIXED.experts[si].num_pairs / 2 * (1 - (1 - LEAST[si, layer]) * tau)
-    ran = {si: (round(number),) for si, number in pairs.items()}
-    return report(FIXED, ran, dict.fromkeys(pairs, Threshold(0.5)), num_images=1).total_gmac
+    every = [FIXED.experts[si].num_pairs for si in pairs]
+    ran = [round(number) for number in pairs.values()]  # as of one expert that runs, or does not
+    times_1SK = np.array([[(of - n, n) for of, n in zip(every, ran, strict=True)]])
+    histogram = ExpertHistogram(tuple(pairs), times_1SK)
+    return report(FIXED, histogram, dict.fromkeys(pairs, Threshold(0.5))).total_gmac
 
 
 def test_a_plan_costs_what_is_counted(plan):

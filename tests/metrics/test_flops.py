@@ -35,6 +35,7 @@ from dmoe_var.metrics.flops import (
 from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.metrics.flops_ops import count_macs
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAEConfig
+from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.moe.selection import Keys, SelectionRule
 
 PATCH_NUMS = (1, 2, 4)
@@ -213,7 +214,7 @@ def test_published_d16():
     assert round(once.total_gmac, 2) == 298.48
     assert once.fixed.decoder_macs == decoder_macs(vqvae.config)
     assert round(sum(every.macs["adaln"]) / 1e9, 2) == 2.01
-    published = report(every, {}, {}, num_images=1)
+    published = report(every, ExpertHistogram.none(1), {})
     assert round(published.total_gmac, 2) == 300.29
     assert round(sum(published.by_part_and_scale_gmac["ffn"][-3:]), 2) == 140.93
     assert once.fixed.macs["ffn"] == tuple(sampler_macs(16, 1024, 4096, PATCH_NUMS_256, 2)["ffn"])

@@ -12,7 +12,7 @@ import torch
 from dmoe_var import Threshold
 from dmoe_var.metrics.flops import SAMPLER_PARTS, report
 from dmoe_var.metrics.flops_fixed import ExpertCost, FixedCost
-from dmoe_var.moe.counts import ExpertCounts, charged_per_image, pairs_per_image
+from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
 
 NUM_EXPERTS = 4
 
@@ -25,10 +25,15 @@ def counts_of(*experts_by_row):
     return counts
 
 
-def report_of(batches, rules, num_images):
-    """The report of HAND_MADE from batches of counts, read one after the other."""
-    pairs = pairs_per_image(iter(batches), rules, HAND_MADE.branches)
-    return report(HAND_MADE, pairs, rules, num_images)
+def charge(ran):
+    """Of a token on which so many experts ran."""
+    return ran / (1 + 0.1 * math.log10(NUM_EXPERTS - ran + 1))
+
+
+def report_of(rules, *batches):
+    """The report of HAND_MADE from batches of so many images and their counts."""
+    parts = (ExpertHistogram.of(counts, rules, num_images) for num_images, counts in batches)
+    return report(HAND_MADE, ExpertHistogram.joined(parts), rules)
 
 
 HAND_MADE = FixedCost(
@@ -43,11 +48,12 @@ HAND_MADE = FixedCost(
 
 def test_mean_and_spread_over_images_of_different_counts():
     """Rows are [cond of all images; null of all images]; images keep their order over batches."""
-    batches = [
-        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),  # images of 1+2+0+1 = 4 and 4+4+4+3 = 15 pairs
-        counts_of([1, 1], [1, 1]),  # an image of 4
-    ]
-    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
+    two = counts_of([1, 2], [4, 4], [0, 1], [4, 3])  # images of 1+2+0+1 = 4 and 4+4+4+3 = 15 pairs
+    one = counts_of([1, 1], [1, 1])  # an image of 4
+    flops = report_of({1: Threshold(0.5)}, (2, two), (1, one))
+    assert flops.num_images == 3
+    times_NK = [[1, 2, 1, 0, 0], [0, 0, 0, 1, 3], [0, 4, 0, 0, 0]]
+    assert flops.ran.times_NSK[:, 0].tolist() == times_NK
 
     pairs = np.array([4, 15, 4])
     assert flops.pairs == {1: tuple(pairs)}
@@ -61,11 +67,13 @@ def test_mean_and_spread_over_images_of_different_counts():
 
 
 def test_metrics_are_flat_and_name_their_unit():
-    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
-    flops = report_of(batches, {1: Threshold(0.5)}, num_images=2)
+    counts = counts_of([1, 2], [4, 4], [0, 1], [4, 3])
+    flops = report_of({1: Threshold(0.5)}, (2, counts))
     metrics = flops.metrics()
+    charges = 2 * charge(1) + charge(2) + charge(3) + 3 * charge(4)
     assert metrics == pytest.approx({
         "flops_gmac": 15.5, "flops_gmac_std": 5.5, "flops_gflop": 31,
+        "flops_gmac_authors": 6 + charges / 2,
         "flops_gmac_min": 10, "flops_gmac_max": 21, "flops_with_decoder_gmac": 20.5,
         "flops_qkv_proj_gmac": 0, "flops_attention_gmac": 0, "flops_ffn_gmac": 0,
         "flops_experts_gmac": 9.5, "flops_router_gmac": 3, "flops_head_gmac": 3,
@@ -83,57 +91,50 @@ def test_metrics_are_flat_and_name_their_unit():
 
 def test_the_histogram_is_of_totals():
     """Images of 10, 21 and 10 GMAC; where all are the same there is one bin."""
-    batches = [
-        counts_of([1, 2], [4, 4], [0, 1], [4, 3]),
-        counts_of([1, 1], [1, 1]),
-    ]
-    flops = report_of(batches, {1: Threshold(0.5)}, num_images=3)
+    rules, one = {1: Threshold(0.5)}, (1, counts_of([1, 1], [1, 1]))
+    flops = report_of(rules, (2, counts_of([1, 2], [4, 4], [0, 1], [4, 3])), one)
     edges, images = flops.histogram(bins=4)
     assert edges == pytest.approx((10, 12.75, 15.5, 18.25, 21))
     assert images == (2, 0, 0, 1)
     assert sum(flops.histogram()[1]) == 3
-    alone = report_of(batches[1:], {1: Threshold(0.5)}, num_images=1)
+    alone = report_of(rules, one)
     assert alone.histogram() == ((10.0, 10.0), (1,))
-    without = report(replace(HAND_MADE, experts={}), {}, {}, num_images=3)
+    without = report(replace(HAND_MADE, experts={}), ExpertHistogram.none(3), {})
     assert without.histogram() == ((3.0, 3.0), (3,))
 
 
 def test_accountings_by_name():
-    flops = report_of([counts_of([1, 1], [1, 1])], {1: Threshold(0.5)}, num_images=1)
-    assert "flops_gmac_authors" not in flops.metrics()
-    with pytest.raises(ValueError, match="accounting=authors needs the experts"):
-        flops.total("authors")
+    """Of four tokens on which one of four experts ran."""
+    flops = report_of({1: Threshold(0.5)}, (1, counts_of([1, 1], [1, 1])))
+    assert flops.charged == {1: (pytest.approx(4 * charge(1)),)}
+    assert flops.total("authors") == pytest.approx(6 + 4 * charge(1))
+    assert flops.total("counted") == flops.total_gmac == 10
     with pytest.raises(ValueError, match="accounting='paper' is none of counted, authors"):
         flops.total("paper")
 
 
-def test_charges_of_another_run_are_refused():
-    counts, rules = counts_of([1, 1], [1, 1]), {1: Threshold(0.5)}
-    pairs = pairs_per_image([counts], rules, 2)
-    charged = charged_per_image([counts], rules, 2, NUM_EXPERTS)
-    assert charged == {1: (pytest.approx(4 / (1 + 0.1 * math.log10(4))),)}
-    assert report(HAND_MADE, pairs, rules, 1, charged).charged == charged
-    for wrong in ({}, {1: (1.0, 2.0)}, {0: (1.0,)}):
-        with pytest.raises(ValueError, match="experts were counted"):
-            report(HAND_MADE, pairs, rules, 1, wrong)
+@pytest.mark.parametrize(
+    "rules", [{}, {0: Threshold(0.5)}, {0: Threshold(0.5), 1: Threshold(0.5)}], ids=str
+)
+def test_counts_of_other_scales_are_refused(rules):
+    counts = counts_of([1, 2], [4, 4], [0, 1], [4, 3])
+    with pytest.raises(ValueError, match="experts were counted"):
+        ExpertHistogram.of(counts, rules, 2)
+    ran = ExpertHistogram.of(counts, {1: Threshold(0.5)}, 2)
+    with pytest.raises(ValueError, match="experts were counted"):
+        report(HAND_MADE, ran, rules)
+
+
+def test_counts_of_other_images_are_refused():
+    with pytest.raises(ValueError, match="experts were counted for 4 rows of 3 images"):
+        report_of({1: Threshold(0.5)}, (3, counts_of([1, 2], [4, 4], [0, 1], [4, 3])))
 
 
 @pytest.mark.parametrize(
-    ("num_images", "rules"),
-    [
-        (3, {1: Threshold(0.5)}),
-        (2, {}),
-        (2, {0: Threshold(0.5)}),
-        (2, {0: Threshold(0.5), 1: Threshold(0.5)}),
-    ],
+    ("num_images", "experts_by_row"),
+    [(1, ([4, 4, 4], [4, 4, 4])), (2, ([1, 2], [0, 1])), (1, ([1, 2],))],
+    ids=["more tokens", "half of the rows", "no guidance"],
 )
-def test_counts_of_another_run_are_refused(num_images, rules):
-    batches = [counts_of([1, 2], [4, 4], [0, 1], [4, 3])]
-    with pytest.raises(ValueError, match="experts were counted"):
-        report_of(batches, rules, num_images)
-
-
-def test_counts_of_another_model_are_refused():
-    batches = [counts_of([4, 4, 4], [4, 4, 4])]
+def test_counts_of_another_model_are_refused(num_images, experts_by_row):
     with pytest.raises(ValueError, match="not those of this model"):
-        report_of(batches, {1: Threshold(0.5)}, num_images=1)
+        report_of({1: Threshold(0.5)}, (num_images, counts_of(*experts_by_row)))

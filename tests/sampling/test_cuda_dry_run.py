@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_refused_as_on_the_cpu(tiny_models, cuda_dry_run, 
 
 
 def test_drawing(tiny_models, cuda_dry_run):
-    """What evaluate draws a batch with: images, pairs and charges come back."""
+    """What evaluate draws a batch with: images and counts come back."""
     config = SamplingConfig(top_k=20, top_p=0.9, batch_size=3)
     given = (np.array([0, 1, 2, 3]), 5, config, Threshold(0.4), "reference")
     expected = Drawing(*tiny_models, *given).batch(1)
@@ -139,11 +139,11 @@ def test_drawing(tiny_models, cuda_dry_run):
         there = moved(tiny_models, "cuda")
         run.waits.clear()
         batch = Drawing(*there, *given).batch(1)
-        after = {"data/images.py:to_uint8": 1, "moe/counts.py:_per_image": 4}
+        after = {"data/images.py:to_uint8": 1, "moe/counts.py:of": 2}
         assert run.waits == A_CALL | after
     difference = np.abs(batch.samples.images.astype(int) - expected.samples.images)
     assert difference.max() <= 1
-    assert (batch.pairs, batch.charged) == (expected.pairs, expected.charged)
+    assert batch.ran == expected.ran
 
 
 def test_labels(cuda_dry_run):

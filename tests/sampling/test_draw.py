@@ -9,6 +9,7 @@ import torch
 from dmoe_var import Threshold, count_flops, generate
 from dmoe_var.arrays import write_npz
 from dmoe_var.errors import DataError
+from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.sampler import SamplingConfig
 
@@ -46,14 +47,14 @@ def test_experts_are_counted_by_image(tiny_models, batch_size, cfg):
         *tiny_models, LABELS.tolist(), seed=5, tau=0.3, **{**SAMPLING, "cfg": cfg}
     )
     for si in (2, 3):
-        pairs = [n for batch in batches for n in batch.pairs[si]]
+        pairs = [n for batch in batches for n in batch.ran.pairs[si]]
         assert tuple(pairs) == counted.pairs[si]
     assert all(batch.seconds > 0 for batch in batches)
 
 
 def test_without_a_rule_nothing_is_counted(tiny_models):
     sampling = SamplingConfig(batch_size=4, **SAMPLING)
-    assert Drawing(*tiny_models, LABELS, 5, sampling).batch(0).pairs == {}
+    assert Drawing(*tiny_models, LABELS, 5, sampling).batch(0).ran == ExpertHistogram.none(4)
 
 
 def test_one_image_can_be_drawn_again(tiny_models):

@@ -96,7 +96,8 @@ def test_joined_parts_are_the_drawing(stored, whole):
         assert np.array_equal(np.asarray(Image.open(folder / "png" / name)), image)
     assert sorted(p.name for p in folder.iterdir()) == ["drawn.npz", "png", "samples.npz"]
     for si in (2, 3):
-        assert drawn.pairs[si] == tuple(n for batch in batches for n in batch.pairs[si])
+        ran = [n for batch in batches for n in batch.ran.pairs[si]]
+        assert drawn.ran.pairs[si] == tuple(ran)
     assert drawn.seconds > 0
 
 
@@ -125,7 +126,7 @@ def test_an_interrupted_run_goes_on(stored, whole, interrupt_at, number):
         drawn = ours.draw()
     assert drawn_again == list(range(number, NUM_PARTS))
     assert files_of(ours.folder) == files_of(whole[0])
-    assert drawn.pairs == whole[1].pairs
+    assert drawn.ran == whole[1].ran
 
 
 def test_what_is_finished_is_not_drawn_again(stored, drawn_batches):
@@ -343,7 +344,7 @@ sampling = SamplingConfig(cfg=2.0, top_k=20, batch_size=3)
 labels = np.arange(11) % 5
 drawing = Drawing(model, load_vqvae(models + "/vqvae"), labels, 5, sampling, Threshold(0.3))
 drawn = StoredDrawing(drawing, Path(folder), "f", "both").draw()
-print(drawn.pairs)
+print(drawn.ran.times_NSK.tolist())
 stop()
 """
 
@@ -386,4 +387,25 @@ def test_two_processes_leave_what_one_does(tmp_path, tiny_models, whole):
     folder = tmp_path / "drawn"
     outputs = run_processes(tmp_path, tmp_path / "models", folder, 2)
     assert files_of(folder) == files_of(whole[0])
-    assert outputs == [f"{whole[1].pairs}\n"] * 2
+    assert outputs == [f"{whole[1].ran.times_NSK.tolist()}\n"] * 2
+
+
+def test_counts_of_another_format_are_not_read(stored, drawn_batches):
+    """A part, and a finished drawing, as versions before this one left them: drawn again."""
+    ours = stored()
+    ours._make_part(0)
+    as_before(ours.folder / "parts/part_00000.npz")
+    first = ours.draw()
+    assert drawn_batches == [0, 0, 1, 2, 3]
+    as_before(ours.folder / "drawn.npz")
+    assert ours.draw().ran == first.ran
+    assert drawn_batches == [0, 0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def as_before(path):
+    """By image and scale the pairs, and what is charged for them, in the place of the times."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    times_NSK = arrays.pop("times")
+    pairs_NS = times_NSK @ np.arange(times_NSK.shape[-1])
+    write_npz(path, {**arrays, "pairs": pairs_NS, "charged": pairs_NS.astype(float)})

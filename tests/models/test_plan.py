@@ -1,0 +1,59 @@
+"""Plans, and that whatever runs a model runs its plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmoe_var import DynamicVAR, generate
+from dmoe_var.metrics.flops_fixed import fixed_cost
+
+LABELS = [1, 4]
+
+
+@pytest.fixture(scope="module")
+def dense(make_var):
+    return make_var()
+
+
+@pytest.fixture(scope="module")
+def relu(make_var):
+    return make_var(seed=1, activation="relu")
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_step_a_scale(dense, relu, branches):
+    """Every token once, in order; AdaLN once a backbone; one cache."""
+    model = DynamicVAR(dense, relu, (1, 3))
+    plan = model.plan(branches)
+    assert [step.si for step in plan] == [0, 1, 2, 3]
+    names = {id(model.dense): "dense", id(model.moe): "moe"}
+    assert [names[id(step.backbone)] for step in plan] == ["dense", "moe", "dense", "moe"]
+    assert [step.projects for step in plan] == [True, True, False, False]
+    assert [step.tokens for step in plan] == [slice(0, 1), slice(1, 5), slice(5, 14), slice(14, 30)]
+    assert {step.branches for step in plan} == {branches}
+    assert all(step.cache is model.dense for step in plan)
+    assert all(step.projects for step in model.plan(branches, adaln_every_scale=True))
+    alone = dense.plan(branches)
+    assert all(step.backbone is step.cache is dense for step in alone)
+    assert [step.projects for step in alone] == [True, False, False, False]
+
+
+def test_everything_runs_the_plan(dense, relu, make_vqvae, make_teacher, monkeypatch):
+    """A model with the plan of another does, and costs, what that one does."""
+    vqvae, teacher = make_vqvae(), make_teacher(dense)
+    model, other = (DynamicVAR(dense, relu, scales) for scales in ((3,), (0, 2)))
+    found = [runs(each, vqvae, teacher) for each in (model, other)]
+    assert not any(same(*pair) for pair in zip(*found, strict=True))
+    monkeypatch.setattr(model, "plan", other.plan)
+    assert all(same(*pair) for pair in zip(runs(model, vqvae, teacher), found[1], strict=True))
+
+
+def runs(model, vqvae, teacher):
+    """Images, teacher-forced logits, and at which scales AdaLN costs something."""
+    images = generate(model, vqvae, LABELS, top_k=9)
+    return images, model(LABELS, teacher), fixed_cost(model, vqvae).macs["adaln"]
+
+
+def same(a, b):
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
