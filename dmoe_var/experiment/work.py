@@ -131,7 +131,7 @@ HOUSEKEEPING = (
     "log_every", "validate_every", "checkpoint_every",
     "micro_batch_size", "activation_checkpointing", "workers", "encode_batch", "root",
     "sweep.part", "sweep.parts",
-    "figures.figure", "figures.make", "figures.plan", "figures.minutes",
+    "figures.figure", "figures.make", "figures.plan",
     "sampling.batch_size", "fidelity.batch_size",
 )  # fmt: skip
 """Keys that change no result, or only its rounding, by their last name or in full: a run may go on

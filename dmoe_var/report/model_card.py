@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
 from dmoe_var.checkpoints.pretrained import upload, write_model
 from dmoe_var.errors import DataError
+from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
+from dmoe_var.markdown import cell
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.moe.selection import SelectionRule, Threshold
 
@@ -22,8 +26,9 @@ MIT_BASES = (*PUBLISHED, "digits")
 """Base models whose licence is known: the published VAR's and the one that this package carries."""
 SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "sampling.")
 HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
-QUALITY = ("fid", "inception_score", "precision", "recall", "label_agreement")
-"""Beginnings of the names of the metrics that the card shows beside FLOPs."""
+SAME = (*SETTINGS, "base.", "evaluate.", "fidelity.")
+"""Beginnings of the keys in which the evaluations of one setting agree, but for the seed; with
+experts also in `moe` and `selection`."""
 CHECKED = ("depth", "width", "num_heads", "num_classes", "patch_nums")
 """Fields of VARConfig by which a record of another model is found out."""
 UNKNOWN = "-"
@@ -32,18 +37,18 @@ Records = Sequence[Record | str | Path]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measured setting. tau: empty for the dense model and rules without one."""
+class Measured:
+    """One measured setting. tau: empty for the dense model and rules without one. row: its numbers
+    over the seeds, as `points.joined` has them; of a sweep also what it saves."""
 
     name: str
     tau: tuple[float, ...]
     scales: tuple[int, ...]
     num_images: int
     seeds: tuple[int, ...]
-    gmac: float
-    saved: float | None
     cfg: float
-    quality: Mapping[str, str]
+    fidelity: str
+    row: Mapping[str, Any]
 
 
 def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()) -> None:
@@ -174,115 +179,120 @@ def _usage(load_as: str, tokenizers: Sequence[str]) -> str:
 
 
 def _measured(records: Sequence[Record], model: DynamicVAR) -> str:
-    points = [point for record in records for point in _points(record)]
-    if not points:
+    found = _settings(records)
+    if not found:
         return "Nothing was measured: no record of an evaluation came with this model."
-    lines = [
-        "| setting | tau | scales | images | seeds | GMAC an image | saved | quality |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for point in points:
-        saved = _saved(point, points)
-        name = (
-            f"**{point.name}** (this model's rule and scales)"
-            if _is_stored(point, model)
-            else point.name
-        )
-        cells = [
-            name,
-            ", ".join(f"{tau:g}" for tau in point.tau) or UNKNOWN,
-            ", ".join(map(str, point.scales)) or UNKNOWN,
-            str(point.num_images),
-            ", ".join(map(str, point.seeds)),
-            f"{point.gmac:.4f}",
+    heads = ["setting", "tau", "scales", "images", "seeds", "GMAC an image", "saved", "quality"]
+    rows = []
+    for each in found:
+        saved = _saved(each, found)
+        stored = f"**{each.name}** (this model's rule and scales)"
+        rows.append([
+            stored if _is_stored(each, model) else each.name,
+            [f"{tau:g}" for tau in each.tau] or UNKNOWN,
+            each.scales or UNKNOWN,
+            each.num_images,
+            each.seeds,
+            f"{each.row['flops_gmac']:.4f}",
             UNKNOWN if saved is None else f"{saved:.1%}",
-            "; ".join(f"{key} {value}" for key, value in point.quality.items()),
-        ]
-        lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    lines += [
-        "",
+            _quality(each),
+        ])  # fmt: skip
+    return (
+        f"{markdown.table(heads, rows)}\n\n"
         "One GMAC is 1e9 multiply-adds; guidance's two branches are in, the VQ-VAE decoder is not. "
         "`saved` is against the dense model of the same records. A `±` is the standard deviation "
         "over seeds. FID depends on the number of images and on the network in its name: compare "
-        "equal ones only.",
-    ]
-    return "\n".join(lines)
-
-
-def _saved(point: Point, points: Sequence[Point]) -> float | None:
-    """Share of the dense model's FLOPs, under the same guidance, that a point saves."""
-    if point.saved is not None:
-        return point.saved
-    dense = {other.gmac for other in points if (other.name, other.cfg) == ("dense", point.cfg)}
-    return 1 - point.gmac / dense.pop() if len(dense) == 1 else None
-
-
-def _is_stored(point: Point, model: DynamicVAR) -> bool:
-    """Whether a point was measured with the scales and thresholds that the model is stored with."""
-    rules = list(_rules(model).values())
-    tau = tuple(rule.tau for rule in rules if type(rule) is Threshold)
-    measured = point.tau * len(rules) if len(point.tau) == 1 else point.tau
-    return (
-        bool(tau)
-        and len(tau) == len(rules)
-        and point.name in ("threshold", "operating point")
-        and (measured, point.scales) == (tau, model.moe_scales)
+        "equal ones only."
     )
 
 
-def _points(record: Record) -> Iterator[Point]:
-    """The measured settings of an evaluation or a sweep; none of another stage."""
-    try:
+def _quality(measured: Measured) -> str:
+    """FID, with its spread over several seeds, and what else was measured."""
+    row = measured.row
+    spread = f" ± {row['fid_std']:.2g}" if len(measured.seeds) > 1 else ""
+    others = [f"{key} {row[key]:.4g}" for key in row if key.startswith(MEASURES)]
+    return "; ".join([f"{measured.fidelity} {row['fid_mean']:.4g}{spread}", *others])
+
+
+def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
+    """Share of the dense model's FLOPs, under the same guidance, that a setting saves."""
+    if "flops_saved" in measured.row:
+        return float(measured.row["flops_saved"])
+    same = ("dense", measured.cfg)
+    dense = {each.row["flops_gmac"] for each in found if (each.name, each.cfg) == same}
+    return 1 - measured.row["flops_gmac"] / dense.pop() if len(dense) == 1 else None
+
+
+def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
+    """Whether a setting has the scales and thresholds that the model is stored with."""
+    rules = list(_rules(model).values())
+    tau = tuple(rule.tau for rule in rules if type(rule) is Threshold)
+    taus = measured.tau * len(rules) if len(measured.tau) == 1 else measured.tau
+    return (
+        bool(tau)
+        and len(tau) == len(rules)
+        and measured.name in ("threshold", "operating point")
+        and (taus, measured.scales) == (tau, model.moe_scales)
+    )
+
+
+def _settings(records: Sequence[Record]) -> list[Measured]:
+    """What evaluations and sweeps measured. Evaluations that differ in their seed alone are one
+    setting."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        dense = record.config.get("evaluate.model") == "dense"
+        same = SAME if dense else (*SAME, "moe.", "selection.")
+        keys = {k: v for k, v in record.config.items() if k.startswith(same)}
+        keys |= {"evaluate.seed": None, "num_samples": record.num_samples}
         if record.stage == "evaluate":
-            yield _evaluated(record)
-        elif record.stage == "sweep":
-            yield from _swept(record)
+            groups.setdefault(json.dumps(keys, sort_keys=True), []).append(record)
+    found: list[Measured] = []
+    try:
+        stage = "evaluate"
+        found += [_evaluated(group) for group in groups.values()]
+        stage = "sweep"
+        found += [each for r in records if r.stage == "sweep" for each in _swept(r)]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"record of {record.stage}: {reason}") from error
+        raise DataError(f"record of {stage}: {reason}") from error
+    return found
 
 
-def _evaluated(record: Record) -> Point:
-    config, metrics = record.config, record.metrics
+def _evaluated(records: Sequence[Record]) -> Measured:
+    """The evaluations of one setting."""
+    first, config = records[0], records[0].config
     dense = config["evaluate.model"] == "dense"
     rule = "dense" if dense else config["selection.rule"]
     by_layer = rule == "threshold" and bool(config.get("selection.layer_tau"))
     has_tau = rule in ("threshold", "oracle") and not by_layer
-    quality = {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith(QUALITY)}
-    return Point(
+    return Measured(
         name=f"{rule}, a tau a layer" if by_layer else rule,
         tau=tuple(config["selection.tau"]) if has_tau else (),
         scales=() if dense else tuple(config["moe.scales"]),
-        num_images=record.num_samples,
-        seeds=(record.seed,),
-        gmac=metrics["flops_gmac"],
-        saved=None,
+        num_images=first.num_samples,
+        seeds=tuple(record.seed for record in records),
         cfg=config["sampling.cfg"],
-        quality=quality,
+        fidelity=first.about["fidelity"],
+        row=joined(records),
     )
 
 
-def _swept(record: Record) -> Iterator[Point]:
+def _swept(record: Record) -> Iterator[Measured]:
     """The dense model and the operating point of a sweep."""
-    fid, seeds = record.about["fidelity"], tuple(record.about["seeds"])
+    names = {"dense": "dense", "chosen": "operating point"}
     for row in record.about["settings"]:
-        if row["group"] not in ("dense", "chosen"):
-            continue
-        spread = f" ± {row['fid_std']:.2g}" if len(seeds) > 1 else ""
-        quality = {fid: f"{row['fid_mean']:.4g}{spread}"}
-        if "label_agreement" in row:
-            quality["label_agreement"] = f"{row['label_agreement']:.4g}"
-        yield Point(
-            name="dense" if row["group"] == "dense" else "operating point",
-            tau=tuple(row["tau"]),
-            scales=tuple(row["scales"]),
-            num_images=record.num_samples,
-            seeds=seeds,
-            gmac=row["flops_gmac"],
-            saved=row["flops_saved"],
-            cfg=record.config["sampling.cfg"],
-            quality=quality,
-        )
+        if row["group"] in names:
+            yield Measured(
+                name=names[row["group"]],
+                tau=tuple(row["tau"]),
+                scales=tuple(row["scales"]),
+                num_images=record.num_samples,
+                seeds=tuple(record.about["seeds"]),
+                cfg=record.config["sampling.cfg"],
+                fidelity=record.about["fidelity"],
+                row=row,
+            )
 
 
 def _hyper_parameters(records: Sequence[Record]) -> list[str]:
@@ -295,8 +305,8 @@ def _hyper_parameters(records: Sequence[Record]) -> list[str]:
     }
     if not found:
         return []
-    rows = [f"| {_cell(key)} | {_cell(found[key])} |" for key in sorted(found)]
-    return ["\n".join(["## Hyper-parameters", "", "| key | value |", "|---|---|", *rows])]
+    rows = [(key, found[key]) for key in sorted(found)]
+    return [f"## Hyper-parameters\n\n{markdown.table(['key', 'value'], rows)}"]
 
 
 def _origin(records: Sequence[Record], bases: Sequence[str], known: bool) -> str:
@@ -306,11 +316,11 @@ def _origin(records: Sequence[Record], bases: Sequence[str], known: bool) -> str
     for record in records:
         lines += [f"- {record.stage}: {key} sha256 `{h}`" for key, h in record.weights.items()]
         hashes = {key: value for key, value in _leaves(record.about) if "sha256" in key}
-        lines += [f"- {record.stage}: {key} `{_cell(value)}`" for key, value in hashes.items()]
+        lines += [f"- {record.stage}: {key} `{cell(value)}`" for key, value in hashes.items()]
         versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
         lines.append(
-            f"- {record.stage}: seed {record.seed}, {record.dtype} on {_cell(record.device)}, "
-            f"commit `{record.git_commit}`, {_cell(versions)}, {record.ended}"
+            f"- {record.stage}: seed {record.seed}, {record.dtype} on {cell(record.device)}, "
+            f"commit `{record.git_commit}`, {cell(versions)}, {record.ended}"
         )
     return "\n".join(lines)
 
@@ -328,10 +338,3 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _cell(value: object) -> str:
-    """Text that leaves a Markdown table whole."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value).replace("|", "\\|").replace("\n", " ")

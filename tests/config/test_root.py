@@ -54,7 +54,7 @@ def test_everything_in_configs_composes(script, overrides):
     parse_config(composed(script, *overrides))
 
 
-MAPPINGS = ("depths", "minutes")
+MAPPINGS = ("depths",)
 
 
 def leaves(content, prefix=""):
