@@ -29,7 +29,8 @@ from dmoe_var.config.explain import declared, explained
 from dmoe_var.config.parse import known_keys, parse_config
 from dmoe_var.config.root import Config
 from dmoe_var.errors import ConfigError, InputError, sentence
-from dmoe_var.experiment.work import READS, Work
+from dmoe_var.experiment.stage import STAGES, find
+from dmoe_var.experiment.work import Work
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = re.compile(r"\+*experiment=")
@@ -81,8 +82,9 @@ def show(script: str, arguments: Namespace) -> bool:
 def _help(script: str, values: Mapping[str, Any]) -> str:
     """The keys that a script's stage reads; the pipeline's are those of all its stages."""
     pipeline = get_args(get_type_hints(Config)["until"])
-    stages = (script,) if script in READS else pipeline
-    reads = {*EVERYWHERE, *(key for stage in stages for key in READS[stage])}
+    stages = (script,) if script in STAGES else pipeline
+    config = parse_config(values)
+    reads = {*EVERYWHERE, *(key for each in stages for key in find(each).reads_of(config, config))}
     text = explained(values, reads | {"until"} if stages == pipeline else reads)
     return f"== Keys ==\nkey=value sets one; --cfg job shows those of other scripts too\n\n{text}"
 

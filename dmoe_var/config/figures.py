@@ -94,8 +94,6 @@ class FiguresConfig:
     """Images at once in timings (figures 8b and 9)."""
     time_tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.4)
     """Tau that are timed."""
-    minutes: Mapping[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
-    """By stage, about how long it takes where no record tells; evaluate: 1,000 images."""
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds):

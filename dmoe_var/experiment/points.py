@@ -1,17 +1,33 @@
 """Points of quality-cost curves: configurations that differ from an experiment's in a few keys,
-and their records, joined over seeds."""
+and their records, joined over seeds. All that is drawn or told of evaluations is read here.
+
+Legend: a row is a point as JSON has it, with its numbers joined over the seeds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dmoe_var.errors import ConfigError
-from dmoe_var.experiment.record import Record
+from dmoe_var.experiment.record import RESULT_FILE, Record
 from dmoe_var.experiment.work import Work
+
+LABELS = {
+    "dense": "dense VAR",
+    "last": "one tau, last scales",
+    "all": "one tau, all scales",
+    "lists": "tau a scale",
+    "chosen": "operating point",
+}
+"""The curves of a sweep by the `group` of their rows, which is their method."""
+ALONE = ("dense", "lists", "chosen")
+"""Methods whose points make no line."""
+MEASURES = ("inception_score", "precision", "recall", "label_agreement")
+"""How the names of metrics begin that tell of quality beside FID, where they were measured."""
 
 
 def vary(work: Work, changes: Mapping[str, Any]) -> Work:
@@ -66,9 +82,9 @@ class Point:
     value: float | None
     changes: Mapping[str, Any]
 
-    def works(self, work: Work, seeds: Iterable[int]) -> list[Work]:
-        """The evaluation of each seed."""
-        return [vary(work, {**self.changes, "evaluate.seed": seed}) for seed in seeds]
+    def work(self, work: Work, seed: int) -> Work:
+        """The evaluation of one seed."""
+        return vary(work, {**self.changes, "evaluate.seed": seed})
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,68 @@ class Curve:
     line: bool = True
 
 
+def single(
+    name: str, method: str, label: str, changes: Mapping[str, Any], shade: float | None = None
+) -> Curve:
+    """A point by itself."""
+    return Curve(name, method, (Point(label, None, changes),), shade, line=False)
+
+
+def dense_curve(
+    name: str = LABELS["dense"],
+    changes: Mapping[str, Any] = {},
+    shade: float | None = None,
+) -> Curve:
+    """A dense model."""
+    return single(name, "dense", name, {**changes, "evaluate.model": "dense"}, shade)
+
+
+def tau_curve(
+    name: str,
+    method: str,
+    tau: Sequence[float],
+    changes: Mapping[str, Any] = {},
+    shade: float | None = None,
+    rule: str = "threshold",
+) -> Curve:
+    """A point per tau, which is the same at all of `moe.scales`."""
+    fixed = {**changes, "evaluate.model": "dynamic", "selection.rule": rule}
+    if rule == "oracle":  # nothing is timed, and small experts one by one are slow
+        fixed["moe.impl"] = "reference"
+    points = (Point(f"{t:g}", t, {**fixed, "selection.tau": (t,)}) for t in tau)
+    return Curve(name, method, tuple(points), shade)
+
+
+def read_curves(work: Work, curves: Sequence[Curve], seeds: Sequence[int]) -> dict[str, Any]:
+    """What the records say of curves whose points are all evaluated. fid: the metric's name."""
+    drawn, fid = [], ""
+    for curve in curves:
+        rows = []
+        for point in curve.points:
+            folders = [point.work(work, seed).folder("evaluate") for seed in seeds]
+            records = [Record.read(folder / RESULT_FILE) for folder in folders]
+            fid = records[0].about["fidelity"]
+            rows.append({"label": point.label, "value": point.value, **joined(records)})
+        about = {key: getattr(curve, key) for key in ("name", "method", "shade", "line")}
+        drawn.append({**about, "rows": rows})
+    return {"fid": fid, "curves": drawn}
+
+
+def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The curves of a sweep's record (`about["settings"]`), as `read_curves` gives them."""
+    curves = [
+        {
+            "name": label,
+            "method": group,
+            "shade": None,
+            "line": group not in ALONE,
+            "rows": [row for row in settings if row["group"] == group],
+        }
+        for group, label in LABELS.items()
+    ]
+    return [curve for curve in curves if curve["rows"]]
+
+
 def joined(records: Sequence[Record]) -> dict[str, Any]:
     """Mean and spread (sample standard deviation) over the seeds of one point, and where its
     records are."""
@@ -95,9 +173,10 @@ def joined(records: Sequence[Record]) -> dict[str, Any]:
         "flops_gmac_std_over_images": mean(records, "flops_gmac_std"),
         "points": [f"evaluate/{record.variant}" for record in records],
     }
-    authors = "flops_gmac_authors"
-    if all(authors in record.metrics for record in records):
-        row[authors] = mean(records, authors)
+    others = ("flops_gmac_authors", "experts_share_", *MEASURES)
+    for name in records[0].metrics:
+        if name.startswith(others) and all(name in record.metrics for record in records):
+            row[name] = mean(records, name)
     return row
 
 

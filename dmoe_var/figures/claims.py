@@ -1,4 +1,4 @@
-"""The paper's claims, judged on the figures' data: the mean gap in FID between two curves.
+"""How claims are judged on a figure's data: by the mean gap in FID between two curves.
 
 Two curves are compared over the FLOPs that both reach, linearly between their points, seed by
 seed. A gap counts where Student's t gives its mean over seeds less than 5 % by chance; otherwise
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
+
+from dmoe_var import markdown
 
 Curve = Mapping[str, Any]
 GRID = 50
@@ -117,64 +119,16 @@ def _lines(curve: Curve, dense: Curve | None) -> tuple[Any, Any]:
     return flops, fid
 
 
-def verdicts(drawn: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
-    """What the drawn figures, data by name, say about the claims that they bear on."""
-    found: list[Verdict] = []
-
-    def judge(claim: str, figure: str, better: int, worse: int, dense: Sequence[int] = ()) -> None:
-        curves = drawn[figure]["curves"]
-        relative = [curves[i] for i in dense]
-        names = curves[better]["name"], curves[worse]["name"]
-        of_them = gap(curves[better], curves[worse], relative)
-        found.append(Verdict(claim, figure, *names, of_them))
-
-    if "3" in drawn:
-        judge("the last scales are the ones to sparsify", "3", 1, 2)
-        judge("routing by token beats pruning", "3", 1, 3)
-    if "4" in drawn:
-        last = len(drawn["4"]["curves"]) - 1
-        for other in range(1, last):
-            judge("the last scales are the ones to sparsify", "4", last, other)
-    if "5" in drawn:
-        curves = len(drawn["5"]["curves"])
-        if curves > 2:
-            judge("a deeper model has more to give", "5", curves - 1, 1, (curves - 2, 0))
-    if "7" in drawn:
-        judge("ReLU gives more than Hoyer", "7", 2, 3)
-        judge("Hoyer adds to ReLU", "7", 1, 2)
-    if "8a" in drawn:
-        last = len(drawn["8a"]["curves"]) - 1
-        if last > 1:
-            judge("smaller experts are better in FID", "8a", 1, last)
-    if "rules" in drawn:
-        names = [curve["name"] for curve in drawn["rules"]["curves"]]
-        judge("routers beat chance", "rules", names.index("Eq. 3"), names.index("random k"))
-    if "calibration" in drawn:
-        methods = [curve["method"] for curve in drawn["calibration"]["curves"]]
-        at = {method: methods.index(method) for method in methods}
-        for ours in (each for each in ("by_layer", "calibrated") if each in at):
-            for rival in (each for each in ("fixed", "linear", "search") if each in at):
-                claim = "calibrated tau is better than tau chosen otherwise"
-                judge(claim, "calibration", at[ours], at[rival])
-    return found
-
-
 def table(found: Sequence[Verdict]) -> str:
     """The verdicts as a Markdown table."""
-    lines = [
-        "| claim | figure | FID of | minus FID of | compared over | mean gap (standard error) | "
-        "lower, upper half | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for v in found:
-        cells = (v.claim, v.figure, v.better, v.worse, *_shown(v.gap), v.says)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
+    heads = ["claim", "figure", "FID of", "minus FID of", "compared over"]
+    heads += ["mean gap (standard error)", "lower, upper half", "verdict"]
+    rows = [(v.claim, v.figure, v.better, v.worse, *_shown(v.gap), v.says) for v in found]
+    return (
+        f"{markdown.table(heads, rows)}\n\n"
         "Errors are over seeds of sampling; every model was trained once. Each line is a test at "
-        f"{100 * SURE:g} % by itself: nothing is corrected for their number.",
-    ]
-    return "\n".join(lines)
+        f"{100 * SURE:g} % by itself: nothing is corrected for their number."
+    )
 
 
 def _shown(found: Gap | None) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""FID over FLOPs: figures 3, 4, 5, 7, 8a and 10b, and the curve of a sweep."""
+"""FID over FLOPs, of the curves of figures and sweeps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from matplotlib.axes import Axes
 
 from dmoe_var.figures.style import MARKERS, SHADED_MARKERS, Paths, colour, save, styled, subplots
 
-LABELS = {
-    "dense": "dense VAR",
-    "last": "one tau, last scales",
-    "all": "one tau, all scales",
-    "lists": "tau a scale",
-    "chosen": "operating point",
-}
 FLOPS = "transformer GMAC an image (guidance included, decoder left out)"
-ALONE = ("dense", "lists", "chosen")
-"""Methods whose points make no line."""
 SIZES = {"dense": 11, "chosen": 10}
 
 Curve = Mapping[str, Any]
@@ -33,34 +24,8 @@ def display_name(metric: str) -> str:
     return "FID" if metric == "fid" else f"FID-EffLite0 ({size} px)"
 
 
-def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """The curves of a sweep record (`about["settings"]`)."""
-    curves = [
-        {
-            "name": label,
-            "method": group,
-            "shade": None,
-            "line": group not in ALONE,
-            "rows": [row for row in settings if row["group"] == group],
-        }
-        for group, label in LABELS.items()
-    ]
-    return [curve for curve in curves if curve["rows"]]
-
-
 @styled
-def draw(settings: Sequence[Mapping[str, Any]], fid_name: str, title: str, paths: Paths) -> None:
-    """Draw the settings of a sweep record as a PNG."""
-    figure, axis = subplots(figsize=(5.2, 3.6))
-    plot(axis, curves_of(settings))
-    finish(axis, FLOPS, display_name(fid_name), title)
-    save(figure, paths)
-
-
-@styled
-def draw_curves(
-    curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
-) -> None:
+def draw(curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths) -> None:
     """Draw curves with the standard deviation over seeds as error bars; `note` goes below."""
     figure, axis = subplots(figsize=(5.4, 3.8))
     plot(axis, curves)

@@ -3,6 +3,7 @@ records alone."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
 from dmoe_var.checkpoints.pretrained import upload, write_model
 from dmoe_var.errors import DataError
+from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.moe.selection import SelectionRule, Threshold, recorded_selection
@@ -24,8 +27,9 @@ MIT_BASES = (*PUBLISHED, "digits")
 """Base models whose licence is known: the published VAR's and the one that this package carries."""
 SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "sampling.")
 HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
-QUALITY = ("fid", "inception_score", "precision", "recall", "label_agreement")
-"""Beginnings of the names of the metrics that the card shows beside FLOPs."""
+SAME = (*SETTINGS, "base.", "evaluate.", "fidelity.")
+"""Beginnings of the keys in which the evaluations of one setting agree, but for the seed; with
+experts also in `moe` and `selection`."""
 CHECKED = ("depth", "width", "num_heads", "num_classes", "patch_nums")
 """Fields of VARConfig by which a record of another model is found out."""
 UNKNOWN = "-"
@@ -34,8 +38,9 @@ Records = Sequence[Record | str | Path]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measured setting. tau: empty for the dense model and rules without one."""
+class Measured:
+    """One measured setting. tau: empty for the dense model and rules without one. row: its numbers
+    over the seeds, as `points.joined` has them; of a sweep also what it saves."""
 
     name: str
     rules: tuple[SelectionRule, ...]
@@ -44,10 +49,9 @@ class Point:
     scales: tuple[int, ...]
     num_images: int
     seeds: tuple[int, ...]
-    gmac: float
-    saved: float | None
     cfg: float
-    quality: Mapping[str, str]
+    fidelity: str
+    row: Mapping[str, Any]
 
 
 def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()) -> None:
@@ -91,7 +95,7 @@ def model_card(model: DynamicVAR, load_as: str, given: Records = ()) -> str:
     )
     tokenizers = _bases(records, "vqvae")
     named = len(tokenizers) == 1 and tokenizers[0] in MIT_BASES
-    points = [point for record in records for point in _points(record)]
+    settings = _hyper_parameters(records)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -104,8 +108,8 @@ def model_card(model: DynamicVAR, load_as: str, given: Records = ()) -> str:
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         selection=_shown_selection(model),
         tokenizer=tokenizers[0] if named else "PATH OF ITS VQ-VAE",
-        measured=[[*map(_cell, _measured(point, points, model))] for point in points],
-        settings=[[*map(_cell, item)] for item in sorted(_hyper_parameters(records).items())],
+        measured=_table(_settings(records), model),
+        settings=markdown.table(["key", "value"], sorted(settings.items())) if settings else "",
         bases=[Path(base).name for base in bases],
         origins=[(record, _hashes(record)) for record in records],
     )
@@ -142,92 +146,110 @@ def _shown_value(value: object) -> str:
     return f"{value:g}" if number else str(value)
 
 
-def _measured(point: Point, points: Sequence[Point], model: DynamicVAR) -> list[str]:
-    """A point's cells of the table."""
-    mine, saved = _is_stored(point, model), _saved(point, points)
-    return [
-        f"**{point.name}** (this model's rule and scales)" if mine else point.name,
-        ", ".join(f"{tau:g}" for tau in point.tau) or UNKNOWN,
-        ", ".join(map(str, point.scales)) or UNKNOWN,
-        str(point.num_images),
-        ", ".join(map(str, point.seeds)),
-        f"{point.gmac:.4f}",
-        UNKNOWN if saved is None else f"{saved:.1%}",
-        "; ".join(f"{key} {value}" for key, value in point.quality.items()),
-    ]
+def _table(found: Sequence[Measured], model: DynamicVAR) -> str:
+    """What was measured; empty where nothing was."""
+    rows = []
+    for each in found:
+        saved = _saved(each, found)
+        stored = f"**{each.name}** (this model's rule and scales)"
+        rows.append([
+            stored if _is_stored(each, model) else each.name,
+            [f"{tau:g}" for tau in each.tau] or UNKNOWN,
+            each.scales or UNKNOWN,
+            each.num_images,
+            each.seeds,
+            f"{each.row['flops_gmac']:.4f}",
+            UNKNOWN if saved is None else f"{saved:.1%}",
+            _quality(each),
+        ])  # fmt: skip
+    heads = ["setting", "tau", "scales", "images", "seeds", "GMAC an image", "saved", "quality"]
+    return markdown.table(heads, rows) if rows else ""
 
 
-def _saved(point: Point, points: Sequence[Point]) -> float | None:
-    """Share of the dense model's FLOPs, under the same guidance, that a point saves."""
-    if point.saved is not None:
-        return point.saved
-    dense = {other.gmac for other in points if (other.name, other.cfg) == ("dense", point.cfg)}
-    return 1 - point.gmac / dense.pop() if len(dense) == 1 else None
+def _quality(measured: Measured) -> str:
+    """FID, with its spread over several seeds, and what else was measured."""
+    row = measured.row
+    spread = f" ± {row['fid_std']:.2g}" if len(measured.seeds) > 1 else ""
+    others = [f"{key} {row[key]:.4g}" for key in row if key.startswith(MEASURES)]
+    return "; ".join([f"{measured.fidelity} {row['fid_mean']:.4g}{spread}", *others])
 
 
-def _is_stored(point: Point, model: DynamicVAR) -> bool:
-    """Whether a point was measured with the scales and rules that the model is stored with."""
-    if not point.rules or point.scales != model.moe_scales:
+def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
+    """Share of the dense model's FLOPs, under the same guidance, that a setting saves."""
+    if "flops_saved" in measured.row:
+        return float(measured.row["flops_saved"])
+    same = ("dense", measured.cfg)
+    dense = {each.row["flops_gmac"] for each in found if (each.name, each.cfg) == same}
+    return 1 - measured.row["flops_gmac"] / dense.pop() if len(dense) == 1 else None
+
+
+def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
+    """Whether a setting has the scales and rules that the model is stored with."""
+    if not measured.rules or measured.scales != model.moe_scales:
         return False
-    measured = by_scale("tau", point.rules, model.config.num_scales, point.scales)
-    return measured == list(rules_of(model).values())
+    rules = by_scale("tau", measured.rules, model.config.num_scales, measured.scales)
+    return rules == list(rules_of(model).values())
 
 
-def _points(record: Record) -> Iterator[Point]:
-    """The measured settings of an evaluation or a sweep; none of another stage."""
-    try:
+def _settings(records: Sequence[Record]) -> list[Measured]:
+    """What evaluations and sweeps measured. Evaluations that differ in their seed alone are one
+    setting."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        dense = record.config.get("evaluate.model") == "dense"
+        same = SAME if dense else (*SAME, "moe.", "selection.")
+        keys = {k: v for k, v in record.config.items() if k.startswith(same)}
+        keys |= {"evaluate.seed": None, "num_samples": record.num_samples}
         if record.stage == "evaluate":
-            yield _evaluated(record)
-        elif record.stage == "sweep":
-            yield from _swept(record)
+            groups.setdefault(json.dumps(keys, sort_keys=True), []).append(record)
+    found: list[Measured] = []
+    try:
+        stage = "evaluate"
+        found += [_evaluated(group) for group in groups.values()]
+        stage = "sweep"
+        found += [each for r in records if r.stage == "sweep" for each in _swept(r)]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"record of {record.stage}: {reason}") from error
+        raise DataError(f"record of {stage}: {reason}") from error
+    return found
 
 
-def _evaluated(record: Record) -> Point:
-    config, metrics = record.config, record.metrics
+def _evaluated(records: Sequence[Record]) -> Measured:
+    """The evaluations of one setting."""
+    first, config = records[0], records[0].config
     dense = config["evaluate.model"] == "dense"
     selection = recorded_selection(config)
     rule, found = selection.kind, selection.rules()
     rules = tuple(found) if isinstance(found, list) else (found,)
-    quality = {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith(QUALITY)}
-    return Point(
+    return Measured(
         name="dense" if dense else rule.wording or rule.name,
         rules=() if dense else rules,
         tau=() if dense else tuple(each.tau for each in rules if isinstance(each, Threshold)),
         scales=() if dense else tuple(config["moe.scales"]),
-        num_images=record.num_samples,
-        seeds=(record.seed,),
-        gmac=metrics["flops_gmac"],
-        saved=None,
+        num_images=first.num_samples,
+        seeds=tuple(record.seed for record in records),
         cfg=config["sampling.cfg"],
-        quality=quality,
+        fidelity=first.about["fidelity"],
+        row=joined(records),
     )
 
 
-def _swept(record: Record) -> Iterator[Point]:
+def _swept(record: Record) -> Iterator[Measured]:
     """The dense model and the operating point of a sweep."""
-    fid, seeds = record.about["fidelity"], tuple(record.about["seeds"])
+    names = {"dense": "dense", "chosen": "operating point"}
     for row in record.about["settings"]:
-        if row["group"] not in ("dense", "chosen"):
-            continue
-        spread = f" ± {row['fid_std']:.2g}" if len(seeds) > 1 else ""
-        quality = {fid: f"{row['fid_mean']:.4g}{spread}"}
-        if "label_agreement" in row:
-            quality["label_agreement"] = f"{row['label_agreement']:.4g}"
-        yield Point(
-            name="dense" if row["group"] == "dense" else "operating point",
-            rules=tuple(map(Threshold, row["tau"])),
-            tau=tuple(row["tau"]),
-            scales=tuple(row["scales"]),
-            num_images=record.num_samples,
-            seeds=seeds,
-            gmac=row["flops_gmac"],
-            saved=row["flops_saved"],
-            cfg=record.config["sampling.cfg"],
-            quality=quality,
-        )
+        if row["group"] in names:
+            yield Measured(
+                name=names[row["group"]],
+                rules=tuple(map(Threshold, row["tau"])),
+                tau=tuple(row["tau"]),
+                scales=tuple(row["scales"]),
+                num_images=record.num_samples,
+                seeds=tuple(record.about["seeds"]),
+                cfg=record.config["sampling.cfg"],
+                fidelity=record.about["fidelity"],
+                row=row,
+            )
 
 
 def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
@@ -259,10 +281,3 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _cell(value: object) -> str:
-    """Text that leaves a Markdown table whole."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -5,7 +5,6 @@ Of each point there is the mean over its seeds; scales count from 0 here and fro
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import numpy as np
 
 from dmoe_var.data.class_names import class_names, title
 from dmoe_var.data.image_sets import ImageFolder, all_pixels
+from dmoe_var.experiment.points import ALONE, LABELS, joined, mean
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
 from dmoe_var.experiment.work import Work
-from dmoe_var.figures.fid_over_flops import ALONE, LABELS, display_name
+from dmoe_var.figures.fid_over_flops import display_name
 from dmoe_var.figures.style import MARKERS, colour
 from dmoe_var.metrics.flops import SAMPLER_PARTS
 from dmoe_var.moe.selection import recorded_selection
@@ -111,7 +111,7 @@ class Curves:
         self._records = {f"evaluate/{path.parent.name}": r for path, r in _found(work, "evaluate")}
         self._curves: dict[str, dict[str, Any]] = {}
         for row in self.sweep.about["settings"] if self.sweep else ():
-            self._add(row["group"], LABELS[row["group"]], row["label"], row["points"], row)
+            self._add(row["group"], LABELS[row["group"]], row["label"], row)
         self._add_loose()
 
     def shown(self) -> dict[str, Any]:
@@ -150,17 +150,15 @@ class Curves:
         for at in taken & self._records.keys():
             groups.pop(setting_of(self._records[at].config), None)
         for (method, name, label), by_seed in sorted(groups.items()):
-            self._add(method, name, label, [by_seed[seed] for seed in sorted(by_seed)], {})
+            points = [by_seed[seed] for seed in sorted(by_seed)]
+            row = {**joined([self._records[at] for at in points]), "points": points}
+            self._add(method, name, label, row)
 
-    def _add(
-        self, method: str, name: str, label: str, points: Sequence[str], row: Mapping[str, Any]
-    ) -> None:
-        """One point of a curve; numbers that `row` lacks come from the records."""
+    def _add(self, method: str, name: str, label: str, row: Mapping[str, Any]) -> None:
+        """One point of a curve, from its numbers joined over the seeds; those by scale and by part
+        come from the records that are still there."""
+        points = row["points"]
         records = [self._records[point] for point in points if point in self._records]
-        if not row and not records:
-            return
-        fid = [r.metrics[r.about["fidelity"]] for r in records]
-        spread = statistics.stdev(fid) if len(fid) > 1 else 0.0
         curve = self._curves.setdefault(
             name,
             {
@@ -178,16 +176,16 @@ class Curves:
             "dense": method == "dense",
             "chosen": method == "chosen",
             "label": label,
-            "tau": _tau_text(row["tau"]) if row else label,
-            "fid": row["fid_mean"] if row else statistics.fmean(fid),
-            "fid_std": row["fid_std"] if row else spread,
+            "tau": _tau_text(row["tau"]) if "tau" in row else label,
+            "fid": row["fid_mean"],
+            "fid_std": row["fid_std"],
             "seeds": len(points),
-            "gmac": row["flops_gmac"] if row else mean(records, "flops_gmac"),
-            "gmac_std": mean(records, "flops_gmac_std"),
+            "gmac": row["flops_gmac"],
+            "gmac_std": row["flops_gmac_std_over_images"],
             "at": list(points),
             "scales": by_scale(records),
-            "parts": [mean(records, f"flops_{part}_gmac") for part in SAMPLER_PARTS],
-            "agreement": mean(records, "label_agreement"),
+            "parts": [mean_of(records, f"flops_{part}_gmac") for part in SAMPLER_PARTS],
+            "agreement": row.get("label_agreement"),
             **grid(self.work.root / points[0], first, self.work),
         })  # fmt: skip
 
@@ -213,18 +211,18 @@ def _tau_text(tau: Iterable[Any]) -> str:
     return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in tau)
 
 
-def mean(records: Sequence[Record], metric: str) -> float | None:
+def mean_of(records: Sequence[Record], metric: str) -> float | None:
     """Mean of a metric, None where a record lacks it or there is none."""
     if not records or any(metric not in record.metrics for record in records):
         return None
-    return statistics.fmean(record.metrics[metric] for record in records)
+    return mean(records, metric)
 
 
 def by_scale(records: Sequence[Record]) -> list[dict[str, float | None]]:
     """GMAC and share of the experts that ran, by scale."""
     rows: list[dict[str, float | None]] = []
-    while (gmac := mean(records, f"flops_scale{len(rows)}_gmac")) is not None:
-        rows.append({"gmac": gmac, "share": mean(records, f"experts_share_scale{len(rows)}")})
+    while (gmac := mean_of(records, f"flops_scale{len(rows)}_gmac")) is not None:
+        rows.append({"gmac": gmac, "share": mean_of(records, f"experts_share_scale{len(rows)}")})
     return rows
 
 

@@ -7,17 +7,18 @@ without a part finds the points that are there, measures what is missing, joins 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from dmoe_var import markdown
 from dmoe_var.config.root import Config
 from dmoe_var.distributed import barrier, is_main
 from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.experiment.points import joined, mean
+from dmoe_var.experiment.points import LABELS, Curve, Point, curves_of, joined, single, tau_curve
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import DEFAULT_VARIANT, Work
@@ -33,47 +34,25 @@ GRID_ROWS = 6
 MAP_IMAGES = 4
 COLUMNS = ("inception_score_mean", "precision", "recall", "label_agreement")
 """How the names of metrics begin that stand in the table, where they were measured."""
-OTHER_MEASURES = (*COLUMNS, "experts_share_")
-"""How the names of metrics begin whose mean over the seeds is kept."""
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A point of the curve, before its seeds. `group` names its curve."""
-
-    group: str
-    label: str
-    model: str
-    tau: tuple[float, ...]
-    scales: tuple[int, ...]
+Setting = tuple[Curve, Point]
+"""A point before its seeds, and the curve that it is on."""
 
 
 def settings(work: Work) -> list[Setting]:
-    """All settings of a sweep, the dense baseline first."""
-    sweep, last = work.config.sweep, work.config.moe.scales
-    every = tuple(range(work.config.var.num_scales))
-    found = [Setting("dense", "dense", "dense", (), ())]
-    found += [Setting("last", f"{tau:g}", "dynamic", (tau,), last) for tau in sweep.last]
-    found += [Setting("all", f"{tau:g}", "dynamic", (tau,), every) for tau in sweep.all]
+    """All settings of a sweep, the dense baseline first; a list is a curve of its own."""
+    sweep = work.config.sweep
+    fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
+    every = {"moe.scales": tuple(range(work.config.var.num_scales))}
+    curves = [
+        single(LABELS["dense"], "dense", "dense", {"evaluate.model": "dense"}),
+        tau_curve(LABELS["last"], "last", sweep.last),
+        tau_curve(LABELS["all"], "all", sweep.all, every),
+    ]
     for name, taus in sweep.lists.items():
-        group = "chosen" if name == sweep.chosen else "lists"
-        found.append(Setting(group, name, "dynamic", taus, last))
-    return found
-
-
-def point(work: Work, setting: Setting, seed: int) -> Work:
-    """The configuration of one setting and seed, as the evaluate stage runs it."""
-    config = work.whole
-    evaluated = replace(config.evaluate, model=setting.model, seed=seed)  # type: ignore[arg-type]
-    if setting.model == "dense":
-        return replace(work, whole=replace(config, evaluate=evaluated))
-    changed = replace(
-        config,
-        evaluate=evaluated,
-        selection=SelectionConfig("threshold", tau=setting.tau),
-        moe=replace(config.moe, scales=setting.scales),
-    )
-    return replace(work, whole=changed)
+        method = "chosen" if name == sweep.chosen else "lists"
+        curves.append(single(LABELS[method], method, name, {**fixed, "selection.tau": taus}))
+    return [(curve, point) for curve in curves for point in curve.points]
 
 
 def planned(work: Work) -> list[tuple[Setting, int]]:
@@ -92,17 +71,20 @@ def run_part(work: Work) -> list[Record]:
     No record of the sweep is written: that is the joining run's.
     """
     whole(work).check("sweep")
-    return [record for _, record in _measure(work, evaluate.Bench(work))]
+    return _measure(work, evaluate.Bench(work))
 
 
 def whole(work: Work) -> Work:
-    """The sweep that a part is of. A point's record is the same in both."""
+    """The sweep that a part is of, as its points are measured: of `selection` they take nothing. A
+    point's record is the same in both."""
     sweep = replace(work.config.sweep, part=None, parts=1)
-    return replace(work, whole=replace(work.whole, sweep=sweep))
+    config = replace(work.whole, sweep=sweep, selection=SelectionConfig())
+    return replace(work, whole=config)
 
 
-def _measure(work: Work, bench: evaluate.Bench) -> list[tuple[Setting, Record]]:
-    measured, points = [], planned(work)
+def _measure(work: Work, bench: evaluate.Bench) -> list[Record]:
+    """The records of all planned points."""
+    measured: list[Record] = []
     hidden = not (work.config.progress and is_main())
 
     new: list[Work] = []
@@ -111,10 +93,10 @@ def _measure(work: Work, bench: evaluate.Bench) -> list[tuple[Setting, Record]]:
         new.append(each)
         return evaluate.run(each, bench)
 
-    for setting, seed in tqdm(points, desc="sweep", disable=hidden):
-        each = point(whole(work), setting, seed)
+    for (_, point), seed in tqdm(planned(work), desc="sweep", disable=hidden):
+        each = point.work(whole(work), seed)
         record = run_stage(each, "evaluate", measure)
-        measured.append((setting, record))
+        measured.append(record)
         if is_main() and each in new:  # its record is there, whatever becomes of wandb
             tracked = each.tracking("evaluate")
             tracked.summarise(each.folder("evaluate"), record.metrics, each.relevant("evaluate"))
@@ -123,31 +105,33 @@ def _measure(work: Work, bench: evaluate.Bench) -> list[tuple[Setting, Record]]:
 
 def run(work: Work) -> StageResult:
     """Measure what is not measured yet, join the records, draw."""
-    sweep = work.config.sweep
+    seeds = work.config.sweep.seeds
     bench = evaluate.Bench(work)
-    records: dict[tuple[str, str], list[Record]] = {}
-    for setting, record in _measure(work, bench):
-        records.setdefault((setting.group, setting.label), []).append(record)
-    rows = [_join(setting, records[setting.group, setting.label]) for setting in settings(work)]
+    records = _measure(work, bench)
+    by_setting = [records[i : i + len(seeds)] for i in range(0, len(records), len(seeds))]
+    rows = [
+        _row(work, *setting, of_setting)
+        for setting, of_setting in zip(settings(work), by_setting, strict=True)
+    ]
     _add_savings(rows)
-    fid_name = records["dense", "dense"][0].about["fidelity"]
+    fid_name = records[0].about["fidelity"]
     if is_main():
         _draw(work, bench, rows, fid_name)
     barrier()
-    about = {"settings": rows, "fidelity": fid_name, "seeds": list(sweep.seeds)}
+    about = {"settings": rows, "fidelity": fid_name, "seeds": list(seeds)}
     return StageResult(_headline(rows), work.config.evaluate.num_samples, about)
 
 
-def _join(setting: Setting, records: list[Record]) -> dict[str, Any]:
+def _row(work: Work, curve: Curve, point: Point, records: list[Record]) -> dict[str, Any]:
     """A row of the table: a setting and its records over the seeds."""
-    others = [name for name in records[0].metrics if name.startswith(OTHER_MEASURES)]
+    dense = curve.method == "dense"
+    scales = () if dense else point.changes.get("moe.scales", work.config.moe.scales)
     return {
-        "group": setting.group,
-        "label": setting.label,
-        "tau": list(setting.tau),
-        "scales": list(setting.scales),
+        "group": curve.method,
+        "label": point.label,
+        "tau": list(point.changes.get("selection.tau", ())),
+        "scales": list(scales),
         **joined(records),
-        **{name: mean(records, name) for name in others},
     }
 
 
@@ -183,26 +167,27 @@ def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_nam
         f"{config.name}: {config.evaluate.num_samples} images a point, "
         f"{len(config.sweep.seeds)} seed(s), cfg {config.sampling.cfg:g}"
     )
-    fid_over_flops.draw(rows, fid_name, title, folder / "fid_over_flops.png")
+    path = folder / "fid_over_flops.png"
+    fid_over_flops.draw(curves_of(rows), fid_name, title, "", path)
     write_text(folder / "table.md", table(rows, fid_name) + "\n")
-    seed = config.sweep.seeds[0]
-    dense = point(work, settings(work)[0], seed)
-    chosen = next((s for s in settings(work) if s.group == "chosen"), None)
+    seed, found = config.sweep.seeds[0], settings(work)
+    dense = found[0][1].work(whole(work), seed)
+    chosen = next((point for curve, point in found if curve.method == "chosen"), None)
     _publish_samples(work, dense, "dense")
     if chosen is None:
         return
-    dynamic = point(work, chosen, seed)
+    dynamic, tau = chosen.work(whole(work), seed), chosen.changes["selection.tau"]
     _publish_samples(work, dynamic, "operating_point")
     panels = {
         f"dense VAR, seed {seed}": _first_images(dense),
-        f"DMoE-VAR, tau {', '.join(f'{t:g}' for t in chosen.tau)}": _first_images(dynamic),
+        f"DMoE-VAR, tau {', '.join(f'{t:g}' for t in tau)}": _first_images(dynamic),
     }
     sample_grid.draw(panels, min(GRID_CLASSES, config.var.num_classes), folder / "samples.png")
     by_tau = {}
-    shown = {"tau 0": (0.0,), "chosen tau": chosen.tau, "twice that": _twice(chosen.tau)}
-    for name, tau in shown.items():
+    shown = {"tau 0": (0.0,), "chosen tau": tau, "twice that": _twice(tau)}
+    for name, taus in shown.items():
         labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
-        by_tau[name] = collect_maps(work, bench, labels, SelectionConfig(tau=tau).rules(), seed)
+        by_tau[name] = collect_maps(work, bench, labels, SelectionConfig(tau=taus).rules(), seed)
     expert_maps.draw(by_tau, list(config.moe.scales), folder / "expert_maps.png")
 
 
@@ -233,13 +218,13 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
     titles = [column.removesuffix("_mean").replace("_", " ") for column in columns]
     heads = ["setting", "tau", "GMAC", "saved", fid_over_flops.display_name(fid_name)]
     heads += ["against dense", *titles]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for row in rows:
         tau = ", ".join(f"{value:g}" for value in row["tau"]) or "-"
         names = {"last": "last scales", "all": "all scales", "lists": row["label"]}
         name = names.get(row["group"], row["group"])
         name = f"**{row['label']}** (operating point)" if row["group"] == "chosen" else name
-        cells = [
+        lines.append([
             name,
             tau,
             f"{row['flops_gmac']:.4f}",
@@ -247,9 +232,8 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
             f"{row['fid_mean']:.3f}" + (f" ± {row['fid_std']:.3f}" if row["fid_std"] else ""),
             f"{row['fid_change']:+.2%}",
             *(_cell(column, row[column]) for column in columns),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown.table(heads, lines)
 
 
 def _cell(column: str, value: float) -> str:

@@ -539,7 +539,10 @@ POINT = Record(
     stage="evaluate",
     variant="default",
     fingerprint="f",
-    metrics={"flops_gmac": 0.75, "fid_efflite0_64px": 12.5, "recall": 0.25, "sampling_ms": 5.0},
+    metrics={
+        "flops_gmac": 0.75, "flops_gmac_std": 0.0, "fid_efflite0_64px": 12.5, "recall": 0.25,
+        "sampling_ms": 5.0,
+    },
     config=CONFIG,
     seed=7,
     num_samples=1000,
@@ -550,12 +553,15 @@ POINT = Record(
     threads=1,
     git_commit="c0ffee",
     libraries={"torch": "2.6"},
-    about={"base_sha256": "abc123", "reference": {"sha256": "def456"}},
-)
+    about={
+        "base_sha256": "abc123", "reference": {"sha256": "def456"},
+        "fidelity": "fid_efflite0_64px",
+    },
+)  # fmt: skip
 DENSE = replace(
     POINT,
     config=CONFIG | {"evaluate.model": "dense"},
-    metrics={"flops_gmac": 1.0, "fid_efflite0_64px": 12.0},
+    metrics={"flops_gmac": 1.0, "flops_gmac_std": 0.0, "fid_efflite0_64px": 12.0},
 )
 SWEEP = replace(
     POINT,
@@ -626,6 +632,21 @@ def test_a_card_shows_what_records_say(make_model, tmp_path):
     assert "Nothing was measured" not in card.text
 
 
+def test_evaluations_of_one_setting_are_joined_over_their_seeds(make_model, tmp_path):
+    """Of another number of images, or under other guidance, it is another line."""
+    seed = {"config": CONFIG | {"evaluate.seed": 8}, "seed": 8}
+    other = replace(POINT, **seed, metrics={**POINT.metrics, "fid_efflite0_64px": 13.5})
+    few = replace(other, num_samples=10)
+    unguided = replace(POINT, config=CONFIG | {"sampling.cfg": 0.0})
+    card = card_of(make_model, tmp_path, [POINT, few, other, unguided])
+    rows = [line.split(" | ")[3:] for line in card.text.splitlines() if "(this model" in line]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("1000", "7, 8", "fid_efflite0_64px 13 ± 0.71; recall 0.25 |"),
+        ("10", "8", "fid_efflite0_64px 13.5; recall 0.25 |"),
+        ("1000", "7", "fid_efflite0_64px 12.5; recall 0.25 |"),
+    ]
+
+
 def test_a_path_on_this_machine_is_not_shown(make_model, tmp_path):
     config = CONFIG | {"base.var": "/home/me/var_d16", "base.vqvae": "/home/me/vae.pth"}
     card = card_of(make_model, tmp_path, [replace(POINT, config=config)])
@@ -645,7 +666,8 @@ def test_savings_need_a_dense_model_under_the_same_guidance(make_model, tmp_path
     ("record", "said"),
     [
         (replace(POINT, config=CONFIG | {"var.depth": 3}), "var.depth is 3, this model has 2"),
-        (replace(POINT, metrics={}), "lacks 'flops_gmac'"),
+        (replace(POINT, metrics={"fid_efflite0_64px": 1.0}), "lacks 'flops_gmac'"),
+        (replace(POINT, about={}), "record of evaluate: lacks 'fidelity'"),
         (replace(SWEEP, about={"fidelity": "fid", "seeds": 3}), "record of sweep"),
     ],
 )

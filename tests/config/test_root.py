@@ -73,7 +73,7 @@ def test_what_a_file_demands_has_no_default(overrides, key):
         composed("pipeline", *overrides)
 
 
-MAPPINGS = ("depths", "minutes")
+MAPPINGS = ("depths",)
 
 
 def leaves(content, prefix=""):

@@ -35,7 +35,7 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.report import records
-from dmoe_var.stages import calibration_bench, evaluate, export, figures, loaded
+from dmoe_var.stages import calibration_bench, evaluate, export, loaded
 
 TRAINING = ["train_vqvae", "train_var", "sparsify", "split", "train_router"]
 
@@ -232,7 +232,6 @@ def test_broken_records_beside_others_are_left_out(make_work, runs, capsys):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"")
     assert export.measured(work) == []
-    assert figures.minutes(work, ["evaluate"]) == {}
     (row,) = [row for row in records.stages(work) if row["name"] == "evaluate"]
     assert row["state"] == "missing"
     said = capsys.readouterr().err

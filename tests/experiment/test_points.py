@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dmoe_var.errors import ConfigError
-from dmoe_var.experiment.points import Point, joined, vary
+from dmoe_var.experiment.points import Point, curves_of, joined, vary
 
 
 def test_vary_changes_what_it_names_alone(make_work):
@@ -46,7 +46,8 @@ def test_vary_checks_what_belongs_together(make_work):
 
 
 def test_seeds_of_a_point(make_work):
-    works = Point("x", None, {"selection.tau": (0.5,)}).works(make_work(), (3, 5))
+    point = Point("x", None, {"selection.tau": (0.5,)})
+    works = [point.work(make_work(), seed) for seed in (3, 5)]
     assert [each.config.evaluate.seed for each in works] == [3, 5]
     assert {each.config.selection.tau for each in works} == {(0.5,)}
 
@@ -65,3 +66,24 @@ def test_joined():
     assert "flops_gmac_authors" not in row
     one = joined([record("a", 1.0, 4.0, flops_gmac_authors=2.0)])
     assert (one["fid_std"], one["flops_gmac_authors"]) == (0, 2)
+
+
+def test_joined_measures_are_those_of_every_seed():
+    """Means of what all records have; what a single one has is nobody's mean."""
+    first = record("a", 1.0, 4.0, label_agreement=0.5, experts_share_scale2=0.25, recall=0.5)
+    row = joined([first, record("b", 3.0, 6.0, label_agreement=1.0, experts_share_scale2=0.75)])
+    assert (row["label_agreement"], row["experts_share_scale2"]) == (0.75, 0.5)
+    assert "recall" not in row
+
+
+def test_curves_of_a_sweep_are_its_groups():
+    """Lists that are not chosen are one curve, whatever stands between them."""
+    groups = ("dense", "last", "lists", "chosen", "lists")
+    settings = [{"group": group, "label": str(i)} for i, group in enumerate(groups)]
+    found = {c["name"]: (c["line"], [r["label"] for r in c["rows"]]) for c in curves_of(settings)}
+    assert found == {
+        "dense VAR": (False, ["0"]),
+        "one tau, last scales": (True, ["1"]),
+        "tau a scale": (False, ["2", "4"]),
+        "operating point": (False, ["3"]),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmoe_var.figures.claims import Gap, Verdict, gap, table, verdicts
+from dmoe_var.figures.claims import Gap, Verdict, gap, table
 
 
 def curve(name, points):
@@ -79,65 +79,20 @@ def test_says_nothing_without_common_flops():
     assert "share too few FLOPs" in Verdict("c", "3", "a", "b", None).says
 
 
-def test_verdicts_name_the_curves_they_compare():
-    dense = curve("dense VAR", [(10, (5, 5))])
-    good, bad = [(5, (6, 6.1)), (9, (5, 5.1))], [(5, (9, 9.1)), (9, (8, 8.1))]
-    drawn = {
-        "3": {"curves": [dense, curve("last", good), curve("all", bad), curve("pruned", bad)]},
-        "4": {"curves": [dense, curve("scale 3", bad), curve("scale 4", good)]},
-        "7": {"curves": [dense, curve("both", good), curve("relu", good), curve("gelu", bad)]},
-        "8a": {"curves": [dense, curve("8", bad), curve("16", good), curve("32", good)]},
-    }
-    found = verdicts(drawn)
-    pairs = [(v.figure, v.better, v.worse, v.says.split(":")[0]) for v in found]
-    assert pairs == [
-        ("3", "last", "all", "confirmed"),
-        ("3", "last", "pruned", "confirmed"),
-        ("4", "scale 4", "scale 3", "confirmed"),
-        ("7", "relu", "gelu", "confirmed"),
-        ("7", "both", "relu", "not settled"),
-        ("8a", "8", "32", "contradicted"),
+def test_table():
+    """A gap in FID, one in percent of the own dense model's, and none."""
+    found = Gap(-3.0, 0.051, 5.0, 9.0, lower=-3.04, upper=-2.96, num_seeds=2)
+    relative = Gap(-10.0, 0.0, 0.5, 1.0, lower=-14, upper=-4, num_seeds=3, relative=True)
+    verdicts = [
+        Verdict("a claim", name, "a", "b", each)
+        for name, each in (("3", found), ("5", relative), ("4", None))
     ]
-    lines = table(found).splitlines()
-    assert len(lines) == 4 + len(found)
-    assert "| 5.000 to 9.000 GMAC | -3.00 (0.00) | -3.0, -3.0 |" in lines[2]
-
-
-def test_depths_are_compared_relative_to_their_own_dense_models():
-    drawn = {
-        "5": {
-            "curves": [
-                curve("dense 2", [(10, (10, 10))]),
-                curve("depth 2", [(5, (12, 12)), (10, (10, 10))]),
-                curve("dense 4", [(20, (5, 5))]),
-                curve("depth 4", [(10, (5, 5)), (20, (5, 5))]),
-            ]
-        }
-    }
-    (verdict,) = verdicts(drawn)
-    assert (verdict.better, verdict.gap.mean) == ("depth 4", pytest.approx(-10))
-    assert "| 50 to 100 % of dense | -10.00 (0.00) % |" in table([verdict])
-
-
-def test_each_calibration_is_judged_against_each_rival():
-    """By the curves' methods, not by their places."""
-    points = {"dense": 5, "search": 4, "calibrated": 3, "fixed": 2, "by_layer": 1}
-    curves = [
-        {**curve(f"the {method}", [(1, (fid, fid)), (3, (fid, fid + 1))]), "method": method}
-        for method, fid in points.items()
+    heads, rule, *rows, _, note = table(verdicts).splitlines()
+    assert heads.count("|") == rule.count("|") == 9
+    assert rows == [
+        "| a claim | 3 | a | b | 5.000 to 9.000 GMAC | -3.00 (0.05) | -3.0, -3.0 | confirmed |",
+        "| a claim | 5 | a | b | 50 to 100 % of dense | -10.00 (0.00) % | -14.0, -4.0 % | "
+        "confirmed |",
+        "| a claim | 4 | a | b | - | - | - | cannot be told: the curves share too few FLOPs |",
     ]
-    found = verdicts({"calibration": {"curves": curves}})
-    assert {(v.better, v.worse): v.gap.mean for v in found} == {
-        ("the by_layer", "the fixed"): pytest.approx(-1),
-        ("the by_layer", "the search"): pytest.approx(-3),
-        ("the calibrated", "the fixed"): pytest.approx(1),
-        ("the calibrated", "the search"): pytest.approx(-1),
-    }
-
-
-def test_routers_are_judged_against_chance():
-    """By the curves' names, wherever they stand."""
-    points = {"dense VAR": 5, "top-k": 3, "random k": 4, "oracle, Eq. 3": 1, "Eq. 3": 2}
-    curves = [curve(name, [(1, (fid, fid)), (3, (fid, fid + 1))]) for name, fid in points.items()]
-    (found,) = verdicts({"rules": {"curves": curves}})
-    assert (found.better, found.worse, found.gap.mean) == ("Eq. 3", "random k", pytest.approx(-2))
+    assert "a test at 5 % by itself" in note

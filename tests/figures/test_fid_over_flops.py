@@ -1,4 +1,4 @@
-"""Figure 3: FID over FLOPs from the settings of a sweep's record."""
+"""FID over FLOPs: the curves of a sweep's record."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import colors
 
+from dmoe_var.experiment.points import LABELS, curves_of
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.style import COLOURS
 
@@ -23,18 +24,17 @@ LISTS = [setting("lists", "paper", 8.2, 21.0), setting("chosen", "ours", 8.1, 20
 @pytest.mark.parametrize("settings", [[DENSE], [DENSE, *LAST, *ALL, *LISTS]])
 def test_draw(opened, tmp_path, settings):
     path = tmp_path / "figure.png"
-    fid_over_flops.draw(settings, "fid_efflite0_64px", "a title", path)
+    curves = curves_of(settings)
+    fid_over_flops.draw(curves, "fid_efflite0_64px", "a title", "a note", path)
     width, height = opened(path).size
     assert 500 < width < 1500
     assert 350 < height < 1100
 
 
-def test_every_setting_is_there(monkeypatch, tmp_path):
+def test_every_setting_is_there(unsaved):
     """Each group in its own colour, the chosen tau a red cross, error bars of fid_std."""
-    kept = []
-    monkeypatch.setattr(fid_over_flops, "save", lambda figure, path: kept.append(figure))
-    fid_over_flops.draw([DENSE, *LAST, *ALL, *LISTS], "fid", "title", tmp_path / "figure.png")
-    (axis,) = kept[0].axes
+    curves = curves_of([DENSE, *LAST, *ALL, *LISTS])
+    (axis,) = unsaved(fid_over_flops, fid_over_flops.draw, curves, "fid", "title", "").axes
     drawn = {}
     for container in axis.containers:
         line, _, (bars,) = container.lines
@@ -42,7 +42,7 @@ def test_every_setting_is_there(monkeypatch, tmp_path):
         drawn[container.get_label()] = points.tolist(), line.get_marker(), line.get_color()
         ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
         assert ends == [[y - 0.5, y + 0.5] for _, y in points]
-    by_group = {group: drawn[label] for group, label in fid_over_flops.LABELS.items()}
+    by_group = {group: drawn[label] for group, label in LABELS.items()}
     assert by_group["dense"][:2] == ([[10.0, 20.0]], "*")
     assert by_group["last"][0] == sorted([s["flops_gmac"], s["fid_mean"]] for s in LAST)
     assert by_group["chosen"][:2] == ([[8.1, 20.1]], "x")
@@ -58,7 +58,7 @@ def test_both_accountings_of_the_same_points(unsaved):
     rows = [
         {**row, "flops_gmac_authors": row["flops_gmac"] - 1.5 * i} for i, row in enumerate(LAST)
     ]
-    curves = fid_over_flops.curves_of(rows)
+    curves = curves_of(rows)
     left, right = unsaved(
         fid_over_flops, fid_over_flops.draw_accounting, curves, "fid", "title", "note"
     ).axes

@@ -45,3 +45,21 @@ def test_parts_of_an_image_stand_end_to_end(unsaved):
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a, batch 4", "c, batch 2"]
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
     assert legend == ["attention", "head", "decoder"]
+
+
+def test_times_are_ratios_to_the_dense_model_of_their_run(unsaved):
+    """Two runs, one on a machine twice as slow: the same curve."""
+    rows = [{"tau": 0.5, "ms_median": 6.0, "ms_p10": 5.0, "ms_p90": 8.0}]
+    slow = [{"tau": 0.5, "ms_median": 12.0, "ms_p10": 10.0, "ms_p90": 16.0}]
+    curves = [
+        {"name": "a", "method": "last", "shade": 0.0, "dense": {"ms_median": 4.0}, "rows": rows},
+        {"name": "b", "method": "last", "shade": 1.0, "dense": {"ms_median": 8.0}, "rows": slow},
+    ]
+    (axis,) = unsaved(times, times.draw_over_tau, curves, "title", "note").axes
+    for bars in axis.containers:
+        assert bars[0].get_ydata() == pytest.approx([1.5])
+        (segment,) = bars[2][0].get_segments()
+        assert segment[:, 1] == pytest.approx([1.25, 2.0])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "dense VAR (4 to 8 ms)", "a", "b",
+    ]  # fmt: skip

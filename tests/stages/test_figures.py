@@ -13,9 +13,8 @@ from dmoe_var.config.figures import OURS, PAPER
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.experiment.points import operating_point, vary
-from dmoe_var.figures import times
 from dmoe_var.stages import figures
-from dmoe_var.stages.figure_catalogue import FIGURES
+from dmoe_var.stages.catalogue import FIGURES
 from dmoe_var.stages.figures import make, missing, plan_text
 
 FEW = {
@@ -93,7 +92,7 @@ def test_points_of_a_curve_are_those_of_its_name(work_of, tmp_path):
     work = work_of(tmp_path, "3")
 
     def changes(name):
-        curves = FIGURES[name].curves(work)
+        curves = FIGURES[name](work).curves
         return {c.name: [dict(p.changes) for p in c.points] for c in curves}
 
     four = changes("4")
@@ -117,9 +116,9 @@ def test_points_of_the_calibration_are_those_of_its_record(work_of, runs):
     """Each way to choose tau is drawn at the tau that it chose."""
     work = work_of(runs, "calibration", make=True)
     assert "calibration come after its tau are found" in plan_text(work, missing(work))
-    (need,) = [need for need in FIGURES["calibration"].needs(work) if need.stage == "calibrate"]
-    record = run_stage(need.work, "calibrate")
-    curves = FIGURES["calibration"].curves(work)[1:]
+    (calibration,) = FIGURES["calibration"](work).runs
+    record = run_stage(calibration.work(work), "calibrate")
+    curves = FIGURES["calibration"](work).curves[1:]
     assert {curve.method for curve in curves} == set(record.about["curves"])
     for curve in curves:
         (row,), (point,) = record.about["curves"][curve.method], curve.points
@@ -176,7 +175,7 @@ def test_missing_records_are_one_line(work_of, runs):
 
 def test_plan(work_of, runs):
     """What is done is not planned; the order has each step after what it builds on."""
-    work = work_of(runs, "5", "7", minutes={"evaluate": 5.0, "split": 1.0})
+    work = work_of(runs, "5", "7")
     steps = missing(work)
     stages = [step.stage for step in steps]
     assert stages.count("train_var") == 1  # the other depth
@@ -186,9 +185,9 @@ def test_plan(work_of, runs):
         for upstream in step.work.needs(step.stage):
             above = str(step.work.folder(upstream))
             assert above in folders[:i] or (Path(above) / "result.json").exists()
-    text = plan_text(work, steps)
-    assert f"{len(steps)} steps" in text
-    assert "0.1 min" in text  # 20 of 1,000 images in 5 min
+    *lines, last = plan_text(work, steps).splitlines()
+    assert [line.split() for line in lines] == [[str(i), f] for i, f in enumerate(folders, 1)]
+    assert last == f"{len(steps)} steps"
     assert missing(work) == steps  # nothing was made
 
 
@@ -242,62 +241,6 @@ def test_the_operating_point(make_work):
 def test_a_tau_for_each_layer_is_of_its_own_depth(work_of, make_work, name):
     """Curves of another depth do without it."""
     work = make_work(changes={"selection.layer_tau": [[0.1], [0.2]]}, edited=FEW)
-    needed = [need.work.config for need in FIGURES[name].needs(work)]
+    needed = [need.work.config for need in FIGURES[name](work).needs(work)]
     assert {config.var.depth for config in needed} == {1, 2}
     assert all(config.var.depth == 1 for config in needed if config.selection.layer_tau)
-
-
-def test_times_are_ratios_to_the_dense_model_of_their_run(monkeypatch, tmp_path):
-    """Two runs, one on a machine twice as slow: the same curve."""
-    drawn = []
-    monkeypatch.setattr(times, "save", lambda figure, paths: drawn.append(figure))
-    rows = [{"tau": 0.5, "ms_median": 6.0, "ms_p10": 5.0, "ms_p90": 8.0}]
-    slow = [{"tau": 0.5, "ms_median": 12.0, "ms_p10": 10.0, "ms_p90": 16.0}]
-    curves = [
-        {"name": "a", "method": "last", "shade": 0.0, "dense": {"ms_median": 4.0}, "rows": rows},
-        {"name": "b", "method": "last", "shade": 1.0, "dense": {"ms_median": 8.0}, "rows": slow},
-    ]
-    times.draw_over_tau(curves, "title", "note", tmp_path)
-    (axis,) = drawn[0].axes
-    for bars in axis.containers:
-        assert bars[0].get_ydata() == pytest.approx([1.5])
-        (segment,) = bars[2][0].get_segments()
-        assert segment[:, 1] == pytest.approx([1.25, 2.0])
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
-        "dense VAR (4 to 8 ms)", "a", "b",
-    ]  # fmt: skip
-
-
-def timing_row(model, tau, ms, compiled=False, by_scale=(2.0, 8.0)):
-    return {
-        "model": model, "tau": tau, "batch_size": 4, "compiled": compiled, "ms_median": ms,
-        "ms_p10": ms - 1, "ms_p90": ms + 1, "by_scale_ms": list(by_scale),
-    }  # fmt: skip
-
-
-def test_what_is_drawn_of_a_benchmark(monkeypatch, tmp_path):
-    """Eager rows alone: images a second through each scale, and times over tau beside dense."""
-    drawn = {}
-    for name in ("draw_throughput", "draw_over_tau"):
-        monkeypatch.setattr(times, name, lambda *given, name=name: drawn.update({name: given}))
-    rows = [
-        timing_row("dense", None, 20.0),
-        timing_row("dense", None, 5.0, compiled=True, by_scale=(1.0, 1.0)),
-        timing_row("dynamic", 0.5, 15.0, by_scale=(2.0, 5.0)),
-        timing_row("random", 0.5, 14.0, by_scale=(1.0, 1.0)),
-        timing_row("dynamic", 0.5, 4.0, compiled=True, by_scale=(1.0, 1.0)),
-    ]
-    timing = {"name": "experts of 32", "method": "last", "shade": 0.5, "rows": rows}
-    data = {"timings": [timing], "note": "a note"}
-    figures._draw_throughput(data, "title", tmp_path)
-    bars, *rest = drawn["draw_throughput"]
-    assert rest == ["title", "a note", tmp_path]
-    assert [(bar["method"], bar["images_per_s"]) for bar in bars] == [
-        ("dense", [2000, 500]),
-        ("chosen", [2000, 800]),
-    ]
-    figures._draw_times(data, "title", tmp_path)
-    ((curve,), *_) = drawn["draw_over_tau"]
-    assert curve["dense"] == rows[0]
-    assert curve["rows"] == [rows[2]]
-    assert (curve["name"], curve["shade"]) == ("experts of 32", 0.5)

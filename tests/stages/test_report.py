@@ -20,7 +20,7 @@ from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import SAMPLER_PARTS
 from dmoe_var.report.records import Curves, setting_of
 from dmoe_var.stages import report
-from dmoe_var.stages.sweep import point, settings
+from dmoe_var.stages.sweep import settings
 
 SMALL = {"report.tau": [0.0, 0.5], "report.labels": [7, 1], "report.grid_images": 12}
 SWEEP = {"sweep.last": [0.5], "sweep.lists": {"ours": [0.3, 0.6]}}
@@ -68,8 +68,8 @@ def test_the_sweep_becomes_the_curve(swept):
 def test_tables_by_scale_are_means_over_the_seeds(swept):
     work, _ = swept
     chosen = next(row for row in rows_of(data_of(work)) if row["chosen"])
-    setting = next(each for each in settings(work) if each.group == "chosen")
-    records = [run_stage(point(work, setting, seed), "evaluate") for seed in (0, 1)]
+    point = next(point for curve, point in settings(work) if curve.method == "chosen")
+    records = [run_stage(point.work(work, seed), "evaluate") for seed in (0, 1)]
     for si, scale in enumerate(chosen["scales"]):
         gmac = np.mean([record.metrics[f"flops_scale{si}_gmac"] for record in records])
         assert scale["gmac"] == pytest.approx(gmac)

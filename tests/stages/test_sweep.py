@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from dmoe_var.experiment.graph import run_stage
 from dmoe_var.experiment.record import Record
 from dmoe_var.sampling.store import StoredDrawing
 from dmoe_var.stages import evaluate, sweep
-from dmoe_var.stages.sweep import point, settings, table
+from dmoe_var.stages.sweep import settings, table, table_of, whole
 
 GROUPS = ["dense", "last", "last", "chosen", "lists"]
 
@@ -37,9 +38,13 @@ def points_run(monkeypatch):
 def test_settings(make_work):
     """The dense model first; grids on the last and on all scales; lists on the last."""
     work = make_work(changes={"sweep.all": [0.1], "sweep.lists.one": 0.2})
-    found = [(s.group, s.label, s.model, s.tau, s.scales) for s in settings(work)]
-    assert found == [
-        ("dense", "dense", "dense", (), ()),
+    found = []
+    for curve, point in settings(work):
+        config = point.work(work, 0).config
+        told = (config.evaluate.model, config.selection.tau, config.moe.scales)
+        found.append((curve.method, point.label, *told))
+    assert found[0][:3] == ("dense", "dense", "dense")
+    assert found[1:] == [
         ("last", "0", "dynamic", (0.0,), (2, 3)),
         ("last", "0.5", "dynamic", (0.5,), (2, 3)),
         ("all", "0.1", "dynamic", (0.1,), (0, 1, 2, 3)),
@@ -52,7 +57,7 @@ def test_settings(make_work):
 def test_points(make_work):
     """Each is the evaluate stage of the same options, in a folder of its own."""
     work = make_work(changes={"sweep.all": [0.1, 0.5]})
-    works = [point(work, setting, seed) for setting in settings(work) for seed in (0, 1)]
+    works = [point.work(work, seed) for _, point in settings(work) for seed in (0, 1)]
     assert len({each.folder("evaluate") for each in works}) == len(works) == 14
     for changes, setting in (
         ({"evaluate.model": "dense"}, 0),
@@ -61,9 +66,19 @@ def test_points(make_work):
         ({"selection.tau": [0.3, 0.6]}, 5),
     ):
         alone = make_work(changes={**changes, "evaluate.seed": 1})
-        ours = point(work, settings(work)[setting], 1)
+        ours = settings(work)[setting][1].work(work, 1)
         assert ours.fingerprint("evaluate") == alone.fingerprint("evaluate")
         assert ours.folder("evaluate") == alone.folder("evaluate")
+
+
+def test_points_take_nothing_of_a_selection(make_work):
+    """Whatever else is asked for on the command line, their records are the same."""
+    plain = make_work()
+    asked = make_work(changes={"selection.rule": "top_k", "selection.k": 2})
+    layers = make_work(changes={"selection.layer_tau": [[0.1], [0.2]]})
+    for _, point in settings(plain):
+        there = [point.work(whole(work), 1).folder("evaluate") for work in (plain, asked, layers)]
+        assert len(set(there)) == 1
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +104,9 @@ def test_sweep(make_work, swept, images_of):
     record = Record.read(work.folder("sweep") / "result.json")
     rows = record.about["settings"]
     assert [row["group"] for row in rows] == GROUPS
+    assert [(row["tau"], row["scales"]) for row in rows] == [
+        ([], []), ([0.0], [2, 3]), ([0.5], [2, 3]), ([0.3, 0.6], [2, 3]), ([1.0, 1.0], [2, 3]),
+    ]  # fmt: skip
     for row in rows:
         records = [Record.read(work.root / at / "result.json") for at in row["points"]]
         assert [r.config["evaluate.seed"] for r in records] == [0, 1]
@@ -188,6 +206,12 @@ def test_table():
         "| paper | 0.18161, 0.5 | 1.0000 | 0.0% | 10.000 | +0.00% | 99.5% |",
         "| **ours** (operating point) | 0.3 | 1.0000 | 0.0% | 9.900 ± 0.250 | -1.00% | 99.5% |",
     ]
+
+
+def test_table_of_the_committed_sweep():
+    folder = Path(__file__).resolve().parents[2] / "notebooks" / "records" / "digits"
+    record = Record.read(folder / "sweep_full.json")
+    assert table_of(record) + "\n" == (folder / "table.md").read_text()
 
 
 def test_table_of_what_was_measured():

@@ -24,6 +24,8 @@ class Key:
     """Marks a field of a rule as a key of configurations, under `selection`."""
 
     default: Any
+    explanation: str
+    """One line for those who set it."""
     by_scale: Any = None
     """The key's type if it holds a value for each scale, as one key of a rule may."""
     name: str | None = None

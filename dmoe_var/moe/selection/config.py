@@ -7,19 +7,26 @@ from dataclasses import field, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmoe_var.config_fields import STRICT
-from dmoe_var.moe.selection.base import SelectionRule, declared_fields, keys_of, shown_values
+from dmoe_var.moe.selection.base import Key, SelectionRule, declared_fields, keys_of, shown_values
 from dmoe_var.moe.selection.rules import RULES
 from dmoe_var.moe.selection.threshold import LayerThreshold, Threshold
 
 
-def _keys() -> dict[str, tuple[Any, Any]]:
-    """Type and default of every key, those that rules have in common once."""
-    found: dict[str, tuple[Any, Any]] = {}
+def _keys() -> dict[str, tuple[Any, Key]]:
+    """Type of every key and how it is declared, those that rules have in common once."""
+    found: dict[str, tuple[Any, Key]] = {}
     for rule in RULES.values():
         for name, key in keys_of(rule).items():
             kind = key.by_scale or declared_fields(rule)[name]
-            found.setdefault(key.name or name, (kind, key.default))
+            found.setdefault(key.name or name, (kind, key))
     return found
+
+
+_RULE = f"Rule by which experts are chosen: {', '.join(RULES)}."
+
+
+def _explained(default: Any, explanation: str) -> Any:
+    return field(default=default, metadata={"explanation": explanation})
 
 
 class _Section:
@@ -76,11 +83,15 @@ else:
     SelectionConfig = make_dataclass(
         "SelectionConfig",
         [
-            ("rule", Literal[tuple(RULES)], field(default=Threshold.name)),
-            *((key, kind, field(default=default)) for key, (kind, default) in _keys().items()),
+            ("rule", Literal[tuple(RULES)], _explained(Threshold.name, _RULE)),
+            *((n, kind, _explained(k.default, k.explanation)) for n, (kind, k) in _keys().items()),
         ],
         bases=(_Section,),
-        namespace={"__pydantic_config__": STRICT, "__module__": __name__},
+        namespace={
+            "__doc__": "Which experts run on a token; each rule reads its own keys.",
+            "__module__": __name__,
+            "__pydantic_config__": STRICT,
+        },
         frozen=True,
     )
 

@@ -21,7 +21,7 @@ class Cumulative(SelectionRule):
     At least one expert runs, also where the share is 0 or all scores are.
     """
 
-    share: Annotated[Share, Key(0.9)]
+    share: Annotated[Share, Key(0.9, "Share of the scores that the experts of cumulative reach.")]
 
     name: ClassVar[str] = "cumulative"
     label: ClassVar[str] = "cumulative share"

@@ -18,7 +18,14 @@ from dmoe_var.moe.selection.finite import check_finite
 class Threshold(SelectionRule):
     """Eq. 3: expert e runs iff score_e >= tau * max_j score_j. tau = 0 runs all experts."""
 
-    tau: Annotated[Share, Key((0.2,), by_scale=Taus)]
+    tau: Annotated[
+        Share,
+        Key(
+            (0.2,),
+            "Threshold of Eq. 3 (threshold, oracle, keys): one, one per sparse scale, or per scale.",
+            by_scale=Taus,
+        ),
+    ]
 
     name: ClassVar[str] = "threshold"
     label: ClassVar[str] = "Eq. 3, evaluated alone"
@@ -54,7 +61,16 @@ _ByScale = tuple[Annotated[tuple[Share, ...], Several], ...]
 class LayerThreshold(SelectionRule):
     """Eq. 3 with a tau for each layer."""
 
-    taus: Annotated[tuple[Share, ...], Several, Key((), by_scale=_ByScale, name="layer_tau")]
+    taus: Annotated[
+        tuple[Share, ...],
+        Several,
+        Key(
+            (),
+            "In the place of tau, for threshold: by sparse scale, a tau for each layer.",
+            by_scale=_ByScale,
+            name="layer_tau",
+        ),
+    ]
 
     name: ClassVar[str] = "layer_threshold"
     label: ClassVar[str] = "a tau a layer"

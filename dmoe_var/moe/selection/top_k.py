@@ -16,7 +16,7 @@ from dmoe_var.moe.selection.finite import check_finite
 class Counted(SelectionRule):
     """Base of rules that run k experts."""
 
-    k: Annotated[Count, Key(8)]
+    k: Annotated[Count, Key(8, "Experts per token (top_k, random).")]
 
     def misfit(self, depth: int, num_experts: int) -> tuple[str, str] | None:
         if self.k <= num_experts:

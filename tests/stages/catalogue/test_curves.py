@@ -1,32 +1,12 @@
-"""What the points of each figure differ in, as a command line would say it."""
+"""What the points of each curve differ in, as a command line would say it."""
 
 from __future__ import annotations
 
 import pytest
 
-from dmoe_var.stages.figure_catalogue import FIGURES
+from dmoe_var.stages.catalogue import FIGURES
 
-KEYS = {
-    "figures.tau": [0.0, 0.5],
-    "figures.alphas": [0.0, 1e-3],
-    "figures.router_alphas": [1e-1, 1e-3],
-    "figures.gelu_alpha": 3e-4,
-    "figures.expert_sizes": [64, 32],
-    "figures.single_scales": [3, 1],
-    "figures.depths": {"2": None, "3": "three"},
-    "figures.pruned_shares": [0.25, 0.5],
-    "figures.k_shares": [0.25, 0.75],
-    "figures.cumulative_shares": [0.9],
-    "figures.time_tau": [0.0, 0.9],
-    "figures.batch_size": 2,
-}
 DENSE = {"evaluate.model": "dense"}
-
-
-@pytest.fixture
-def work(make_work):
-    """Four experts of 32 on scales 2 and 3 of four; its operating point is tau 0.3, 0.6."""
-    return make_work(edited=KEYS)
 
 
 def over_tau(rule="threshold", **changes):
@@ -51,13 +31,6 @@ CURVES = {
         "scale 2 alone": over_tau(**{"moe.scales": (1,)}),
         "scale 4 alone": over_tau(**{"moe.scales": (3,)}),
     },
-    "6": {
-        "dense VAR": [DENSE],
-        "all experts": [
-            {"sparsify.alpha": alpha, "evaluate.model": "dynamic", "selection.rule": "all"}
-            for alpha in (0.0, 1e-3)
-        ],
-    },
     "7": {
         "dense VAR": [DENSE],
         "ReLU and Hoyer": over_tau("oracle"),
@@ -70,11 +43,6 @@ CURVES = {
         "dense VAR": [DENSE],
         "experts of 32": over_tau("oracle", **{"split.expert_size": 32}),
         "experts of 64": over_tau("oracle", **{"split.expert_size": 64}),
-    },
-    "10": {
-        "dense VAR": [DENSE],
-        "alpha 0.001": over_tau(**{"sparsify.alpha": 1e-3}),
-        "alpha 0.1": over_tau(**{"sparsify.alpha": 1e-1}),
     },
     "accounting": {
         "dense VAR": [DENSE],
@@ -96,7 +64,7 @@ CURVES = {
 @pytest.mark.parametrize("name", CURVES)
 def test_curves(work, name):
     """Every point and no other; its value and label are what it differs in."""
-    curves = FIGURES[name].curves(work)
+    curves = FIGURES[name](work).curves
     found = {c.name: [dict(p.changes) for p in c.points] for c in curves}
     assert found == CURVES[name]
     for curve in curves:
@@ -111,7 +79,7 @@ def test_curves(work, name):
 
 def test_main_curves(work):
     """Figure 3: dense models of other depths stand beside the experts of this one."""
-    curves = {c.name: [dict(p.changes) for p in c.points] for c in FIGURES["3"].curves(work)}
+    curves = {c.name: [dict(p.changes) for p in c.points] for c in FIGURES["3"](work).curves}
     assert curves.pop("one tau, last scales") == over_tau()
     assert curves.pop("one tau, all scales") == over_tau(**{"moe.scales": (0, 1, 2, 3)})
     assert curves.pop("Pruned-FFN, last scales") == [
@@ -126,7 +94,7 @@ def test_main_curves(work):
 
 def test_depths_come_with_their_own_dense_model(work):
     """Figure 5, in the order of depth, the experiment's own included."""
-    curves = FIGURES["5"].curves(work)
+    curves = FIGURES["5"](work).curves
     kinds = ("dense", "one tau, last scales")
     names = [f"{kind}, depth {depth}" for depth in (1, 2, 3) for kind in kinds]
     assert [curve.name for curve in curves] == names
@@ -137,31 +105,3 @@ def test_depths_come_with_their_own_dense_model(work):
         assert {point.changes["base.var"] for point in curve.points} == {sources[depth]}
         models = {point.changes["evaluate.model"] for point in curve.points}
         assert models == {"dynamic" if i % 2 else "dense"}
-
-
-def test_stages_whose_own_records_are_drawn(work):
-    runs = {name: FIGURES[name].runs(work) for name in FIGURES}
-    assert [(r.name, r.stage, r.changes) for r in runs["6"]] == [
-        ("alpha 0", "sparsify", {"sparsify.alpha": 0.0}),
-        ("alpha 0.001", "sparsify", {"sparsify.alpha": 1e-3}),
-    ]
-    assert [(r.name, r.stage, r.changes) for r in runs["10"]] == [
-        ("alpha 0.001", "train_router", {"sparsify.alpha": 1e-3}),
-        ("alpha 0.1", "train_router", {"sparsify.alpha": 1e-1}),
-    ]
-    point = {key: value for key, value in CHOSEN.items() if key != "evaluate.model"}
-    for name in ("2b", "12"):
-        assert [(r.stage, r.changes) for r in runs[name]] == [("maps", point)]
-    (plain,), (fine,) = runs["2a"], runs["11"]
-    assert plain.changes == {"sample.model": "both", "sample.per_class": 2, **point}
-    assert fine.changes == {
-        "sample.model": "both", "sample.per_class": 3, **point, "sampling.cfg": 4.0,
-        "sampling.top_p": 0.95, "sampling.more_smooth": True,
-    }  # fmt: skip
-    (bars,) = runs["8b"]
-    assert (bars.changes["benchmark.tau"], bars.changes["benchmark.chosen"]) == ((), True)
-    assert bars.changes["benchmark.parts"] is True
-    for run, size in zip(runs["9"], (32, 64), strict=True):
-        timed = (0.0, 0.9), (2,), False, size
-        keys = ("benchmark.tau", "benchmark.batch_sizes", "benchmark.chosen", "split.expert_size")
-        assert (run.stage, *(run.changes[key] for key in keys)) == ("benchmark", *timed)

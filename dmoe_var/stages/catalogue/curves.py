@@ -1,0 +1,250 @@
+"""Figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours: rules, calibration, accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dmoe_var.experiment.graph import record_if_done
+from dmoe_var.experiment.points import (
+    Curve,
+    Point,
+    dense_curve,
+    operating_point,
+    single,
+    tau_curve,
+    vary,
+)
+from dmoe_var.experiment.work import Work
+from dmoe_var.figures import fid_over_flops
+from dmoe_var.figures.calibration import NAMES
+from dmoe_var.figures.style import Paths
+from dmoe_var.models.var import VARConfig
+from dmoe_var.stages.catalogue.figure import (
+    Changes,
+    Claim,
+    Data,
+    Figure,
+    Run,
+    fitting_sizes,
+    heading,
+    shades,
+)
+
+LAST_SCALES = "the last scales are the ones to sparsify"
+
+
+def draw(work: Work, data: Data, paths: Paths) -> None:
+    """FID over FLOPs."""
+    fid_over_flops.draw(data["curves"], data["fid"], heading(data), data["note"], paths)
+
+
+def draw_accounting(work: Work, data: Data, paths: Paths) -> None:
+    """FID over FLOPs as we and as the authors count them."""
+    given = data["curves"], data["fid"], heading(data), data["note"]
+    fid_over_flops.draw_accounting(*given, paths)
+
+
+def trade(work: Work) -> Figure:
+    """3: one tau on the last and on all scales, pruned FFNs, the chosen tau, and dense models of
+    other depths: what the same FLOPs buy without experts."""
+    figures = work.config.figures
+    every = {"moe.scales": tuple(range(work.config.var.num_scales))}
+    last = _over_tau(work, "one tau, last scales", "last")
+    everywhere = _over_tau(work, "one tau, all scales", "all", every)
+    shares = figures.along(figures.pruned_shares)
+    changes = {"evaluate.model": "pruned"}
+    pruned = _along("Pruned-FFN, last scales", "pruned", "pruning.share", shares, changes)
+    other = {d: s for d, s in figures.depths.items() if int(d) != work.config.var.depth}
+    others = [
+        dense_curve(f"dense, depth {d}", _of_depth(work, int(d), source), 1 - i / len(other))
+        for i, (d, source) in enumerate(other.items())
+    ]
+    return Figure(
+        "the trade: FID over FLOPs",
+        draw,
+        curves=[dense_curve(), last, everywhere, pruned, _chosen(work), *others],
+        claims=[
+            Claim(LAST_SCALES, last.name, everywhere.name),
+            Claim("routing by token beats pruning", last.name, pruned.name),
+        ],
+    )
+
+
+def single_scales(work: Work) -> Figure:
+    """4: experts at one scale alone."""
+    scales = sorted(work.config.figures.single_scales)
+    curves = [
+        _over_tau(work, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
+        for si, shade in zip(scales, shades(scales), strict=True)
+    ]
+    *coarser, finest = curves
+    return Figure(
+        "experts at a single scale",
+        draw,
+        curves=[dense_curve(), *curves],
+        claims=[Claim(LAST_SCALES, finest.name, other.name) for other in coarser],
+    )
+
+
+def depths(work: Work) -> Figure:
+    """5: each depth beside its own dense model."""
+    own = {str(work.config.var.depth): work.config.base.var}
+    by_depth = sorted({**work.config.figures.depths, **own}.items(), key=lambda item: int(item[0]))
+    curves = []
+    for (depth, source), shade in zip(by_depth, shades(by_depth), strict=True):
+        changes = _of_depth(work, int(depth), source)
+        name = f"one tau, last scales, depth {depth}"
+        curves.append(dense_curve(f"dense, depth {depth}", changes, shade))
+        curves.append(_over_tau(work, name, "last", changes, shade))
+    shallow, deep = (f"depth {by_depth[place][0]}" for place in (0, -1))
+    claim = Claim(
+        "a deeper model has more to give",
+        better=f"one tau, last scales, {deep}",
+        worse=f"one tau, last scales, {shallow}",
+        dense=(f"dense, {deep}", f"dense, {shallow}"),
+    )
+    claims = [claim] if deep != shallow else []
+    return Figure("two depths", draw, curves=curves, claims=claims)
+
+
+def without_relu(work: Work) -> Figure:
+    """7: what ReLU and the Hoyer loss each give, without errors of routers."""
+    alone = {"sparsify.alpha": 0.0}
+    gelu = {"sparsify.activation": "gelu", "sparsify.alpha": work.config.figures.gelu_alpha}
+    both = _over_tau(work, "ReLU and Hoyer", "oracle", rule="oracle")
+    relu = _over_tau(work, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
+    hoyer = _over_tau(work, "GELU and Hoyer", "all", gelu, rule="oracle")
+    return Figure(
+        "without ReLUfication (oracle selection)",
+        draw,
+        curves=[dense_curve(), both, relu, hoyer],
+        claims=[
+            Claim("ReLU gives more than Hoyer", relu.name, hoyer.name),
+            Claim("Hoyer adds to ReLU", both.name, relu.name),
+        ],
+    )
+
+
+def sizes(work: Work) -> Figure:
+    """8a: without errors of routers."""
+    fitting = fitting_sizes(work)
+    curves = []
+    for size, shade in zip(fitting, shades(fitting), strict=True):
+        changes = {"split.expert_size": size}
+        curves.append(_over_tau(work, f"experts of {size}", "oracle", changes, shade, "oracle"))
+    smallest, largest = curves[0], curves[-1]
+    claim = Claim("smaller experts are better in FID", smallest.name, largest.name)
+    return Figure(
+        "expert sizes (oracle selection)",
+        draw,
+        curves=[dense_curve(), *curves],
+        claims=[claim] if len(curves) > 1 else [],
+    )
+
+
+def rules(work: Work) -> Figure:
+    """Every selection rule on the last scales."""
+    figures = work.config.figures
+    num_experts = work.config.var.hidden // work.config.split.expert_size
+    counts = sorted({max(1, round(s * num_experts)) for s in figures.along(figures.k_shares)})
+    shares = figures.along(figures.cumulative_shares)
+
+    def curve(name: str, rule: str, key: str, values: Sequence[float]) -> Curve:
+        changes = {"evaluate.model": "dynamic", "selection.rule": rule}
+        return _along(name, rule, f"selection.{key}", values, changes)
+
+    routers, chance = _over_tau(work, "Eq. 3", "last"), curve("random k", "random", "k", counts)
+    return Figure(
+        "selection rules on the last scales",
+        draw,
+        curves=[
+            dense_curve(),
+            routers,
+            curve("top-k", "top_k", "k", counts),
+            curve("cumulative share", "cumulative", "share", shares),
+            chance,
+            _over_tau(work, "oracle, Eq. 3", "oracle", rule="oracle"),
+        ],
+        claims=[Claim("routers beat chance", routers.name, chance.name)],
+    )
+
+
+def calibration(work: Work) -> Figure:
+    """FID at the tau that the calibration and its rivals chose; no curve until it has run."""
+    changes = {"calibrate.budgets": work.config.figures.budgets, "calibrate.budget_ms": None}
+    run = Run("calibration", "calibrate", changes)
+    record = record_if_done(run.work(work), run.stage)
+    fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
+    found_by = record.about["curves"] if record else {}
+    curves = [dense_curve()] if record else []
+    for method, found in found_by.items():
+        points = tuple(
+            Point(f"{each['budget']:g}", each["budget"], {**fixed, **_as_keys(each["tau"])})
+            for each in found
+        )
+        curves.append(Curve(NAMES[method], method, points))
+    return Figure(
+        "tau from a budget, and its rivals",
+        draw,
+        curves=curves,
+        runs=[run],
+        claims=[
+            Claim("calibrated tau is better than tau chosen otherwise", NAMES[ours], NAMES[rival])
+            for ours in ("by_layer", "calibrated")
+            for rival in ("fixed", "linear", "search")
+        ],
+        pending="" if record else "its tau are found",
+    )
+
+
+def accounting(work: Work) -> Figure:
+    """What counting does to the axis."""
+    last = _over_tau(work, "one tau, last scales", "last")
+    curves = [dense_curve(), last, _chosen(work)]
+    return Figure("what counting does to the axis", draw_accounting, curves=curves)
+
+
+def _over_tau(
+    work: Work,
+    name: str,
+    method: str,
+    changes: Changes = {},  # noqa: B006
+    shade: float | None = None,
+    rule: str = "threshold",
+) -> Curve:
+    """A point for each tau of the figures."""
+    figures = work.config.figures
+    return tau_curve(name, method, figures.along(figures.tau), changes, shade, rule)
+
+
+def _along(name: str, method: str, key: str, values: Sequence[float], changes: Changes) -> Curve:
+    """A point for each value of a key."""
+    points = tuple(Point(f"{value:g}", value, {**changes, key: value}) for value in values)
+    return Curve(name, method, points)
+
+
+def _chosen(work: Work) -> Curve:
+    changes = {"evaluate.model": "dynamic", **operating_point(work)}
+    label = vary(work, changes).config.selection.text
+    return single("chosen tau a scale", "chosen", label, changes)
+
+
+def _of_depth(work: Work, depth: int, source: str | None) -> Changes:
+    """Another depth: what depth derives (width, heads, drop path, gain) is derived anew, what the
+    configuration gives by itself stays."""
+    var = work.config.var
+    derived = VARConfig(depth=var.depth)
+    anew = {
+        f"var.{name}": None
+        for name in ("width", "num_heads", "drop_path", "adaln_gamma_gain")
+        if getattr(var, name) == getattr(derived, name)
+    }
+    return {"var.depth": depth, "base.var": source, "selection.layer_tau": (), **anew}
+
+
+def _as_keys(tau: Sequence[Any]) -> Changes:
+    """A calibrated tau as configuration keys: one a scale, or one a layer of each."""
+    if isinstance(tau[0], list):
+        return {"selection.layer_tau": tuple(tuple(of_scale) for of_scale in tau)}
+    return {"selection.tau": tuple(tau)}

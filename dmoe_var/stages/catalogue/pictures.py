@@ -1,0 +1,88 @@
+"""Figures of pictures: the same seeds from both models (2a, 11), the experts that ran (2b, 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from dmoe_var.experiment.points import operating_point
+from dmoe_var.experiment.record import RESULT_FILE, Record
+from dmoe_var.experiment.work import Work
+from dmoe_var.figures import expert_maps, sample_grid
+from dmoe_var.figures.style import Paths
+from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
+from dmoe_var.stages.catalogue.figure import Changes, Data, Figure, Run
+from dmoe_var.stages.maps import CHOSEN, stored_maps
+from dmoe_var.stages.sample import Pictures
+
+SMOOTH = {"sampling.cfg": 4.0, "sampling.top_p": 0.95, "sampling.more_smooth": True}
+"""How the paper draws pictures that are looked at, not measured."""
+
+
+def same_seeds(work: Work) -> Figure:
+    """2a: sampled as all measurements are."""
+    return _grid(work, "same seeds, dense and dynamic", {"sample.per_class": 2})
+
+
+def same_seeds_smoothed(work: Work) -> Figure:
+    """11: sampled as the paper draws pictures."""
+    changes = {**SMOOTH, "sample.per_class": 3}
+    return _grid(work, "same seeds, guidance 4, smoothed", changes)
+
+
+def experts(work: Work) -> Figure:
+    """2b: at the operating point."""
+    return _maps(work, "experts over the picture", slice(1))
+
+
+def experts_by_tau(work: Work) -> Figure:
+    """12: at the operating point and at several tau."""
+    return _maps(work, "experts over the picture, several tau", slice(None))
+
+
+def _grid(work: Work, title: str, changes: Changes) -> Figure:
+    changes = {"sample.model": "both", **operating_point(work), **changes}
+    run = Run("samples", "sample", changes)
+    return Figure(title, draw_grid, runs=[run], of_runs=_cells)
+
+
+def _cells(work: Work, runs: Sequence[Run]) -> Data:
+    """Where the pictures are, and what the rows and columns of each grid are called."""
+    (run,) = runs
+    pictures = Pictures.of(run.work(work).config)
+    names = {"row_names": pictures.row_names, "column_names": pictures.column_names}
+    return {"record": run.place(work), "columns": pictures.columns, **names}
+
+
+def draw_grid(work: Work, data: Data, paths: Paths) -> None:
+    """A panel per model."""
+    folder = work.root / data["record"]
+    about = Record.read(folder / RESULT_FILE).about
+    panels = {}
+    for model in ("dense", "dynamic"):
+        panels[about[model]] = Samples.load(folder / model / SAMPLES_FILE).images
+    sample_grid.draw(panels, data["columns"], paths, data["row_names"], data["column_names"])
+
+
+def _maps(work: Work, title: str, settings: slice) -> Figure:
+    """settings: which of the stage's settings are shown; the operating point is the first."""
+    run = Run("maps", "maps", operating_point(work))
+    return Figure(title, partial(draw_maps, settings=settings), runs=[run], of_runs=_place)
+
+
+def _place(work: Work, runs: Sequence[Run]) -> Data:
+    (run,) = runs
+    return {"record": run.place(work)}
+
+
+def draw_maps(work: Work, data: Data, paths: Paths, settings: slice) -> None:
+    """A block of pictures and maps per setting."""
+    folder = work.root / data["record"]
+    about = Record.read(folder / RESULT_FILE).about
+    shown = about["settings"][settings]
+    by_tau = {_setting_name(each["name"]): stored_maps(folder, i) for i, each in enumerate(shown)}
+    expert_maps.draw(by_tau, about["scales"], paths)
+
+
+def _setting_name(name: str) -> str:
+    return "chosen tau" if name == CHOSEN else f"tau {name}"
