@@ -22,7 +22,7 @@ class Threshold(SelectionRule):
         Share,
         Key(
             (0.2,),
-            "Threshold of Eq. 3 (threshold, oracle, keys): one, one per sparse scale, or per scale.",
+            "Eq. 3's tau (threshold, oracle, keys): one, one per sparse scale, or one per scale.",
             by_scale=Taus,
         ),
     ]
