@@ -88,7 +88,7 @@ def _docstrings(section: Any) -> dict[str, str]:
         if not dataclasses.is_dataclass(cls):
             continue
         try:
-            source = inspect.getsource(cls)
+            source = inspect.getsource(typing.cast(type, cls))
         except OSError:  # made by code
             continue
         (tree,) = ast.parse(textwrap.dedent(source)).body

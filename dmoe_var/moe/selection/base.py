@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -113,16 +113,24 @@ Selection = SelectionRule | Sequence[SelectionRule] | None
 """One rule for all scales with experts, a list of rules (see `resolve_rules`), or none."""
 
 
-@cache
 def declared_fields(rule: Any) -> Mapping[str, Any]:
     """The annotation of each field of a rule."""
+    return _declared_fields(rule)
+
+
+@cache
+def _declared_fields(rule: Any) -> Mapping[str, Any]:
     hints = get_type_hints(rule, include_extras=True)
     return {field.name: hints[field.name] for field in fields(rule)}
 
 
-@cache
 def keys_of(rule: type[SelectionRule]) -> Mapping[str, Key]:
     """The key of each field that configurations have."""
+    return _keys_of(cast(Any, rule))
+
+
+@cache
+def _keys_of(rule: Any) -> Mapping[str, Key]:
     marks = {name: get_args(declared) for name, declared in declared_fields(rule).items()}
     found = {name: [m for m in of if isinstance(m, Key)] for name, of in marks.items()}
     return {name: keys[0] for name, keys in found.items() if keys}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmoe_var.config_fields import STRICT
@@ -74,6 +74,7 @@ class _Section:
 
 if TYPE_CHECKING:
 
+    @dataclass(frozen=True, init=False)
     class SelectionConfig(_Section):
         """`rule`, and the keys of all rules."""
 
