@@ -165,6 +165,7 @@ def rules(work: Work) -> Figure:
             curve("cumulative share", "cumulative", "share", shares),
             chance,
             _over_tau(work, "oracle, Eq. 3", "oracle", rule="oracle"),
+            _over_tau(work, "keys, Eq. 3", "keys", rule="keys"),
         ],
         claims=[Claim("routers beat chance", routers.name, chance.name)],
     )
