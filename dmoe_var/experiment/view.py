@@ -24,7 +24,7 @@ HOUSEKEEPING = (
     "train_router.micro_batch_size",
     "sampling.batch_size", "fidelity.batch_size",
     "sweep.part", "sweep.parts",
-    "figures.figure", "figures.make", "figures.plan", "figures.minutes",
+    "figures.figure", "figures.make", "figures.plan",
 )  # fmt: skip
 """Keys that change no result, or only its rounding: every stage may read them, and a run may go on
 with others. `data.root` is where the pictures are; which they are, their content says.
