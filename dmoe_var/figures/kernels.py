@@ -27,8 +27,9 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     columns = min(COLUMNS, len(sizes))
     count = -(-len(sizes) // columns)
     figure, axes = subplots(
-        count, columns, figsize=(2.6 * columns, 2.4 * count), squeeze=False, sharey=True
+        count, columns, figsize=(2.6 * columns, 2.6 * count), squeeze=False, sharey=True
     )
+    figure.subplots_adjust(hspace=0.6)  # titles of a row below the densities of the one above
     for axis, (model, width, size) in zip(axes.flat[: len(sizes)], sizes, strict=True):
         of_size = [r for r in shown if (r["model"], r["expert_size"]) == (model, size)]
         tokens = max(row["tokens"] for row in of_size)
