@@ -37,6 +37,28 @@ os.environ.setdefault("DMOE_VAR_CACHE", str(Path(__file__).parents[1] / ".pytest
 
 FORMULA = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "parity" / "formula.py")))
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def _of_checkout():
+    """Files of the checkout but for what tools keep there: hidden folders, bytecode, metadata."""
+    found = set()
+    for folder, inner, names in os.walk(CHECKOUT):
+        inner[:] = [
+            n for n in inner if n[0] != "." and n != "__pycache__" and n[-9:] != ".egg-info"
+        ]
+        found |= {os.path.relpath(os.path.join(folder, name), CHECKOUT) for name in names}
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_strays():
+    """No test writes into the checkout: what is new there at the end fails the last one."""
+    before = _of_checkout()
+    yield
+    assert sorted(_of_checkout() - before) == []
+
+
 TINY = {"patch_nums": (1, 2, 3, 4), "vocab_size": 32, "z_channels": 8}
 TINY_VQVAE = {**TINY, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
 TINY_VAR = {**TINY, "depth": 2, "width": 64, "num_heads": 2, "num_classes": 5}
