@@ -38,7 +38,7 @@ LOCAL_HEADER = 30
 
 
 @dataclass(frozen=True)
-class Rows:
+class StoredRows:
     """An array that arrives in pieces: arrays of `dtype` that together, along the first axis, have
     this shape."""
 
@@ -47,23 +47,23 @@ class Rows:
     pieces: Iterable[Array]
 
 
-def write_npz(path: Path, arrays: Mapping[str, Array | Rows]) -> None:
+def write_npz(path: Path, arrays: Mapping[str, Array | StoredRows]) -> None:
     """Write an uncompressed .npz file, whole or not at all; equal arrays give equal bytes.
 
-    Raises ValueError where the pieces of `Rows` are not of its dtype or shape.
+    Raises ValueError where the pieces of `StoredRows` are not of its dtype or shape.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, array in arrays.items():
             info = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed: 1980
             with archive.open(info, "w", force_zip64=True) as member:
-                if isinstance(array, Rows):
+                if isinstance(array, StoredRows):
                     _write_rows(member, name, array)
                 else:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _write_rows(member: Any, name: str, rows: Rows) -> None:
+def _write_rows(member: Any, name: str, rows: StoredRows) -> None:
     dtype, written = np.dtype(rows.dtype), 0
     header = {"descr": dtype.str, "fortran_order": False, "shape": rows.shape}
     np.lib.format.write_array_header_1_0(member, header)

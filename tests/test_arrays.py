@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dmoe_var.arrays import Rows, is_intact, map_npz, names_in, read_npz, write_npz
+from dmoe_var.arrays import StoredRows, is_intact, map_npz, names_in, read_npz, write_npz
 from dmoe_var.errors import DataError
 
 ARRAYS = {
@@ -34,7 +34,7 @@ def test_numpy_reads_what_was_written(tmp_path):
 
 def test_pieces_and_time_do_not_change_the_bytes(tmp_path, monkeypatch):
     write_npz(tmp_path / "whole.npz", ARRAYS)
-    rows = Rows((4, 2, 3), np.uint8, pieces_of(ARRAYS["a"], [1, 2, 1]))
+    rows = StoredRows((4, 2, 3), np.uint8, pieces_of(ARRAYS["a"], [1, 2, 1]))
     later = time.time() + 10_000
     monkeypatch.setattr(time, "time", lambda: later)
     write_npz(tmp_path / "pieces.npz", {**ARRAYS, "a": rows})
@@ -43,7 +43,7 @@ def test_pieces_and_time_do_not_change_the_bytes(tmp_path, monkeypatch):
 
 def test_pieces_in_any_memory_order(tmp_path):
     array = np.asfortranarray(ARRAYS["a"])
-    write_npz(tmp_path / "file.npz", {"a": Rows((4, 2, 3), np.uint8, [array[:3], array[3:]])})
+    write_npz(tmp_path / "file.npz", {"a": StoredRows((4, 2, 3), np.uint8, [array[:3], array[3:]])})
     assert np.array_equal(map_npz(tmp_path / "file.npz", "a"), array)
 
 
@@ -58,7 +58,7 @@ def test_pieces_in_any_memory_order(tmp_path):
 )
 def test_other_pieces_leave_nothing(tmp_path, pieces):
     with pytest.raises(ValueError, match="a: "):
-        write_npz(tmp_path / "file.npz", {"a": Rows((4, 2, 3), np.uint8, pieces)})
+        write_npz(tmp_path / "file.npz", {"a": StoredRows((4, 2, 3), np.uint8, pieces)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,7 +69,7 @@ def test_an_interruption_leaves_the_old_file(tmp_path):
 
     write_npz(tmp_path / "file.npz", {"a": ARRAYS["b"]})
     with pytest.raises(KeyboardInterrupt):
-        write_npz(tmp_path / "file.npz", {"a": Rows((4, 2, 3), np.uint8, interrupted())})
+        write_npz(tmp_path / "file.npz", {"a": StoredRows((4, 2, 3), np.uint8, interrupted())})
     assert [path.name for path in tmp_path.iterdir()] == ["file.npz"]
     assert np.array_equal(read_npz(tmp_path / "file.npz", ["a"])[0], ARRAYS["b"])
 

@@ -25,7 +25,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Batch:
+class DecodedBatch:
     """A decoded batch, how long its decoder was busy, and how long it was waited for."""
 
     pixels_BRR3: Tensor
@@ -36,7 +36,7 @@ class Batch:
 
 def decoded(
     images: Images, blocks: Sequence[range], batch_size: int, workers: int
-) -> Iterator[tuple[range, bool, Batch]]:
+) -> Iterator[tuple[range, bool, DecodedBatch]]:
     """The images of blocks in order, a batch at a time; True with the last of each block.
 
     A batch never spans two blocks, so that a block does not depend on where a run began. Without
@@ -52,7 +52,7 @@ def decoded(
     for (block, indices), (found, busy_s) in zip(batches, results, strict=True):
         wait_s = time.perf_counter() - waiting
         pixels_BRR3 = torch.from_numpy(found.pixels_BRR3)
-        batch = Batch(pixels_BRR3, found.unreadable, busy_s, wait_s)
+        batch = DecodedBatch(pixels_BRR3, found.unreadable, busy_s, wait_s)
         yield block, indices.stop == block.stop, batch
         waiting = time.perf_counter()
 

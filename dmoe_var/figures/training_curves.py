@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, save, styled, subplots
 
-Run = Mapping[str, Any]
+LoggedRun = Mapping[str, Any]
 """name, shade (0..1), and by panel a list of [step, value]."""
 
 
@@ -24,7 +24,7 @@ class Panel:
     log: bool = False
 
 
-def plot(axis: Axes, runs: Sequence[Run], panel: Panel) -> None:
+def plot(axis: Axes, runs: Sequence[LoggedRun], panel: Panel) -> None:
     """The curves of one panel."""
     for i, run in enumerate(runs):
         steps, values = zip(*run[panel.key], strict=True)

@@ -27,7 +27,7 @@ Call = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Setting:
+class ProcessSetting:
     """What the processes take over from the one that starts them."""
 
     device: str
@@ -82,7 +82,7 @@ def time_in_turn(
         workers = {}
         for name, (build, arguments) in builders.items():
             ours, theirs = context.Pipe()
-            setting = Setting(
+            setting = ProcessSetting(
                 str(device),
                 threads,
                 torch.backends.cuda.matmul.allow_tf32,
@@ -137,7 +137,7 @@ def _answer(name: str, worker: Connection) -> Any:
 
 def _serve(
     pipe: Connection,
-    setting: Setting,
+    setting: ProcessSetting,
     build: Callable[..., Call],
     arguments: tuple[Any, ...],
 ) -> None:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dmoe_var.arrays import Rows, is_intact, read_npz, write_npz
+from dmoe_var.arrays import StoredRows, is_intact, read_npz, write_npz
 from dmoe_var.data.image_sets import ImageArray, ImageFolder, Pixels
 from dmoe_var.distributed import barrier, from_main, is_main, rank, world_size
 from dmoe_var.errors import DataError
@@ -256,7 +256,7 @@ class StoredDrawing:
 
     def _write_samples(self, pieces: Iterable[np.ndarray]) -> None:
         drawing, num_images, size = self.drawing, len(self.drawing.labels), self.drawing.image_size
-        rows = Rows((num_images, size, size, 3), np.uint8, pieces)
+        rows = StoredRows((num_images, size, size, 3), np.uint8, pieces)
         seeds = np.full(num_images, drawing.seed, dtype=np.int64)
         named: dict[str, Any] = {"arr_0": rows, "labels": drawing.labels, "seeds": seeds}
         write_npz(self.folder / SAMPLES_FILE, named)

@@ -22,7 +22,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
-from dmoe_var.stages.calibration_bench import Bench, Calibration, Found
+from dmoe_var.stages.calibration_bench import Calibration, CalibrationBench, Found
 
 HALVINGS = 40
 
@@ -36,7 +36,7 @@ def run(work: Work) -> StageResult:
 
 def _calibrated(work: Work) -> StageResult:
     config = work.config.calibrate
-    bench = Bench(work)
+    bench = CalibrationBench(work)
     calibration = Calibration(bench, config.by_layer)
     _check_reachable(calibration)
     metrics: dict[str, float] = {"dense_gmac": bench.dense_gmac}
@@ -82,7 +82,7 @@ def _check_reachable(calibration: Calibration) -> None:
             )
 
 
-def _verified(bench: Bench, found: Found) -> dict[str, float]:
+def _verified(bench: CalibrationBench, found: Found) -> dict[str, float]:
     """Predicted beside measured FLOPs, on images of another seed, and held-out cross-entropy."""
     predicted = found.plan.gmac(found.taus)
     counted = bench.drawn(found.rules, bench.config.seed + 1)
@@ -113,7 +113,7 @@ def _found_for_time(calibration: Calibration, table: CostTable) -> Found:
         raise InputError(f"calibrate.budget_ms={wanted:g}: out of reach ({error} ms)") from error
 
 
-def _target_ms(bench: Bench, table: CostTable) -> float:
+def _target_ms(bench: CalibrationBench, table: CostTable) -> float:
     assert bench.config.budget_ms is not None
     return min(bench.config.budget_ms, table.dense_ms)
 
@@ -171,7 +171,7 @@ def _cost_table(calibration: Calibration) -> CostTable:
 
 
 def _timed(
-    bench: Bench, settings: Mapping[str, Selection], progress: Callable[[], object]
+    bench: CalibrationBench, settings: Mapping[str, Selection], progress: Callable[[], object]
 ) -> CostTable:
     """The dense model and every setting in turn, as images are drawn."""
     config, sampling = bench.config, bench.work.config.sampling
@@ -190,7 +190,7 @@ def _timed(
     )
 
 
-def _check_faster(bench: Bench, found: Found) -> dict[str, float]:
+def _check_faster(bench: CalibrationBench, found: Found) -> dict[str, float]:
     """Times of the tau that was found and of the dense model, in turn; InputError where the dense
     model is not slower."""
     table = _timed(bench, {"found": found.rules}, lambda: None)

@@ -32,7 +32,7 @@ LOSSES_FILE = "losses.jsonl"
 
 
 @dataclass(frozen=True)
-class Bench:
+class CalibrationBench:
     """The models, the images, and what is measured of them."""
 
     work: Work
@@ -129,7 +129,7 @@ class Found:
 class Calibration:
     """tau for shares of the dense FLOPs: one a sparse scale, or one a layer of each."""
 
-    bench: Bench
+    bench: CalibrationBench
     by_layer: bool
 
     @cached_property

@@ -53,7 +53,7 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
     return ExpertMaps(images, maps)
 
 
-class Decoded(Observer):
+class DecodedScales(Observer):
     """What is drawn so far, decoded after each of some scales: uint8 (N, R, R, 3) by scale."""
 
     def __init__(self, vqvae: VQVAE, scales: Sequence[int]):
@@ -72,7 +72,7 @@ def collect_maps(
     """Maps of one image a label at `moe.scales`."""
     config = work.config
     model = DynamicVAR(models.dense, models.experts, config.moe.scales)
-    counts, pictures = ExpertCounts(), Decoded(models.vqvae, config.moe.scales)
+    counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(
         model,
         models.vqvae,

@@ -391,7 +391,7 @@ def test_trained_routers_are_what_is_used(make_work, runs):
     used = {
         "joined": loaded.dynamic(work).moe,
         "exported": from_pretrained(work.folder("export") / export.FOLDER).moe,
-        "calibrated": calibration_bench.Bench(work).model.moe,
+        "calibrated": calibration_bench.CalibrationBench(work).model.moe,
         "evaluated": evaluate.Bench(work).model(work).moe,
     }
     for name, moe in used.items():

@@ -20,7 +20,7 @@ from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.moe.selection import LayerThreshold, Threshold
 from dmoe_var.stages import calibrate, calibration_bench, loaded
-from dmoe_var.stages.calibration_bench import Bench, Calibration
+from dmoe_var.stages.calibration_bench import Calibration, CalibrationBench
 from dmoe_var.stages.loaded import token_sets
 
 FEW = {
@@ -110,7 +110,7 @@ def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
 
 def test_a_bench_has_trained_routers_and_its_own_losses(make_work, runs):
     """Losses of another configuration in the same folder are not taken for its own."""
-    bench = Bench(made(make_work, runs))
+    bench = CalibrationBench(made(make_work, runs))
     found = bench.model.moe.state_dict()
     for stage, alike in (("train_router", True), ("split", False)):
         stored = load_var(bench.work.folder(stage) / "checkpoint").state_dict()
@@ -124,16 +124,16 @@ def test_a_bench_has_trained_routers_and_its_own_losses(make_work, runs):
     ]
     kept.parent.mkdir(parents=True)
     write_text(kept, "".join(json.dumps(line) + "\n" for line in lines))
-    assert Bench(work).training_loss.known == {"ours": 1.0}
-    assert Bench(work).held_out_loss.known == {}
-    by_tokens = Bench(made(make_work, runs, loss="ce_tokens"))
+    assert CalibrationBench(work).training_loss.known == {"ours": 1.0}
+    assert CalibrationBench(work).held_out_loss.known == {}
+    by_tokens = CalibrationBench(made(make_work, runs, loss="ce_tokens"))
     assert (by_tokens.training_loss.by_tokens, by_tokens.held_out_loss.by_tokens) == (True, True)
 
 
 def test_scores_are_of_training_images_and_costs_of_the_configured_guidance(
     make_work, runs, monkeypatch
 ):
-    bench = Bench(made(make_work, runs, images=10))
+    bench = CalibrationBench(made(make_work, runs, images=10))
     monkeypatch.setattr(calibration_bench, "record_scores", lambda model, batches: batches)
     training, _ = token_sets(bench.work, bench.vqvae)
     tokens_BL, labels_B = training.batch(torch.arange(10) * 4)
@@ -141,7 +141,7 @@ def test_scores_are_of_training_images_and_costs_of_the_configured_guidance(
     assert torch.equal(torch.cat(labels), labels_B)
     expected = bench.vqvae.teacher_input(training.by_scale(tokens_BL))
     torch.testing.assert_close(torch.cat(teachers), expected)
-    unguided = Bench(make_work(runs, {"sampling.cfg": 0}))
+    unguided = CalibrationBench(make_work(runs, {"sampling.cfg": 0}))
     assert (bench.fixed.branches, unguided.fixed.branches) == (2, 1)
     for each, cfg in ((bench, 1.5), (unguided, 0)):
         counted = count_flops(each.model.dense, each.vqvae, [0], cfg=cfg)
@@ -155,7 +155,7 @@ def test_refined_on_training_images(make_work, runs):
     alone = run_stage(made(make_work, runs, budget=0.8, refinements=0), "calibrate")
     assert refined.about["tau"] != alone.about["tau"]
     assert alone.metrics["loss_evaluations"] == 2 * 3 + 1
-    calibration = Calibration(Bench(work), by_layer=False)
+    calibration = Calibration(CalibrationBench(work), by_layer=False)
     loss, dense = calibration.bench.training_loss, alone.metrics["dense_gmac"]
     plan = calibration.plan_under([Threshold(tau) for tau in refined.about["tau"]])
     one_tau = at_cost({(2,): 0.5, (3,): 0.5}, plan.gmac, 0.8 * dense)
@@ -190,7 +190,7 @@ def test_rivals(make_work, runs):
             above = 1.011 if name in ("search", "linear") else 1.001
             assert row["gmac"] <= above * row["budget"] * dense
     assert len(set(curves["fixed"][0]["tau"])) == 1
-    held_out_loss = Bench(work).held_out_loss
+    held_out_loss = CalibrationBench(work).held_out_loss
     for method, (row, *_) in curves.items():
         rule = (lambda tau: LayerThreshold(tuple(tau))) if method == "by_layer" else Threshold
         expected = held_out_loss([rule(tau) for tau in row["tau"]])
@@ -261,7 +261,7 @@ def test_a_time_budget(make_work, runs, monkeypatch):
     tables = [CostTable(1.0, {2: points, 3: points}, 30.0, {}), table(dense=30.0, found=11.0)]
     monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
     record = run_stage(made(make_work, runs, budget_ms=17.0), "calibrate")
-    bench = Bench(made(make_work, runs, budget_ms=17.0))
+    bench = CalibrationBench(made(make_work, runs, budget_ms=17.0))
     shares = bench.drawn([Threshold(t) for t in record.about["tau"]], 5).expert_share
     assert 1 + sum(12 * share for share in shares.values()) == pytest.approx(17, rel=0.05)
     assert record.metrics["measured_ms"] == 11

@@ -25,7 +25,7 @@ from dmoe_var.stages.catalogue.figure import (
     Claim,
     Data,
     Figure,
-    Run,
+    StageRun,
     fitting_sizes,
     heading,
     shades,
@@ -174,7 +174,7 @@ def rules(work: Work) -> Figure:
 def calibration(work: Work) -> Figure:
     """FID at the tau that the calibration and its rivals chose; no curve until it has run."""
     changes = {"calibrate.budgets": work.config.figures.budgets, "calibrate.budget_ms": None}
-    run = Run("calibration", "calibrate", changes)
+    run = StageRun("calibration", "calibrate", changes)
     record = record_if_done(run.work(work), run.stage)
     fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
     found_by = record.about["curves"] if record else {}

@@ -32,7 +32,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Run:
+class StageRun:
     """A stage whose own record or training curve is drawn; `shade` is its place among its kind."""
 
     name: str
@@ -64,7 +64,7 @@ class Claim:
     """The dense model of each curve, where both FLOPs and FID are compared relative to it."""
 
 
-def no_data(work: Work, runs: Sequence[Run]) -> Data:
+def no_data(work: Work, runs: Sequence[StageRun]) -> Data:
     """Of a figure that shows curves alone."""
     return {}
 
@@ -80,8 +80,8 @@ class Figure:
     title: str
     draw: Callable[[Work, Data, Paths], None]
     curves: Sequence[Curve] = ()
-    runs: Sequence[Run] = ()
-    of_runs: Callable[[Work, Sequence[Run]], Data] = no_data
+    runs: Sequence[StageRun] = ()
+    of_runs: Callable[[Work, Sequence[StageRun]], Data] = no_data
     claims: Sequence[Claim] = ()
     pending: str = ""
 

@@ -11,7 +11,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import expert_maps, sample_grid
 from dmoe_var.figures.style import Paths
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
-from dmoe_var.stages.catalogue.figure import Changes, Data, Figure, Run
+from dmoe_var.stages.catalogue.figure import Changes, Data, Figure, StageRun
 from dmoe_var.stages.maps import CHOSEN, stored_maps
 from dmoe_var.stages.sample import Pictures
 
@@ -42,11 +42,11 @@ def experts_by_tau(work: Work) -> Figure:
 
 def _grid(work: Work, title: str, changes: Changes) -> Figure:
     changes = {"sample.model": "both", **operating_point(work), **changes}
-    run = Run("samples", "sample", changes)
+    run = StageRun("samples", "sample", changes)
     return Figure(title, draw_grid, runs=[run], of_runs=_cells)
 
 
-def _cells(work: Work, runs: Sequence[Run]) -> Data:
+def _cells(work: Work, runs: Sequence[StageRun]) -> Data:
     """Where the pictures are, and what the rows and columns of each grid are called."""
     (run,) = runs
     pictures = Pictures.of(run.work(work).config)
@@ -66,11 +66,11 @@ def draw_grid(work: Work, data: Data, paths: Paths) -> None:
 
 def _maps(work: Work, title: str, settings: slice) -> Figure:
     """settings: which of the stage's settings are shown; the operating point is the first."""
-    run = Run("maps", "maps", operating_point(work))
+    run = StageRun("maps", "maps", operating_point(work))
     return Figure(title, partial(draw_maps, settings=settings), runs=[run], of_runs=_place)
 
 
-def _place(work: Work, runs: Sequence[Run]) -> Data:
+def _place(work: Work, runs: Sequence[StageRun]) -> Data:
     (run,) = runs
     return {"record": run.place(work)}
 

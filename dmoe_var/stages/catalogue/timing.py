@@ -10,7 +10,7 @@ from dmoe_var.experiment.points import operating_point
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import times
 from dmoe_var.figures.style import Paths
-from dmoe_var.stages.catalogue.figure import Data, Figure, Run, fitting_sizes, heading, shades
+from dmoe_var.stages.catalogue.figure import Data, Figure, StageRun, fitting_sizes, heading, shades
 
 
 def throughput(work: Work) -> Figure:
@@ -20,7 +20,7 @@ def throughput(work: Work) -> Figure:
     return Figure(
         "throughput by scale",
         draw_throughput,
-        runs=[Run("chosen tau", "benchmark", changes, method="chosen")],
+        runs=[StageRun("chosen tau", "benchmark", changes, method="chosen")],
         of_runs=partial(_timings, shown="medians"),
     )
 
@@ -30,7 +30,7 @@ def over_tau(work: Work) -> Figure:
     figures, sizes = work.config.figures, fitting_sizes(work)
     changes = _timing(work, figures.along(figures.time_tau))
     runs = [
-        Run(f"experts of {size}", "benchmark", {**changes, "split.expert_size": size}, shade)
+        StageRun(f"experts of {size}", "benchmark", {**changes, "split.expert_size": size}, shade)
         for size, shade in zip(sizes, shades(sizes), strict=True)
     ]
     return Figure(
@@ -53,7 +53,7 @@ def _timing(work: Work, tau: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _timings(work: Work, runs: Sequence[Run], shown: str) -> Data:
+def _timings(work: Work, runs: Sequence[StageRun], shown: str) -> Data:
     """The rows of each benchmark, and in the note where they were timed."""
     timings: list[Data] = []
     for run in runs:

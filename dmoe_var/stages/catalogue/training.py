@@ -10,7 +10,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import training_curves
 from dmoe_var.figures.style import Paths
 from dmoe_var.figures.training_curves import Panel
-from dmoe_var.stages.catalogue.figure import Data, Figure, Run, heading, shades
+from dmoe_var.stages.catalogue.figure import Data, Figure, StageRun, heading, shades
 from dmoe_var.training.tracking import read_lines
 
 LOSSES = (
@@ -49,14 +49,14 @@ def routers(work: Work) -> Figure:
     )
 
 
-def _by_alpha(stage: str, values: Sequence[float]) -> list[Run]:
+def _by_alpha(stage: str, values: Sequence[float]) -> list[StageRun]:
     return [
-        Run(f"alpha {alpha:g}", stage, {"sparsify.alpha": alpha}, shade)
+        StageRun(f"alpha {alpha:g}", stage, {"sparsify.alpha": alpha}, shade)
         for alpha, shade in zip(values, shades(values), strict=True)
     ]
 
 
-def _losses(work: Work, runs: Sequence[Run]) -> Data:
+def _losses(work: Work, runs: Sequence[StageRun]) -> Data:
     """Every logged loss of each run, by key, as [step, value]."""
     found = []
     for run in runs:
