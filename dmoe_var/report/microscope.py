@@ -58,7 +58,7 @@ def record(
     impl: str,
 ) -> Recording:
     """Draw picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
-    seen = _Seen(vqvae, model.moe_scales)
+    seen = _Given(vqvae, model.moe_scales)
     generate(
         model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
         start_index=index, impl=impl, observer=seen,
@@ -68,7 +68,7 @@ def record(
     return Recording(ratios, errors, seen.pictures)
 
 
-class _Seen(Observer):
+class _Given(Observer):
     """What a `Recording` holds, by scale, its ratios and errors layer by layer."""
 
     def __init__(self, vqvae: VQVAE, scales: tuple[int, ...]):
