@@ -1,4 +1,4 @@
-"""The command line: options, and settings as Hydra's grammar wants them.
+"""Read the command line: options, and settings as Hydra's grammar wants them.
 
 The parser is our own: Hydra's does not start under Python 3.14. What a shell passes is written out
 before Hydra reads it, so that a path may hold whatever a path can hold.
@@ -26,7 +26,7 @@ BRACKETS = dict(zip("[{(", "]})", strict=True))
 
 
 def parser() -> ArgumentParser:
-    """Hydra's options, those that a script of ours can follow."""
+    """Build a parser for those of Hydra's options that a script of ours can follow."""
     options = ArgumentParser(add_help=False)
     add = options.add_argument
     add("overrides", nargs="*", help="settings, key=value; dots for what lies within a section")
@@ -45,9 +45,9 @@ def parser() -> ArgumentParser:
 
 
 def read(in_full: Callable[[list[str]], list[str]]) -> Namespace:
-    """The arguments of this process; ConfigError for what is neither an option nor key=value.
+    """Read this process's arguments; raise ConfigError for what is no option and no key=value.
 
-    in_full: writes out what a script's settings have short forms for.
+    in_full: writes out the short forms of a script's settings.
     """
     for given in sys.argv[1:]:
         if "\r" in given:
@@ -85,22 +85,22 @@ def _refuse(message: str) -> NoReturn:
 
 
 def is_searchpath(override: str) -> bool:
-    """Whether a setting says where further configurations lie."""
+    """Tell whether a setting says where further configurations lie."""
     return override.startswith("hydra.searchpath=")
 
 
 def options_of(arguments: Namespace) -> list[str]:
-    """The options that a job needs to compose the same configuration."""
+    """Return the options that a job needs to compose the same configuration."""
     given = {option: getattr(arguments, option) for option in ("config_dir", "config_path")}
     given["config_name"] = arguments.config_name
     return [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
 
 
 def written_out(override: str, multirun: bool) -> str:
-    """A setting as Hydra reads it: quoted where its grammar would refuse a text or change it.
+    """Write a setting as Hydra reads it: quoted if its grammar would refuse a text or change it.
 
     Lists, sections, interpolations, null and, in a multirun, several values stay what they are.
-    ConfigError for several values without a multirun.
+    Raise ConfigError for several values without a multirun.
     """
     key, equals, value = override.partition("=")
     name = key.lstrip("+")
@@ -131,7 +131,7 @@ def _is_there(value: str) -> bool:
 
 
 def _parsed(value: str) -> Any:
-    """What Hydra takes a value for; None for what it refuses."""
+    """Parse a value as Hydra does; return None for what it refuses."""
     try:
         return OverridesParser.create().parse_override(f"key={value}")._value or ""
     except HydraException:
@@ -139,7 +139,7 @@ def _parsed(value: str) -> Any:
 
 
 def _quoted(value: str, text: bool) -> str:
-    """A value, in quotes where Hydra refuses it, or takes a text for something else."""
+    """Quote a value if Hydra refuses it, or takes a text for something else."""
     found = _parsed(value)
     kept = found is not None and (
         not text or found == value or isinstance(found, QuotedString) or "${" in value
@@ -156,7 +156,7 @@ def _quoted(value: str, text: bool) -> str:
 
 
 def _split(text: str) -> Sequence[str]:
-    """At the commas outside of brackets and quotes; a quote within a word is a letter."""
+    """Split at the commas outside of brackets and quotes; a quote within a word is a letter."""
     parts, open_, quote = [""], [], ""
     for letter in text:
         if quote:

@@ -1,4 +1,4 @@
-"""Hydra composes configurations, from configs/ and from folders that the command line names."""
+"""Compose configurations by Hydra, from configs/ and from folders that the command line names."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ EVERYWHERE = (
     "name", "run_dir", "seed", "device", "dtype", "threads", "deterministic", "wandb", "progress",
     "launcher",
 )  # fmt: skip
-"""What every script reads."""
+"""Keys that every script reads."""
 
 ConfigStore.instance().store("declared", declared())  # configs/root.yaml begins with it
 
 
 @contextmanager
 def composing(script: str, arguments: Namespace) -> Iterator[None]:
-    """Within: Hydra knows where configurations lie, those of the command line's folders too."""
+    """Let Hydra find configurations within the block, in the command line's folders too."""
     version.setbase("1.3")
     path = create_config_search_path(arguments.config_path or str(CONFIGS))
     if arguments.config_dir is not None:
@@ -60,7 +60,7 @@ def composing(script: str, arguments: Namespace) -> Iterator[None]:
 
 
 def show(script: str, arguments: Namespace) -> bool:
-    """Print what an option asks for in the place of a run; whether there is one."""
+    """Print what an option asks for in place of a run; tell whether there is such an option."""
     hydra, name = GlobalHydra.instance().hydra, arguments.config_name or script
     assert hydra is not None
     with _one_line_errors(arguments.overrides):
@@ -80,7 +80,7 @@ def show(script: str, arguments: Namespace) -> bool:
 
 
 def _help(script: str, values: Mapping[str, Any]) -> str:
-    """The keys that a script's stage reads; the pipeline's are those of all its stages."""
+    """Explain the keys that a script's stage reads; the pipeline's are those of all its stages."""
     pipeline = get_args(get_type_hints(Config)["until"])
     stages = (script,) if script in STAGES else pipeline
     config = parse_config(values)
@@ -90,9 +90,9 @@ def _help(script: str, values: Mapping[str, Any]) -> str:
 
 
 def own_experiment(overrides: Sequence[str]) -> list[str]:
-    """`model=NAME` as `experiment=imagenet_NAME` where there is one and none is named.
+    """Write `model=NAME` as `experiment=imagenet_NAME` if that exists and none is named.
 
-    ConfigError for a multirun over models of which only some have their own.
+    Raise ConfigError for a multirun over models of which only some have their own.
     """
     if any(EXPERIMENT.match(override) for override in overrides):
         return list(overrides)
@@ -114,7 +114,7 @@ def own_experiment(overrides: Sequence[str]) -> list[str]:
 
 
 def _experiments(overrides: Sequence[str]) -> list[str]:
-    """The names of all experiments, in configs/ and in the folders of the command line."""
+    """List the names of all experiments, in configs/ and in the folders of the command line."""
     loader = GlobalHydra.instance().config_loader()
     searched = [override for override in overrides if is_searchpath(override)]
     with _one_line_errors(searched):
@@ -122,7 +122,7 @@ def _experiments(overrides: Sequence[str]) -> list[str]:
 
 
 def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each point; hydra.sweeper.params of a configuration come first."""
+    """List the overrides of each point; hydra.sweeper.params of a configuration come first."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     with _one_line_errors(overrides):
@@ -141,7 +141,7 @@ def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
 
 
 def work_of(script: str, name: str, overrides: Sequence[str]) -> Work:
-    """The configuration, beside that of its experiment alone, which names what differs."""
+    """Compose the configuration, beside that of its experiment alone, which names what differs."""
     config, experiment = _compose(name, overrides)
     alone = [override for override in overrides if is_searchpath(override)]
     if experiment is not None:
@@ -150,7 +150,7 @@ def work_of(script: str, name: str, overrides: Sequence[str]) -> Work:
 
 
 def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:
-    """A configuration, and the name of its experiment."""
+    """Compose a configuration, and name its experiment."""
     with _one_line_errors(overrides):
         content = compose(name, list(overrides), return_hydra_config=True)
         experiment = content.hydra.runtime.choices.get("experiment")
@@ -164,7 +164,7 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:
 
 
 def _plain(content: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:
-    """What was composed, without Hydra's own settings, as plain values."""
+    """Turn what was composed, without Hydra's own settings, into plain values."""
     ours = OmegaConf.masked_copy(content, [key for key in content if key != "hydra"])
     plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=throw_on_missing)
     assert isinstance(plain, dict)
@@ -173,7 +173,7 @@ def _plain(content: DictConfig, throw_on_missing: bool = False) -> dict[str, Any
 
 @contextmanager
 def _one_line_errors(overrides: Sequence[str]) -> Iterator[None]:
-    """What Hydra and the files it reads may raise, as ConfigError."""
+    """Raise as ConfigError what Hydra and the files it reads may raise."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=r"(?s).*is not available")
@@ -190,7 +190,7 @@ def _one_line_errors(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message with the key, its value and what is allowed."""
+    """Write Hydra's message with the key, its value and what is allowed."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {text}"

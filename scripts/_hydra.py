@@ -1,4 +1,4 @@
-"""What every script shares: Hydra composes, one conversion, one line for wrong input.
+"""Run a script: Hydra composes, values are converted once, wrong input gives one line.
 
 A script is `main(run)` with run(work: Work). Every point of a multirun is composed and checked
 before the first one runs: a wrong key or value ends all of them before any work. What shows only
@@ -6,8 +6,8 @@ once a point runs (a file that is missing, a loss that diverges) ends that point
 is printed, the others go on, and the script ends with the first failure's status. With
 `launcher=slurm` each point is a job. Under torchrun only the main process prints.
 
-`model=NAME` without `experiment=` runs that model's own experiment, imagenet_NAME, where
-one is found: `model=d16` is `experiment=imagenet_d16`, which is made for it.
+`model=NAME` without `experiment=` runs that model's own experiment, imagenet_NAME, if one is found:
+`model=d16` is `experiment=imagenet_d16`, which is made for it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(
 ) -> None:
     """Run a script's function for each composed configuration.
 
-    in_full: writes out what a script's command line has short forms for.
+    in_full: writes out the short forms of a script's settings.
     """
     open_streams()
     try:
@@ -80,7 +80,7 @@ def main(
 
 
 def _run(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]]) -> int:
-    """The script; its exit status."""
+    """Run the script and return its exit status."""
     script = Path(sys.argv[0]).stem
     try:
         arguments = read(in_full)
@@ -98,7 +98,7 @@ def _run(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]])
 
 
 def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int:
-    """Run one point; its exit status, once what is wrong has been printed.
+    """Run one point and return its exit status, once what is wrong has been printed.
 
     Processes that torchrun started stay in step: there the first failure ends them all.
     """
@@ -124,7 +124,7 @@ def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int
 
 
 def stage_main(stage: str) -> None:
-    """A script that runs one stage."""
+    """Run one stage as a script."""
     main(lambda work: report(work, stage, run_stage(work, stage)))
 
 
@@ -142,7 +142,7 @@ def say(text: str) -> None:
 
 
 def _stop(error: Exception, status: int) -> NoReturn:
-    """Exit with one line, which is the main process's where it fails too.
+    """Exit with one line, the main process's if it fails too.
 
     The others wait: torchrun ends all processes as soon as one has failed, and would end the main
     one before it has spoken.
@@ -158,7 +158,7 @@ def _in_one_line(text: str) -> str:
 
 
 def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
-    """Run each point as a job and say what each said; the status of the first that failed."""
+    """Run each point as a job, print what each said and return the first failure's status."""
     config = points[0].work.config
     commands = [
         [*(each for each in point.overrides if not LAUNCHER.match(each)), *options]
@@ -181,7 +181,7 @@ def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
 
 
 def _points(script: str, arguments: Namespace) -> list[Point]:
-    """Compose and convert every point of the command line; ConfigError for the first thing wrong.
+    """Compose and convert every point of the command line; raise ConfigError for the first fault.
 
     Hydra itself would print several lines, exit with 1, and find an error in a multirun's last
     point only after running the others.
@@ -202,7 +202,7 @@ def _points(script: str, arguments: Namespace) -> list[Point]:
 
 
 def _check_launcher(config: Config, others: Sequence[Config], multirun: bool) -> None:
-    """ConfigError where jobs cannot be sent."""
+    """Raise ConfigError if jobs cannot be sent."""
     launcher.check(config.launcher)
     cluster = config.launcher.cluster
     if any(other.launcher != config.launcher for other in others):

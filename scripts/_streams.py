@@ -1,8 +1,8 @@
-"""How a script speaks and how it is stopped, whatever listens and whoever stops it.
+"""Let a script print and be stopped, whatever listens and whoever stops it.
 
 Results are in records: a pipe that nobody reads, a terminal that is gone or a log's full disk ends
-no work. Ctrl-C, SIGTERM (a cluster takes the machine back) and SIGHUP end it in good order, which
-leaves whole files alone, in one line and with status 128 + the signal's number.
+no work. Ctrl-C, SIGTERM (a cluster takes the machine back) and SIGHUP end it in good order: whole
+files are left alone, one line is printed, and the status is 128 + the signal's number.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Pipe(io.FileIO):
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """What an encoding lacks, in ASCII."""
+    """Spell in ASCII what an encoding lacks."""
     assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end].replace("±", "+-")
     return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
@@ -68,22 +68,22 @@ def open_streams() -> None:
 
 @contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """Within: a signal ends the process without more ado, for nothing has been begun."""
+    """Let a signal within the block end the process at once: nothing has been begun."""
     with _handled(_at_once):
         yield
 
 
 @contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """Within: a signal raises KeyboardInterrupt or Terminated, a second one ends at once."""
+    """Let a signal within the block raise KeyboardInterrupt or Terminated, a second end at once."""
     with _handled(_in_order):
         yield
 
 
 @contextmanager
 def _handled(handler: Any) -> Iterator[None]:
-    """A signal that is ignored stays ignored (nohup), and torchrun ends its processes itself: one
-    that waits for others in a collective operation would never come to handle it."""
+    """Handle signals, but one that is ignored stays so (nohup). torchrun ends its processes itself:
+    one that waits for others in a collective operation would never come to handle it."""
     numbers = SIGNALS[:1] if "RANK" in os.environ else SIGNALS
     usual = (signal.SIG_DFL, signal.default_int_handler)
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) in usual}
@@ -113,6 +113,6 @@ def _at_once(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def stopped_by(number: int) -> str:
-    """The line that says which signal ended the script."""
+    """Say in one line which signal ended the script."""
     name = signal.Signals(number).name
     return f"stopped ({name}); the same command goes on from the last state that was saved"

@@ -1,4 +1,4 @@
-"""Time the sampler, beside the published one where its checkout is given."""
+"""Time the sampler, beside the published one if its checkout is given."""
 
 from _hydra import stage_main
 

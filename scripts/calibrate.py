@@ -15,7 +15,7 @@ SHORT = re.compile(r"^(budget|budget_ms|budgets|by_layer|loss)=")
 
 
 def in_full(overrides: list[str]) -> list[str]:
-    """Overrides with the short keys written out."""
+    """Write out the short keys of overrides."""
     return [SHORT.sub(r"calibrate.\1=", each) for each in overrides]
 
 

@@ -1,4 +1,4 @@
-"""Write the finished DynamicVAR as one folder to share; push it to the hub where asked."""
+"""Write the finished DynamicVAR as one folder to share; push it to the hub if asked."""
 
 from _hydra import stage_main
 

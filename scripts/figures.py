@@ -1,4 +1,4 @@
-"""Draw the paper's figures from records, and first make the records that are missing if asked.
+"""Plot the paper's figures from records; if asked, first make the records that are missing.
 
 python scripts/figures.py experiment=digits figure=all make=true quick=true
 """
@@ -15,7 +15,7 @@ SHORT = ("figure", "make", "plan", "quick")
 
 
 def in_full(overrides: list[str]) -> list[str]:
-    """Overrides with the short keys written out, and figure=3,4 as the list that it is."""
+    """Write out the short keys of overrides, and figure=3,4 as the list that it is."""
     short = re.compile(rf"^({'|'.join(SHORT)})=")
     written = [short.sub(r"figures.\1=", each) for each in overrides]
     return [re.sub(r"^(figures\.figure)=([^\[\]]*,.*)$", r"\1=[\2]", each) for each in written]

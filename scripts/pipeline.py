@@ -1,4 +1,4 @@
-"""All stages in order, sweep and figures included.
+"""Run all stages in order, sweep and figures included.
 
 What is done with the same configuration is skipped; what was interrupted goes on.
 """

@@ -1,4 +1,4 @@
-"""Draw chosen classes, dense beside dynamic from the same seeds: a grid, and single PNGs.
+"""Sample chosen classes, dense beside dynamic from the same seeds: a grid, and single PNGs.
 
 python scripts/sample.py "classes=[golden_retriever,985]" "seeds=[0,1]" tau=0.2
 """
@@ -15,7 +15,7 @@ SHORT = {"classes": "sample.classes", "seeds": "sample.seeds", "tau": "selection
 
 
 def in_full(overrides: list[str]) -> list[str]:
-    """Overrides with the short keys written out.
+    """Write out the short keys of overrides.
 
     A selection on the command line stands above the one that is stored with a pretrained model.
     """

@@ -1,12 +1,12 @@
 """Sweep tau: dense baseline, grids, lists and seeds; records, table, figures.
 
-Cut in three, here one after the other, or as jobs of a SLURM cluster with launcher=slurm:
+A sweep can be cut into three shards, run one after the other or, with launcher=slurm, as jobs:
 
     python scripts/sweep.py -m sweep.parts=3 "sweep.part=range(1,4)"
     python scripts/sweep.py
 
-The last line joins: it measures what is missing, and draws. Parts may run at the same time and on
-other machines; to join them, copy runs/<experiment>/evaluate/* of each into one run folder.
+The last line joins them: it measures what is missing, and plots. Shards may run at the same time
+and on other machines; to join them, copy runs/<experiment>/evaluate/* of each into one run folder.
 """
 
 from _hydra import main, say

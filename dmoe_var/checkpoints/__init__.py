@@ -1,4 +1,4 @@
-"""Loading and saving: our checkpoints, and the published ones through one adapter."""
+"""Load and save our checkpoints; load the published ones through one adapter."""
 
 from __future__ import annotations
 

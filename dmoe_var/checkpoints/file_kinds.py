@@ -1,6 +1,6 @@
-"""What a file is, by its first bytes and never by its name, and what to do where it is no weights.
+"""Tell what a file is by its first bytes, never by its name, and what to do if it has no weights.
 
-Weights are safetensors files and torch's own, both as a zip archive and as before torch 1.6.
+Weights are safetensors files and torch's own, as a zip archive or as written before torch 1.6.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Literal
 from dmoe_var.errors import CheckpointError
 
 HEAD = 512
-"""Bytes that tell what a file is."""
+"""Bytes read of a file. The farthest mark with a fixed place, a tar archive's, ends at byte 262."""
 LARGEST_HEADER = 10**8
-"""Bytes of a safetensors file's header, by its specification."""
+"""Most bytes of a safetensors file's header, by its specification."""
 PAGE = "a web page instead of weights; download the file itself (on the hub /resolve/, not /blob/)"
 COMPRESSED = "compressed; unpack it first"
 OTHERS: tuple[tuple[bytes, str], ...] = (
@@ -31,12 +31,12 @@ OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"7z\xbc\xaf", COMPRESSED),
     (b"Rar!", COMPRESSED),
 )
-"""Beginnings of files that people take for weights, and what is said of each."""
+"""First bytes of files that people take for weights, and what to say about each."""
 
 
 def kind_of_file(path: Path) -> Literal["safetensors", "torch"]:
-    """What reads a file of weights. CheckpointError that says what it is instead, or why it cannot
-    be read."""
+    """Tell what reads a file of weights. Raise CheckpointError for any other file; the error says
+    what the file is instead, or why it cannot be read."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
@@ -53,12 +53,12 @@ def kind_of_file(path: Path) -> Literal["safetensors", "torch"]:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """The size of the header in eight bytes, and its first brace."""
+    """Tell whether a file begins with the size of its header, in eight bytes, and a brace."""
     return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LARGEST_HEADER
 
 
 def _check_archive(path: Path) -> None:
-    """CheckpointError for a zip archive that torch.save did not write."""
+    """Raise CheckpointError for a zip archive that torch.save did not write."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -78,7 +78,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _said_of(head: bytes) -> str:
-    """What a file is that is no weights."""
+    """Say what a file without weights is."""
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -1,4 +1,4 @@
-"""Published weights by name, through huggingface_hub into its cache."""
+"""Fetch published weights by name, through huggingface_hub and into its cache."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BY_STATUS = {
     404: "there is nothing of that name",
     429: "too many requests; try again later",
 }
-"""What helps against an answer of the hub."""
+"""What helps, per HTTP status that the hub answers with."""
 
 
 @cache
 def fetch(name: str) -> Path:
-    """Path of a published file in the local cache, downloaded where it is not there yet."""
+    """Fetch a published file into the local cache, unless it is there, and return its path."""
     from huggingface_hub import hf_hub_download
 
     with network_errors(f"{name}: cannot fetch it from {REPOSITORY}"):
@@ -33,7 +33,7 @@ def fetch(name: str) -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """Path of a published file that is in the local cache; nothing is asked of the hub."""
+    """Return the path of a published file in the local cache, or None; the hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(REPOSITORY, f"{name}.pth")
@@ -42,8 +42,8 @@ def cached(name: str) -> Path | None:
 
 @contextmanager
 def network_errors(what: str) -> Iterator[None]:
-    """CheckpointError, in one line that says what helps, for a hub that cannot be reached, refuses,
-    or a full disk."""
+    """Raise CheckpointError, in one line that says what helps, if the hub cannot be reached or
+    refuses, or if the disk is full."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # The base class of the HTTP library's errors, whichever library this huggingface_hub uses.
@@ -57,16 +57,17 @@ def network_errors(what: str) -> Iterator[None]:
 
 
 def _advice(error: BaseException) -> str:
-    """What helps against an error of the hub's client; "" where its own words have to do.
+    """Say what helps against an error of the hub's client; "" if its own words have to do.
 
-    Of its classes those are named that every version since 0.26 has; all else goes by the status
-    that the hub answered, which an error about the cache carries as its cause.
+    Only classes that every version since 0.26 has are named. All else goes by the status that the
+    hub answered, which an error about the cache carries as its cause.
     """
     from huggingface_hub import constants, errors
 
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
+    # By error class
     if isinstance(error, errors.GatedRepoError):
         return f"gated: accept its conditions on its page on the hub, then {LOG_IN}"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -81,7 +82,7 @@ def _advice(error: BaseException) -> str:
     numbers = {each.errno for each in causes if isinstance(each, OSError)}
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "the disk of the cache is full; HF_HOME names another place"
-    # An error about the cache carries an answer that no hub gave.
+    # By HTTP status: an error about the cache carries an answer that no hub gave
     cache = errors.LocalEntryNotFoundError
     answers = (getattr(each, "response", None) for each in causes if not isinstance(each, cache))
     codes = (getattr(answer, "status_code", None) for answer in answers)
@@ -90,6 +91,7 @@ def _advice(error: BaseException) -> str:
         return BY_STATUS[status]
     if status is not None:
         return "the hub failed; try again later" if status >= 500 else ""
+    # Without any answer
     offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in causes)
     if offline or (local and constants.HF_HUB_OFFLINE):
         return "not in the cache, and HF_HUB_OFFLINE forbids fetching it"

@@ -1,4 +1,4 @@
-"""`load_vqvae` and `load_var`: from a published file or name, or from a checkpoint of ours."""
+"""Load a VQ-VAE or a VAR from a published file or name, or from a checkpoint of ours."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from dmoe_var.models.vqvae import VQVAE
 PACKAGED = Path(__file__).parent / "packaged"
 """Base models that this package carries, NAME/vqvae and NAME/var."""
 CHECKPOINT = "checkpoint"
-"""What the folder of a finished stage holds its model in."""
+"""Folder of the model within the folder of a finished stage."""
 
 
 def _packaged() -> list[str]:
-    """Names of the base models that this package carries."""
+    """List the names of the base models that this package carries."""
     return sorted(folder.name for folder in PACKAGED.iterdir()) if PACKAGED.is_dir() else []
 
 
 def _locate(source: str | Path, kind: str) -> Path:
-    """The file or folder that a name ("digits") or a path ("./digits") stands for."""
+    """Find the file or folder that a name ("digits") or a path ("./digits") stands for."""
     packaged = _packaged()
     if isinstance(source, str) and source in packaged:
         return PACKAGED / source / kind
@@ -57,9 +57,10 @@ def _locate(source: str | Path, kind: str) -> Path:
 
 
 def _within(path: Path) -> Path:
-    """A file, or the checkpoint folder that a folder is or (a finished stage's) has in it.
+    """Return a file as it is, and for a folder the checkpoint folder that it is or contains.
 
-    CheckpointError, which says what to give, for a folder of such folders or of files.
+    A finished stage's folder contains one. Raise CheckpointError, which says what to give, for a
+    folder of such folders or of files.
     """
     if not path.is_dir() or any((path / name).exists() for name in (CONFIG_FILE, MODEL_FILE)):
         return path
@@ -80,25 +81,25 @@ def _within(path: Path) -> Path:
 
 
 def weights_file(source: str | Path, kind: str) -> Path:
-    """The file that holds the weights of a source of `kind` "vqvae" or "var" (for its hash)."""
+    """Find the file with the weights of a source of `kind` "vqvae" or "var" (for its hash)."""
     path = _locate(source, kind)
     return path / MODEL_FILE if path.is_dir() else path
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether a source is a name, of a published model or of a packaged one, and not a path."""
+    """Tell whether a source is a name, of a published or packaged model, and not a path."""
     return isinstance(source, str) and (source in _packaged() or source in hub.PUBLISHED)
 
 
 def cached_file(source: str | Path, kind: str) -> Path | None:
-    """As `weights_file`, without fetching anything: None for what is not on this machine."""
+    """Do as `weights_file` without fetching; return None for what is not on this machine."""
     if isinstance(source, str) and source in hub.PUBLISHED and source not in _packaged():
         return hub.cached(source)
     return weights_file(source, kind)
 
 
 def file_dtype(source: str | Path, kind: str) -> str:
-    """The precision of the weights of a source, as they are in its file: "bfloat16"."""
+    """Read the precision that a source's weights have in its file: "bfloat16"."""
     path = weights_file(source, kind)
     tensors = _read(path, kind).values()
     found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.ndim > 1}
@@ -106,7 +107,7 @@ def file_dtype(source: str | Path, kind: str) -> str:
 
 
 def _read(path: Path, kind: str) -> dict[str, Tensor]:
-    """The state dict of a kind in a file, whatever reads it."""
+    """Read the state dict of a kind from a file of safetensors or torch."""
     if kind_of_file(path) == "torch":
         return read_pth(path, kind)
     tensors = read_tensors(path)[0] if is_described(path) else read_bare(path)
@@ -115,7 +116,7 @@ def _read(path: Path, kind: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    """What a shape cannot be is a fault of the file that it was read from."""
+    """Raise errors about impossible shapes as CheckpointError, which names the file."""
     try:
         yield
     except CheckpointError:
@@ -125,13 +126,14 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 
 
 def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> VQVAE:
-    """A VQ-VAE in eval mode on the CPU, in the precision of its file.
+    """Load a VQ-VAE in eval mode on the CPU, in the precision of its file.
 
     source: a file of published weights (.pth, .safetensors, or what the published trainer saves), a
     checkpoint of ours (its folder, that of its stage, or the .safetensors file in it), a published
-    name ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). What a file
-    is, its content says. patch_nums: a published file does not hold it; None means the 256 px
-    schedule there, and what the folder says otherwise. CheckpointError where anything does not fit.
+    name ("vae_ch160v4096z32") or the name of one that the package carries ("digits"). The content
+    of a file tells what it is. patch_nums: None means the 256 px schedule for a published file,
+    which does not hold it, and else what the folder says. Raise CheckpointError if anything does
+    not fit.
     """
     if patch_nums is not None:
         patch_nums = values.whole_numbers("patch_nums", patch_nums, 1)
@@ -151,11 +153,11 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
 
 
 def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
-    """A VAR (dense, or with experts from a checkpoint of ours) in eval mode on the CPU, in the
+    """Load a VAR (dense, or with experts from a checkpoint of ours) in eval mode on the CPU, in the
     precision of its file.
 
-    source: as for `load_vqvae`, e.g. "var_d16". With `vqvae`, the two are checked to belong
-    together. CheckpointError where anything does not fit.
+    source: as for `load_vqvae`, e.g. "var_d16". vqvae: if given, the two are checked to belong
+    together. Raise CheckpointError if anything does not fit.
     """
     path = _locate(source, "var")
     if _is_ours(path):
@@ -173,12 +175,12 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a config.json of ours says what the weights are: always for a folder."""
+    """Tell whether a config.json of ours says what the weights are; a folder counts as such."""
     return path.is_dir() or (kind_of_file(path) == "safetensors" and is_described(path))
 
 
 def _load_ours(path: Path, kind: str) -> nn.Module:
-    """From a checkpoint folder, or from the file in it."""
+    """Load a model from a checkpoint folder, or from the file in it."""
     return (
         load_checkpoint(path, kind)
         if path.is_dir()

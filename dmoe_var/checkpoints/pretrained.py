@@ -1,9 +1,8 @@
-"""Whole dynamic models as folders that the Hugging Face Hub can hold, and back.
+"""Save whole dynamic models as folders that the Hugging Face Hub can hold, and load them.
 
-A folder holds model.safetensors (tensors by their state-dict names; what both models share is
-there once, and the file's metadata names each left-out tensor's twin, as safetensors' own
-save_model does), config.json (both shapes, the scales, the selection rules) and README.md, the
-model card.
+A folder holds model.safetensors (tensors by their state-dict names), config.json (both shapes, the
+scales, the selection rules) and README.md, the model card. What both models share is stored once.
+The file's metadata names each left-out tensor's twin, as safetensors' own save_model does.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ KIND = "dynamic_var"
 CARD_FILE = "README.md"
 FILES = (MODEL_FILE, CONFIG_FILE, CARD_FILE)
 EXPORTED = "dynamic_var"
-"""What the export stage calls a saved model's folder."""
+"""Name that the export stage gives to a saved model's folder."""
 FRAMEWORK = {"format": "pt"}
-"""What the hub's tools look for in a file's metadata; all else there names shared tensors."""
+"""Entry of a file's metadata that the hub's tools look for; the others name shared tensors."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ class DynamicVARConfig:
 def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
     """Write a model's folder whole or not at all. card: the text of its README.md.
 
-    In an existing folder only the files of such a model are replaced: hidden and other files stay.
-    CheckpointError where there are other files and no such model, and for what cannot be written.
+    In an existing folder only the files of a saved model are replaced: hidden and other files stay.
+    Raise CheckpointError if there are other files and no saved model, or if writing fails.
     """
     _write_folder(model, Path(folder).resolve(), str(folder), card)
 
@@ -80,13 +79,13 @@ def from_pretrained(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> DynamicVAR:
-    """A model in eval mode on the CPU, its weights memory-mapped, from a folder or from the hub.
+    """Load a model in eval mode on the CPU, its weights memory-mapped, from a folder or the hub.
 
     source: a folder of `save_pretrained` (or the file of weights in it, or the folder of the export
-    stage around it), or a hub repository ("owner/name"), of which `revision` names a branch, tag or
+    stage around it), or a hub repository ("owner/name"). revision: the repository's branch, tag or
     commit. cache_dir, local_files_only and token are huggingface_hub's.
-    Only numbers are read, strictly: CheckpointError, in one line, for anything missing, unexpected,
-    cut short or out of range, and for a hub that cannot be reached.
+    Only numbers are read, strictly. Raise CheckpointError, in one line, for anything missing,
+    unexpected, cut short or out of range, or if the hub cannot be reached.
     """
     local = _local(source)
     if local is not None:
@@ -99,7 +98,7 @@ def from_pretrained(
 
 
 def locate(source: str) -> Path:
-    """The folder of a saved model on this machine, fetched from the hub unless it is there."""
+    """Find the folder of a saved model on this machine; fetch it from the hub if it is missing."""
     return _local(source) or _fetched(source)
 
 
@@ -109,7 +108,7 @@ def _fetched(repo_id: str) -> Path:
 
 
 def _local(source: str | Path) -> Path | None:
-    """The folder that a path stands for; None for what is no path here."""
+    """Find the folder that a path stands for; return None for what is no path here."""
     try:
         path = Path(source).expanduser()
         if path.name:
@@ -137,10 +136,10 @@ def upload(
     token: str | None = None,
     commit_message: str = "Add a DynamicVAR",
 ) -> str:
-    """Upload what `write_model` writes, in one commit; the commit's address.
+    """Upload what `write_model` writes, in one commit, and return the commit's address.
 
-    The repository is made where there is none (`private`: None means the owner's default).
-    CheckpointError, in one line, where the hub cannot be reached or refuses.
+    The repository is made if there is none (`private`: None means the owner's default).
+    Raise CheckpointError, in one line, if the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -195,7 +194,7 @@ def _config(model: DynamicVAR) -> dict[str, Any]:
 
 
 def _version() -> str:
-    """This library's version; "unknown" where it is not installed."""
+    """Return this library's version; "unknown" if it is not installed."""
     try:
         return metadata.version("dmoe-var")
     except metadata.PackageNotFoundError:
@@ -203,8 +202,8 @@ def _version() -> str:
 
 
 def _check_replaceable(folder: Path, shown: str) -> None:
-    """CheckpointError for a folder with files that are no saved model's, or with other files alone.
-    Hidden ones are no obstacle."""
+    """Raise CheckpointError for a file, and for a folder with files but without the config.json of
+    a saved model. Hidden files are no obstacle."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -223,7 +222,7 @@ def _check_replaceable(folder: Path, shown: str) -> None:
 
 
 def _keep_foreign(replaced: Path, folder: Path) -> None:
-    """Move what is no file of a saved model from the folder's older state to the newer one; after a
+    """Move what is no file of a saved model from the folder's older state to the newer one. After a
     kill in between, the next save does it."""
     if not replaced.is_dir() or not folder.is_dir():
         return
@@ -235,7 +234,7 @@ def _keep_foreign(replaced: Path, folder: Path) -> None:
 def _without_twins(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor under the first of its names, and that name by every other one."""
+    """Keep each tensor under its first name alone; also return that name by every other one."""
     first: dict[object, str] = {}
     twins: dict[str, str] = {}
     for name in sorted(tensors):
@@ -250,7 +249,7 @@ def _without_twins(
 def _with_twins(
     tensors: Mapping[str, Tensor], about: Mapping[str, str], path: Path
 ) -> dict[str, Tensor]:
-    """The reverse of `_without_twins`; a name whose twin is not there stays missing."""
+    """Undo `_without_twins`; a name whose twin is not there stays missing."""
     twins = {name: kept for name, kept in about.items() if name not in FRAMEWORK}
     both = sorted(twins.keys() & tensors.keys())
     if both:
@@ -292,7 +291,7 @@ def _read_config(folder: Path) -> DynamicVARConfig:
             f"{KIND!r}{advice}"
         )
     try:
-        # From JSON text, where strict still takes a list for a tuple.
+        # As JSON text, for which strict still takes a list for a tuple
         stored: DynamicVARConfig = TypeAdapter(DynamicVARConfig).validate_json(
             json.dumps(about.get("config")), strict=True
         )
@@ -310,7 +309,7 @@ def _download(
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path:
-    """Folder, in the cache, of one commit's weights and configuration, and nothing else."""
+    """Fetch one commit's weights and configuration, nothing else; return their cache folder."""
     from huggingface_hub import snapshot_download
 
     with _hub_errors(f"{repo_id}: no such folder, and cannot be fetched from the hub"):
@@ -328,7 +327,7 @@ def _download(
 
 @contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """As `network_errors`, and for what can be no name of a repository."""
+    """Do as `network_errors`, and raise CheckpointError for an impossible repository name too."""
     from huggingface_hub.errors import HFValidationError
 
     try:

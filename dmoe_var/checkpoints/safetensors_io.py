@@ -1,4 +1,4 @@
-"""Checkpoints of ours: a folder of model.safetensors and config.json, whole or not there."""
+"""Write and read our checkpoints: folders of model.safetensors and config.json, written whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMAT = "dmoe-var/1"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 RENAMES = 10
-"""Tries to put a checkpoint where others are reading the older one."""
+"""Tries at replacing a checkpoint that others are reading."""
 READ_BY = {
     "vqvae": "load_vqvae, base.vqvae",
     "var": "load_var, base.var",
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[type[nn.Module], type]] = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all; CheckpointError where the disk refuses."""
+    """Write a safetensors file whole or not at all. Raise CheckpointError if the disk refuses."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         temporary.touch()
@@ -55,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped) and metadata of a safetensors file, or CheckpointError."""
+    """Read a safetensors file's tensors (memory-mapped) and metadata, or raise CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if kind_of_file(path) != "safetensors":
@@ -69,9 +69,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def recover(folder: Path) -> Path:
-    """Where a kill came between the two renames of `save_checkpoint`, put the older one back.
+    """Put the older folder back if a kill came between the two renames of `save_checkpoint`.
 
-    Returns the path that an older checkpoint has while it is being replaced.
+    Return the path that an older checkpoint has while it is being replaced.
     """
     replaced = folder.with_name(f".{folder.name}.old")
     if replaced.exists() and not folder.exists():
@@ -80,10 +80,10 @@ def recover(folder: Path) -> Path:
 
 
 def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
-    """Write a model's checkpoint folder, whole or not at all; an older one of that name is
-    replaced. CheckpointError where the disk refuses, or something else is in the way.
+    """Write a model's checkpoint folder, whole or not at all; replace an older one of that name.
 
-    fingerprint: of the configuration that made it (`read_fingerprint`).
+    fingerprint: of the configuration that made it (`read_fingerprint`). Raise CheckpointError if
+    the disk refuses, or if something else is in the way.
     """
     folder = folder.resolve()  # a link stays, and what it points to is replaced
     if folder.exists() and not folder.is_dir():
@@ -104,7 +104,7 @@ def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> 
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename, over an older folder; again where a reader put the older one back in between."""
+    """Rename over an older folder; try again if a reader put the older one back in between."""
     for _ in range(RENAMES):
         replaced = recover(folder)
         if folder.exists():
@@ -121,7 +121,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def read_fingerprint(folder: Path) -> str:
-    """The fingerprint that a checkpoint was saved with; CheckpointError where it is not whole."""
+    """Read the fingerprint of a saved checkpoint. Raise CheckpointError if it is not whole."""
     path = folder / MODEL_FILE
     try:
         with safe_open(path, framework="pt") as file:
@@ -133,7 +133,7 @@ def read_fingerprint(folder: Path) -> str:
 
 
 def read_config(folder: Path, kind: str) -> Any:
-    """The model configuration of a checkpoint folder (a VQVAEConfig or VARConfig)."""
+    """Read the model configuration of a checkpoint folder (a VQVAEConfig or VARConfig)."""
     path = folder / CONFIG_FILE
     content = read_json(path, CheckpointError)
     found = content.get("kind") if isinstance(content, dict) else None
@@ -151,8 +151,8 @@ def read_config(folder: Path, kind: str) -> Any:
 
 
 def load_checkpoint(folder: Path, kind: str, name: str = MODEL_FILE) -> nn.Module:
-    """A model from a checkpoint folder, strictly, on the CPU, in eval mode. name: of the file there
-    that holds the weights."""
+    """Load a model from a checkpoint folder, strictly, on the CPU, in eval mode. name: the file
+    there that holds the weights."""
     if folder.absolute().name:  # "/" has none, and no place beside it
         recover(folder.absolute())
     config, path = read_config(folder, kind), folder / name
@@ -162,17 +162,17 @@ def load_checkpoint(folder: Path, kind: str, name: str = MODEL_FILE) -> nn.Modul
 
 
 def is_described(path: Path) -> bool:
-    """Whether a config.json of ours lies beside a file of weights and says what they are."""
+    """Tell whether a config.json of ours lies beside a file of weights and describes them."""
     config = path.parent / CONFIG_FILE
     content = read_json(config, CheckpointError) if config.is_file() else None
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read_bare(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file that no config.json describes: published ones in that format.
+    """Read a safetensors file that no config.json describes: published weights in that format.
 
-    CheckpointError for a file of ours: its names do not tell all of its model, and a ReLU would be
-    taken for a GELU.
+    Raise CheckpointError for a file of ours: its names do not tell all of its model, and a ReLU
+    would be taken for a GELU.
     """
     tensors, about = read_tensors(path)
     if "state" in about:

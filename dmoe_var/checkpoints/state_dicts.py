@@ -1,7 +1,7 @@
-"""The one state dict that is meant in a file: bare, or within a trainer's checkpoint.
+"""Find the one state dict that is meant in a file: bare, or within a trainer's checkpoint.
 
-The published trainer leaves both models beside its optimiser; others wrap theirs as "model" or
-"state_dict"; DistributedDataParallel, torch.compile and FSDP put a word into every name. What a
+The published trainer saves both models beside its optimiser. Others wrap theirs as "model" or
+"state_dict". DistributedDataParallel, torch.compile and FSDP put a word into every name. What a
 state dict is follows from its own names, whatever the file calls it.
 """
 
@@ -23,23 +23,23 @@ from dmoe_var.checkpoints.safetensors_io import READ_BY
 from dmoe_var.errors import CheckpointError
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What torch's wrappers put into a name."""
+"""Words that torch's wrappers put into names."""
 LANDMARKS = {
     "vqvae": ("quantize.embedding.weight", "quant_conv.weight", "post_quant_conv.weight"),
     "var": ("pos_start", "pos_1LC", "lvl_1L", "word_embed.weight"),
 }
-"""Names that a state dict of a kind has, and one of the other kind has not."""
+"""Names in state dicts of that kind, and in none of the other kind."""
 TITLES = {"vqvae": "VQ-VAE", "var": "VAR"}
 SEVERAL = 3
-"""State dicts in one dictionary that are looked at: more than one is refused."""
+"""Most state dicts to look at in one dictionary; more than one is refused."""
 DEEPEST = 4
-"""Dictionaries within dictionaries that are looked into."""
+"""Levels of nested dictionaries to look into."""
 
 
 def read_pth(path: Path, kind: str) -> dict[str, Tensor]:
-    """The state dict of `kind` "vqvae" or "var" in a file of torch: tensors only, never code;
-    memory-mapped, so that loading holds the weights once (compressed files and those in torch's
-    format before 1.6 are read)."""
+    """Read the state dict of `kind` "vqvae" or "var" from a file of torch: tensors, never code. It
+    is memory-mapped, so that loading holds the weights once. Compressed files and those in torch's
+    format before 1.6 are read into memory."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # a trainer's options
             content = torch.load(
@@ -61,9 +61,9 @@ def read_pth(path: Path, kind: str) -> dict[str, Tensor]:
 
 
 def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
-    """The one state dict of a kind in what a file holds, without the words of wrappers.
+    """Find the one state dict of a kind in what a file holds, without the words of wrappers.
 
-    CheckpointError, which says what there is, where there is none or more than one.
+    Raise CheckpointError, which says what there is, if there is none or more than one.
     """
     found: dict[str, dict[str, Any]] = {}
     others: set[str] = set()
@@ -94,7 +94,7 @@ def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
 
 
 def _mappings(content: object) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary with names in a file's content, with its place in it ("trainer.var.")."""
+    """Yield every dictionary with names in a file's content, with its place ("trainer.var.")."""
     todo: list[tuple[str, object, int]] = [("", content, 0)]
     seen: set[int] = set()
     while todo:
@@ -108,7 +108,7 @@ def _mappings(content: object) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _unwrapped(names: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The same without the words of torch's wrappers; CheckpointError where two become one."""
+    """Drop the words of torch's wrappers from names; raise CheckpointError if two become one."""
     plain: dict[str, Any] = {}
     for name, value in names.items():
         short = ".".join(word for word in name.split(".") if word not in WRAPPERS) or name
@@ -119,7 +119,7 @@ def _unwrapped(names: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """State dicts of a kind in one dictionary: itself, or the parts of a larger module."""
+    """Yield state dicts of a kind in one dictionary: itself, or the parts of a larger module."""
     prefixes = {
         name.removesuffix(landmark): None
         for landmark in LANDMARKS[kind]
@@ -132,7 +132,7 @@ def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[st
 
 
 def _without(content: object, kind: str, others: set[str]) -> str:
-    """What is said of a file without a state dict of the kind."""
+    """Say what a file is that has no state dict of the kind."""
     wanted = f"a {TITLES[kind]}"
     if others:
         (other,) = others
@@ -149,13 +149,13 @@ def _without(content: object, kind: str, others: set[str]) -> str:
 
 
 def _in_order(tensor: Tensor) -> Tensor:
-    """Channels-last weights of convolutions in the usual order; all else as it is."""
+    """Bring channels-last weights of convolutions into the usual order; leave all else as it is."""
     last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor.contiguous() if last else tensor
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Whether a file is a zip archive without compression: torch would map packed bytes as well."""
+    """Tell whether a file is an uncompressed zip archive: torch would map packed bytes as well."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -163,7 +163,7 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 def _check_storage(tensors: dict[str, Tensor], path: Path) -> None:
-    """CheckpointError for tensors that are not plain numbers in memory of their own."""
+    """Raise CheckpointError for tensors that are not plain numbers in memory of their own."""
     problems: list[str] = []
     places: list[tuple[int, int, str]] = []
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Shapes of published checkpoints, read from their state dicts.
+"""Read the shapes of published checkpoints from their state dicts.
 
-Our state-dict names are the published ones, so that nothing is renamed: what this file knows is
-how depth, width and all else follow from names and shapes.
+Our state-dict names are the published ones, so that nothing is renamed. This file knows how depth,
+width and all else follow from names and shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COUNTER = "quantize.ema_vocab_hit_SV"
 
 
 def count(tensors: Mapping[str, Tensor], pattern: str, source: str) -> int:
-    """How many numbers from 0 on the pattern's group matches in names; CheckpointError for gaps."""
+    """Count the numbers, from 0 on, that the pattern finds; raise CheckpointError for gaps."""
     matches = (re.match(pattern, name) for name in tensors)
     numbers = {match[1] for match in matches if match}
     if numbers != {str(i) for i in range(len(numbers))}:
@@ -29,9 +29,9 @@ def count(tensors: Mapping[str, Tensor], pattern: str, source: str) -> int:
 
 
 def check_size(config: VARConfig | VQVAEConfig, tensors: Mapping[str, Tensor], source: str) -> None:
-    """CheckpointError where a configuration is of a larger or smaller model than its tensors.
+    """Raise CheckpointError if a configuration is of a larger or smaller model than its tensors.
 
-    Only then is it safe to build: a number in a text file can ask for more than any machine has.
+    Building is unsafe without it: a number in a text file can ask for more than any machine has.
     """
     if isinstance(config, VARConfig):
         found = {
@@ -78,11 +78,11 @@ def _shape(tensors: Mapping[str, Tensor], name: str, source: str, ndim: int) -> 
 def vqvae_config(
     tensors: Mapping[str, Tensor], patch_nums: Sequence[int] | None, source: str
 ) -> VQVAEConfig:
-    """Shape of a published VQ-VAE.
+    """Derive the shape of a published VQ-VAE.
 
-    It does not hold patch_nums: None means the 256 px schedule, and CheckpointError where the
-    number of scales that it was trained with shows that this cannot be. With others it is the same
-    model: see `fit_counter`.
+    patch_nums: not in the file; None means the 256 px schedule. Other ones give the same model, see
+    `fit_counter`. Raise CheckpointError for None if the file was trained with another number of
+    scales.
     """
     num_scales, vocab_size = _shape(tensors, COUNTER, source, 2)
     schedule = tuple(patch_nums) if patch_nums is not None else PATCH_NUMS_256
@@ -116,7 +116,7 @@ def vqvae_config(
 
 
 def fit_counter(tensors: Mapping[str, Tensor], patch_nums: Sequence[int]) -> dict[str, Tensor]:
-    """The same, with the counter of code use made anew where it is that of other scales.
+    """Make the counter of code use anew if it is that of other scales; keep all else.
 
     It is a statistic of training that nothing computes with, and the only tensor whose shape
     follows from the scales: a published VQ-VAE serves VARs of any schedule.
@@ -128,7 +128,7 @@ def fit_counter(tensors: Mapping[str, Tensor], patch_nums: Sequence[int]) -> dic
 
 
 def var_config(tensors: Mapping[str, Tensor], source: str) -> VARConfig:
-    """Shape of a published VAR. head_dim is 64 where no per-head scale says otherwise."""
+    """Derive the shape of a published VAR. head_dim is 64 if no per-head scale says otherwise."""
     _, _, width = _shape(tensors, "pos_start", source, 3)
     vocab_size, _ = _shape(tensors, "head.weight", source, 2)
     hidden, _ = _shape(tensors, "blocks.0.ffn.fc1.weight", source, 2)

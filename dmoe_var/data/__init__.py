@@ -1,4 +1,4 @@
-"""Data sets, and the cache of their tokens."""
+"""Load data sets, and cache their tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def load_data(
     hashes: Path | None = None,
     progress: bool = False,
 ) -> tuple[Images, Images]:
-    """Training and held-out images.
+    """Load training and held-out images.
 
     num_classes: the classes of the model that their labels are for (None: as many as the data
-    has). hashes: a folder that keeps hashes of picture files between runs. Raises ConfigError
-    where image_folder has no `root`, DataError where its folders are not as DataConfig says.
+    has). hashes: a folder that keeps hashes of picture files between runs. Raise ConfigError if
+    image_folder has no `root`, and DataError if its folders are not as DataConfig says.
     """
     if config.kind == "digits":
         return load_digits(config.image_size)

@@ -1,4 +1,4 @@
-"""Class folders: which pictures each holds, in what order, and which label it stands for."""
+"""List class folders: the pictures that each holds, their order, and the label of each folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dmoe_var.data.pictures import EXTENSIONS
 from dmoe_var.errors import DataError
 
 SHOWN = 3
-"""Names that an error lists."""
+"""Most names that an error lists."""
 SHOWN_LABELS = 10
-"""Classes up to which all labels are told."""
+"""Most classes whose labels are all printed."""
 
 Pictures: TypeAlias = dict[str, list[str]]
-"""By class folder, in order: its pictures, in order, as paths relative to it."""
+"""Pictures of each class folder, both in order, as paths relative to that folder."""
 Identity: TypeAlias = tuple[int, int]
 
 
@@ -33,10 +33,10 @@ class Listing:
     folder: Path
     pictures: Pictures
     passed_over: Counter[str]
-    """By kind."""
+    """Number of such entries by kind."""
 
     def line(self) -> str:
-        """What was passed over, in one line; "" for nothing."""
+        """Say in one line what was passed over; "" for nothing."""
         if not self.passed_over:
             return ""
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.passed_over.most_common())
@@ -47,12 +47,12 @@ class Listing:
 
 
 def list_pictures(folder: Path) -> Listing:
-    """The pictures in each class folder and in the folders within it, links followed.
+    """List the pictures in each class folder and in the folders within it, links followed.
 
-    Pictures have the order of torchvision's ImageFolder, and so have class folders, but that whole
-    numbers are sorted as numbers. Names that begin with a dot are passed over. Raises DataError
-    for a folder that is missing or unreadable, a class without pictures, and two class folders of
-    the same number.
+    Pictures and class folders have the order of torchvision's ImageFolder, except that whole
+    numbers are sorted as numbers (`sorted_classes`). Names that begin with a dot are passed over.
+    Raise DataError for a folder that is missing or unreadable, a class without pictures, and two
+    class folders of the same number.
     """
     passed_over: Counter[str] = Counter()
     try:
@@ -82,7 +82,7 @@ def list_pictures(folder: Path) -> Listing:
 def _pictures_in(
     class_folder: Path, above: tuple[Identity, ...], passed_over: Counter[str]
 ) -> list[str]:
-    """Paths relative to a class folder, by the text of the folder's path, then by name."""
+    """List paths relative to a class folder, by the text of the folder's path, then by name."""
     by_folder: dict[str, list[str]] = {}
     waiting = [("", above)]
     while waiting:
@@ -106,7 +106,7 @@ def _pictures_in(
 
 
 def _entries(folder: Path, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder."""
+    """List the names of the folders and of the files in a folder."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -134,9 +134,9 @@ def _identity(folder: Path) -> Identity:
 
 
 def sorted_classes(names: Sequence[str], folder: Path) -> list[str]:
-    """Names of class folders, sorted: as numbers where all are whole numbers, else as text.
+    """Sort names of class folders: as numbers if all are whole numbers, else as text.
 
-    Raises DataError where two are the same number.
+    Raise DataError if two are the same number.
     """
     by_number: dict[int, str] = {}
     for name in sorted(names):
@@ -156,10 +156,10 @@ def _number(name: str) -> int | None:
 
 
 def labels_of(names: Sequence[str], num_classes: int) -> list[int] | None:
-    """Labels of class folders, in order, for a model of num_classes classes; None for unknown.
+    """Label class folders, in order, for a model of num_classes classes; None for unknown labels.
 
     As many folders as classes are labelled by their places. Fewer keep the labels of the model:
-    folders named by whole numbers their number, ImageNet's wnids their places among its 1,000.
+    a whole number is its own label, a wnid of ImageNet has its place among the 1,000.
     """
     if len(names) == num_classes:
         return list(range(num_classes))
@@ -171,9 +171,9 @@ def labels_of(names: Sequence[str], num_classes: int) -> list[int] | None:
 
 
 def balanced(pictures: Pictures, number: int, folder: Path, key: str) -> Pictures:
-    """The first pictures of each class, taken in turns until there are `number`.
+    """Take the first pictures of each class, in turns, until there are `number`.
 
-    Raises DataError where there are fewer.
+    Raise DataError if there are fewer.
     """
     most = sum(map(len, pictures.values()))
     if number > most:
@@ -186,6 +186,6 @@ def balanced(pictures: Pictures, number: int, folder: Path, key: str) -> Picture
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first of some names, and how many there are."""
+    """Join the first of some names; if there are more, say how many in all."""
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

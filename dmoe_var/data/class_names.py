@@ -1,4 +1,4 @@
-"""Names of classes: what `sample.classes` may be given as, and what pictures are titled with."""
+"""Translate between class indices and names, for `sample.classes` and for titles of pictures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ IMAGENET_CLASSES = 1000
 
 @cache
 def imagenet_names() -> tuple[str, ...]:
-    """The 1,000 names that torchvision's classifiers carry, in the order of the class folders."""
+    """Return the 1,000 names of torchvision's classifiers, in the order of the class folders."""
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def class_names(kind: str, num_classes: int) -> tuple[str, ...] | None:
-    """Names of the classes of a kind of data by index; None where only indices are known.
+    """Name the classes of a kind of data by index; return None if only indices are known.
 
     digits: "0" to "9". image_folder with 1,000 classes: ImageNet's.
     """
@@ -31,15 +31,15 @@ def class_names(kind: str, num_classes: int) -> tuple[str, ...] | None:
 
 
 def title(names: Sequence[str] | None, index: int) -> str:
-    """A class as pictures are titled: its name, or its number where there is none."""
+    """Title a class in pictures: by its name, or by its number if there is none."""
     return f"class {index}" if names is None else names[index]
 
 
 def class_index(given: int | str, kind: str, num_classes: int, key: str) -> int:
-    """Index of a class given by index or by name.
+    """Find the index of a class given by index or by name.
 
-    A name may have any case, spaces, underscores or hyphens, and no apostrophes; where two differ
-    in case alone, the exact spelling decides. ConfigError, naming `key`, for an index out of
+    A name may have any case, spaces, underscores or hyphens, and no apostrophes. If two differ in
+    case alone, the exact spelling decides. Raise ConfigError, naming `key`, for an index out of
     range and for a name that is unknown or ambiguous.
     """
     if isinstance(given, int) or re.fullmatch(r"-?\d+", given):
@@ -66,5 +66,5 @@ def class_index(given: int | str, kind: str, num_classes: int, key: str) -> int:
 
 @cache
 def slug(name: str) -> str:
-    """A name as part of a file's name: lower-case letters, digits and single underscores."""
+    """Turn a name into part of a file's name: lower-case letters, digits, single underscores."""
     return re.sub(r"[\W_]+", "_", name.lower().replace("'", "")).strip("_")

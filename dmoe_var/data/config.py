@@ -1,4 +1,4 @@
-"""Which images an experiment is about."""
+"""Configure which images an experiment uses."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ IN_MEMORY = ("kind", "image_size", "num_classes")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how they are cut, and how they are read.
+    """Which images are used, how they are cut, and how they are read.
 
-    A label is a class folder's place, whole numbers sorted as numbers; fewer folders than the
-    model's classes keep its labels, where they are named by them or by ImageNet's wnids.
+    A label is a class folder's place, with whole numbers sorted as numbers. Fewer folders than the
+    model's classes keep its labels if they are named by those or by ImageNet's wnids.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["digits", "image_folder"] = "digits"
-    """digits (scikit-learn's, in memory) or image_folder, for which alone the keys after
-    num_classes are."""
+    """digits (scikit-learn's, in memory) or image_folder, which alone reads the keys after
+    num_classes."""
     image_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
-    """Pixels a side that the models see."""
+    """Side in pixels of the images that the models see."""
     num_classes: Count | None = None
-    """Class folders that there must be, or classes of the model; null takes what is there."""
+    """Class folders that must be there, or classes of the model; null takes what is there."""
     root: PathOrName | None = None
     """Folder that holds train and val."""
     train: Name = "train"
-    """Folder of the training pictures, in one folder for each class."""
+    """Folder of the training pictures, with one folder per class."""
     val: Name = "val"
-    """Folder of the held-out pictures, of the same classes."""
+    """Folder of the held-out pictures, with the same classes."""
     resize_ratio: Annotated[float, Field(ge=1, le=8)] = 1.125
-    """Shorter side of a picture before it is cut, in image_size."""
+    """Shorter side of a picture before it is cut, as a multiple of image_size."""
     augmentations: Count = 1
-    """Random crops of each training picture; held-out crops are central."""
+    """Random crops per training picture; held-out crops are central."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the crops."""
     limit: Count | None = None
-    """Training pictures that are used, spread over the classes; null takes all."""
+    """Number of training pictures to use, spread over the classes; null takes all."""
     held_out: Count | None = None
-    """Held-out pictures that are used, spread over the classes; null takes all."""
+    """Number of held-out pictures to use, spread over the classes; null takes all."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """A picture that cannot be decoded ends the run once all were tried (refuse), or is left
     out (skip)."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Decoding threads of each process; 0 decodes in the encoder's own."""
+    """Decoding threads per process; 0 decodes in the encoder's thread."""
     encode_batch: Count = 64
-    """Images that are encoded at once."""
+    """Images per batch of the encoder."""
 
     def __post_init__(self) -> None:
         if self.kind == "image_folder":
@@ -72,11 +72,11 @@ class DataConfig:
             )
 
     def known_classes(self) -> int | None:
-        """How many classes there are; None where only the folder can tell."""
+        """Return the number of classes; None if only the folder can tell."""
         return digits.NUM_CLASSES if self.kind == "digits" else self.num_classes
 
     def suits(self, num_classes: int) -> bool:
-        """Whether a model of num_classes classes may be trained on this: folders may be fewer."""
+        """Tell whether a model of num_classes classes may train on this: folders may be fewer."""
         known = self.known_classes()
         if self.kind == "image_folder":
             return known is None or known <= num_classes

@@ -1,8 +1,8 @@
-"""Decodes blocks of images in threads, while the encoder is at work.
+"""Decode blocks of images in threads, while the encoder is at work.
 
 Threads, not processes: Pillow lets other threads run while it decodes and resizes (nine tenths of
-the time of a 256-pixel picture), and between processes batches would pass through shared memory,
-of which containers often have little: a full one stops them for ever.
+the time of a 256-pixel picture). Between processes, batches would pass through shared memory.
+Containers often have little of it, and a full one stops them for ever.
 
 Legend: B batch, R image side.
 """
@@ -37,7 +37,7 @@ class DecodedBatch:
 def decoded(
     images: Images, blocks: Sequence[range], batch_size: int, workers: int
 ) -> Iterator[tuple[range, bool, DecodedBatch]]:
-    """The images of blocks in order, a batch at a time; True with the last of each block.
+    """Yield the images of blocks in order, batch by batch, with True for the last of each block.
 
     A batch never spans two blocks, so that a block does not depend on where a run began. Without
     workers a batch is decoded when it is asked for.
@@ -60,7 +60,7 @@ def decoded(
 def _in_order(
     images: Images, batches: Sequence[range], workers: int
 ) -> Iterator[tuple[Decoded, float]]:
-    """Each batch with the seconds that it took."""
+    """Yield each batch with the seconds that it took."""
 
     def decode(indices: range) -> tuple[Decoded, float]:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, enlarged: real images that need no download.
+"""Load scikit-learn's handwritten digits, enlarged: real images that need no download.
 
 Legend: N images, R image side in pixels.
 """
@@ -39,20 +39,20 @@ class ImageSet:
         return {"content": self.key}
 
     def pixels(self, indices: Indices) -> np.ndarray:
-        """Images uint8 (B, R, R, 3)."""
+        """Return images, uint8 (B, R, R, 3)."""
         return self.images[np.asarray(indices, dtype=np.int64)]
 
     def tensors(self, indices: Indices) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1], float32."""
+        """Return images (B, 3, R, R) in [-1, 1], float32."""
         return scaled(torch.from_numpy(self.pixels(indices)))
 
     def decode(self, indices: Sequence[int]) -> Decoded:
-        """Images uint8 (B, R, R, 3); none is unreadable."""
+        """Return images, uint8 (B, R, R, 3); none is unreadable."""
         return Decoded(self.pixels(indices), [])
 
 
 def load_digits(image_size: int) -> tuple[ImageSet, ImageSet]:
-    """Training (1,437) and test images (360), a fixed stratified split.
+    """Load training (1,437) and test images (360), a fixed stratified split.
 
     The 8 x 8 originals (grey levels 0..16) are enlarged bicubically, rounded to uint8 and
     repeated over three channels.

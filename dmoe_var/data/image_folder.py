@@ -1,7 +1,7 @@
-"""Pictures in a folder a class, as ImageNet comes, cut as published for VAR.
+"""Load pictures from one folder per class, as ImageNet comes, and cut them as published for VAR.
 
-Nothing is decoded before it is asked for, and where a picture is cut follows from (seed, its place
-in the set, which augmentation) alone: threads, batches and interruptions change nothing.
+Nothing is decoded before it is asked for. The place of a crop follows from (seed, the picture's
+index in its set, augmentation) alone: threads, batches and interruptions change nothing.
 
 Legend: P pictures, K augmentations of each, N = P * K images, B batch, R image side in pixels.
 """
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from dmoe_var.data.config import DataConfig
 
 WIDEST = 32
-"""How many times its shorter side a picture's longer side is at most, before it is enlarged: the
-middle is kept of a longer one, which would else take gigabytes."""
+"""Largest ratio of a picture's longer to its shorter side before it is enlarged. Of a longer
+picture only the middle is kept; the whole would take gigabytes."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """From a picture to R x R pixels: the shorter side resized to round(resize_ratio * R) by
-    Lanczos, then the centre, or where `random` a place that each augmentation draws; no flip."""
+    """How a picture becomes R x R pixels. Lanczos resizes its shorter side to round(resize_ratio *
+    R). The crop is the centre or, if `random`, a random place per augmentation; no flip."""
 
     image_size: int
     resize_ratio: float
@@ -62,14 +62,14 @@ class Cut:
     seed: int
 
     def opened(self, path: Path) -> Picture:
-        """The resized RGB picture of a file. Raises UnreadablePictureError."""
+        """Open a file as a resized RGB picture. Raise UnreadablePictureError if it cannot be."""
         rgb = _shortened(open_rgb(path))
         shorter = round(self.resize_ratio * self.image_size)
         sides = [int(shorter * side / min(rgb.size)) for side in rgb.size]
         return rgb.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
 
     def cropped(self, picture: Picture, index: int, augmentation: int) -> np.ndarray:
-        """One crop uint8 (R, R, 3) of the resized picture that is `index`-th of its set."""
+        """Crop the resized picture that is `index`-th of its set to uint8 (R, R, 3)."""
         R = self.image_size
         spare = (picture.width - R, picture.height - R)
         if self.random:
@@ -81,8 +81,8 @@ class Cut:
 
 
 def _shortened(picture: Picture) -> Picture:
-    """The middle of a picture that is more than WIDEST times as long as short; up to three pixels
-    more, so that an even number goes at each end and the centre's rounding stays."""
+    """Keep the middle of a picture that is more than WIDEST times as long as short. Up to three
+    pixels more are kept: an even number goes at each end, and the centre's rounding stays."""
     most = WIDEST * min(picture.size)
     left, top = (max(0, side - most) // 4 * 2 for side in picture.size)
     if left == top == 0:
@@ -100,15 +100,15 @@ class FolderImages:
     class_labels: tuple[int, ...]
     """Their labels."""
     num_classes: int
-    """The model's, of which some may have no folder."""
+    """Classes of the model; some may have no folder."""
     paths_P: np.ndarray
-    """Encoded paths relative to `folder`, in one array: Python's texts take three times as much."""
+    """Encoded paths relative to `folder`, in one array: Python strings take three times as much."""
     labels: np.ndarray
     """int64 (N,)."""
     passed_over: Counter[str]
     cut: Cut
     workers: int
-    """Threads of `pixels` and `tensors`."""
+    """Number of threads in `pixels` and `tensors`."""
     hashes: Path | None = None
     """Folder of the ledgers that keep hashes of files between runs."""
     progress: bool = False
@@ -137,11 +137,11 @@ class FolderImages:
         }
 
     def path(self, index: int) -> Path:
-        """The file of image `index`."""
+        """Return the file of image `index`."""
         return self.folder / os.fsdecode(self.paths_P[index // self.cut.augmentations])
 
     def decode(self, indices: Sequence[int]) -> Decoded:
-        """Readable images uint8 (B, R, R, 3) in order, and the unreadable ones.
+        """Return the readable images, uint8 (B, R, R, 3) in order, and the unreadable ones.
 
         Neighbouring augmentations of a picture cost one decoding.
         """
@@ -159,7 +159,7 @@ class FolderImages:
         return Decoded(pixels_BRR3, unreadable)
 
     def pixels(self, indices: Indices) -> np.ndarray:
-        """Images uint8 (B, R, R, 3). DataError names a file that is unreadable."""
+        """Return images, uint8 (B, R, R, 3). Raise DataError, naming a file that is unreadable."""
         chosen = np.asarray(indices, dtype=np.int64)
         threads = max(1, self.workers)
         parts = [part.tolist() for part in np.array_split(chosen, threads)]
@@ -174,16 +174,16 @@ class FolderImages:
         return np.concatenate([part.pixels_BRR3 for part in decoded])
 
     def tensors(self, indices: Indices) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1], float32. DataError names a file that is unreadable."""
+        """Return images (B, 3, R, R) in [-1, 1], float32. Raise DataError as `pixels` does."""
         return scaled(torch.from_numpy(self.pixels(indices)))
 
 
 def load_image_folders(
     config: DataConfig, num_classes: int | None, hashes: Path | None, progress: bool
 ) -> tuple[FolderImages, FolderImages]:
-    """Training and held-out pictures, listed but not decoded; see `load_data`.
+    """List training and held-out pictures without decoding them; see `load_data`.
 
-    Raises ConfigError without `root`; DataError for a missing folder, a class without pictures,
+    Raise ConfigError without `root`, and DataError for a missing folder, a class without pictures,
     training and held-out classes that differ or whose labels are unknown, or too few pictures.
     """
     if config.root is None:
@@ -191,14 +191,17 @@ def load_image_folders(
             f"data.root=null: data.kind=image_folder needs the folder that holds {config.train}/ "
             f"and {config.val}/, one folder a class in each"
         )
+    # List both folders
     root = Path(config.root).expanduser()
     training, held_out = root / config.train, root / config.val
     listings = [list_pictures(training)]
     listings.append(listings[0] if held_out == training else list_pictures(held_out))
+    # Label the classes
     classes, num_classes = _classes(listings[0], listings[1], config.num_classes, num_classes)
     _tell(_labels_line(root, classes, num_classes))
     for listing in listings:
         _tell(listing.line())
+    # Build both sets
     cut = Cut(config.image_size, config.resize_ratio, True, config.augmentations, config.seed)
     central = replace(cut, random=False, augmentations=1, seed=0)
     sets = []
@@ -229,9 +232,9 @@ def load_image_folders(
 def _classes(
     ours: Listing, theirs: Listing, folders: int | None, num_classes: int | None
 ) -> tuple[dict[str, int], int]:
-    """Labels by class folder, and the number of classes.
+    """Label each class folder, and count the classes.
 
-    folders: data.num_classes. num_classes: the model's, where there is one.
+    folders: data.num_classes. num_classes: the model's, if there is one.
     """
     names, others = ours.pictures.keys(), theirs.pictures.keys()
     only = [
@@ -265,6 +268,6 @@ def _labels_line(root: Path, classes: Mapping[str, int], num_classes: int) -> st
 
 @cache
 def _tell(line: str) -> None:
-    """Print a line to stderr, once a process, by the main one."""
+    """Print a line to stderr, once per process and only in the main one."""
     if line and is_main():
         tqdm.write(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Sets of images that are read piece by piece: arrays in memory or on the disk, and folders.
+"""Read sets of images piece by piece: arrays in memory or on the disk, and folders.
 
 Legend: B batch, N images, H W height and width, R image side.
 """
@@ -32,7 +32,7 @@ class Pixels(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
-        """Images uint8 (B, H, W, 3) by their indices, int64 (B,)."""
+        """Return images, uint8 (B, H, W, 3), by their indices, int64 (B,)."""
         ...
 
 
@@ -65,10 +65,10 @@ class KeyedArray(ImageArray):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The image files under a folder, in sorted order, each of image_size pixels a side.
+    """The image files under a folder, in sorted order, each of image_size pixels per side.
 
-    They are read as they are: nothing is resized or cropped. `hashes`: a folder in which the hashes
-    of the files' content are kept (None: they are not).
+    They are read as they are: nothing is resized or cropped. `hashes`: a folder that keeps hashes
+    of the files' content (None keeps none).
     """
 
     folder: Path
@@ -78,8 +78,8 @@ class ImageFolder:
 
     @classmethod
     def open(cls, folder: Path, image_size: int, hashes: Path | None = None) -> ImageFolder:
-        """List the files, in subfolders and behind links too, but not what is hidden; DataError
-        where there are none. What is no image file is passed over, with a note."""
+        """List the files, in subfolders and behind links too, but not what is hidden. Other files
+        than images are passed over, with a note. Raise DataError if there are no images."""
         found = sorted(_visible_files(folder))
         files = tuple(path for path in found if path.name.lower().endswith(EXTENSIONS))
         others = [path.name for path in found if not path.name.lower().endswith(EXTENSIONS)]
@@ -93,7 +93,7 @@ class ImageFolder:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the files' places and content when it is first asked for. Raises DataError for a
+        """Hash of the files' places and content, taken when first asked for. Raises DataError for a
         file that is unreadable."""
         places = [path.relative_to(self.folder).as_posix() for path in self.files]
         if self.hashes is None:
@@ -108,14 +108,14 @@ class ImageFolder:
 
     @property
     def key(self) -> str:
-        """Names the content, and the size at which it is read."""
+        """Name of the content and of the size at which it is read."""
         return f"folder-{self.image_size}-{self.sha256[:16]}"
 
     def __len__(self) -> int:
         return len(self.files)
 
     def pixels(self, indices: Tensor) -> npt.NDArray[np.uint8]:
-        """Raises DataError for a file that is unreadable or of another size."""
+        """Read images, uint8 (B, R, R, 3). Raise DataError for an unreadable file or other size."""
         return np.stack([self._read(self.files[index]) for index in indices.tolist()])
 
     def _read(self, path: Path) -> npt.NDArray[np.uint8]:
@@ -131,7 +131,7 @@ class ImageFolder:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """Files under a folder, none of which, nor a folder above it, has a name with a dot first."""
+    """Yield the files under a folder, but nothing hidden: no name that begins with a dot."""
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -148,7 +148,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
 
 def as_pixels(images: Pixels | npt.NDArray[np.uint8], at_least: int = 1) -> Pixels:
-    """A set of images as such; InputError where it is none or of fewer than `at_least` images."""
+    """Turn images into a set; raise InputError for anything else or fewer than `at_least`."""
     if not isinstance(images, Pixels):
         check_images(images, at_least)
         return ImageArray(images)
@@ -158,11 +158,11 @@ def as_pixels(images: Pixels | npt.NDArray[np.uint8], at_least: int = 1) -> Pixe
 
 
 def evenly_strided(num_images: int, most: int) -> Tensor:
-    """Indices of at most `most` of num_images images, spread evenly, int64."""
+    """Choose at most `most` of num_images images, spread evenly, by their indices, int64."""
     count = min(num_images, most)
     return torch.arange(count) * num_images // max(count, 1)
 
 
 def all_pixels(images: Pixels) -> npt.NDArray[Any]:
-    """Every image of a set that fits into memory."""
+    """Read every image of a set that fits into memory."""
     return images.pixels(torch.arange(len(images)))

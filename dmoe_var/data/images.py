@@ -1,4 +1,4 @@
-"""What every set of images offers to the stages, wherever its pixels are.
+"""Define what every set of images offers to the stages, wherever its pixels are.
 
 Legend: B batch, N images, R image side in pixels.
 """
@@ -21,7 +21,7 @@ Indices = Tensor | np.ndarray | Sequence[int]
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that cannot be had: its index in the set, its file, why."""
+    """An image that cannot be read: its index in the set, its file and the reason."""
 
     index: int
     path: str
@@ -29,14 +29,14 @@ class Unreadable:
 
 
 class Decoded(NamedTuple):
-    """Some images: uint8 (B, R, R, 3) of those that are readable, in order, and the others."""
+    """Some images: the readable ones in order, uint8 (B, R, R, 3), and the unreadable ones."""
 
     pixels_BRR3: np.ndarray
     unreadable: list[Unreadable]
 
 
 class Images(Protocol):
-    """Labelled square images, by index. DataError where an image is unreadable."""
+    """Labelled square images, by index. Raises DataError if an image is unreadable."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -45,38 +45,38 @@ class Images(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         ...
 
     @property
     def key(self) -> str:
-        """Names the content (for caches): other files, labels, order or cuts have another key.
+        """Name of the content (for caches): other files, labels, order or cuts have another key.
 
-        It may have to read every file: it is computed when it is first asked for.
+        It is computed when it is first asked for, for it may have to read every file.
         """
         ...
 
     def about(self) -> dict[str, Any]:
-        """For a record: the content's key, and how labels belong to folders."""
+        """Describe the set for a record: the content's key, and how labels belong to folders."""
         ...
 
     def __len__(self) -> int: ...
 
     def pixels(self, indices: Indices) -> np.ndarray:
-        """Images uint8 (B, R, R, 3)."""
+        """Return images, uint8 (B, R, R, 3)."""
         ...
 
     def tensors(self, indices: Indices) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1], float32."""
+        """Return images (B, 3, R, R) in [-1, 1], float32."""
         ...
 
     def decode(self, indices: Sequence[int]) -> Decoded:
-        """As `pixels`, in this thread, with unreadable images set aside instead of refused."""
+        """Do as `pixels`, in this thread, with unreadable images set aside and not refused."""
         ...
 
 
 def scaled(pixels_BRR3: Tensor) -> Tensor:
-    """Images (B, 3, R, R) in [-1, 1], float32, of uint8 (B, R, R, 3)."""
+    """Scale images from uint8 (B, R, R, 3) to (B, 3, R, R) in [-1, 1], float32."""
     return pixels_BRR3.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
 
 
@@ -92,9 +92,9 @@ def check_images(images: npt.NDArray[np.uint8], at_least: int = 1) -> None:
 
 
 def to_uint8(images_B3HW: Tensor) -> npt.NDArray[np.uint8]:
-    """Images (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), rounded to the nearest level.
+    """Round images (B, 3, H, W) in [0, 1] to the nearest level, as uint8 (B, H, W, 3).
 
-    Raises InputError for another shape or a value outside [0, 1].
+    Raise InputError for another shape or a value outside [0, 1].
     """
     if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
         raise InputError(f"images must be (B, 3, H, W); got {tuple(images_B3HW.shape)}")

@@ -1,9 +1,9 @@
-"""Picture files: the one place where they are opened.
+"""Open picture files; nothing else opens them.
 
 A picture is what Pillow's `convert("RGB")` gives, as for torchvision's ImageFolder and the
 published code: alpha is dropped and an EXIF orientation is not applied, so that pictures are those
-that published models have seen. Where that call would clip values to white or black, they are
-brought to 8 bits first, or the picture is unreadable.
+that published models have seen. If that call would clip values to white or black, they are brought
+to 8 bits first, or the picture is unreadable.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Pillow's modes of more than 8 bits, all of them grey."""
 SCALED_FORMATS = ("PNG", "PPM")
-"""Of these formats, mode I always holds 0..65535."""
+"""Formats for which mode I always holds 0..65535."""
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 """Tags of TIFF: bits in use, and whether 0 is white (0) or black (1)."""
 
 
 class UnreadablePictureError(DataError):
-    """A picture cannot be had. `path` and `reason` are each in one line of printable text."""
+    """A picture cannot be read. `path` and `reason` are each in one line of printable text."""
 
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = printable(path), reason
@@ -37,10 +37,10 @@ class UnreadablePictureError(DataError):
 
 
 def open_rgb(path: Path) -> Picture:
-    """The RGB picture of a file, 8 bits a channel.
+    """Open the picture of a file as RGB, 8 bits per channel.
 
-    Raises UnreadablePictureError for a file that is missing, broken, no picture, or of values
-    whose range is unknown; MemoryError and OSError where the machine is at its limit.
+    Raise UnreadablePictureError for a file that is missing, broken, no picture, or of values
+    whose range is unknown, and MemoryError or OSError if the machine is at its limit.
     """
     try:
         if not path.is_file() and path.exists():
@@ -65,7 +65,7 @@ def open_rgb(path: Path) -> Picture:
 
 
 def _eight_bits(path: Path, picture: Picture) -> Picture:
-    """Grey values 0..255 of a picture of more bits, rounded."""
+    """Scale a grey picture of more than 8 bits to 0..255, rounded."""
     if picture.mode == "F" or (picture.mode == "I" and picture.format not in SCALED_FORMATS):
         kind = "floating-point" if picture.mode == "F" else "32-bit or signed"
         raise UnreadablePictureError(path, f"{kind} values: which of them is white is unknown")
@@ -79,7 +79,7 @@ def _eight_bits(path: Path, picture: Picture) -> Picture:
 
 
 def _what_it_is(path: Path) -> str:
-    """Of a file in which no decoder sees a picture."""
+    """Say what a file is in which no decoder sees a picture."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -90,5 +90,5 @@ def _what_it_is(path: Path) -> str:
 
 
 def printable(path: Path) -> str:
-    """A path in one line of UTF-8, whatever its bytes are."""
+    """Write a path in one line of UTF-8, whatever its bytes are."""
     return str(path).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")

@@ -1,13 +1,13 @@
-"""Tokens of a data set, made once and memory-mapped: no epoch pays the encoder again.
+"""Make the tokens of a data set once and memory-map them: no epoch pays for the encoder again.
 
-The cache folder is keyed by the images and the tokenizer's weights. tokens.npy has a row for every
-image. Journals name the blocks of rows that are written, each with a checksum: an interrupted run
+The cache folder is keyed by the images and the tokenizer's weights. tokens.npy has one row per
+image. Journals name the blocks of rows that are written, each with a checksum. An interrupted run
 goes on where it stopped, and a block that is not as it was written is made anew. unreadable.txt
 lists pictures that cannot be read. A run that finds another one at the same cache waits for it
 (`alone`), and then finds what that one made.
 
-Times are kept apart (`Seconds`): images a second of decoding and of encoding are what either
-would do alone, the lower one the bottleneck.
+Times are kept apart (`Seconds`): images per second of decoding and of encoding are what either
+would do alone. The lower one is the bottleneck.
 
 Legend: N images of the set, M of them readable, n images of a block, B batch, L tokens of all
 scales, R image side.
@@ -44,14 +44,14 @@ from dmoe_var.models.vqvae import VQVAE
 FORMAT = "dmoe-var-tokens/3"
 TOKENS_FILE, JOURNAL, REPORT_FILE = "tokens.npy", "journal_{}.jsonl", "unreadable.txt"
 BLOCK_IMAGES = 1024
-"""Images that an interrupted process encodes again, at most."""
+"""Images per block: the most that an interrupted process encodes again."""
 
 Policy = Literal["refuse", "skip"]
 T = TypeVar("T")
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Hash of a module's weights."""
+    """Hash a module's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -64,9 +64,9 @@ def weights_hash(module: torch.nn.Module) -> str:
 class Seconds:
     """Time of one encoding process, in seconds.
 
-    decode: its decoders were busy reading, decoding and cutting, divided by their number.
-    encode: the VQ-VAE was at work, with the copies to its device and back.
-    wait: the encoder had nothing to do, for no batch was decoded.
+    decode: while its decoders read, decoded and cut, divided by their number.
+    encode: while the VQ-VAE was at work, with the copies to its device and back.
+    wait: while the encoder had nothing to do, because no batch was decoded.
     """
 
     decode: float = 0.0
@@ -82,7 +82,7 @@ class Seconds:
 @dataclass(frozen=True)
 class About:
     """What it took to make a token set: images with tokens, pictures left out as unreadable, and
-    the time, summed over blocks. And what it was made of (see `Images.about`)."""
+    the time, summed over blocks. data: what it was made of (see `Images.about`)."""
 
     images: int
     unreadable: int
@@ -100,13 +100,13 @@ class TokenSet:
     patch_nums: tuple[int, ...]
     about: About
     rows_M: np.ndarray | None = None
-    """The images that are readable; None: all of them."""
+    """Indices of the readable images; None means all."""
 
     def __len__(self) -> int:
         return len(self.labels_M)
 
     def batch(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) and labels (B,) as LongTensors; indices within 0..M - 1."""
+        """Return tokens (B, L) and labels (B,) as LongTensors; indices are within 0..M - 1."""
         rows_B = indices_B.numpy()
         if self.rows_M is not None:
             rows_B = self.rows_M[rows_B]
@@ -114,7 +114,7 @@ class TokenSet:
         return tokens_BL, self.labels_M[indices_B]
 
     def by_scale(self, tokens_BL: Tensor) -> list[Tensor]:
-        """The tokens of each scale, (B, p*p)."""
+        """Split tokens by scale, into (B, p*p) each."""
         return list(tokens_BL.split([p * p for p in self.patch_nums], dim=1))
 
 
@@ -128,12 +128,12 @@ def tokenize(
     unreadable: Policy = "refuse",
     progress: bool = True,
 ) -> TokenSet:
-    """Tokens of all images, from the cache where they are there.
+    """Return the tokens of all images, from the cache if they are there.
 
-    `workers` threads decode (0: this one); torchrun's processes share the blocks. Raises
-    DataError for unreadable pictures, once all have been tried, unless they are to be skipped;
-    and where none is readable. Where they are refused, those of earlier runs are tried again: what
-    kept them from being read may be gone.
+    `workers` threads decode (0: this one); torchrun's processes share the blocks. Raise DataError
+    for unreadable pictures, once all have been tried, unless they are to be skipped, and if none is
+    readable. If they are refused, those of earlier runs are tried again: what kept them from being
+    read may be gone.
     """
     if vqvae.config.vocab_size > 2**16:
         raise DataError(f"vocab_size={vqvae.config.vocab_size}: the token cache holds uint16")
@@ -159,7 +159,7 @@ def tokenize(
 
 
 def _from_main(function: Callable[[], T]) -> T:
-    """What `function` gives in the main process, in every process; so with its InputError."""
+    """Call `function` in the main process; return its result, or raise its InputError, in all."""
     results: list[T] = []
     problem: InputError | None = None
     if is_main():
@@ -209,7 +209,7 @@ class _Store:
         return len(self.images), sum(p * p for p in self.patch_nums)
 
     def tokens(self) -> np.ndarray | None:
-        """The memory-mapped rows; None where the file is missing or something else."""
+        """Map the rows into memory; return None if the file is missing or something else."""
         try:
             tokens_NL = np.load(self.folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
         except (FileNotFoundError, ValueError, EOFError):
@@ -218,8 +218,8 @@ class _Store:
         return tokens_NL if found == (self.shape, np.uint16, True) else None
 
     def written(self) -> list[_Written]:
-        """The blocks that are there, in order. Each checksum is verified by one of the processes;
-        a line says how many are not as they were written."""
+        """List the blocks that are there, in order. Each checksum is verified by one of the
+        processes; a note says how many blocks are not as they were written."""
         found, tokens_NL = _from_main(self._journalled), self.tokens()
         ours = [
             each.first
@@ -243,7 +243,7 @@ class _Store:
         return [found[block] for block in self.blocks if block in found]
 
     def begin(self, kept: Sequence[_Written]) -> None:
-        """Leave a journal of what is kept, and a file with room for all rows."""
+        """Write a journal of what is kept, and a file with room for all rows."""
         ours = self.folder / JOURNAL.format(0)
         write_text(ours, "".join(map(_line, kept)))
         for path in set(self.folder.glob(JOURNAL.format("*"))) - {ours}:
@@ -277,12 +277,12 @@ class _Store:
     def _write(
         self, block: range, readable: np.ndarray, unreadable: list[Unreadable], seconds: Seconds
     ) -> _Written:
-        """Rows first, then the line that vouches for them. `readable`: tokens of these images."""
+        """Write rows, then the line that vouches for them. readable: tokens of readable images."""
         N, L = self.shape
         rows_nL = np.zeros((len(block), L), np.uint16)
         broken = [each.index - block.start for each in unreadable]
         rows_nL[np.delete(np.arange(len(block)), broken)] = readable
-        with (self.folder / TOKENS_FILE).open("r+b") as file:  # mapped, a full disk would kill
+        with (self.folder / TOKENS_FILE).open("r+b") as file:  # if mapped, a full disk would kill
             file.seek((block.start - N) * L * rows_nL.itemsize, os.SEEK_END)
             file.write(rows_nL.data)
         checksum = _checksum(rows_nL, unreadable)
@@ -300,7 +300,7 @@ class _Store:
             (self.folder / REPORT_FILE).unlink(missing_ok=True)
 
     def opened(self, written: Sequence[_Written], unreadable: Policy) -> TokenSet:
-        """The token set; DataError where pictures are refused."""
+        """Open the token set; raise DataError if pictures are refused or none is readable."""
         reasons = _reasons(written)
         broken = [item.index for each in written for item in each.unreadable]
         if broken and (unreadable == "refuse" or len(broken) == len(self.images)):
@@ -324,13 +324,13 @@ def _line(written: _Written) -> str:
 
 
 def _reasons(written: Sequence[_Written]) -> dict[str, str]:
-    """Why each unreadable picture is so, by its path: one may have several crops."""
+    """Map each unreadable picture's path to the reason; one may have several crops."""
     return {item.path: item.reason for each in written for item in each.unreadable}
 
 
 @torch.no_grad()
 def _encode(vqvae: VQVAE, pixels_BRR3: Tensor, num_tokens: int) -> np.ndarray:
-    """Tokens uint16 (B, L) of images uint8 (B, R, R, 3)."""
+    """Encode images, uint8 (B, R, R, 3), into tokens, uint16 (B, L)."""
     if len(pixels_BRR3) == 0:
         return np.empty((0, num_tokens), np.uint16)
     device = vqvae.quantize.embedding.weight.device

@@ -1,8 +1,8 @@
-"""Do generated digits show the class they were asked for? A classifier of real digits decides.
+"""Measure how often generated digits show the class asked for, by a classifier of real digits.
 
 FID over few images says little about single classes. On digits a support vector machine on 8 x 8
 grey pixels is right about 99 times in 100, so the share of samples in which it sees the requested
-class is a cheap second measure; the share on held-out real digits is what to compare it with.
+class is a cheap second measure. Compare it with the share on held-out real digits.
 
 Legend: N images, H W height and width, P the 64 pixels of an 8 x 8 image.
 """
@@ -21,7 +21,7 @@ from dmoe_var.data.images import check_images
 from dmoe_var.errors import InputError
 
 SIDE = 8
-"""Pixels a side that the classifier sees, as in scikit-learn's digits."""
+"""Side in pixels of the images that the classifier sees, as in scikit-learn's digits."""
 WHITE = 16
 """Its brightest grey, as in scikit-learn's digits."""
 GAMMA = 0.001
@@ -37,26 +37,26 @@ class LabelAgreement:
     def __init__(self, images: Images, labels: Labels):
         """Fit on real images, uint8 (N, H, W, 3), and their classes, integers (N,).
 
-        Raises InputError where either is of another type or shape.
+        Raise InputError if either is of another type or shape.
         """
         pixels_NP = _grey_pixels(images)
         _check_labels(labels, len(images))
         self._classifier = SVC(gamma=GAMMA).fit(pixels_NP, labels)
 
     def predict(self, images: Images) -> Labels:
-        """The class (N,) seen in each image, uint8 (N, H, W, 3) of any size from 8 x 8 on."""
+        """Predict the class (N,) of each image, uint8 (N, H, W, 3) of any size from 8 x 8 on."""
         classes_N: Labels = self._classifier.predict(_grey_pixels(images))
         return classes_N
 
     def accuracy(self, images: Images, labels: Labels) -> float:
-        """Share in [0, 1] of images, uint8 (N, H, W, 3), in which their label (N,) is seen."""
+        """Return the share in [0, 1] of images, uint8 (N, H, W, 3), that show their label (N,)."""
         classes_N = self.predict(images)
         _check_labels(labels, len(images))
         return float(np.mean(classes_N == labels))
 
 
 def _grey_pixels(images: Images) -> npt.NDArray[np.float32]:
-    """Greys (N, P) in [0, 16]: the channels' mean, area-downsampled to 8 x 8."""
+    """Reduce images to greys (N, P) in [0, 16]: the channels' mean, area-downsampled to 8 x 8."""
     check_images(images)
     if min(images.shape[1:3]) < SIDE:
         raise InputError(f"images must be at least {SIDE} x {SIDE} pixels; got {images.shape[1:3]}")

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a feature network for torch-fidelity; its weights come with a package.
+"""Register EfficientNet-Lite0 as a feature network of torch-fidelity; a package has its weights.
 
 Legend: B batch, H W height and width.
 """
@@ -16,7 +16,7 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 EFFLITE0 = "efficientnet-lite0"
-"""torch-fidelity's name of it, registered when this module is imported."""
+"""Its name in torch-fidelity, registered when this module is imported."""
 
 
 class EfficientNetLite0Features(FeatureExtractorBase):
@@ -32,7 +32,7 @@ class EfficientNetLite0Features(FeatureExtractorBase):
         self.eval().requires_grad_(False)
 
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor]:
-        """Features (B, 1280), float32, of uint8 images (B, 3, H, W), resized to a square."""
+        """Compute features (B, 1280), float32, of uint8 images (B, 3, H, W), resized to squares."""
         size = (self.input_size, self.input_size)
         x_B3HW = F.interpolate(images_B3HW.float(), size=size, mode="bilinear", antialias=True)
         # (x - 127) / 128 is what the Lite networks were trained with, not ImageNet's mean and std.

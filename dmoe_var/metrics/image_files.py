@@ -1,4 +1,4 @@
-"""Images and statistics that a user names: recognised by what is in the file, not by its name.
+"""Open images and statistics that a user names, known by what is in a file, not by its name.
 
 Legend: N images, H W height and width.
 """
@@ -29,15 +29,14 @@ ALLOWED = (
     "(mu, sigma)"
 )
 START = 512
-"""Bytes that tell what a file is."""
+"""Bytes read of a file. The farthest mark with a fixed place, a tar archive's, ends at byte 262."""
 
 
 @dataclass(frozen=True)
 class NamedImages:
     """What `open_images` found.
 
-    images: None where they are not there or not asked for. statistics: whether mu and sigma are
-    there.
+    images: None if they are not there or not asked for. statistics: whether mu and sigma are there.
     """
 
     path: Path
@@ -46,14 +45,14 @@ class NamedImages:
     statistics: bool
 
     def check_unchanged(self, hashes: Path | None) -> None:
-        """DataError where the content is no longer what it was when it was opened."""
+        """Raise DataError if the content is no longer what it was when it was opened."""
         if content_sha256(self.path, hashes) != self.sha256:
             raise DataError(f"{self.path}: changed while it was read; run again once it is whole")
 
 
 def content_sha256(path: Path, hashes: Path | None) -> str:
-    """SHA-256 of a file, or of a folder's pictures and their places; DataError where there is
-    none. `hashes`: a folder in which those of a folder's files are kept."""
+    """Return the SHA-256 of a file, or of a folder's pictures and their places. Raise DataError if
+    there is none. `hashes`: a folder in which those of a folder's files are kept."""
     if path.is_dir():
         return ImageFolder.open(path, 0, hashes).sha256
     try:
@@ -65,11 +64,11 @@ def content_sha256(path: Path, hashes: Path | None) -> str:
 def open_images(
     key: str, path: Path, image_size: int, hashes: Path | None, *, images_too: bool
 ) -> NamedImages:
-    """The images or statistics that a configuration key names, images of image_size pixels a side.
+    """Open the images, of image_size pixels per side, or statistics that a configuration key names.
 
     images_too: whether images that lie beside statistics are asked for.
 
-    Raises DataError, which names the key or the file, where it is missing or something else.
+    Raise DataError, which names the key or the file, if it is missing or something else.
     """
     if path.is_dir():
         folder = ImageFolder.open(path, image_size, hashes)
@@ -92,8 +91,8 @@ def open_images(
 
 
 def labels_of(found: NamedImages) -> npt.NDArray[np.int64] | None:
-    """Classes (N,) of images: those in the .npz file, or the names of the folders that they lie in
-    where all are whole numbers; None where nothing tells."""
+    """Read the classes (N,) of images: those in the .npz file, or the names of the images' folders
+    if all are whole numbers. Return None if nothing tells them."""
     if isinstance(found.images, ImageFolder):
         names = [path.parent.name for path in found.images.files]
         if not all(name.isascii() and name.isdecimal() for name in names):
@@ -110,7 +109,7 @@ def labels_of(found: NamedImages) -> npt.NDArray[np.int64] | None:
 
 
 def _arrays_in(key: str, path: Path) -> list[str]:
-    """Names of the arrays in an .npz file; DataError says what another file is."""
+    """List the arrays in an .npz file. Raise DataError, which says what it is, for another file."""
     with path.open("rb") as file:
         start = file.read(START)
     if start[:4] != b"PK\3\4":
@@ -132,7 +131,7 @@ def _arrays_in(key: str, path: Path) -> list[str]:
 
 
 def _what_it_is(start: bytes) -> str:
-    """Of a file that begins like this and is no .npz file."""
+    """Say what a file is that begins like this and is no .npz file."""
     pictures = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
     known = (
         (not start, "an empty file"),
@@ -147,7 +146,7 @@ def _what_it_is(start: bytes) -> str:
 
 
 def _images_of(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
-    """The images of an .npz file; DataError where they are not uint8 of this size."""
+    """Map the images of an .npz file; raise DataError if they are not uint8 of this size."""
     images = map_npz(path, IMAGES)
     expected = (image_size, image_size, 3)
     if images.dtype == np.uint8 and images.shape[1:] == expected:

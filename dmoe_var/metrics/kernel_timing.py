@@ -1,7 +1,7 @@
-"""Compute paths of experts timed layer by layer, beside the fastest dense FFN and two limits.
+"""Time the compute paths of experts layer by layer, beside the fastest dense FFN and two limits.
 
-All that is timed of a shape runs in turn, round by round, so that a machine that is busy for a
-while is so for all. Weights, tokens and masks are random, or a model's own as it draws.
+All that is timed for a shape runs in turn, round by round, so that a machine that is busy for a
+while slows all of it. Weights, tokens and masks are random, or a model's own as it samples.
 
 Legend: N tokens, C width, H hidden width, E experts, D neurons of an expert.
 """
@@ -28,12 +28,12 @@ from dmoe_var.moe.selection import Threshold, random_mask
 from dmoe_var.sampling_time import sampling
 
 DENSE_TORCH, DENSE_OURS, SELECTION = "dense_torch", "dense", "selection"
-"""An FFN by torch's own Linear and by the products that the sampler uses, of which the faster is
-the baseline; router and threshold."""
+"""Names of what is timed beside the paths: an FFN by torch's own Linear, one by the products that
+the sampler uses (the faster is the baseline), and router with threshold."""
 SQUARE = 1536
 """Side of the product by which a device's rate is measured."""
 COPIED = 1 << 28
-"""Bytes of the copy by which its memory's is."""
+"""Bytes of the copy by which its memory's rate is measured."""
 
 Call = Callable[[], Any]
 Case: TypeAlias = tuple[str, float | None]
@@ -56,25 +56,25 @@ class Shape:
         return self.hidden // self.expert_size
 
     def flops(self, density: float) -> float:
-        """Of both products, two for a multiply-add."""
+        """Count the FLOPs of both products, two per multiply-add."""
         return 4 * self.tokens * self.width * self.hidden * density
 
     def bytes(self, density: float, element: int) -> float:
-        """What has to pass through memory once: weights, tokens, output, hidden rows both ways."""
+        """Count what passes through memory once: weights, tokens, output, hidden rows both ways."""
         hidden = 2 * self.tokens * self.hidden * density
         return element * (2 * self.width * (self.hidden + self.tokens) + hidden)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches here: of a large square product, and of a copy."""
+    """Rates that a device reaches here, in a large square product and in a copy."""
 
     gflops_per_s: float
     gbytes_per_s: float
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, repeats: int) -> Rates:
-    """The best of a few calls each; a copy reads and writes."""
+    """Measure both rates by the best of a few calls; a copy reads and writes."""
     square = torch.ones(SQUARE, SQUARE, device=device, dtype=dtype)
     memory = torch.ones(COPIED, device=device, dtype=torch.uint8)
     copy = torch.empty_like(memory)
@@ -90,21 +90,21 @@ def measured_rates(device: torch.device, dtype: torch.dtype, repeats: int) -> Ra
 
 @dataclass(frozen=True)
 class Layer:
-    """An expert FFN, its tokens, and masks (N, E) by density."""
+    """An expert FFN, its tokens, and one mask (N, E) per density."""
 
     ffn: MoEFFN
     x_NC: Tensor
     masks: Mapping[float, Tensor]
 
     def zeros(self, mask_NE: Tensor) -> float:
-        """Share of the hidden values of experts that run which ReLU makes 0."""
+        """Return the share of hidden values that ReLU makes 0, in the experts that run."""
         h_NED = torch.einsum("nc,edc->ned", self.x_NC, self.ffn.w1_EDC) + self.ffn.b1_ED
         active_NE = (h_NED > 0).sum(-1)
         pairs = max(1, int(mask_NE.count_nonzero()))
         return 1 - int((active_NE * mask_NE).sum()) / (pairs * h_NED.shape[-1])
 
     def dense(self) -> FFN:
-        """The same FFN in one piece."""
+        """Build the same FFN in one piece."""
         w1_EDC, b1_ED, w2_EDC, b2_C = self.ffn.weights
         dense = FFN(w1_EDC.shape[-1], b1_ED.numel(), "relu")
         with torch.no_grad():
@@ -118,7 +118,7 @@ class Layer:
 def random_layer(
     shape: Shape, densities: Sequence[float], device: torch.device, dtype: torch.dtype
 ) -> Layer:
-    """Weights and tokens by chance, of which half of the hidden values are 0."""
+    """Make a layer with random weights and tokens; about half of its hidden values are 0."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(parameter: Tensor) -> None:
@@ -141,12 +141,12 @@ def random_layer(
 def time_layers(
     shape: Shape, layers: Sequence[Layer], rates: Rates, repeats: int
 ) -> list[dict[str, Any]]:
-    """A row for each dense FFN, for router and selection, and for each path at each density, of all
-    layers one after the other.
+    """Time all layers one after the other: a row per dense FFN, one for router and selection, and
+    one per path and density.
 
-    time_ratio is that of medians to the baseline's. limit_ratio is what no path could go below that
-    multiplies every hidden value of the experts that run: the more of the two times that the
-    density leaves of the device's products and of its memory. zeros: the share of those values that
+    time_ratio: the median's ratio to the baseline's. limit_ratio: its lower bound for a path that
+    multiplies every hidden value of the experts that run, from the larger of the times that the
+    density leaves for the device's products and its memory. zeros: the share of those values that
     are 0.
     """
     x_NC = layers[0].x_NC
@@ -195,7 +195,7 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
 def _in_turn(
     calls: Mapping[Key, Call], device: torch.device, repeats: int
 ) -> dict[Key, list[float]]:
-    """Milliseconds of each call, one value a round, after a round that does not count."""
+    """Time each call in milliseconds, one value per round, after a round that does not count."""
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for round_ in range(1 + repeats):
         for key, call in calls.items():
@@ -216,7 +216,7 @@ def _statistics(times: Sequence[float]) -> dict[str, float]:
 def _beside_dense(
     shape: Shape, layers: int, rows: Sequence[dict[str, Any]], rates: Rates, element: int
 ) -> list[dict[str, Any]]:
-    """The rows with their ratios to the fastest dense one."""
+    """Add to the rows their ratios to the fastest dense one."""
     baselines = [row for row in rows if row["impl"] in (DENSE_TORCH, DENSE_OURS)]
     median, best = (min(row[key] for row in baselines) for key in ("ms_median", "ms_min"))
     for row in rows:

@@ -1,7 +1,7 @@
-"""Where the time of a batch goes: by part of the sampler and by scale.
+"""Measure where the time of a batch goes: by part of the sampler and by scale.
 
-The clock knows one part at a time, and changes from it to the next: parts cannot overlap, and what
-no part claims is `rest`, so that all of them sum to the whole.
+The clock knows one part at a time, and changes from it to the next, so that parts cannot overlap.
+What no part claims is `rest`, so that all of them sum to the whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PARTS = (
     "decoder",
     "rest",
 )
-"""ffn: FFNs that are not split. experts: FFNs that are, gathering and adding included. transformer:
+"""ffn: FFNs that are not split. experts: split FFNs, gathering and adding included. transformer:
 norms and residuals, and all of a backbone whose parts are not told apart. embedding: class, scale
 inputs, AdaLN's projections. sampling: guidance, filters, draw, code vectors. rest: before the first
 part and after the last."""
@@ -56,7 +56,7 @@ class PartTimes:
 
     @property
     def by_part_ms(self) -> dict[str, float]:
-        """In the order of PARTS; parts that did not run are left out."""
+        """Milliseconds by part, in the order of PARTS; parts that did not run are left out."""
         found = {part for part, _ in self.by_part_and_scale_ms}
         return {
             part: sum(ms for (p, _), ms in self.by_part_and_scale_ms.items() if p == part)
@@ -66,7 +66,7 @@ class PartTimes:
 
     @property
     def by_scale_ms(self) -> list[float]:
-        """One value a scale: embedding, transformer, sampling and quantiser of it."""
+        """Milliseconds by scale, of its embedding, transformer, sampling and quantiser."""
         scales = [si for _, si in self.by_part_and_scale_ms if si is not None]
         return [
             sum(ms for (_, s), ms in self.by_part_and_scale_ms.items() if s == si)
@@ -75,20 +75,20 @@ class PartTimes:
 
 
 def median_by_part(runs: Sequence[PartTimes]) -> dict[str, float]:
-    """Median over runs of each part's time, ms."""
+    """Take the median over runs of each part's time, ms."""
     by_run = [run.by_part_ms for run in runs]
     return {part: float(np.median([run[part] for run in by_run])) for part in by_run[0]}
 
 
 def median_by_scale(runs: Sequence[PartTimes]) -> list[float]:
-    """Median over runs of each scale's time, ms."""
+    """Take the median over runs of each scale's time, ms."""
     return [float(ms) for ms in np.median([run.by_scale_ms for run in runs], axis=0)]
 
 
 class PartClock(Observer):
     """Measures one call of `generate(..., observer=clock)` inside `with clock.running(model)`.
 
-    On CUDA it records events and waits for none of them before the end; on MPS, which has no such
+    On CUDA it records events and waits for none of them before the end. On MPS, which has no such
     events, it waits at every change of part.
     """
 
@@ -108,10 +108,10 @@ class PartClock(Observer):
 
     @contextmanager
     def running(self, model: nn.Module, told_apart: bool = True) -> Iterator[None]:
-        """From start to end of a call of this model.
+        """Run the clock from start to end of a call of this model.
 
-        told_apart: with the transformer's parts, by hooks on its modules that are gone afterwards;
-        without (a compiled model has no place for hooks) all of a scale's is `transformer`.
+        told_apart: whether the transformer's parts are timed too, by hooks on its modules that are
+        gone afterwards. If not (a compiled model has no hooks), all of a backbone is `transformer`.
         """
         self._told_apart = told_apart
         handles = [h for m in model.modules() for h in self._hook(m)] if told_apart else []
@@ -125,7 +125,7 @@ class PartClock(Observer):
                 handle.remove()
 
     def read(self) -> PartTimes:
-        """The call's times; waits for the device. ValueError where no call has ended."""
+        """Wait for the device and return the call's times. Raise ValueError if no call ended."""
         if self._end is None:
             raise ValueError("no call has ended under this clock")
         if self._device.type == "cuda":
@@ -146,7 +146,7 @@ class PartClock(Observer):
         return time.perf_counter()
 
     def _hook(self, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Hooks that claim a module's time, and give it back to what it stands in."""
+        """Add hooks that claim a module's time, and give it back to the part around it."""
         claims = {
             SelfAttention: ("attention", "transformer"),
             FFN: ("ffn", "transformer"),

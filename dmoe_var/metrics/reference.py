@@ -1,4 +1,4 @@
-"""What generated images are compared with: the training images, a reference file or a folder.
+"""Load what generated images are compared with: training images, a reference file or a folder.
 
 Legend: M reference images, D features.
 """
@@ -17,7 +17,7 @@ from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.image_files import IMAGES, NamedImages, open_images
 
 HASHES = "hashes"
-"""Folder, beside that of the statistics, of the hashes of a folder's files."""
+"""Folder with the hashes of a folder's files, beside the folder of the statistics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class Reference:
 
     statistics: Statistics
     features_MD: Features | None
-    """What precision and recall are measured against; None where they are not measured."""
+    """What precision and recall are measured against; None if they are not measured."""
     about: Mapping[str, Any]
-    """For a record: which set it is and, by `precision_recall`, how these were measured, or why
+    """For a record: which set it is and, under `precision_recall`, how these were measured, or why
     they were not."""
 
 
@@ -40,10 +40,10 @@ def load_reference(
     *,
     progress: bool = False,
 ) -> Reference:
-    """The reference that `fidelity.config` names, for samples of image_size pixels a side.
+    """Load the reference that `fidelity.config` names, for samples of image_size pixels per side.
 
-    training: opens the training images, where they are the reference. What is computed of images
-    is kept in cache_dir by their content, and hashes of a folder's files beside it. Raises
+    training: opens the training images, if they are the reference. What is computed from images
+    is kept in cache_dir by their content, and hashes of a folder's files beside it. Raise
     DataError for a file or folder that is missing, unreadable, not of this network or size, or
     changes meanwhile.
     """
@@ -75,7 +75,7 @@ def load_reference(
 def _of_statistics(
     fidelity: Fidelity, found: NamedImages, cache_dir: Path, about: dict[str, Any], progress: bool
 ) -> Reference:
-    """Of mu and sigma as they stand in the file; its images serve precision and recall alone."""
+    """Take mu and sigma as they stand in the file; its images serve precision and recall alone."""
     statistics = Statistics.load(found.path, fidelity.network)
     if not fidelity.config.precision_recall:
         return Reference(statistics, None, about)
@@ -107,7 +107,7 @@ def _of_images(
 
 
 def _measured(fidelity: Fidelity, features_MD: Features, source: object) -> str:
-    """How precision and recall are measured; DataError where the set is too small for it."""
+    """Say how precision and recall are measured; raise DataError if the set is too small."""
     neighbours = fidelity.config.neighbours
     if len(features_MD) <= neighbours:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Timing of samplers side by side: in turn, each in a process of its own, the first calls dropped.
+"""Time samplers side by side: in turn, each in a process of its own, without the first calls.
 
 A process of its own gives each its own peak of memory, and keeps what one library changes in torch
 away from the other.
@@ -39,20 +39,20 @@ class ProcessSetting:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of a call in milliseconds, one value a run, and the process's peak memory."""
+    """Wall time of a call in milliseconds, one value per run, and the process's peak memory."""
 
     runs_ms: tuple[float, ...]
     peak_memory_bytes: int
     output: np.ndarray
     """What the last call returned, float32."""
     parts: tuple[PartTimes, ...] = ()
-    """Of further calls, one value a run, under a clock that costs time itself."""
+    """Times of further calls, one value per run, under a clock that costs time itself."""
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.runs_ms, q))
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Median, 10th and 90th percentile, fastest run, peak memory; flat, for a record."""
+        """Return median, 10th and 90th percentile, fastest run, peak memory; flat, for a record."""
         return {
             f"{name}_ms_median": self.percentile(50),
             f"{name}_ms_p10": self.percentile(10),
@@ -73,12 +73,13 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time calls A B A B ..., after `warmup` rounds that do not count.
 
-    builders: by name, a function of a module and its arguments that builds the call in its
-    process. by_part: names of those that are then run as often again, in turn, for the times of
-    their parts. RuntimeError, with what it said, where a process fails.
+    builders: by name, a module's function, which builds the call in its process, and its arguments.
+    by_part: names of calls that then run as often again, in turn, for the times of their parts.
+    Raise RuntimeError, with what it said, if a process fails.
     """
     context = mp.get_context("spawn")
     with ExitStack() as stack:
+        # Start the processes
         workers = {}
         for name, (build, arguments) in builders.items():
             ours, theirs = context.Pipe()
@@ -98,6 +99,7 @@ def time_in_turn(
             workers[name] = ours
         for name, worker in workers.items():
             _answer(name, worker)
+        # Time whole calls
         runs: dict[str, list[float]] = {name: [] for name in workers}
         for round_ in tqdm(range(warmup + repeats), desc="benchmark", disable=not progress):
             for name, worker in workers.items():
@@ -105,6 +107,7 @@ def time_in_turn(
                 if round_ >= warmup:
                     runs[name].append(milliseconds)
         reports = {name: _ask(name, worker, "report") for name, worker in workers.items()}
+        # Time their parts
         parts: dict[str, list[PartTimes]] = {name: [] for name in workers}
         for _ in tqdm(
             range(repeats if by_part else 0), desc="by part", disable=not (progress and by_part)
@@ -141,7 +144,7 @@ def _serve(
     build: Callable[..., Call],
     arguments: tuple[Any, ...],
 ) -> None:
-    """The loop of a process: builds its call, then runs it as often as it is told to."""
+    """Serve in a process: build its call, then run it as often as it is told to."""
     try:
         device = torch.device(setting.device)
         torch.set_num_threads(setting.threads)

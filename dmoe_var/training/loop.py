@@ -1,4 +1,4 @@
-"""The one training loop. Stages differ by their objective alone.
+"""Train every stage with one loop. Stages differ by their objective alone.
 
 Everything random in a step follows from (seed, step), so that a run that was killed and started
 again ends with bitwise the weights of one that was left alone.
@@ -26,7 +26,7 @@ from dmoe_var.training.step import Objective, OptimConfig, Run, StepGradients, s
 from dmoe_var.training.tracking import MetricsLog
 
 LONG_RUN = 20
-"""Steps from which a run is rehearsed."""
+"""Fewest steps for which a run is rehearsed."""
 
 
 class BatchOrder:
@@ -42,7 +42,7 @@ class BatchOrder:
         return torch.randperm(self.num_examples, generator=generator)
 
     def batch(self, step: int) -> Tensor:
-        """Indices (B,) of a step; a batch may span two epochs."""
+        """Return the indices (B,) of a step; a batch may span two epochs."""
         epoch, start = divmod(step * self.batch_size, self.num_examples)
         indices = self._epoch(epoch)[start : start + self.batch_size]
         missing = self.batch_size - len(indices)
@@ -50,8 +50,8 @@ class BatchOrder:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """As published: no decay on biases and other 1-D parameters, positions, levels, AdaLN offsets
-    and attention temperatures."""
+    """Group parameters as published: no decay on biases and other 1-D ones, positions, levels,
+    AdaLN offsets and attention temperatures."""
     exempt = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "bias", "b1_ED")
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -65,15 +65,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, float]:
-    """Train to the end, from the stored state where there is one; the last validation's metrics.
+    """Train to the end, from the stored state if there is one. Return the last validation metrics.
 
-    Raises TrainingDiverged at a loss or gradient that is not finite: the state file then holds
-    the last good step.
+    Raise TrainingDiverged for a loss, gradient or metric that is not finite; the state file then
+    holds the last good step.
     """
     module = objective.module
     groups = parameter_groups(module, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    # The number of examples stands for the data: with others the order of batches is another.
+    # Resume stored state. The number of examples stands for the data: it sets the batches' order.
     fingerprint = f"{run.fingerprint}, {objective.num_examples} examples"
     state = StateFile(run.folder / STATE_FILE, fingerprint)
     num_steps = config.num_steps(objective.num_examples)
@@ -83,6 +83,7 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
         raise CheckpointError(
             f"{state.path}: the processes found different states: {gathered(first)}"
         )
+    # Rehearse long runs
     step_gradients = StepGradients(objective, config, run, num_steps)
     if is_main() and objective.repeatable and num_steps - first >= LONG_RUN:
         module.train()
@@ -96,6 +97,7 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
         tqdm(total=num_steps, initial=first, desc=run.name, disable=not run.progress) as bar,
     ):
         for step in range(first, num_steps):
+            # Take one step
             module.train()
             lr = config.lr_at(step, num_steps)
             for group in optimizer.param_groups:
@@ -104,6 +106,7 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
             logged = step_gradients.compute(order.batch(step), step)
             _update(logged["loss"], module, optimizer, config.clip, step, run)
             objective.after_step(step, num_steps)
+            # Log, validate, save
             done = step + 1
             bar.update()
             last = done == num_steps
@@ -128,7 +131,7 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
 
 
 def _check_finite(metrics: Mapping[str, float], done: int, run: Run) -> None:
-    """TrainingDiverged where a validation metric is not finite, before the state is saved."""
+    """Raise TrainingDiverged if a validation metric is not finite, before the state is saved."""
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         raise TrainingDiverged(
@@ -137,7 +140,7 @@ def _check_finite(metrics: Mapping[str, float], done: int, run: Run) -> None:
 
 
 def kept(run: Run) -> str:
-    """Where the last good state is, in words."""
+    """Say where the last good state is."""
     path = run.folder / STATE_FILE
     return f"the last good state is {path}" if path.exists() else "no state was saved yet"
 
@@ -150,7 +153,7 @@ def _update(
     step: int,
     run: Run,
 ) -> None:
-    """One optimiser step, refused where the loss or its gradient is not finite."""
+    """Take one optimiser step; raise TrainingDiverged if the loss or gradient is not finite."""
     norm = nn.utils.clip_grad_norm_(trainable(module).values(), clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingDiverged(

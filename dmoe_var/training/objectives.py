@@ -1,4 +1,4 @@
-"""Objectives of the token-level stages: base VAR and sparse fine-tuning.
+"""Define the objectives of the token-level stages: base VAR and sparse fine-tuning.
 
 Legend: B batch, L tokens of all scales, V vocabulary, H neurons of an FFN.
 """
@@ -28,7 +28,7 @@ from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.training.step import OptimConfig
 
 VALIDATION_BATCH = 128
-"""Held-out images at once, where `micro_batch_size` does not say how many fit."""
+"""Held-out images per batch, if `micro_batch_size` does not say how many fit."""
 
 
 class TokenObjective:
@@ -54,7 +54,7 @@ class TokenObjective:
         self.validation_batch = config.micro_batch_size or VALIDATION_BATCH
 
     def batch(self, tokens: TokenSet, indices_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens (B, L), labels (B,), teacher input (B, L - 1, Cvae)."""
+        """Return tokens (B, L), labels (B,) and teacher input (B, L - 1, Cvae)."""
         tokens_BL, labels_B = tokens.batch(indices_B)
         tokens_BL, labels_B = tokens_BL.to(self.device), labels_B.to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # as in validation and sampling
@@ -62,13 +62,13 @@ class TokenObjective:
         return tokens_BL, labels_B, teacher_BLC
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All held-out images in order; every process gets its share of the batches."""
+        """Yield all held-out images in order; every process gets its share of the batches."""
         batches = torch.arange(len(self.held_out)).split(self.validation_batch)
         for indices_B in batches[rank() :: world_size()]:
             yield self.batch(self.held_out, indices_B)
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """Nothing to do between steps."""
+        """Do nothing between steps."""
 
 
 class Mean:
@@ -83,7 +83,7 @@ class Mean:
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def result(self) -> dict[str, float]:
-        """The means; every process has to ask for them."""
+        """Return the means; every process has to ask for them."""
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         for of_process in gathered((self._sums, self._weights)):
@@ -98,7 +98,7 @@ class VARTrainingConfig(OptimConfig):
     """Training of the dense VAR."""
 
     activation_checkpointing: bool = False
-    """Whether blocks run again in the backward pass, a third more work, to store less."""
+    """Whether blocks run again in the backward pass, to store less for a third more work."""
 
 
 class VARObjective(TokenObjective):
@@ -125,7 +125,7 @@ class VARObjective(TokenObjective):
         return F.cross_entropy(logits_BlV.flatten(0, 1), tokens_Bl.flatten()), {}
 
     def validate(self) -> dict[str, float]:
-        """Cross-entropy and accuracy on held-out images, over all tokens and by scale."""
+        """Measure cross-entropy and accuracy on held-out images, over all tokens and by scale."""
         mean = Mean()
         for tokens_BL, labels_B, teacher_BLC in self.held_out_batches():
             logits_BLV = self.var(labels_B, teacher_BLC)
@@ -148,7 +148,7 @@ Scale = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class ConversionConfig:
-    """What sparse fine-tuning changes of the model, and what for."""
+    """What sparse fine-tuning changes in the model, and for which scales."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -156,10 +156,10 @@ class ConversionConfig:
     """blocks+head as in the paper, or ffn: the dynamic model then shares all else with the
     dense one."""
     scales: Literal["all", "last3"] | Annotated[tuple[Scale, ...], Field(min_length=1)] = "all"
-    """Scales whose tokens the loss is made of: all as in the paper, last3, or a list."""
+    """Scales whose tokens enter the loss: all as in the paper, last3, or a list."""
 
     def scale_numbers(self, num_scales: int) -> tuple[int, ...]:
-        """The scales that the loss is made of."""
+        """List the scales whose tokens enter the loss."""
         if self.scales == "all":
             return tuple(range(num_scales))
         if self.scales == "last3":
@@ -180,7 +180,7 @@ class SparsifyConfig(VARTrainingConfig):
     pre-activations."""
 
     def alpha_at(self, step: int, num_steps: int) -> float:
-        """alpha of step 0..num_steps - 1."""
+        """Return alpha of step 0..num_steps - 1."""
         warmup = self.alpha_warmup * num_steps
         return self.alpha * min(1.0, (step + 1) / warmup) if warmup else self.alpha
 
@@ -194,8 +194,8 @@ def select_trainable(var: VAR, what: str) -> None:
 
 
 def tokens_of(config: VARConfig, scales: Sequence[int], device: torch.device) -> Tensor | slice:
-    """Index of the tokens of some scales among all L, on the device of what it is an index to: one
-    from the CPU would be copied there, and waited for, each time."""
+    """Index the tokens of some scales among all L. The index is on the device of what it indexes:
+    one from the CPU would be copied there, and waited for, each time."""
     if len(scales) == config.num_scales:
         return slice(None)
     slices = [config.scale_slices[si] for si in scales]
@@ -203,7 +203,7 @@ def tokens_of(config: VARConfig, scales: Sequence[int], device: torch.device) ->
 
 
 class SparsifyObjective(VARObjective):
-    """Cross-entropy plus alpha times the Hoyer measure of the FFN activations, mean of layers."""
+    """Cross-entropy plus alpha times the mean over layers of the FFN activations' Hoyer measure."""
 
     def __init__(
         self,
@@ -238,8 +238,8 @@ class SparsifyObjective(VARObjective):
         return cross_entropy + alpha * sparsity, logged
 
     def validate(self) -> dict[str, float]:
-        """As for VAR, with the share of inactive neurons by layer and scale, and the Hoyer measure,
-        which alone is of the tokens that the loss is made of."""
+        """Measure as for VAR, and the share of inactive neurons by layer and scale, and the Hoyer
+        measure. Only the last is limited to the tokens that enter the loss."""
         mean = Mean()
 
         def see(layer: int, a_BLH: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a run will take, measured before it starts: one micro-batch forward and backward."""
+"""Measure what a run will take before it starts: one micro-batch forward and backward."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from dmoe_var.training.step import StepGradients
 
 ADAM_BYTES = 8
-"""AdamW's two float32 moments, per trained parameter."""
+"""Bytes of AdamW's two float32 moments per trained parameter."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """memory_bytes: peak of this process on its device (on a CPU: of its whole memory)."""
+    """What a run takes. memory_bytes: the process's peak on its device (CPU: of all its memory)."""
 
     name: str
     device: torch.device
@@ -38,7 +38,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Of all steps, without validation and without the optimiser's own time."""
+        """Hours for all steps, without validation and without the optimiser's own time."""
         return self.steps * self.micro_batches * self.micro_seconds / 3600
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Estimate:
 def rehearse(gradients: StepGradients, batch: int, first: int, name: str) -> Estimate:
     """Run a micro-batch of the run's steps twice (the second is timed), and forget its gradients.
 
-    batch: examples of a step. first: steps that are done already. ConfigError where the
+    batch: examples per step. first: steps that are done already. Raise ConfigError if the
     micro-batch does not fit into the device's memory.
     """
     device = gradients.device

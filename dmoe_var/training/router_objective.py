@@ -1,4 +1,4 @@
-"""Router regression: every router learns its experts' output norms (DMoE-VAR, section 3).
+"""Train routers by regression: each learns its experts' output norms (DMoE-VAR, section 3).
 
 Legend: B batch, L tokens of all scales, C width, E experts.
 """
@@ -33,14 +33,13 @@ class RouterConfig(OptimConfig):
     """Training of the routers."""
 
     null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of a batch that runs with the null class, as the unconditional half of guidance
-    does."""
+    """Share of a batch that runs with the null class, like the unconditional half of guidance."""
     scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    """Scales whose tokens are learnt from; null: all, as in the paper."""
+    """Scales whose tokens the routers learn from; null takes all, as in the paper."""
 
 
 def average_ranks(norms_BLE: Tensor) -> Tensor:
-    """Rank of each expert of a token, from 0; equal norms share their mean rank."""
+    """Rank each expert of a token, from 0; equal norms share their mean rank."""
     norms_BLE = norms_BLE.contiguous()
     ordered_BLE = norms_BLE.sort(-1).values
     below = torch.searchsorted(ordered_BLE, norms_BLE)
@@ -49,7 +48,7 @@ def average_ranks(norms_BLE: Tensor) -> Tensor:
 
 
 def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:
-    """Rank correlation (B, L) over a token's experts, in [-1, 1].
+    """Compute the rank correlation (B, L) over a token's experts, in [-1, 1].
 
     Ties count as ties: sparse experts have a norm of exactly 0. A token whose norms are all equal
     has no order to predict and gets 0.
@@ -62,8 +61,8 @@ def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:
 
 @contextmanager
 def shown_ffn_inputs(var: VAR, see: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Calls see(layer, x_BLC) with what enters each expert FFN (the hidden state after AdaLN), as
-    it is computed: nobody has to keep those of all layers."""
+    """Call see(layer, x_BLC) with what enters each expert FFN (the hidden state after AdaLN), as it
+    is computed: nobody has to keep the inputs of all layers."""
 
     def show(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         see(layer, inputs[0])
@@ -80,7 +79,7 @@ def shown_ffn_inputs(var: VAR, see: Callable[[int, Tensor], object]) -> Iterator
 
 
 def expert_ffns(var: VAR) -> list[MoEFFN]:
-    """The expert FFN of every block; ValueError for a dense model."""
+    """Return the expert FFN of every block; raise ValueError for a dense model."""
     ffns = [block.ffn for block in var.blocks]
     if not all(isinstance(ffn, MoEFFN) for ffn in ffns):
         raise ValueError("routers belong to a model with experts; split it first")
@@ -119,7 +118,7 @@ class RouterObjective(TokenObjective):
     def _run(
         self, labels_B: Tensor, teacher_BLC: Tensor, see: Callable[[int, Tensor], object]
     ) -> None:
-        """Run all experts, for the sake of what enters them."""
+        """Run all experts, to see what enters them."""
         with shown_ffn_inputs(self.var, see):
             self.var(labels_B, teacher_BLC)
 
@@ -143,10 +142,10 @@ class RouterObjective(TokenObjective):
 
     @torch.no_grad()
     def mean_norms(self, num_images: int = 256) -> list[Tensor]:
-        """Mean true norm of each expert (E,), a layer each: the constant prediction to beat.
+        """Average the true norm of each expert, (E,) per layer: the constant prediction to beat.
 
-        Over both branches, equally, of training images that lie evenly over the set: a folder's
-        are sorted by class.
+        Both branches count equally. The training images are spread evenly over the set, because a
+        folder's are sorted by class.
         """
         totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
         count = min(num_images, self.num_examples)
@@ -163,8 +162,8 @@ class RouterObjective(TokenObjective):
         return [total / (2 * len(indices)) for total in totals]
 
     def validate(self) -> dict[str, float]:
-        """On held-out images, by branch: the routers' error, the constant's, and how well the
-        order of experts is predicted (Spearman), in all and by layer and scale."""
+        """Measure on held-out images, by branch: the routers' error, the constant's, and how well
+        the order of experts is predicted (Spearman), in all and by layer and scale."""
         if self.constants_LE is None:
             self.constants_LE = self.mean_norms()
         mean = Mean()

@@ -1,4 +1,4 @@
-"""Training state on disk: one safetensors file, written whole, from which a run goes on bitwise.
+"""Keep training state in one safetensors file, written whole, from which a run goes on bitwise.
 
 Random numbers need no saving: every step seeds its own from (seed, step).
 """
@@ -20,7 +20,7 @@ STATE_FILE = "state.safetensors"
 
 @dataclass(frozen=True)
 class StateFile:
-    """`fingerprint` is a hash of the configuration that the state belongs to."""
+    """The file of a state. `fingerprint` is a hash of the configuration that it belongs to."""
 
     path: Path
     fingerprint: str
@@ -35,12 +35,13 @@ class StateFile:
         write_tensors(self.path, tensors, {"state": json.dumps(header)})
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Put a stored state back; the number of finished steps (0 where nothing is stored).
+        """Put a stored state back; return the number of finished steps (0 if nothing is stored).
 
-        CheckpointError for a file that is cut short, incomplete or of another configuration.
+        Raise CheckpointError for a file that is cut short, incomplete or of another configuration.
         """
         if not self.path.exists():
             return 0
+        # Read the file
         try:
             tensors, metadata = read_tensors(self.path)
         except CheckpointError as error:
@@ -53,6 +54,7 @@ class StateFile:
             raise CheckpointError(
                 f"{self.path}: not a training state; remove it to start afresh"
             ) from error
+        # Check it fits
         if fingerprint != self.fingerprint:
             raise CheckpointError(
                 f"{self.path}: belongs to another configuration (fingerprint {fingerprint}, this "
@@ -66,6 +68,7 @@ class StateFile:
                 f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}; remove it to "
                 "start afresh"
             )
+        # Put it back
         with torch.no_grad():
             for name, tensor in changing(module).items():
                 tensor.copy_(tensors[f"model/{name}"])
@@ -83,10 +86,10 @@ class StateFile:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that train, by name."""
+    """Return the parameters that train, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def changing(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What training can change: trainable parameters and buffers."""
+    """Return what training can change: trainable parameters and buffers."""
     return {**trainable(module), **dict(module.named_buffers())}

@@ -1,4 +1,4 @@
-"""A training step: its objective, its optimiser's settings, and gradients that neither
+"""Define a training step: its objective, its optimiser's settings, and gradients that neither
 micro-batches nor processes change."""
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class OptimConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: Annotated[int, Field(gt=0)] | None = None
-    """Optimiser steps; null where epochs says it."""
+    """Optimiser steps; null if epochs is given."""
     epochs: Positive | None = None
-    """Passes over the training set; null where steps says it."""
+    """Passes over the training set; null if steps is given."""
     batch_size: Annotated[int, Field(gt=0)] = 64
-    """Examples of a step, over all processes."""
+    """Examples per step, over all processes."""
     micro_batch_size: Annotated[int, Field(gt=0)] | None = None
-    """Examples at once in a process, whose gradients add up; null: its whole share."""
+    """Examples at once per process, whose gradients add up; null takes its whole share."""
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """Learning rate after the warmup."""
     lr_end: Annotated[float, Field(ge=0, le=10)] = 0.0
@@ -64,7 +64,7 @@ class OptimConfig:
             raise ValueError(f"exactly one of steps and epochs must be given, got {given}")
 
     def num_steps(self, num_examples: int) -> int:
-        """Optimiser steps in all."""
+        """Return the number of optimiser steps in all."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
@@ -72,7 +72,7 @@ class OptimConfig:
         return max(1, math.ceil(self.epochs * num_examples / batch_size))
 
     def lr_at(self, step: int, num_steps: int) -> float:
-        """Learning rate of step 0..num_steps - 1."""
+        """Return the learning rate of step 0..num_steps - 1."""
         warmup = self.warmup * num_steps
         if step < warmup:
             return self.lr * (step + 1) / (math.ceil(warmup) + 1)
@@ -97,18 +97,18 @@ class Objective(Protocol):
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
-        """Mean loss of some training examples, and what to log beside it.
+        """Return the mean loss of some training examples, and what to log beside it.
 
         rows: where they lie in the step's batch, for what is drawn at random.
         """
         ...
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """Called after each optimiser step (e.g. to restart dead codes)."""
+        """Act after each optimiser step (e.g. restart dead codes)."""
         ...
 
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data; no randomness."""
+        """Measure metrics on held-out data, without randomness."""
         ...
 
 
@@ -127,7 +127,7 @@ class Run:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Seed of a step's random numbers (dropout, label dropout, code restarts)."""
+    """Return the seed of a step's random numbers (dropout, label dropout, code restarts)."""
     return (seed * 1_000_003 + step) % 2**31
 
 
@@ -150,13 +150,13 @@ class StepGradients:
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def size(self, total: int) -> int:
-        """Examples of a micro-batch of a step of `total`; no process shall go without."""
+        """Choose the examples per micro-batch for a step of `total`; no process goes without."""
         share = math.ceil(total / world_size())
         return min(self.micro_batch_size or share, share)
 
     def compute(self, indices_B: Tensor, step: int) -> dict[str, float]:
-        """Leave the gradient of a step's mean loss in the parameters; `loss` and all else that is
-        logged, as means over the step's examples."""
+        """Leave the gradient of a step's mean loss in the parameters. Return `loss` and all else
+        that is logged, as means over the step's examples."""
         total = len(indices_B)
         size = self.size(total)
         exact = self.exact and (world_size() > 1 or size < total)
@@ -193,7 +193,7 @@ class StepGradients:
             parameter.grad = None
 
     def _sum_gradients(self, dtype: torch.dtype | None) -> None:
-        """Over the processes, in `dtype`; what has a gradient in none of them stays without."""
+        """Sum over the processes, in `dtype`; what has a gradient in none of them stays without."""
         parameters = list(trainable(self.objective.module).values())
         sums = self._sums if dtype else {p: p.grad for p in parameters if p.grad is not None}
         if world_size() > 1:
@@ -209,6 +209,6 @@ class StepGradients:
 
 
 def _summed(logged: dict[str, float]) -> dict[str, float]:
-    """Sums over the processes, by name; the first process always has a micro-batch."""
+    """Sum over the processes, by name; the first process always has a micro-batch."""
     by_process = gathered(logged)
     return {name: sum(values.get(name, 0.0) for values in by_process) for name in by_process[0]}

@@ -1,4 +1,4 @@
-"""Where training metrics go: metrics.jsonl always, wandb with the same lines when asked."""
+"""Write training metrics: to metrics.jsonl always, to wandb with the same lines when asked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ WandbMode = Literal["disabled", "offline", "online"]
 
 @dataclass(frozen=True)
 class Tracking:
-    """What wandb calls a run: those of an experiment are a group, and its stages types of jobs;
-    a variant is the run's name."""
+    """How wandb names a run: an experiment is a group, a stage is a type of job, and a variant is
+    the run's name."""
 
     mode: WandbMode = "disabled"
     group: str = ""
@@ -27,7 +27,7 @@ class Tracking:
     name: str = ""
 
     def check(self) -> None:
-        """ConfigError where wandb is not installed, or for a mode that needs a login where nothing
+        """Raise ConfigError if wandb is not installed, or if the mode needs a login and nothing
         holds one: wandb itself would ask for it, or fail, once the first run starts."""
         if self.mode == "disabled":
             return
@@ -62,9 +62,9 @@ class Tracking:
         run_id: str | None = None,
         again: bool = False,
     ) -> Any:
-        """A run of wandb, its files under `folder`; None where it is off.
+        """Start a run of wandb with its files under `folder`; return None if wandb is off.
 
-        again: go on with the run of that id. InputError where wandb cannot start one.
+        again: go on with the run of that id. Raise InputError if wandb cannot start one.
         """
         if self.mode == "disabled":
             return None
@@ -94,7 +94,7 @@ class Tracking:
     def summarise(
         self, folder: Path, metrics: Mapping[str, float], config: Mapping[str, Any]
     ) -> None:
-        """A run of wandb for what has no steps, a point of a sweep: its numbers, once."""
+        """Log the numbers of a point of a sweep, which has no steps, once as a run of wandb."""
         run = self.start(folder, config)
         if run is not None:
             try:
@@ -106,11 +106,11 @@ class Tracking:
 OFF = Tracking()
 
 RUN_ID_FILE = "wandb_run.txt"
-"""Beside metrics.jsonl: the id of the folder's run of wandb."""
+"""File beside metrics.jsonl with the id of the folder's run of wandb."""
 
 
 class MetricsLog:
-    """Appends a JSON line a logged step; a resumed run first drops the lines it will write again.
+    """Appends a JSON line per logged step; a resumed run first drops the lines it will write again.
 
     Use as a context manager.
     """
@@ -158,8 +158,8 @@ class MetricsLog:
 
 
 def read_lines(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file, none where it is missing; each has these keys, with values
-    of these types. A last line that a kill cut short is left out, and so, with a note, is what a
+    """Read the whole lines of a .jsonl file, none if it is missing; each has these keys, with
+    values of these types. A last line that a kill cut short is left out. So is, with a note, what a
     crash of the machine leaves in the place of lines."""
     if not path.exists():
         return []
@@ -172,7 +172,7 @@ def read_lines(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, A
 
 
 def _parsed(line: bytes, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
-    """A JSON object with these keys; None for anything else."""
+    """Parse a JSON object with these keys; return None for anything else."""
     try:
         content = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Training of the multi-scale VQ-VAE: what the published code leaves out.
+"""Train the multi-scale VQ-VAE: the published code leaves this out.
 
 Legend: B batch, R image side, N vectors, V vocabulary, S scales, Cvae latent channels.
 """
@@ -38,13 +38,13 @@ class VQVAETrainingConfig(OptimConfig):
     perceptual: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the distance of EfficientNet-Lite0 features; 0 does without the network."""
     perceptual_size: Annotated[int, Field(ge=32)] = 64
-    """Pixels a side that this network sees."""
+    """Side in pixels of the images that this network sees."""
     restart_every: Annotated[int, Field(gt=0)] = 25
     """Steps from one restart of dead codes to the next."""
     restart_until: Annotated[float, Field(ge=0, le=1)] = 0.8
     """Share of the steps after which codes are restarted no more."""
     dead_below: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """A code is dead that is hit less than this times the mean, in a running count over scales."""
+    """A code is dead if it is hit less than this times the mean, in a running count over scales."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,7 @@ class VQVAETrainingConfig(OptimConfig):
 class PerceptualDistance(nn.Module):
     """Mean squared distance of unit-length feature columns of an ImageNet-trained network.
 
-    The early blocks of EfficientNet-Lite0, which a package carries; frozen.
+    They are the early blocks of EfficientNet-Lite0, which a package carries, and are frozen.
     """
 
     def __init__(self, input_size: int):
@@ -83,7 +83,7 @@ class PerceptualDistance(nn.Module):
         return features
 
     def forward(self, a_B3RR: Tensor, b_B3RR: Tensor) -> Tensor:
-        """Distance of two batches of images in [-1, 1], a scalar."""
+        """Compute the distance of two batches of images in [-1, 1], a scalar."""
         pairs = zip(self._features(a_B3RR), self._features(b_B3RR), strict=True)
         return torch.stack([F.mse_loss(fa, fb) for fa, fb in pairs]).mean()
 
@@ -138,11 +138,11 @@ class VQVAEObjective:
             hits_SV[si].mul_(HIT_MOMENTUM).add_(counts_V, alpha=1 - HIT_MOMENTUM)
 
     def _hits(self) -> Tensor:
-        """Running hits of each code over all scales, (V,)."""
+        """Sum the running hits of each code over all scales, (V,)."""
         return self.vqvae.quantize.ema_vocab_hit_SV.sum(0)
 
     def after_step(self, step: int, num_steps: int) -> None:
-        """Restart dead codes where one is due."""
+        """Restart dead codes if a restart is due."""
         due = (step + 1) % self.config.restart_every == 0
         if not due or step + 1 > self.config.restart_until * num_steps:
             return
@@ -154,7 +154,7 @@ class VQVAEObjective:
 
     @torch.no_grad()
     def _restart(self, images_B3RR: Tensor, dead_V: Tensor) -> None:
-        """Put dead codes on vectors of this batch that have to be coded, any scale as likely."""
+        """Put dead codes on vectors of this batch that have to be coded, each scale as likely."""
         quantize = self.vqvae.quantize
         scales = quantize.encode_with_inputs(self.vqvae.features(images_B3RR))
         num_dead = int(dead_V.sum())
@@ -166,7 +166,7 @@ class VQVAEObjective:
         quantize.embedding.weight[dead_V] = torch.cat(rows)
 
     def validate(self) -> dict[str, float]:
-        """Reconstruction error on held-out images and each scale's share of codes in use."""
+        """Measure reconstruction error on held-out images and each scale's share of used codes."""
         mean = Mean()
         config = self.vqvae.config
         used_SV = torch.zeros(len(config.patch_nums), config.vocab_size, dtype=torch.bool)
