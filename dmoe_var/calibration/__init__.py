@@ -1,1 +1,1 @@
-"""tau from a budget: recorded router scores, a measured loss, equal loss per FLOP saved."""
+"""Find tau for a budget: recorded router scores, a measured loss, equal loss per FLOP saved."""

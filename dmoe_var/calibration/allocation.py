@@ -1,8 +1,8 @@
-"""Where to save: the loss of quality per saved FLOP is made the same everywhere.
+"""Choose where to save: the loss of quality per saved FLOP is made the same everywhere.
 
-A group is what one tau governs: a scale, or a layer of a scale. Its curve is the loss over the
-share of experts that run; of its lower convex hull the cheapest pieces of all groups are taken,
-until the budget is met. For additive losses that is the least loss at that budget.
+A group is what one tau governs: a scale, or a layer of a scale. Its curve is the loss over its
+density, the share of experts that run. The cheapest pieces of all groups' lower convex hulls are
+taken until the budget is met. For additive losses that is the least loss at that budget.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TypeVar
 G = TypeVar("G", bound=Hashable)
 
 ROUNDING = 1e-9
-"""How far, as a share, sums may miss what they are to come to."""
+"""How far, as a share, sums may miss their target."""
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """A group's loss over the share of its experts that run; density 1 has loss 0.
+    """A group's loss over its density; density 1 has loss 0.
 
     cost: what the group costs with every expert on, in any unit.
     """
@@ -30,8 +30,8 @@ class LossCurve:
     cost: float
 
     def hull(self) -> list[tuple[float, float]]:
-        """Lower convex hull, (density, loss) falling in density from (1, 0); losses never fall
-        where less runs, which noise alone makes them do."""
+        """Find the lower convex hull, (density, loss) falling in density from (1, 0). A loss that
+        falls as the density falls is noise; it is raised to the highest before it."""
         measured = dict(zip(self.density, self.loss, strict=True))
         measured[1.0] = 0.0
         points: list[tuple[float, float]] = []
@@ -48,13 +48,13 @@ class LossCurve:
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Loss per share that is saved from a to b."""
+    """Divide the loss by the density that is saved from a to b."""
     return (b[1] - a[1]) / (a[0] - b[0])
 
 
 def allocate(curves: Mapping[G, LossCurve], saved: float) -> dict[G, float]:
-    """The density of each group that together save `saved` (in the unit of the costs) at the least
-    loss. ValueError where the curves cannot save as much."""
+    """Find the densities of the groups that together save `saved` (in the unit of the costs) at the
+    least loss. Raise ValueError if the curves cannot save as much."""
     pieces = []
     for group, curve in curves.items():
         hull = curve.hull()
@@ -76,8 +76,8 @@ def allocate(curves: Mapping[G, LossCurve], saved: float) -> dict[G, float]:
 
 
 def tau_at(falls: Callable[[float], float], target: float) -> float:
-    """The tau in [0, 1] at which a quantity that falls as tau rises has come down to `target`;
-    ValueError where tau 1 leaves more."""
+    """Find the tau in [0, 1] at which a quantity that falls as tau rises has come down to `target`.
+    Raise ValueError if tau 1 leaves more."""
     least = falls(1.0)
     if least > target + ROUNDING * abs(target):
         raise ValueError(f"{target:.4g} cannot be reached, tau 1 leaves {least:.4g}")

@@ -1,4 +1,4 @@
-"""tau from a budget: from recorded scores and loss curves to one tau a group.
+"""Find tau for a budget: from recorded scores and loss curves to one tau per group.
 
 Legend: a group is what one tau governs: a sparse scale or, by layer, a cell (scale, layer).
 """
@@ -23,8 +23,8 @@ Taus = Mapping[Group, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """What an image costs, and the scores that say what each tau runs: of teacher-forced training
-    images at first, then of images drawn under about the tau that is looked for."""
+    """What an image costs, and the scores that say what each tau runs. They come first from
+    teacher-forced training images, then from images sampled under about the tau looked for."""
 
     fixed: FixedCost
     tails: Mapping[Group, Tails]
@@ -32,7 +32,7 @@ class Plan:
 
     @classmethod
     def of(cls, fixed: FixedCost, cells: Mapping[Cell, Tails], by_layer: bool) -> Plan:
-        """The groups of recorded cells."""
+        """Group recorded cells by scale, or by scale and layer."""
         layers = 1 + max(layer for _, layer in cells)
         if by_layer:
             return cls(fixed, {(si, i): each for (si, i), each in cells.items()}, layers)
@@ -47,53 +47,53 @@ class Plan:
 
     @property
     def base_gmac(self) -> float:
-        """All but the experts that are chosen among; the routers are in it."""
+        """GMAC of all but the experts that are chosen among; the routers are in it."""
         macs = sum(sum(self.fixed.macs.get(part, ())) for part in SAMPLER_PARTS)
         return (macs + sum(self.fixed.experts[si].router_macs for si in self.scales)) / GIGA
 
     def full_gmac(self, group: Group) -> float:
-        """A group with every expert on."""
+        """Count the GMAC of a group with every expert on."""
         cost = self.fixed.experts[group[0]]
         share = 1 if len(group) == 1 else 1 / self.num_layers
         return share * cost.num_pairs * cost.pair_macs / GIGA
 
     def density(self, group: Group, tau: float) -> float:
-        """Share of a group's experts that run."""
+        """Look up the density of a group, the share of its experts that run."""
         return self.tails[group].density(tau)
 
     def gmac(self, taus: Taus) -> float:
-        """Predicted GMAC of an image."""
+        """Predict the GMAC of an image."""
         experts = (self.full_gmac(g) * self.density(g, tau) for g, tau in taus.items())
         return self.base_gmac + sum(experts)
 
     def reachable(self) -> tuple[float, float]:
-        """GMAC with tau 1 and with tau 0 everywhere."""
+        """Predict GMAC with tau 1 and with tau 0 everywhere."""
         low, high = (self.gmac(dict.fromkeys(self.tails, tau)) for tau in (1.0, 0.0))
         return low, high
 
     def rules(self, taus: Taus) -> list[SelectionRule]:
-        """A rule for each sparse scale."""
+        """Make a rule for each sparse scale."""
         if all(len(group) == 1 for group in taus):
             return [Threshold(taus[si,]) for si in self.scales]
         layers = range(self.num_layers)
         return [LayerThreshold(tuple(taus[si, i] for i in layers)) for si in self.scales]
 
     def as_lists(self, taus: Taus) -> list[float] | list[list[float]]:
-        """tau as configurations have it: selection.tau, or by layer selection.layer_tau."""
+        """Write tau as configurations have them: selection.tau, or by layer selection.layer_tau."""
         if all(len(group) == 1 for group in taus):
             return [taus[si,] for si in self.scales]
         return [[taus[si, i] for i in range(self.num_layers)] for si in self.scales]
 
 
 def _joined(tails: Sequence[Tails]) -> Tails:
-    """The layers of a scale as one group."""
+    """Join the layers of a scale into one group."""
     density = np.mean([each.density_G for each in tails], axis=0)
     return Tails(density, np.sum([each.dropped_G for each in tails], axis=0))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What a group alone costs in quality: losses, above that of every expert, at some tau."""
+    """What a group alone costs in quality: the rise of loss above every expert's, at some tau."""
 
     taus: tuple[float, ...]
     losses: tuple[float, ...]
@@ -105,8 +105,8 @@ def measure_losses(
     loss: Callable[[Taus], float] | None,
     progress: Callable[[], object],
 ) -> dict[Group, Losses]:
-    """Of every group, at the tau that run these shares of it and at tau 1: the rise of `loss`, or
-    for None the squared scores dropped. `progress` is called after each measurement."""
+    """Measure every group at the tau of these densities and at tau 1: the rise of `loss`, or for
+    None the squared scores dropped. `progress` is called after each measurement."""
     nothing: dict[Group, float] = dict.fromkeys(plan.tails, 0.0)
     start = loss(nothing) if loss is not None else 0.0
     found = {}
@@ -124,9 +124,9 @@ def measure_losses(
 
 
 def taus_for(plan: Plan, losses: Mapping[Group, Losses], target_gmac: float) -> Taus:
-    """The tau of each group at which an image costs the target, at the least loss.
+    """Find the tau of each group at which an image costs the target, at the least loss.
 
-    ValueError where the experts cannot save as much.
+    Raise ValueError if the experts cannot save as much.
     """
     curves = {}
     for group, measured in losses.items():

@@ -1,4 +1,4 @@
-"""What a tau costs in milliseconds on this device: a table of times by scale and density."""
+"""Measure what a tau costs in milliseconds on this device: a table by scale and density."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CostTable:
     whole_ms: Mapping[str, float]
 
     def ms(self, densities: Mapping[int, float]) -> float:
-        """Of a batch whose sparse scales run these shares of their experts."""
+        """Interpolate the time of a batch whose sparse scales run at these densities."""
         total = self.fixed_ms
         for si, points in self.by_scale.items():
             at, times = zip(*points, strict=True)
@@ -41,7 +41,7 @@ class CostTable:
         return total
 
     def as_lists(self) -> dict[str, list[list[float]]]:
-        """`by_scale` as JSON has it."""
+        """Turn `by_scale` into lists for JSON."""
         return {str(si): [list(point) for point in of] for si, of in self.by_scale.items()}
 
     @property
@@ -50,7 +50,7 @@ class CostTable:
 
 
 class _Ends(Observer):
-    """Seconds at which each scale's work has ended, from a start."""
+    """Notes the start, and when each scale's work has ended, in seconds."""
 
     def __init__(self) -> None:
         self.seconds = [time.perf_counter()]
@@ -71,7 +71,7 @@ def timed(
     observer: Observer | None = None,
     **options: Any,
 ) -> tuple[list[float], float]:
-    """Milliseconds of each scale of one call of `generate`, and of what comes after the last."""
+    """Time each scale of one call of `generate`, and what comes after the last, in milliseconds."""
     ends = _Ends()
     images = generate(model, vqvae, labels, seed=seed, observer=joined(observer, ends), **options)
     synchronise(images.device)
@@ -96,6 +96,7 @@ def measure_costs(
     whole: list[float] = []
     densities: dict[str, dict[int, float]] = {}
     whole_by_setting: dict[str, list[float]] = {name: [] for name in settings}
+    # Time in turn
     for round_ in range(repeats + 1):
         scales, decoder = timed(dense, vqvae, labels, seed, **options)
         if round_:
@@ -116,6 +117,7 @@ def measure_costs(
                 sparse = sum(scales[si] for si in model.moe_scales)
                 rest.append(sum(scales) - sparse + decoder)
         progress()
+    # Medians by scale
     table = {}
     for si in model.moe_scales:
         points = {
@@ -123,7 +125,7 @@ def measure_costs(
             for name, runs in by_setting.items()
         }
         at, times = zip(*sorted(points.items()), strict=True)
-        # More experts never take less: where they seem to, that is noise.
+        # More experts never take less time: if they seem to, that is noise.
         table[si] = tuple(zip(at, np.maximum.accumulate(times).tolist(), strict=True))
     wholes = {name: median(times) for name, times in whole_by_setting.items()}
     return CostTable(median(rest), table, median(whole), wholes)

@@ -1,6 +1,6 @@
-"""Cross-entropy of the sparse scales under teacher forcing: what a choice of tau costs in quality.
+"""Measure what a choice of tau costs in quality: teacher-forced cross-entropy of sparse scales.
 
-By default every scale weighs the same, as each covers the whole picture; by tokens the finest one
+By default every scale weighs the same, as each covers the whole picture. By tokens the finest one
 would decide, and coarse errors, which teacher forcing does not let grow, would look cheap.
 
 Legend: B images, L tokens, V vocabulary.
@@ -30,13 +30,13 @@ class TeacherForced:
     """Some images of a token set as a model under teacher forcing sees them."""
 
     def __init__(self, tokens: TokenSet, vqvae: VQVAE, num_images: int, batch_size: int):
-        """Images that lie evenly over the set, which may be sorted by class."""
+        """Pick images that lie evenly over the set, which may be sorted by class."""
         self.tokens, self.vqvae = tokens, vqvae
         count = min(num_images, len(tokens))
         self.indices = (torch.arange(count) * len(tokens) // count).split(batch_size)
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Labels (B,), teacher input (B, L - 1, Cvae) and the tokens to predict (B, L)."""
+        """List labels (B,), teacher input (B, L - 1, Cvae) and the tokens to predict (B, L)."""
         device = self.vqvae.quantize.embedding.weight.device
         found = []
         for indices_B in self.indices:
@@ -47,9 +47,9 @@ class TeacherForced:
 
 
 class CrossEntropy:
-    """Cross-entropy of the sparse scales, nats a token, and how often it was measured: the mean of
-    the scales' means, or `by_tokens` the mean over their tokens. With a file, measurements are kept
-    there and not made twice."""
+    """Cross-entropy of the sparse scales in nats per token, and how often it was asked for. It is
+    the mean of the scales' means or, with `by_tokens`, the mean over their tokens. With a file,
+    measurements are kept there and not made twice."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class CrossEntropy:
         }
 
     def __call__(self, rules: Sequence[SelectionRule]) -> float:
-        """Under one rule for each of the model's sparse scales."""
+        """Measure under one rule for each of the model's sparse scales."""
         self.count += 1
         key = repr(list(rules))
         if key not in self.known:

@@ -1,9 +1,9 @@
-"""From the tau that losses measured one group at a time suggest to the tau at which the loss of
-quality per saved FLOP is equal where they act together.
+"""Refine tau from losses measured one group at a time, until the loss of quality per saved FLOP is
+equal while all groups act together.
 
 Saving at one scale changes what saving at the next costs, so the additive solution is a start only.
-A round measures the slope of the joint loss in every group and moves FLOPs from where saving hurts
-more than on average to where it hurts less, as long as the loss falls.
+A round measures the slope of the joint loss in every group. It moves FLOPs from groups where saving
+hurts more than on average to those where it hurts less, as long as the loss falls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dmoe_var.calibration.allocation import tau_at
 from dmoe_var.calibration.calibrate import Group, Plan, Taus
 
 STEP = 0.1
-"""The largest change of a group's density in a round, and that at which slopes are measured."""
+"""The largest change of a group's density in a round; slopes are measured at the same change."""
 EDGE = 1e-6
 """How close to the end of its range a density counts as being there."""
 ROUNDING = 1e-9
@@ -24,12 +24,12 @@ TRIES = 3
 
 
 def most_losses(num_groups: int, rounds: int) -> int:
-    """How many losses `refine` may measure, with two starts."""
+    """Count how many losses `refine` may measure, with two starts."""
     return 2 + rounds * (num_groups + TRIES)
 
 
 def refine(plan: Plan, starts: list[Taus], loss: Callable[[Taus], float], rounds: int) -> Taus:
-    """Of tau that cost the same, the best, made better: as many GMAC, and a loss that is no higher.
+    """Improve the best of `starts`, tau that cost the same: equal GMAC, and a loss no higher.
 
     loss: of the quality, in any unit, measured at most `most_losses` times.
     """
@@ -51,8 +51,8 @@ def refine(plan: Plan, starts: list[Taus], loss: Callable[[Taus], float], rounds
 
 
 def at_cost(taus: Taus, cost: Callable[[Taus], float], target: float) -> Taus:
-    """All tau times one factor, none above 1, so that they cost `target`. Where that is not enough,
-    as those of 0 stay 0, these rise together beside the others at 1. ValueError where tau 1
+    """Multiply all tau by one factor, none above 1, so that they cost `target`. Those of 0 stay 0;
+    if that is not enough, they rise together beside the others at 1. Raise ValueError if tau 1
     everywhere costs more."""
 
     def times(odds: float) -> Taus:
@@ -73,8 +73,8 @@ def _slopes(
     loss: Callable[[Taus], float],
     step: float,
 ) -> dict[Group, float]:
-    """Rise of the joint loss per GMAC that a group saves; a group with nothing left to save is
-    measured the other way."""
+    """Measure the rise of the joint loss per GMAC that a group saves. A group with nothing left to
+    save is measured the other way."""
     slopes = {}
     for group, density in densities.items():
         least = plan.density(group, 1.0)
@@ -88,8 +88,8 @@ def _slopes(
 def _moved(
     plan: Plan, densities: Mapping[Group, float], slopes: Mapping[Group, float], length: float
 ) -> dict[Group, float]:
-    """Densities after a move of this length at equal cost: more where saving costs more loss a
-    GMAC than on average."""
+    """Move densities by this length at equal cost. A density rises if saving there costs more loss
+    per GMAC than on average."""
     least = {group: plan.density(group, 1.0) for group in densities}
     free = set(densities)
     while True:
@@ -107,7 +107,7 @@ def _moved(
     changes = {g: slopes[g] - mean if g in free else 0.0 for g in densities}
     largest = max((abs(change) for change in changes.values()), default=0.0)
     if largest <= ROUNDING * max(map(abs, slopes.values()), default=0.0):
-        return dict(densities)  # what is left of equal slopes would be stretched to a whole step
+        return dict(densities)  # else rounding of equal slopes would be stretched to a whole step
     scale = length / largest
     for g, change in changes.items():  # no group leaves its range: the whole move is shortened
         room = 1 - densities[g] if change > 0 else densities[g] - least[g]

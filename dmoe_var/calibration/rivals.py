@@ -1,5 +1,5 @@
-"""Other ways to choose tau, for the comparison: one tau, tau rising linearly, and the search that
-the paper's authors used. All see the same recorded scores and as many measured losses."""
+"""Choose tau in other ways, for the comparison: one tau, tau rising linearly, and the search that
+the paper's authors used. All see the same recorded scores and equally many measured losses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Cost = Callable[[Sequence[float]], float]
 Loss = Callable[[Sequence[float]], float]
 
 SPREAD = 0.2
-"""The search draws each next scale's tau at most so far above the one before (PAPER: in the
-authors' polarity, below)."""
+"""How far above the scale before the search may draw the next one's tau, as the paper's authors
+did (in their polarity, below)."""
 MARGIN = 0.01
 """How far above a budget a found point may lie, as a share of it."""
 
 
 def check(budgets: Sequence[float]) -> None:
-    """ConfigError where ways to choose tau are to be compared and Optuna is not installed."""
+    """Raise ConfigError if ways to choose tau are to be compared and Optuna is not installed."""
     if budgets and importlib.util.find_spec("optuna") is None:
         raise ConfigError(
             f"calibrate.budgets={list(budgets)}: the two-objective search among the ways compared "
@@ -35,14 +35,14 @@ def check(budgets: Sequence[float]) -> None:
 
 
 def one_tau(cost: Cost, num_scales: int, target: float) -> Taus:
-    """The same tau on all sparse scales that costs `target`; ValueError where none does."""
+    """Find the one tau for all sparse scales that costs `target`. Raise ValueError if none does."""
     tau = tau_at(lambda t: cost((t,) * num_scales), target)
     return (tau,) * num_scales
 
 
 def rising(cost: Cost, loss: Loss, num_scales: int, target: float, tries: int) -> Taus:
-    """tau rising linearly over the sparse scales: of `tries` slopes the one of least loss.
-    ValueError where none costs as little as `target`."""
+    """Find tau that rise linearly over the sparse scales: of `tries` slopes the one of least loss.
+    Raise ValueError if none costs as little as `target`."""
     steps = np.linspace(0, 1 / max(1, num_scales - 1), tries)
 
     def line(first: float, step: float) -> Taus:
@@ -72,7 +72,7 @@ def search(
     seed: int,
     progress: Callable[[], object] = lambda: None,
 ) -> list[Trial]:
-    """Two-objective TPE search (Optuna): the Pareto points of loss and cost, cheapest first.
+    """Search by two-objective TPE (Optuna) for the Pareto points of loss and cost, cheapest first.
     `progress` is called after each trial."""
     import optuna
 
@@ -96,6 +96,6 @@ def search(
 
 
 def within(found: Sequence[Trial], target: float) -> Trial | None:
-    """The point of least loss that costs no more than `target`; None where all cost more."""
+    """Pick the point of least loss that costs no more than `target`; None if all cost more."""
     affordable = [trial for trial in found if trial.cost <= target * (1 + MARGIN)]
     return min(affordable, key=lambda trial: trial.loss, default=None)

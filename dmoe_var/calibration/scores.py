@@ -1,4 +1,4 @@
-"""What each tau runs, from router scores that were recorded once.
+"""Find what each tau runs, from router scores that were recorded once.
 
 Legend: B images, l tokens of a scale, E experts, G = BINS + 1 edges from 0 to 1.
 """
@@ -21,15 +21,15 @@ BINS = 4096
 """Steps of tau that are told apart."""
 
 Cell = tuple[int, int]
-"""A scale and a layer."""
+"""(scale, layer)."""
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Labels (B,) and teacher input (B, L - 1, Cvae)."""
 
 
 @dataclass(frozen=True)
 class Tails:
-    """Of one cell, over edges tau_G: the share of experts whose score is at least tau times their
-    token's largest, and what the others hold of the squared scores, a token."""
+    """Density and drop of one cell over edges tau_G. Experts run if their score is at least tau
+    times their token's largest; the squared scores of the others are dropped, summed per token."""
 
     density_G: npt.NDArray[np.float64]
     dropped_G: npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ class Tails:
         return float(np.interp(tau, EDGES_G, self.dropped_G))
 
     def tau(self, density: float) -> float:
-        """The smallest tau that runs at most this share; 1 where none does."""
+        """Find the smallest tau that runs at most this density; 1 if none does."""
         below = np.nonzero(self.density_G <= density)[0]
         if len(below) == 0:
             return 1.0
@@ -58,7 +58,7 @@ EDGES_G: npt.NDArray[np.float64] = np.linspace(0, 1, BINS + 1)
 
 @dataclass
 class _Sums:
-    """Of one cell, by bin of score over the token's largest: experts, and squared scores."""
+    """Sums of one cell, by bin of score over the token's largest: experts, and squared scores."""
 
     count_G: Tensor = field(default_factory=lambda: torch.zeros(BINS + 1, dtype=torch.float64))
     energy_G: Tensor = field(default_factory=lambda: torch.zeros(BINS + 1, dtype=torch.float64))
@@ -95,15 +95,15 @@ class Recorder(Observer):
         self._sums[routed.si][routed.layer].add(scores_BlE)
 
     def tails(self) -> dict[Cell, Tails]:
-        """Of all scores so far."""
+        """Turn all scores so far into tails."""
         return {(si, i): cell.tails() for si, of in self._sums.items() for i, cell in of.items()}
 
 
 def record_scores(model: DynamicVAR, batches: Batches) -> dict[Cell, Tails]:
-    """Tails of every cell of `model.moe_scales`, from teacher-forced passes with every expert on.
+    """Find tails of every cell of `model.moe_scales`, by teacher-forced passes with every expert.
 
-    Each batch runs with its labels and with the null class: at inference half of the tokens are of
-    either kind.
+    Each batch runs with its labels and with the null class, as at inference half of the tokens are
+    of either kind.
     """
     recorder = Recorder(model)
     for labels_B, teacher_BLC in batches:

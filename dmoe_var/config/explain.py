@@ -1,4 +1,4 @@
-"""Every key of the configuration with its default and its explanation, as its dataclass has them.
+"""Tell every key of the configuration with its default and explanation, as its dataclass has them.
 
 A key is explained by the docstring under its field or, in a section that is made by code, by its
 field's metadata ("explanation").
@@ -19,11 +19,11 @@ from typing import Any
 from dmoe_var.config.root import Config
 
 DEMANDED = ("base.var", "var.depth")
-"""Keys that files in configs/ demand with ???, which Hydra passes over where there is a default."""
+"""Keys that files in configs/ demand with ???, which Hydra passes over if there is a default."""
 
 
 def declared(section: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """The default of every key, section by section, but for keys that have none or are demanded.
+    """Collect the default of every key by section, but for keys that have none or are demanded.
 
     What follows from another key (the width of a VAR, from its depth) is None here.
     """
@@ -40,7 +40,7 @@ def declared(section: Any = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def explanations(section: Any = Config, prefix: str = "") -> dict[str, str]:
-    """What every key means, by dotted name; before the keys of a section, what the section is."""
+    """Say what every key means, by dotted name; before a section's keys, what the section is."""
     found: dict[str, str] = {}
     texts = _docstrings(section)
     for field, type_ in _fields(section):
@@ -54,7 +54,7 @@ def explanations(section: Any = Config, prefix: str = "") -> dict[str, str]:
 
 
 def explained(values: Mapping[str, Any], reads: Collection[str]) -> str:
-    """The keys that lie in `reads` (sections, keys) as YAML: the value of each and what it means.
+    """Write the keys in `reads` (sections, keys) as YAML: the value of each and what it means.
 
     values: all keys, section by section.
     """
@@ -76,13 +76,13 @@ def explained(values: Mapping[str, Any], reads: Collection[str]) -> str:
 
 
 def _fields(section: Any) -> Iterator[tuple[Any, Any]]:
-    """The fields of a dataclass, with their types."""
+    """Pair the fields of a dataclass with their types."""
     types = typing.get_type_hints(section)
     return ((field, types[field.name]) for field in dataclasses.fields(section))
 
 
 def _docstrings(section: Any) -> dict[str, str]:
-    """What stands under each field in the source of a class and of those that it inherits from."""
+    """Read what stands under each field in the source of a class and of those it inherits from."""
     found: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if not dataclasses.is_dataclass(cls):

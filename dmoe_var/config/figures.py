@@ -1,4 +1,4 @@
-"""Which figures are drawn, and over what."""
+"""Configure which figures are plotted, and over what."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK_VALUES = 4
 
 
 def _given(value: Any) -> Any:
-    """What names figures, as a tuple of strings; YAML reads most of the names as numbers."""
+    """Turn names of figures into a tuple of strings, as YAML reads most of them as numbers."""
     given = tuple(map(str, value if isinstance(value, list | tuple) else (value,)))
     for each in given:
         if not _named(each):
@@ -30,7 +30,7 @@ def _given(value: Any) -> Any:
 
 
 def _named(name: str) -> tuple[str, ...]:
-    """The figures of a name: `all` is the paper's, 2 is 2a and 2b."""
+    """List the figures of a name: `all` is the paper's, 2 is 2a and 2b."""
     if name == "all":
         return PAPER
     return (name,) if name in OURS else tuple(p for p in PAPER if name in (p, p.rstrip("ab")))
@@ -41,20 +41,20 @@ Figures = Annotated[tuple[str, ...], BeforeValidator(_given), Field(min_length=1
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Which figures are drawn, and over which values."""
+    """Which figures are plotted, and over which values."""
 
     __pydantic_config__ = STRICT
 
     figure: Figures = ("all",)
-    """all (the paper's), or names: 2a to 12, rules, calibration, accounting."""
+    """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, accounting."""
     make: bool = False
     """First make the records that are missing."""
     plan: bool = False
     """Print what would be made, in order, and do nothing."""
     quick: bool = False
-    """One seed, quick_samples images a point and four values a curve; the figures say so."""
+    """Use one seed, quick_samples images per point and four values per curve; figures say so."""
     quick_samples: Annotated[int, Field(ge=2)] = 500
-    """Images of a point of a quick figure."""
+    """Images per point of a quick figure."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (0, 1, 2)
     """Seeds of the points."""
     tau: Annotated[tuple[Share, ...], Several] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
@@ -66,7 +66,7 @@ class FiguresConfig:
     k_shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (
         0.25, 0.375, 0.5, 0.75,
     )  # fmt: skip
-    """Shares of the experts that top-k and random run."""
+    """Densities (shares of experts) of top-k and random."""
     cumulative_shares: Annotated[tuple[Share, ...], Several] = (0.7, 0.8, 0.9, 0.95)
     """Shares of the cumulative rule."""
     alphas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] = (0, 1e-3, 1e-2, 1e-1)
@@ -80,20 +80,20 @@ class FiguresConfig:
     expert_sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Several] = (
         8, 16, 32, 64, 128, 256,
     )  # fmt: skip
-    """Neurons of an expert."""
+    """Neurons per expert."""
     single_scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (5, 6, 7, 8, 9)
     """Scales that run experts alone."""
     depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], PathOrName | None] = field(
         default_factory=dict
     )
-    """Sources of dense VARs as base.var, by depth, beside the experiment's own (figure 5); null
-    trains one."""
+    """Sources of dense VARs by depth, as base.var, beside the experiment's own (figures 3 and 5);
+    null trains one."""
     budgets: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (0.8, 0.9)
     """Shares of the dense FLOPs at which ways to choose tau are compared (figure calibration)."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Images at once in timings (figures 8b and 9)."""
+    """Images per batch in timings (figures 8b and 9)."""
     time_tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.4)
-    """Tau that are timed."""
+    """Tau that are timed (figure 9)."""
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds):
@@ -109,7 +109,7 @@ class FiguresConfig:
         return self.seeds[:1] if self.quick else self.seeds
 
     def along(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """The values of a curve: all, or four of them, evenly, first and last included."""
+        """Pick the values of a curve: all, or four of them, evenly from first to last, if quick."""
         if not self.quick or len(values) <= QUICK_VALUES:
             return values
         places = np.linspace(0, len(values) - 1, QUICK_VALUES).round().astype(int)

@@ -1,4 +1,4 @@
-"""From what a script composes to `Config`, with one line for the first thing that is wrong."""
+"""Turn what a script composes into `Config`, with one line for the first thing that is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dmoe_var.errors import ConfigError
 
 
 def parse_config(content: Mapping[str, Any]) -> Config:
-    """The configuration of a nested mapping; ConfigError in one line for the first thing wrong."""
+    """Make `Config` from a nested mapping. Raise ConfigError in one line for the first fault."""
     try:
         return TypeAdapter(Config).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -25,7 +25,7 @@ def parse_config(content: Mapping[str, Any]) -> Config:
 
 
 def describe(error: ValidationError) -> str:
-    """One line: the key, its value, what is allowed."""
+    """Describe an error in one line: the key, its value, what is allowed."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
@@ -40,23 +40,23 @@ def describe(error: ValidationError) -> str:
 
 
 def is_text(key: str) -> bool:
-    """Whether the value of a dotted key is text and nothing else (a path, a name), or null."""
+    """Tell whether the value of a dotted key is text alone (a path, a name), or null."""
     return set(_kinds(_type_of(key.split(".")))) == {str}
 
 
 def is_declared(key: str) -> bool:
-    """Whether there is such a key or section."""
+    """Tell whether there is such a key or section."""
     return _type_of(key.split(".")) is not None
 
 
 def is_entry(key: str) -> bool:
-    """Whether a dotted key lies in a section whose keys are the user's own (sweep.lists.mine)."""
+    """Tell whether a dotted key lies in a section of the user's own keys (sweep.lists.mine)."""
     *path, _ = key.split(".")
     return typing.get_origin(_type_of(path)) is Mapping
 
 
 def _type_of(path: Sequence[Any]) -> Any:
-    """The type that a key is declared with; None for an unknown one."""
+    """Find the type that a key is declared with; None for an unknown one."""
     found: Any = Config
     for part in path:
         if dataclasses.is_dataclass(found):
@@ -69,14 +69,14 @@ def _type_of(path: Sequence[Any]) -> Any:
 
 
 def _kinds(type_: Any) -> tuple[Any, ...]:
-    """The members of a union without None."""
+    """List the members of a union without None."""
     union = typing.get_origin(type_) in (typing.Union, types.UnionType)
     members = typing.get_args(type_) if union else (type_,)
     return tuple(member for member in members if member is not types.NoneType)
 
 
 def known_keys(path: tuple[Any, ...], wrong: str) -> str:
-    """What a section allows, the likeliest meant key first."""
+    """Say what a section allows, the likeliest meant key first."""
     section = _type_of(path)
     if not dataclasses.is_dataclass(section):
         return "it takes no keys"

@@ -1,4 +1,4 @@
-"""What the report shows, and how large it may grow."""
+"""Configure what the report shows, and how large it may grow."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ class ReportConfig:
     __pydantic_config__ = STRICT
 
     labels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    """Classes under the router microscope, a picture of each; null takes the first four."""
+    """Classes under the router microscope, one picture each; null takes the first four."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of these pictures."""
     tau: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
-    """Tau on all of moe.scales at which each picture is drawn."""
+    """Tau on all of moe.scales at which each picture is sampled."""
     grid_images: Annotated[int, Field(gt=0)] = 20
-    """First pictures of each point of the curve, dense beside dynamic."""
+    """First pictures that are shown per point of a curve, dense beside dynamic."""
     picture_side: Annotated[int, Field(ge=8)] = 256
-    """Pixels a side of a picture under the microscope; larger ones are scaled down."""
+    """Pixels per side of a picture under the microscope; larger ones are scaled down."""
     grid_side: Annotated[int, Field(ge=8)] = 96
-    """Pixels a side of a picture in a grid, as JPEG."""
+    """Pixels per side of a picture in a grid; larger ones are scaled down, as JPEG."""
     max_mb: Annotated[float, Field(gt=0)] = 20.0
-    """Size of the page; pictures under the microscope are left out beyond it, and the page says
-    so."""
+    """Largest page in MB; microscope pictures beyond it are left out, and the page says so."""
 
     def __post_init__(self) -> None:
         if list(self.tau) != sorted(set(self.tau)):

@@ -1,4 +1,4 @@
-"""The root configuration: one frozen dataclass a section, each beside the code that reads it.
+"""Define the root configuration: one frozen dataclass per section, beside the code that reads it.
 
 Scripts compose it with Hydra and convert it once, here; the library knows no Hydra.
 """
@@ -82,13 +82,13 @@ class Config:
     seed: Seed = 0
     """Seed of initialisation, training and the split; samples have their own seeds."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    """auto, cpu, mps, cuda or cuda:N."""
+    """Device: auto, cpu, mps, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of training; bfloat16 trains under autocast."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """CPU threads; null follows the cores that this process may use."""
     deterministic: bool = False
-    """On a GPU: bitwise the same weights at every run, slower."""
+    """Whether a GPU gives bitwise the same weights at every run, which is slower."""
     wandb: WandbMode = "disabled"
     """Whether Weights & Biases gets the lines of metrics.jsonl: disabled, offline or online."""
     progress: bool = True
@@ -206,7 +206,7 @@ class Config:
         return dict(flatten(asdict(self)))
 
     def _find_classes(self) -> None:
-        """Turns the names among `sample.classes` into indices."""
+        """Turn the names among `sample.classes` into indices."""
         given = self.sample.classes
         if given is None:
             return
@@ -218,7 +218,7 @@ class Config:
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf."""
+    """Yield the dotted key and value of every leaf."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

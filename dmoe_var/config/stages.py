@@ -1,4 +1,4 @@
-"""The sections of the stages that train nothing: what each script is asked to do."""
+"""Configure the stages that train nothing: what each script is asked to do."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ Classes = Annotated[tuple[int | str, ...], BeforeValidator(_as_classes)]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Which pictures scripts/sample.py draws."""
+    """Which pictures scripts/sample.py samples."""
 
     __pydantic_config__ = STRICT
 
     classes: Classes | None = None
-    """Classes by index or name; null draws all, at most ten."""
+    """Classes by index or name; null samples all, at most ten."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
-    """Seeds under which each class is drawn."""
+    """Seeds under which each class is sampled."""
     per_class: Annotated[int, Field(gt=0)] = 1
     """Pictures of each class under each seed."""
     single_pngs: bool = False
     """Whether each picture is also written as a PNG file of its own."""
     model: Literal["dense", "dynamic", "both"] | None = None
-    """Models that draw; null takes both where the experts are made, else the dense one."""
+    """Models that sample; null takes both if the experts are made, else the dense one."""
     pretrained: PathOrName | None = None
-    """DynamicVAR that save_pretrained wrote, a folder or a name on the hub; both models come
-    from it then."""
+    """Source of both models: a DynamicVAR of save_pretrained, as a folder or a name on the hub."""
     selection: Literal["stored", "given"] = "stored"
     """With pretrained: the rule that is stored with it, or the one given under `selection`."""
 
@@ -59,16 +58,16 @@ class EvaluateConfig:
     __pydantic_config__ = STRICT
 
     model: Literal["dense", "dynamic", "pruned"] = "dynamic"
-    """dense; dynamic, with experts at moe.scales under `selection`; or pruned, with narrower
-    FFNs there (`pruning`)."""
+    """Model: dense, dynamic (experts at moe.scales under `selection`) or pruned (narrower FFNs
+    there, by `pruning`)."""
     num_samples: Annotated[int, Field(ge=2)] = 1000
-    """Images that are drawn and measured."""
+    """Images that are sampled and measured."""
     seed: Seed = 0
     """Seed of the images."""
     format: ImageFormat = "npz"
-    """How images are left: npz (samples.npz), png (a file for each) or both."""
+    """How images are stored: npz (samples.npz), png (a file per image) or both."""
     samples: Annotated[str, Field(min_length=1)] | None = None
-    """Somebody's images to measure in place of a model's: an .npz file (arr_0) or a folder."""
+    """Given images to measure in place of a model's: an .npz file (arr_0) or a folder."""
 
 
 @dataclass(frozen=True)
@@ -90,45 +89,45 @@ class BenchmarkConfig:
     __pydantic_config__ = STRICT
 
     batch_size: Annotated[int, Field(gt=0)] = 1
-    """Images at once."""
+    """Images per batch."""
     batch_sizes: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple)
     ] = ()  # fmt: skip
-    """Several sizes, timed one by one in place of batch_size."""
+    """Several batch sizes, timed one by one in place of batch_size."""
     repeats: Annotated[int, Field(gt=0)] = 5
     """Rounds that count; each times every model once."""
     warmup: Annotated[int, Field(ge=0)] = 1
-    """Rounds before, that do not count."""
+    """Rounds before those, which do not count."""
     tau: Annotated[
         tuple[Share, ...], BeforeValidator(as_tuple)
     ] = ()  # fmt: skip
-    """A dynamic model for each of these tau, on all of moe.scales."""
+    """Tau on all of moe.scales; a dynamic model is timed for each."""
     chosen: bool = False
-    """Also the dynamic model under `selection`."""
+    """Whether the dynamic model under `selection` is timed too."""
     random_masks: bool = False
-    """Each dynamic model also with as many experts by chance."""
+    """Whether each dynamic model is also timed with random masks of the same density."""
     smaller: PathOrName | None = None
-    """Also a dense model of less depth: a source as base.var, or next (the published one below)."""
+    """Dense model of less depth, timed too: a source as base.var, or next (the published below)."""
     compile: Literal["eager", "compiled", "both"] = "eager"
     """Models as they are (eager), with torch.compile (compiled), or both."""
     parts: bool = False
-    """Also times by part and scale, and part_times.png."""
+    """Whether parts and scales are timed too, which adds part_times.png."""
     published: PathOrName | None = None
     """Folder of a checkout of the published VAR code, timed beside ours."""
     kernels: bool = False
-    """In place of samplers: a layer's FFN by every compute path, with random weights."""
+    """Whether a layer's FFN, with random weights, is timed by every path in place of samplers."""
     real_masks: bool = False
-    """With kernels: also the experiment's own layers, on the tokens and masks of drawn images."""
+    """With kernels: also time the experiment's layers, on tokens and masks of sampled images."""
     expert_sizes: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = (32, 128)  # fmt: skip
-    """With kernels: neurons of an expert."""
+    """With kernels: neurons per expert."""
     densities: Annotated[
         tuple[Annotated[float, Field(gt=0, le=1)], ...],
         BeforeValidator(as_tuple),
         Field(min_length=1),
     ] = (1.0, 0.6, 0.3, 0.1)
-    """With kernels: shares of the experts that run."""
+    """With kernels: densities, the shares of experts that run."""
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "tau", "expert_sizes", "densities"):
@@ -158,7 +157,7 @@ class MapsConfig:
     __pydantic_config__ = STRICT
 
     images: Annotated[int, Field(gt=0)] = 4
-    """Classes from the first on, an image of each."""
+    """Number of classes, from the first on, with one image each."""
     seed: Seed = 0
     """Seed of the images."""
     tau: tuple[Share, ...] = (0.0, 0.1, 0.2, 0.4)
@@ -174,17 +173,17 @@ class SweepConfig:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds with which each point is measured."""
     last: tuple[Share, ...] = ()
-    """A point for each tau, on all of moe.scales."""
+    """Tau on all of moe.scales, one point each."""
     all: tuple[Share, ...] = ()
-    """A point for each tau, on all scales."""
+    """Tau on all scales, one point each."""
     lists: Mapping[str, Taus] = field(default_factory=dict)
-    """A point for each list, by name: a tau for each of moe.scales."""
+    """Tau lists by name, one point each: a tau for each of moe.scales."""
     chosen: str | None = None
     """Name of the list that is the operating point."""
     part: Annotated[int, Field(gt=0)] | None = None
-    """Part of the points that is measured, from 1; null joins them all."""
+    """Shard of the points that is measured, from 1; null joins them all."""
     parts: Annotated[int, Field(gt=0)] = 1
-    """Parts that the points are cut into."""
+    """Shards that the points are cut into."""
 
     def __post_init__(self) -> None:
         if self.part is None and self.parts > 1:

@@ -1,4 +1,4 @@
-"""What stages are given, by content: weights, pictures, a reference, samples of others.
+"""Tell what stages are given by content: weights, pictures, a reference, samples of others.
 
 A path says where something lies, not what: files are overwritten in place, folders lose pictures.
 """
@@ -39,13 +39,13 @@ class DataSet:
 Given = Path | DataSet
 
 GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
-"""Keys that name files. What is in the files counts, and not where they lie."""
+"""Keys that name files. Their content counts, and not where they lie."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
-"""Of one thread: runs in two threads end in any order."""
+"""Contents that one thread holds: runs in two threads end in any order."""
 
 
 def given(stage: Stage, config: Config) -> dict[str, Given]:
-    """What a stage is given beside weights, by configuration key."""
+    """List what a stage is given beside weights, by configuration key."""
     places: dict[str, Given] = {}
     num_classes = config.var.num_classes
     if stage.reads_pictures and config.data.kind == "image_folder":
@@ -61,7 +61,7 @@ def given(stage: Stage, config: Config) -> dict[str, Given]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within, each content is looked at once: all points of a run see one state of it, and a folder
+    """Look at each content only once within. All points of a run see one state of it, and a folder
     of a million pictures is not listed for each."""
     within = _HELD.get()
     outside = _HELD.set({} if within is None else within)
@@ -72,7 +72,7 @@ def held() -> Iterator[None]:
 
 
 def content(given: Given, cache: Path) -> str | None:
-    """Hash of what is given; None where it is not at hand, or cannot be read: whoever reads it for
+    """Hash what is given. Return None if it is not at hand or cannot be read; whoever reads it for
     its work says what is wrong."""
     at, held = (given, cache), _HELD.get()
     if held is not None and at in held:
@@ -95,12 +95,12 @@ def _key(given: DataSet, hashes: Path) -> str:
 
 
 def contents_of_files(key: str, source: str) -> dict[str, str]:
-    """SHA-256 of what a key that names files stands for, by key; fetched where it has to be."""
+    """Hash the files that a key names with SHA-256. They are fetched if they have to be."""
     if key == "fidelity.weights":
         return {key: sha256_of(Path(source))}
     if key != "sample.pretrained":
         return {key: sha256_of(weights_file(source, key.removeprefix("base.")))}
-    from dmoe_var.checkpoints.pretrained import locate  # reads the hub's client, half a second
+    from dmoe_var.checkpoints.pretrained import locate  # imports the hub's client: half a second
 
     folder = locate(source)
     files = {key: folder / MODEL_FILE, f"{key}.config": folder / CONFIG_FILE}
@@ -108,7 +108,7 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
 
 
 def _known(key: str, source: str | None) -> dict[str, str] | None:
-    """As `contents_of_files`, of what is on this machine; None for what is not or is unreadable."""
+    """Hash the files that a key names on this machine; None if they are missing or unreadable."""
     try:
         if source is None:
             return None
@@ -121,13 +121,13 @@ def _known(key: str, source: str | None) -> dict[str, str] | None:
 
 
 def same_content(key: str, one: Any, other: Any) -> bool:
-    """Whether two values of a key name the same files, whose content is known on this machine."""
+    """Tell whether two values of a key name the same files, with content known on this machine."""
     return key in GIVEN and (known := _known(key, one)) is not None and known == _known(key, other)
 
 
 def told(key: str, value: Any) -> Any:
-    """What stands for a value in a variant's name: of files their content, or the name that they
-    are fetched by."""
+    """Return what stands for a value in a variant's name: for files, their content or the name
+    that they are fetched by."""
     if key not in GIVEN or value is None or is_name(value):
         return value
     known = _known(key, value)
@@ -135,5 +135,5 @@ def told(key: str, value: Any) -> Any:
 
 
 def hash_of(content: Mapping[str, Any]) -> str:
-    """Sixteen hex digits of what JSON can hold."""
+    """Hash what JSON can hold to sixteen hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The graph that joins the stages: what is done is skipped, what was interrupted goes on."""
+"""Join the stages in a graph: what is done is skipped, what was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ StageFunction = Callable[[Work], StageResult]
 
 
 def record_if_done(work: Work, stage: str) -> Record | None:
-    """The stage's record where it is done with this configuration, else None.
+    """Read the stage's record if it is done with this configuration, else return None.
 
-    A record that a crash left empty or broken is none. CheckpointError where the stage is done, but
-    its checkpoint is cut short or gone; DataError for a record of another version of this program.
+    A record that a crash left empty or broken is none. Raise CheckpointError if the stage is done
+    but its checkpoint is cut short or gone, DataError for a record of another program version.
     """
     folder = work.folder(stage)
     try:
@@ -67,7 +67,7 @@ def record_if_done(work: Work, stage: str) -> Record | None:
 
 
 def require(work: Work, stage: str) -> Record:
-    """The record of a stage that another builds on; InputError where it is not done."""
+    """Read the record of a stage that another builds on. Raise InputError if it is not done."""
     record = record_if_done(work, stage)
     if record is not None:
         return record
@@ -92,7 +92,7 @@ def require(work: Work, stage: str) -> Record:
 
 
 def prepare(work: Work) -> None:
-    """Settings of the whole process: threads, determinism, TF32; joins torchrun's others."""
+    """Set up the whole process (threads, determinism, TF32) and join torchrun's others."""
     config, device = work.whole, work.device
     if config.threads is None:
         limit_threads()
@@ -111,10 +111,10 @@ def prepare(work: Work) -> None:
 
 @held()
 def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> Record:
-    """Run a stage unless it is done; its record either way.
+    """Run a stage unless it is done; return its record either way.
 
-    What it builds on must be done (InputError); `run_through` does that first. Another run that is
-    at the same stage's folder is waited for. `function` stands in for the `run` of the stage's
+    Raise InputError if what it builds on is not done; `run_through` does that first. Wait for
+    another run in the same stage's folder. `function` stands in for the `run` of the stage's
     module (a sweep shares loaded models between its points).
     """
     work.check(stage)
@@ -126,12 +126,12 @@ def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> 
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     with alone(folder) if is_main() else nullcontext():
-        done = _done(work, stage)  # another run's, by now
+        done = _done(work, stage)  # by another run, meanwhile
         return _run(work, stage, folder, function) if done is None else done
 
 
 def _done(work: Work, stage: str) -> Record | None:
-    """The record of a stage that need not run, in every process; what is left over then goes."""
+    """Read, in every process, the record of a stage that need not run; remove what is left over."""
     skippable = is_main() and not find(stage).is_never_done(work.whole)
     done = from_main(record_if_done(work, stage) if skippable else None)
     if done is not None and is_main():
@@ -149,7 +149,7 @@ def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -
     result = (function or _function(stage))(work.read_by(stage))
     if ran := RAN - ran_before:
         result = replace(result, about={**result.about, "experts_ran_by": sorted(ran)})
-        RAN.subtract(ran)  # it is told: a sweep's points have their own records
+        RAN.subtract(ran)  # told once: a sweep's points have their own records
     record = from_main(_record(work, stage, result, started) if is_main() else None)
     assert record is not None
     if is_main():
@@ -160,7 +160,7 @@ def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -
 
 
 def _require_upstream(work: Work, stage: str) -> None:
-    """InputError where a model that the stage builds on is neither given nor made."""
+    """Raise InputError if a model that the stage builds on is neither given nor made."""
     for upstream in work.needs(stage):
         if work.is_given(upstream):
             _require_upstream(work, upstream)
@@ -195,7 +195,7 @@ def _record(work: Work, stage: str, result: StageResult, started: str) -> Record
 def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) -> Record:
     """Run a stage and all that it builds on, in order.
 
-    `on_stage(name, done)` is called before each, done saying whether it will be skipped.
+    `on_stage(name, done)` is called before each; done says whether it will be skipped.
     """
     work.check(last)
     for stage in order(work, last):
@@ -205,7 +205,7 @@ def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) ->
 
 
 def order(work: Work, last: str) -> list[str]:
-    """A stage's upstream stages, then itself."""
+    """List a stage's upstream stages, then itself."""
     stages: list[str] = []
     for upstream in work.needs(last):
         stages += [name for name in order(work, upstream) if name not in stages]

@@ -1,5 +1,5 @@
-"""Points of quality-cost curves: configurations that differ from an experiment's in a few keys,
-and their records, joined over seeds. All that is drawn or told of evaluations is read here.
+"""Define points of quality-cost curves (configurations that differ from an experiment's in a few
+keys) and join their records over seeds. All that is plotted or told of evaluations is read here.
 
 Legend: a row is a point as JSON has it, with its numbers joined over the seeds.
 """
@@ -27,14 +27,14 @@ LABELS = {
 ALONE = ("dense", "lists", "chosen")
 """Methods whose points make no line."""
 MEASURES = ("inception_score", "precision", "recall", "label_agreement")
-"""How the names of metrics begin that tell of quality beside FID, where they were measured."""
+"""Beginnings of the names of metrics that tell of quality beside FID, if they were measured."""
 
 
 def vary(work: Work, changes: Mapping[str, Any]) -> Work:
-    """The same work with dotted keys changed: vary(work, {"sparsify.alpha": 0.1}).
+    """Change dotted keys of a work: vary(work, {"sparsify.alpha": 0.1}).
 
-    A tau for each layer gives way to a new tau. ConfigError for a key that is none, or values that
-    do not go together.
+    A tau for each layer gives way to a new tau. Raise ConfigError for an unknown key, or values
+    that do not go together.
     """
     if "selection.tau" in changes or "selection.rule" in changes:
         changes = {"selection.layer_tau": (), **changes}
@@ -52,8 +52,8 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
 
 
 def operating_point(work: Work) -> dict[str, Any]:
-    """What differs from the configuration at the operating point: the sweep's chosen tau list,
-    unless another selection was asked for."""
+    """Return the keys that the operating point changes: those of the sweep's chosen tau list. They
+    are none if another selection was asked for or no list is chosen."""
     sweep, asked = work.config.sweep, work.config.selection != work.baseline.selection
     if sweep.chosen is None or asked:
         return {}
@@ -61,7 +61,7 @@ def operating_point(work: Work) -> dict[str, Any]:
 
 
 def _with(section: Any, changes: Mapping[str, Any], place: str) -> Any:
-    """A dataclass with nested changes, all at once: what belongs together is checked together."""
+    """Change a dataclass by nested keys, all at once: what belongs together is checked together."""
     known = {f.name for f in fields(section)}
     values = {}
     for name, value in changes.items():
@@ -83,13 +83,13 @@ class Point:
     changes: Mapping[str, Any]
 
     def work(self, work: Work, seed: int) -> Work:
-        """The evaluation of one seed."""
+        """Make the evaluation of one seed."""
         return vary(work, {**self.changes, "evaluate.seed": seed})
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points that are drawn as one line, or alone. `method` gives its colour in every figure;
+    """Points that are plotted as one line, or alone. `method` gives the colour in every figure;
     shade (0..1) tells curves of one method apart."""
 
     name: str
@@ -102,7 +102,7 @@ class Curve:
 def single(
     name: str, method: str, label: str, changes: Mapping[str, Any], shade: float | None = None
 ) -> Curve:
-    """A point by itself."""
+    """Make a curve of a single point."""
     return Curve(name, method, (Point(label, None, changes),), shade, line=False)
 
 
@@ -111,7 +111,7 @@ def dense_curve(
     changes: Mapping[str, Any] = {},
     shade: float | None = None,
 ) -> Curve:
-    """A dense model."""
+    """Make the curve of a dense model."""
     return single(name, "dense", name, {**changes, "evaluate.model": "dense"}, shade)
 
 
@@ -123,7 +123,7 @@ def tau_curve(
     shade: float | None = None,
     rule: str = "threshold",
 ) -> Curve:
-    """A point per tau, which is the same at all of `moe.scales`."""
+    """Make a curve with a point per tau, which is the same at all of `moe.scales`."""
     fixed = {**changes, "evaluate.model": "dynamic", "selection.rule": rule}
     if rule == "oracle":  # nothing is timed, and small experts one by one are slow
         fixed["moe.impl"] = "reference"
@@ -132,7 +132,7 @@ def tau_curve(
 
 
 def read_curves(work: Work, curves: Sequence[Curve], seeds: Sequence[int]) -> dict[str, Any]:
-    """What the records say of curves whose points are all evaluated. fid: the metric's name."""
+    """Read the records of curves whose points are all evaluated. fid: the metric's name."""
     drawn, fid = [], ""
     for curve in curves:
         rows = []
@@ -147,7 +147,7 @@ def read_curves(work: Work, curves: Sequence[Curve], seeds: Sequence[int]) -> di
 
 
 def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The curves of a sweep's record (`about["settings"]`), as `read_curves` gives them."""
+    """Sort a sweep's record (`about["settings"]`) into curves, as `read_curves` gives them."""
     curves = [
         {
             "name": label,
@@ -162,8 +162,8 @@ def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def joined(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean and spread (sample standard deviation) over the seeds of one point, and where its
-    records are."""
+    """Join the records of one point: mean and spread (sample standard deviation) over its seeds,
+    and where the records are."""
     fid = np.array([record.metrics[record.about["fidelity"]] for record in records])
     row = {
         "fid_mean": float(fid.mean()),
@@ -181,5 +181,5 @@ def joined(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def mean(records: Sequence[Record], metric: str) -> float:
-    """Of a metric over the seeds."""
+    """Average a metric over the seeds."""
     return float(np.mean([record.metrics[metric] for record in records]))

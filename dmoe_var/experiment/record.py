@@ -1,4 +1,4 @@
-"""result.json: one schema for everything that is measured. Figures and tables read these alone."""
+"""Read and write result.json, one schema for all measurements. Figures and tables read it alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULT_FILE = "result.json"
 
 
 class OtherSchema(DataError):
-    """A record is whole, but of another version of the schema: it is nobody's to write over."""
+    """A record is whole, but of another version of the schema: it must not be written over."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """A stored record; DataError where the file is missing or broken, its subclass OtherSchema
-        where another version of this program wrote it."""
+        """Read a stored record. Raise DataError if the file is missing or broken, its subclass
+        OtherSchema if another version of this program wrote it."""
         content = read_json(path, DataError)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
@@ -80,9 +80,9 @@ class Record:
 
 
 def whole_record(path: Path, otherwise: str) -> Record | None:
-    """A stored record; None where there is none (another run may take it away at any time), and
-    with a note that ends with `otherwise` where a crash left something else. DataError where
-    another version of this program wrote it, or it may be whole and could not be read."""
+    """Read a stored record. Return None if there is none, as another run may remove it any time, or
+    if a crash left something else, with a note that ends with `otherwise`. Raise DataError if
+    another version of this program wrote it, or if it may be whole but could not be read."""
     try:
         return Record.read(path)
     except DataError as error:
@@ -95,14 +95,14 @@ def whole_record(path: Path, otherwise: str) -> Record | None:
 
 
 def now() -> str:
-    """The time, ISO 8601, UTC."""
+    """Tell the time in UTC, as ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @cache
 def git_commit() -> str:
-    """Commit of the source tree, with "+" where files differ from it; "unknown" where git does not
-    track this very file, which may be installed into a folder of another repository."""
+    """Find the commit of the source tree, with "+" if files differ from it; "unknown" if git does
+    not track this very file, which may be installed into a folder of another repository."""
     source = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -118,7 +118,7 @@ def git_commit() -> str:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of what numbers depend on; "absent" for what is not installed."""
+    """List the versions of what numbers depend on; "absent" for what is not installed."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""A stage: what it runs, which keys it reads, which stages it builds on.
+"""Define a stage: what it runs, which keys it reads, which stages it builds on.
 
 Each stands in the file of its name in stages/, which is imported when it is first asked for.
 """
@@ -30,9 +30,9 @@ class StageResult:
     num_samples: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    """Where it is not the configuration's own (a sample has its own)."""
+    """The seed, if it is not the configuration's own (a sample has its own)."""
     dtype: str | None = None
-    """Where it is not that of training."""
+    """The precision, if it is not that of training."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Stage:
     name: str
     run: Callable[[Any], StageResult]
     reads: Keys | Callable[[Config, Config], Keys]
-    """Sections and keys. As a function, of the configuration in question and of the run's own: the
-    two differ where a variant's name is found by what the experiment itself would read."""
+    """Sections and keys, or a function of the configuration in question and of the run's own. The
+    two differ if a variant's name is found by what the experiment itself would read."""
     needs: Keys | Callable[[Config], Keys] = ()
     """The stages that it builds on, by the run's configuration."""
     given: str | None = None
-    """The key of a base model that stands in for this stage's: it is only validated then, and
-    other stages do without."""
+    """The key of a base model that stands in for this stage's. It is then only validated, and other
+    stages do without this one."""
     refuse: Callable[[Config], None] | None = None
     """Raises ConfigError for what only this stage cannot do with the configuration."""
     one_process: bool = False
@@ -60,7 +60,7 @@ class Stage:
     compares: bool = False
     """Whether its numbers depend on reference images."""
     always_runs: bool | Callable[[Config], bool] = False
-    """Whether it is never taken for done: it measures this machine, or tells of other records."""
+    """Whether it is never taken for done, as it measures this machine or tells of other records."""
 
     def reads_of(self, config: Config, ours: Config) -> Keys:
         return self.reads(config, ours) if callable(self.reads) else self.reads
@@ -76,7 +76,7 @@ class Stage:
         return self.always_runs(config) if callable(self.always_runs) else self.always_runs
 
     def check(self, config: Config) -> None:
-        """ConfigError for what only this stage cannot do with the configuration."""
+        """Raise ConfigError for what only this stage cannot do with the configuration."""
         if self.one_process and launched_processes() > 1:
             raise ConfigError(
                 f"{self.name} runs in one process, torchrun started {launched_processes()}"
@@ -86,7 +86,7 @@ class Stage:
 
 
 def find(name: str) -> Stage:
-    """The stage of a name; ValueError where there is none."""
+    """Look up the stage of a name. Raise ValueError if there is none."""
     if name not in STAGES:
         raise ValueError(f"stage={name!r} is none of {', '.join(STAGES)}")
     stage: Stage = import_module(f"dmoe_var.stages.{name}").STAGE

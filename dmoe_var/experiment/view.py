@@ -1,4 +1,4 @@
-"""The configuration as one stage may read it: a key that it did not declare raises.
+"""Show the configuration as one stage may read it: a key that it did not declare raises.
 
 A result then depends on nothing but what its fingerprint says.
 """
@@ -26,12 +26,12 @@ HOUSEKEEPING = (
     "sweep.part", "sweep.parts",
     "figures.figure", "figures.make", "figures.plan",
 )  # fmt: skip
-"""Keys that change no result, or only its rounding: every stage may read them, and a run may go on
-with others. `data.root` is where the pictures are; which they are, their content says.
-`sweep.part` is which points a run measures, not what they are."""
+"""Keys that change no result, or only its rounding. Every stage may read them, and a run may go on
+with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
+which points a run measures, not what they are."""
 
 OPTIONAL = ("selection.layer_tau", "evaluate.samples")
-"""Keys that say nothing where they are empty."""
+"""Keys that say nothing if they are empty."""
 
 
 class UndeclaredRead(RuntimeError):
@@ -39,12 +39,12 @@ class UndeclaredRead(RuntimeError):
 
 
 def within(key: str, keys: Iterable[str]) -> bool:
-    """Whether a dotted key is one of these, or lies below one."""
+    """Tell whether a dotted key is one of these, or lies below one."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
 def view(config: Config, stage: str, declared: Iterable[str]) -> Config:
-    """The configuration in which `stage` may read the declared keys and sections."""
+    """Wrap the configuration so that `stage` may read the declared keys and sections."""
     return cast(Config, _View(config, "", stage, (*declared, *HOUSEKEEPING)))
 
 
@@ -59,7 +59,7 @@ class _View:
         self._allowed = allowed
 
     __dataclass_fields__ = property(lambda self: self._section.__dataclass_fields__)
-    """So that `replace` and `asdict`, which read every key, raise the same error."""
+    """Makes `replace` and `asdict`, which read every key, raise the same error."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

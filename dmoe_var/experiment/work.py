@@ -1,4 +1,4 @@
-"""Where a stage works: its folder, what its result depends on, and whether it is done."""
+"""Tell where a stage works: its folder, what its result depends on, and what makes it done."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dmoe_var.training.tracking import Tracking
 ABSENT = "not at hand"
 
 DEFAULT_VARIANT = "default"
-MAX_NAME = 60
+MAX_NAME = 60  # characters of a variant's name before its hash
 SHOWN = 16
 """Characters of a given file's hash, or of its name, in the name of a variant."""
 
@@ -44,7 +44,7 @@ class Work:
     whole: Config
     baseline: Config
     reader: str | None = field(default=None, compare=False)
-    """The stage that `config` is shown to; None: all is shown."""
+    """The stage that `config` is shown to; None shows all."""
 
     @cached_property
     def config(self) -> Config:
@@ -54,7 +54,7 @@ class Work:
         return view(self.whole, self.reader, self.declared(self.reader))
 
     def read_by(self, stage: str) -> Work:
-        """The same work for a stage to run, which may read what it declared."""
+        """Restrict the work to what a stage declared, for the stage to run."""
         return replace(self, reader=stage)
 
     @property
@@ -77,25 +77,25 @@ class Work:
         return self.whole.progress and is_main()
 
     def needs(self, stage: str) -> Keys:
-        """The stages that a stage builds on; a point needs no more than its model is made of."""
+        """List the stages that a stage builds on; a point needs only what its model is made of."""
         return find(stage).needs_of(self.whole)
 
     def is_given(self, stage: str) -> bool:
-        """Whether a stage only validates a base model that is given: others do without it."""
+        """Tell whether a stage only validates a base model that is given: others do without it."""
         return find(stage).is_given(self.whole)
 
     def check(self, stage: str) -> None:
-        """ConfigError for what only this stage cannot do with the configuration."""
+        """Raise ConfigError for what only this stage cannot do with the configuration."""
         find(stage).check(self.whole)
 
     def declared(self, stage: str) -> Keys:
-        """The keys and sections that a stage may read: its own, and those of what it builds on,
-        whose models it loads."""
+        """List the keys and sections that a stage may read: its own, and those of what it builds
+        on, whose models it loads."""
         own = find(stage).reads_of(self.whole, self.whole)
         return (*own, *(key for upstream in self.needs(stage) for key in self.declared(upstream)))
 
     def relevant(self, stage: str, config: Config | None = None) -> dict[str, Any]:
-        """Every key that a stage's result depends on, its own and those of what it builds on."""
+        """Collect every key that a stage's result depends on, with those of what it builds on."""
         config = config or self.whole
         keys: dict[str, Any] = {}
         for upstream in self.needs(stage):
@@ -108,29 +108,28 @@ class Work:
         return keys
 
     def fingerprint(self, stage: str, recorded: Mapping[str, str] | None = None) -> str:
-        """Hash of all that a stage's result depends on, the content of given weights, pictures and
-        references included; of this, what is not at hand counts as `recorded`."""
+        """Hash all that a stage's result depends on, with the content of given weights, pictures
+        and references. Pictures and references that are not at hand count as `recorded`."""
         content = {"weights": self.weights(stage), "contents": self.contents(stage, recorded)}
         return hash_of({**self._settings(stage), **content})
 
     def fingerprint_of_model(self, stage: str) -> str:
-        """Hash of all that tells a stage's model from others at one time: no picture is looked
-        at."""
+        """Hash all that tells a stage's model from others at one time. It looks at no pictures."""
         return hash_of({**self._settings(stage), "weights": self.weights(stage)})
 
     def fingerprint_of_images(self, stage: str, measuring: Keys) -> str:
-        """Hash of all that the images which a stage draws depend on; keys that say how they are
-        measured or stored draw none again."""
+        """Hash all that the images which a stage samples depend on. The keys `measuring`, which say
+        how images are measured or stored, do not count."""
         keys = {**self._settings(stage), **self.weights(stage)}
         made_of = self._pictures_of_models(stage)
         kept = {key: value for key, value in keys.items() if not within(key, measuring)}
         return hash_of({**kept, **({"pictures": made_of} if made_of else {})})
 
     def contents(self, stage: str, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Hashes by configuration key of what a stage is given beside weights: the pictures of
-        `data`, a reference, samples of others.
+        """Hash what a stage is given beside weights, by configuration key: the pictures of `data`,
+        a reference, samples of others.
 
-        What is not at hand counts as `recorded`: records are read where the pictures are not.
+        What is not at hand counts as `recorded`, as records are also read without the pictures.
         """
         places = given(find(stage), self.whole)
         found = {key: content(place, self.cache) for key, place in places.items()}
@@ -140,8 +139,8 @@ class Work:
         return {**hashes, **({"data": made_of} if made_of else {})}
 
     def _pictures_of_models(self, stage: str) -> str | None:
-        """Hash of the pictures that the models which a stage builds on were trained on, where they
-        have been, by their records."""
+        """Find the hash of the pictures that a stage's upstream models were trained on, by their
+        records; None if there is none."""
         for upstream in self.needs(stage):
             path, is_given = self.folder(upstream) / RESULT_FILE, self.is_given(upstream)
             record = None if is_given else whole_record(path, f"{upstream} is not done")
@@ -152,12 +151,12 @@ class Work:
         return None
 
     def _settings(self, stage: str) -> dict[str, Any]:
-        """What a stage depends on, but for the places of given files."""
+        """Collect what a stage depends on, without the places of given files."""
         return {k: v for k, v in self.relevant(stage).items() if k not in GIVEN}
 
     def weights(self, stage: str) -> dict[str, str]:
-        """SHA-256 of the files that a stage depends on, where they are given, by configuration key.
-        CheckpointError where one cannot be found or fetched."""
+        """Hash the given files that a stage depends on with SHA-256, by configuration key. Raise
+        CheckpointError if one cannot be found or fetched."""
         keys = self.relevant(stage)
         found: dict[str, str] = {}
         for key in GIVEN:
@@ -166,7 +165,7 @@ class Work:
         return found
 
     def weights_dtype(self, stage: str) -> dict[str, str]:
-        """The precision that base models have in their files, by configuration key."""
+        """Read the precision that base models have in their files, by configuration key."""
         base = {"vqvae": self.whole.base.vqvae, "var": self.whole.base.var}
         keys = self.relevant(stage)
         return {
@@ -176,7 +175,7 @@ class Work:
         }
 
     def differing(self, stage: str, record: Record) -> list[str]:
-        """In what a record was made otherwise than a stage would be now, a line a key. Given files
+        """List how a record differs from what a stage would make now, one line per key. Given files
         differ by their content."""
         ours, theirs = self.relevant(stage), record.config
         weights = self.weights(stage)
@@ -196,7 +195,8 @@ class Work:
         ]
 
     def variant(self, stage: str) -> str:
-        """`default`, or a short name with a hash of what differs from the experiment's own.
+        """Name the variant: `default`, or a short name with a hash of what differs from the
+        experiment's own.
 
         Two places of the same file do not differ, if its content is known without fetching it.
         """
@@ -220,15 +220,15 @@ class Work:
         return f"{name[:MAX_NAME]}-{hash_of({key: shown.get(key) for key in differs})[:8]}"
 
     def folder(self, stage: str) -> Path:
-        """runs/<experiment>/<stage>/<variant>."""
+        """Name the stage's folder: runs/<experiment>/<stage>/<variant>."""
         return self.root / stage / self.variant(stage)
 
     def tracking(self, stage: str) -> Tracking:
-        """What wandb is to call a stage's run."""
+        """Say what wandb is to call a stage's run."""
         return Tracking(self.whole.wandb, self.whole.name, stage, self.variant(stage))
 
     def training_run(self, stage: str) -> Run:
-        """How the training loop is to run this stage."""
+        """Say how the training loop is to run this stage."""
         config = self.whole
         return Run(
             folder=self.folder(stage),

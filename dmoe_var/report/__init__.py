@@ -1,1 +1,1 @@
-"""The HTML page that joins an experiment's records: one file, which asks for nothing else."""
+"""Join an experiment's records in an HTML page: one file, which asks for nothing else."""

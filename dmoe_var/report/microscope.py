@@ -1,8 +1,8 @@
-"""What the routers did while one picture was drawn with every expert, small enough for a page.
+"""Record what the routers did for one picture with every expert on, small enough for a page.
 
-Eq. 3 compares a score with tau times the largest of its token, so that the ratio of the two says
-at which tau an expert still runs. And as the experts of any tau are those of the largest scores,
-what a token loses is a function of how many run: E numbers a token hold it for every tau.
+Eq. 3 compares a score with tau times the largest of its token, so the ratio of the two scores says
+up to which tau an expert runs. The experts of any tau are those of the largest scores. What a token
+loses thus depends only on how many run: E numbers per token hold it for every tau.
 
 Legend: R rows (1 or, with guidance, 2: conditional, unconditional), r those of them that select,
 l tokens of a scale, N = R l, E experts, C width, K layers, S picture side.
@@ -36,11 +36,11 @@ CHUNK = 2**26
 class Recording:
     """One picture, by sparse scale.
 
-    ratios: uint16 (K, R, l, E), STEPS x score / largest score of the token (STEPS where all scores
-    are 0: every expert runs then). errors: float32 (K, R, l, E), at k - 1 the norm of the sum of
-    the outputs of all but the k experts of the largest ratios, over the norm of the sum of all
-    outputs (0 where that is 0); the shared output bias, which no expert owns, is in neither.
-    pictures: uint8 (S, S, 3), decoded after the scale.
+    ratios: uint16 (K, R, l, E), STEPS x score / largest score of the token (STEPS if all scores are
+    0, as every expert runs then). errors: float32 (K, R, l, E). At k - 1, all but the k experts of
+    the largest ratios are dropped: the norm of their outputs' sum, over that of all outputs' sum (0
+    if that is 0). The shared output bias, which no expert owns, is in neither. pictures: uint8
+    (S, S, 3), decoded after the scale.
     """
 
     ratios: dict[int, np.ndarray] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def record(
     sampling: SamplingConfig,
     impl: str,
 ) -> Recording:
-    """Draw picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
+    """Sample picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
     seen = _Given(vqvae, model.moe_scales)
     generate(
         model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
@@ -69,7 +69,7 @@ def record(
 
 
 class _Given(Observer):
-    """What a `Recording` holds, by scale, its ratios and errors layer by layer."""
+    """Collects what a `Recording` holds by scale, its ratios and errors layer by layer."""
 
     def __init__(self, vqvae: VQVAE, scales: tuple[int, ...]):
         self.ratios: dict[int, list[np.ndarray]] = {si: [] for si in scales}
@@ -94,7 +94,7 @@ class _Given(Observer):
 
 
 def quantised_ratios(scores_E: Tensor) -> Tensor:
-    """Scores (..., E) over the largest of each token, int32 in 0..STEPS."""
+    """Divide scores (..., E) by the largest of each token; the ratios are int32 in 0..STEPS."""
     check_finite(scores_E)
     scores_E = at_least_float32(scores_E)
     largest = scores_E.amax(-1, keepdim=True)
@@ -103,13 +103,13 @@ def quantised_ratios(scores_E: Tensor) -> Tensor:
 
 
 def runs_at(ratios_E: np.ndarray, tau: float) -> np.ndarray:
-    """Eq. 3 on stored ratios, bool (..., E); the page computes the same."""
+    """Apply Eq. 3 to stored ratios, bool (..., E). The page computes the same."""
     runs: np.ndarray = ratios_E >= tau * STEPS
     return runs
 
 
 def errors_by_count(ffn: MoEFFN, x_RlC: Tensor, ratios_RlE: Tensor) -> Tensor:
-    """`Recording.errors` of one layer, (R, l, E), float32 or wider."""
+    """Compute `Recording.errors` of one layer, (R, l, E), float32 or wider."""
     x_NC, ratios_NE = x_RlC.flatten(0, 1), ratios_RlE.flatten(0, 1)
     tokens = max(1, CHUNK // (ffn.num_experts * x_NC.shape[1]))
     parts = zip(x_NC.split(tokens), ratios_NE.split(tokens), strict=True)
@@ -128,5 +128,5 @@ def _errors(ffn: MoEFFN, x_NC: Tensor, ratios_NE: Tensor) -> Tensor:
 
 
 def num_bytes(depth: int, branches: int, num_tokens: int, num_experts: int) -> int:
-    """What a recording takes in the page: two 16-bit numbers a (token, expert) pair, in base64."""
+    """Count a recording's bytes in the page: two 16-bit numbers per (token, expert), in base64."""
     return depth * branches * num_tokens * num_experts * 2 * 2 * 4 // 3

@@ -1,5 +1,5 @@
-"""The model card (README.md) of a saved DynamicVAR: model_card.md, filled from the model and from
-records alone."""
+"""Write the model card (README.md) of a saved DynamicVAR: model_card.md, filled from the model and
+from records alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MIT_BASES = (*PUBLISHED, "digits")
 SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "sampling.")
 HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
 SAME = (*SETTINGS, "base.", "evaluate.", "fidelity.")
-"""Beginnings of the keys in which the evaluations of one setting agree, but for the seed; with
-experts also in `moe` and `selection`."""
+"""Beginnings of the keys in which the evaluations of one setting agree, except the seed. With
+experts, they also agree in `moe` and `selection`."""
 CHECKED = ("depth", "width", "num_heads", "num_classes", "patch_nums")
-"""Fields of VARConfig by which a record of another model is found out."""
+"""Fields of VARConfig that tell a record of another model."""
 UNKNOWN = "-"
 
 Records = Sequence[Record | str | Path]
@@ -40,11 +40,11 @@ Records = Sequence[Record | str | Path]
 @dataclass(frozen=True)
 class Measured:
     """One measured setting. tau: empty for the dense model and rules without one. row: its numbers
-    over the seeds, as `points.joined` has them; of a sweep also what it saves."""
+    over the seeds, as `points.joined` has them; for a sweep also what it saves."""
 
     name: str
     rules: tuple[SelectionRule, ...]
-    """One for all scales, one a sparse scale, or one a scale; none for the dense model."""
+    """One rule for all scales, one per sparse scale, or one per scale; none for the dense model."""
     tau: tuple[float, ...]
     scales: tuple[int, ...]
     num_images: int
@@ -55,11 +55,11 @@ class Measured:
 
 
 def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()) -> None:
-    """Write a model's folder whole or not at all; in a run of several processes, from one of them.
+    """Write a model's folder, whole or not at all. Of several processes, only one may call this.
 
-    records: what was measured of it, as records or paths to result.json files; they fill the model
-    card, which without any says that nothing was measured. See `checkpoints.pretrained.write_model`
-    for the folder; DataError for a record that is broken or of another model.
+    records: what was measured of it, as records or paths to result.json files. They fill the model
+    card, which without any says that nothing was measured. Raise DataError for a record that is
+    broken or of another model. See `checkpoints.pretrained.write_model` for the folder.
     """
     write_model(model, folder, model_card(model, Path(folder).resolve().name, records))
 
@@ -78,9 +78,9 @@ def push_to_hub(
 
 
 def model_card(model: DynamicVAR, load_as: str, given: Records = ()) -> str:
-    """Markdown with YAML front matter. load_as: what `from_pretrained` takes, in the example.
+    """Write Markdown with YAML front matter. load_as: what `from_pretrained` takes, in the example.
 
-    DataError where a record cannot be read, lacks what is shown or is of a model of another shape.
+    Raise DataError if a record cannot be read, lacks what is shown or tells of another model shape.
     """
     records = [one if isinstance(one, Record) else Record.read(Path(one)) for one in given]
     for record in records:
@@ -139,7 +139,7 @@ def _shown_rule(rule: SelectionRule) -> str:
 
 
 def _shown_value(value: object) -> str:
-    """A field of a rule, whatever it holds: a number, or one a layer."""
+    """Show a field of a rule, whatever it holds: a number, or one per layer."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown_value, value))}]"
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -147,7 +147,7 @@ def _shown_value(value: object) -> str:
 
 
 def _table(found: Sequence[Measured], model: DynamicVAR) -> str:
-    """What was measured; empty where nothing was."""
+    """Tabulate what was measured; the table is empty if nothing was."""
     rows = []
     for each in found:
         saved = _saved(each, found)
@@ -167,7 +167,7 @@ def _table(found: Sequence[Measured], model: DynamicVAR) -> str:
 
 
 def _quality(measured: Measured) -> str:
-    """FID, with its spread over several seeds, and what else was measured."""
+    """Write FID, with its spread over several seeds, and what else was measured."""
     row = measured.row
     spread = f" ± {row['fid_std']:.2g}" if len(measured.seeds) > 1 else ""
     others = [f"{key} {row[key]:.4g}" for key in row if key.startswith(MEASURES)]
@@ -175,7 +175,7 @@ def _quality(measured: Measured) -> str:
 
 
 def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
-    """Share of the dense model's FLOPs, under the same guidance, that a setting saves."""
+    """Find the share of the dense model's FLOPs, under the same guidance, that a setting saves."""
     if "flops_saved" in measured.row:
         return float(measured.row["flops_saved"])
     same = ("dense", measured.cfg)
@@ -184,7 +184,7 @@ def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
 
 
 def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
-    """Whether a setting has the scales and rules that the model is stored with."""
+    """Tell whether a setting has the scales and rules that the model is stored with."""
     if not measured.rules or measured.scales != model.moe_scales:
         return False
     rules = by_scale("tau", measured.rules, model.config.num_scales, measured.scales)
@@ -192,8 +192,8 @@ def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
 
 
 def _settings(records: Sequence[Record]) -> list[Measured]:
-    """What evaluations and sweeps measured. Evaluations that differ in their seed alone are one
-    setting."""
+    """Collect what evaluations and sweeps measured. Evaluations that differ only in their seed are
+    one setting."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         dense = record.config.get("evaluate.model") == "dense"
@@ -215,7 +215,7 @@ def _settings(records: Sequence[Record]) -> list[Measured]:
 
 
 def _evaluated(records: Sequence[Record]) -> Measured:
-    """The evaluations of one setting."""
+    """Join the evaluations of one setting."""
     first, config = records[0], records[0].config
     dense = config["evaluate.model"] == "dense"
     selection = recorded_selection(config)
@@ -235,7 +235,7 @@ def _evaluated(records: Sequence[Record]) -> Measured:
 
 
 def _swept(record: Record) -> Iterator[Measured]:
-    """The dense model and the operating point of a sweep."""
+    """Yield the dense model and the operating point of a sweep."""
     names = {"dense": "dense", "chosen": "operating point"}
     for row in record.about["settings"]:
         if row["group"] in names:
@@ -253,7 +253,7 @@ def _swept(record: Record) -> Iterator[Measured]:
 
 
 def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
-    """How the model was made and sampled; of two records that differ the later one's."""
+    """Collect how the model was made and sampled. If two records differ, the later one counts."""
     return {
         key: value
         for record in records
@@ -263,19 +263,19 @@ def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _hashes(record: Record) -> dict[str, Any]:
-    """What says which files the record was made with."""
+    """Collect the hashes of the files that the record was made with."""
     about = {key: value for key, value in _leaves(record.about) if "sha256" in key}
     return {f"{key} sha256": value for key, value in record.weights.items()} | about
 
 
 def _bases(records: Sequence[Record], kind: str) -> list[str]:
-    """What the records say the base VAR or VQ-VAE was: names, or paths."""
+    """List what the records say the base VAR or VQ-VAE was: names, or paths."""
     found = [record.config.get(f"base.{kind}") for record in records]
     return sorted({str(base) for base in found if base is not None})
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf."""
+    """Yield the dotted key and value of every leaf."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""The page itself: template, style, scripts and data in one HTML text.
+"""Build the page itself: template, style, scripts and data in one HTML text.
 
 It asks the network for nothing: a policy in its head forbids it, and all pictures are data: URIs.
 """
@@ -18,12 +18,12 @@ from dmoe_var.report.microscope import Recording
 from dmoe_var.report.pictures import png_uri
 
 SCRIPTS = ("tools.js", "curve.js", "tables.js", "microscope.js", "main.js")
-STEPS_OF_ERROR = 65535
+STEPS_OF_ERROR = 65535  # the largest number of 16 bits
 PLACES = ("<!--title-->", "/*style*/", "/*data*/", "/*scripts*/")
 
 
 def build(title: str, data: Mapping[str, Any]) -> str:
-    """The whole page. `data` is what its scripts read; nothing in it becomes markup."""
+    """Build the whole page. `data` is what its scripts read; nothing in it becomes markup."""
     text = _file("page.html")
     content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     scripts = "\n".join(_file(name) for name in SCRIPTS)
@@ -40,9 +40,9 @@ def _file(name: str) -> str:
 
 
 def packed(recording: Recording, most_pixels: int) -> dict[str, Any]:
-    """A recording as the page reads it: by scale, little-endian 16-bit numbers in base64.
+    """Pack a recording as the page reads it: by scale, little-endian 16-bit numbers in base64.
 
-    An error is stored in steps of `error_step`, the largest one over 65535.
+    An error is stored in steps of `error_step`, which is the largest error over 65535.
     """
     largest = max(float(errors.max()) for errors in recording.errors.values())
     step = largest / STEPS_OF_ERROR or 1.0

@@ -1,4 +1,4 @@
-"""Pictures inside the page, as data: URIs.
+"""Put pictures inside the page, as data: URIs.
 
 Legend: N images, R image side.
 """
@@ -17,13 +17,13 @@ JPEG_QUALITY = 88
 
 
 def png_uri(image_RR3: np.ndarray, most: int) -> str:
-    """One picture, uint8 (R, R, 3), without loss but for scaling down to `most` pixels a side."""
+    """Encode one picture, uint8 (R, R, 3), as PNG, scaled down to `most` pixels per side."""
     return _uri(_shrunk(image_RR3, most), "png")
 
 
 def grid_uri(images_NRR3: np.ndarray, columns: int, most: int) -> str:
-    """Pictures, uint8 (N, R, R, 3), tiled in rows of `columns`: PNG up to `most` pixels a side,
-    else JPEG of that size."""
+    """Tile pictures, uint8 (N, R, R, 3), in rows of `columns`. They become PNG up to `most` pixels
+    per side, else JPEG of that size."""
     fits = images_NRR3.shape[1] <= most
     small = [np.asarray(_shrunk(image, most)) for image in images_NRR3]
     return _uri(Image.fromarray(tile(np.stack(small), columns)), "png" if fits else "jpeg")

@@ -1,6 +1,6 @@
-"""What the page tells of an experiment's records, as plain values: stages, curves, tables.
+"""Read what the page tells of an experiment's records, as plain values: stages, curves, tables.
 
-Of each point there is the mean over its seeds; scales count from 0 here and from 1 in the page.
+Each point has the mean over its seeds. Scales count from 0 here and from 1 in the page.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from dmoe_var.sampling.store import PNG_FOLDER
 MAKING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
 MEASURING = ("sweep", "evaluate", "calibrate", "benchmark")
 """Stages that build on the model, and have records of their own."""
-GRID_COLUMNS = 10
+GRID_COLUMNS = 10  # at most, of a point's pictures
 UNCOMPARED = ("fidelity.weights",)
-"""Keys that say where a file lies."""
+"""Keys that only say where a file lies."""
 
 
 def stages(work: Work) -> list[dict[str, Any]]:
-    """Every stage in the order in which they run: done, given, missing or made otherwise."""
+    """List every stage in the order in which they run: done, given, missing or made otherwise."""
     return [_stage(work, stage) for stage in (*MAKING, *MEASURING)]
 
 
@@ -62,15 +62,15 @@ def _shown(record: Record) -> dict[str, Any]:
 
 
 def _found(work: Work, stage: str) -> list[tuple[Path, Record]]:
-    """All whole records of a stage, whatever they were made with; none of images that were
-    given."""
+    """Read all whole records of a stage, whatever they were made with, except those of given
+    images."""
     paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
     read = [(path, whole_record(path, "left out")) for path in paths]
     return [(p, r) for p, r in read if r is not None and not r.config.get("evaluate.samples")]
 
 
 def differences(work: Work, record: Record) -> list[str]:
-    """In what a record's model is not that of `work`, a line a key; empty where it is."""
+    """List how a record's model differs from that of `work`, one line per key."""
     upstream = "train_router"
     model = record.config.get("evaluate.model")
     if record.stage in MAKING:
@@ -94,7 +94,7 @@ def _differing(keys: Mapping[str, Any], record: Record) -> list[str]:
 
 
 def sweep_record(work: Work) -> Record | None:
-    """The record of the sweep that `work` configures, of this model; None where there is none."""
+    """Read the record of the sweep that `work` configures, of this model; None if there is none."""
     path = work.folder("sweep") / RESULT_FILE
     if not path.exists():
         return None
@@ -115,7 +115,7 @@ class Curves:
         self._add_loose()
 
     def shown(self) -> dict[str, Any]:
-        """Curves with their points, the dense ones first, and how their axes are called."""
+        """Return curves with their points, the dense ones first, and how their axes are called."""
         curves = list(self._curves.values())
         first = next((r for r in self._records.values() if self._comparable(r)), None)
         name = self.sweep.about["fidelity"] if self.sweep else None
@@ -128,7 +128,7 @@ class Curves:
         }
 
     def _comparable(self, record: Record) -> bool:
-        """Whether a number of it stands beside the sweep's: same model, sampling and measure."""
+        """Tell whether a record compares with the sweep's: same model, sampling and measure."""
         ours = self.work.relevant("evaluate")
         compared = {
             key: value
@@ -139,14 +139,14 @@ class Curves:
         return not differences(self.work, record) and not _differing(compared, record)
 
     def _add_loose(self) -> None:
-        """Evaluations that are no points of the sweep, those of one setting joined over seeds, the
-        latest of each seed. Of the sweep's own settings it is the sweep that says which seeds."""
+        """Add evaluations that are no points of the sweep, one point per setting, joined over the
+        latest of each seed. For the sweep's own settings, the sweep says which seeds count."""
         taken = {point for c in self._curves.values() for row in c["rows"] for point in row["at"]}
         groups: dict[tuple[str, str, str], dict[int, str]] = {}
         for at, record in sorted(self._records.items(), key=lambda item: item[1].ended):
             if at not in taken and self._comparable(record):
                 by_seed = groups.setdefault(setting_of(record.config), {})
-                by_seed[record.seed] = at  # one a seed: with other batch sizes it is not another
+                by_seed[record.seed] = at  # one per seed: other batch sizes make no other
         for at in taken & self._records.keys():
             groups.pop(setting_of(self._records[at].config), None)
         for (method, name, label), by_seed in sorted(groups.items()):
@@ -155,8 +155,8 @@ class Curves:
             self._add(method, name, label, row)
 
     def _add(self, method: str, name: str, label: str, row: Mapping[str, Any]) -> None:
-        """One point of a curve, from its numbers joined over the seeds; those by scale and by part
-        come from the records that are still there."""
+        """Add one point of a curve, from its numbers joined over the seeds. Those by scale and by
+        part come from the records that are still there."""
         points = row["points"]
         records = [self._records[point] for point in points if point in self._records]
         curve = self._curves.setdefault(
@@ -191,7 +191,7 @@ class Curves:
 
 
 def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Method (its colour), curve and label of an evaluation, from its record's configuration."""
+    """Name method (its colour), curve and label of an evaluation by its record's configuration."""
     model = config["evaluate.model"]
     if model == "dense":
         return "dense", LABELS["dense"], "dense"
@@ -212,14 +212,14 @@ def _tau_text(tau: Iterable[Any]) -> str:
 
 
 def mean_of(records: Sequence[Record], metric: str) -> float | None:
-    """Mean of a metric, None where a record lacks it or there is none."""
+    """Average a metric; None if a record lacks it or there is no record."""
     if not records or any(metric not in record.metrics for record in records):
         return None
     return mean(records, metric)
 
 
 def by_scale(records: Sequence[Record]) -> list[dict[str, float | None]]:
-    """GMAC and share of the experts that ran, by scale."""
+    """Average GMAC and the density of experts (`share`) by scale."""
     rows: list[dict[str, float | None]] = []
     while (gmac := mean_of(records, f"flops_scale{len(rows)}_gmac")) is not None:
         rows.append({"gmac": gmac, "share": mean_of(records, f"experts_share_scale{len(rows)}")})
@@ -227,7 +227,7 @@ def by_scale(records: Sequence[Record]) -> list[dict[str, float | None]]:
 
 
 def grid(folder: Path, record: Record | None, work: Work) -> dict[str, Any]:
-    """The first pictures of a point as one, and their classes; why not, where they are gone."""
+    """Join a point's first pictures into one and name their classes, or say that they are gone."""
     report, config = work.config.report, work.config
     if record is None:
         return {"grid": None, "grid_note": f"{folder.name}: its record is gone"}

@@ -1,9 +1,8 @@
-"""Time of one batch of images, decoder included: dense, dynamic, smaller and published samplers,
-each in a process of its own, in turn, the cases of one batch size together.
+"""Time one batch of images, decoder included: dense, dynamic, smaller and published samplers.
 
-The published sampler is run from a checkout of its code (`benchmark.published`), with the same
-weights and one generator of the same seed, so that its images can be compared as well; ours draw in
-that order too.
+Each sampler runs in a process of its own, and those of one batch size take turns. The published one
+runs from a checkout of its code (`benchmark.published`) with the same weights. It and ours draw in
+its order, each from one generator of the same seed, so that images can be compared as well.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ from dmoe_var.stages.loaded import EXPERTS
 
 OURS, PUBLISHED = "dense", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
-"""Published models of 256 px, rising."""
+"""Published models of 256 px, by rising depth."""
 COMPILED_VARIANTS = 256
 """Shapes of a block that may be compiled before torch would quietly run it eagerly."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs to build its sampler. With `moe`, the expert VAR's folder, a dynamic
-    one."""
+    """What a process needs to build its sampler, which is dynamic if `moe` is given, the folder of
+    the expert VAR."""
 
     vqvae: str
     var: str
@@ -70,7 +69,7 @@ class Task:
     compiled: bool = False
 
     def load(self) -> tuple[VAR | DynamicVAR, VQVAE]:
-        """Our models, on the device, in the dtype of sampling."""
+        """Load our models onto the device, in the dtype of sampling."""
         vqvae = load_vqvae(self.vqvae, self.patch_nums)
         model: VAR | DynamicVAR = load_var(self.var, vqvae)
         if self.moe:
@@ -80,7 +79,7 @@ class Task:
         return model.to(self.device, dtype), vqvae.to(self.device, dtype)
 
     def options(self) -> dict[str, Any]:
-        """Of `generate`, its generator included."""
+        """Collect the options of `generate`, with a newly seeded generator."""
         return {
             **self.sampling.options,
             "selection": self.selection,
@@ -89,7 +88,7 @@ class Task:
         }
 
     def flops(self) -> FlopReport:
-        """Counted over the images that are timed."""
+        """Count FLOPs over the images that are timed."""
         model, vqvae = self.load()
         labels = list(self.labels)
         return count_flops(model, vqvae, labels, batch_size=len(labels), **self.options())
@@ -107,7 +106,7 @@ class Case:
 
     @property
     def expert_share(self) -> float | None:
-        """Share of the (token, expert) pairs at sparse scales that ran; None without experts."""
+        """Density: the share of (token, expert) pairs at sparse scales that ran, or None."""
         pairs, experts = self.flops.pairs, self.flops.fixed.experts
         if not pairs:
             return None
@@ -118,7 +117,7 @@ class Case:
         return replace(self, name=f"{self.name}_compiled", task=replace(self.task, compiled=True))
 
     def row(self, timing: Timing) -> dict[str, Any]:
-        """What figures are drawn from; by part and scale where that was timed."""
+        """Make a row for figures, with times by part and scale if those were measured."""
         size = len(self.task.labels)
         row: dict[str, Any] = {
             "name": self.name,
@@ -151,7 +150,7 @@ class Case:
 
 
 def ours(task: Task) -> Call:
-    """Our sampler, drawing in the published order."""
+    """Build our sampler, which draws tokens in the published order."""
     model, vqvae = task.load()
     labels = list(task.labels)
 
@@ -167,12 +166,12 @@ def ours(task: Task) -> Call:
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=True)
-        call()  # compiling is never timed, whatever does not count as a warm-up
+        call()  # compiles now: that is never timed, even without warm-up rounds
     return call
 
 
 def published(task: Task) -> Call:
-    """The published sampler from its checkout; bfloat16 as its authors run it, under autocast."""
+    """Build the published sampler from its checkout; bfloat16 under autocast, as its authors do."""
     sys.path.insert(0, task.published)
     from models import build_vae_var  # type: ignore[import-not-found]
 
@@ -214,6 +213,7 @@ def run(work: Work) -> StageResult:
     if benchmark.kernels:
         selections = _selections(work) if benchmark.real_masks else []
         return run_kernels(work, {name: rules for name, _, rules in selections})
+    # Check before timing
     sources = _sources(work)
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)
@@ -222,6 +222,7 @@ def run(work: Work) -> StageResult:
     loaded.dense(work)
     if benchmark.dynamic:
         loaded.split(work)
+    # Time each size
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     runs_ms: dict[str, tuple[float, ...]] = {}
@@ -251,9 +252,9 @@ def run(work: Work) -> StageResult:
 
 
 def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
-    """Flat, of one batch size. NAME_time_ratio: to the dense model's time (of a compiled model, to
-    the compiled dense one's), p10 and p90 over the rounds; time_ratio: of the dense model's time,
-    compiled where it ran so alone, to the published sampler's."""
+    """Collect one batch size's metrics, flat. NAME_time_ratio compares with the dense model, or a
+    compiled model with the compiled dense one; p10 and p90 are over the rounds. time_ratio compares
+    the dense model, compiled if it ran only so, with the published sampler."""
     metrics: dict[str, float] = {}
     compiled = timings.get(f"{OURS}_compiled")
     mine = timings.get(OURS, compiled)
@@ -272,7 +273,7 @@ def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
 
 
 def _ratio(timing: Timing, other: Timing, prefix: str, suffix: str = "") -> dict[str, float]:
-    """Ratio of medians, and the spread of the ratio over rounds."""
+    """Divide the medians, and give the spread of the ratio over rounds."""
     name = f"{prefix}time_ratio{suffix}"
     p10, p90 = np.percentile(np.array(timing.runs_ms) / np.array(other.runs_ms), [10, 90])
     median = timing.percentile(50) / other.percentile(50)
@@ -280,7 +281,7 @@ def _ratio(timing: Timing, other: Timing, prefix: str, suffix: str = "") -> dict
 
 
 def _sources(work: Work) -> dict[str, str]:
-    """The weights of each model, as a path that another process can open."""
+    """Find the weights of each model as a path that another process can open."""
     base, benchmark = work.config.base, work.config.benchmark
     found: dict[str, Path] = {}
     for kind, source in (("vqvae", base.vqvae), ("var", base.var)):
@@ -298,7 +299,7 @@ def _sources(work: Work) -> dict[str, str]:
 
 
 def _smaller(work: Work) -> str:
-    """The dense model of less depth; ConfigError where "next" has nothing below."""
+    """Name the dense model of less depth. Raise ConfigError if "next" finds none below."""
     smaller, base = work.config.benchmark.smaller, work.config.base.var
     assert smaller is not None
     if smaller != "next":
@@ -313,7 +314,7 @@ def _smaller(work: Work) -> str:
 
 
 def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
-    """All that is timed at one batch size, the dense model first."""
+    """List all that is timed at one batch size, the dense model first."""
     config, benchmark = work.config, work.config.benchmark
     task = Task(
         vqvae=sources["vqvae"],
@@ -342,7 +343,7 @@ def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
 
 
 def _selections(work: Work) -> list[tuple[str, float | None, Selection]]:
-    """Name, tau on all sparse scales (None: the configured selection) and rules of each."""
+    """List name, tau on all sparse scales (None: the configured selection) and rules of each."""
     benchmark = work.config.benchmark
     settings: list[tuple[str, float | None, Selection]] = [
         (f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau
@@ -358,7 +359,7 @@ def _dynamic(
     task: Task,
     setting: tuple[str, float | None, Selection],
 ) -> list[Case]:
-    """A dynamic model and, where asked for, one of random masks of the density that it has."""
+    """Make the case of a dynamic model and, if asked for, one with random masks of its density."""
     name, tau, selection = setting
     moe = work.config.moe
     task = replace(
@@ -375,7 +376,7 @@ def _dynamic(
 
 
 def _check_compiler(work: Work) -> None:
-    """ConfigError where torch.compile has no compiler to hand a CPU's code to."""
+    """Raise ConfigError if torch.compile has no compiler for a CPU's code."""
     asked = work.config.benchmark.compile
     if asked == "eager" or work.device.type != "cpu":
         return
@@ -388,7 +389,7 @@ def _check_compiler(work: Work) -> None:
 
 
 def _openable(path: Path) -> Path:
-    """The folder of a checkpoint of ours, or a file of published weights."""
+    """Name the folder of a checkpoint of ours, or the file of published weights."""
     ours = path.suffix == ".safetensors" and is_described(path)
     return path.parent if ours else path
 
@@ -404,7 +405,7 @@ def _check_published(folder: str, sources: Mapping[str, str]) -> None:
 
 
 def reads(config: Config, ours: Config) -> Keys:
-    """What is timed; random weights come from no file, and no expert runs in a dense model."""
+    """Declare what is timed. Random weights come from no file; a dense model runs no expert."""
     benchmark = config.benchmark
     if benchmark.kernels and not benchmark.real_masks:
         return ("var", "moe", "sampling", "benchmark")

@@ -1,4 +1,4 @@
-"""Stage: tau from a budget of FLOPs or milliseconds, verified on held-out images."""
+"""Find tau for a budget of FLOPs or milliseconds, and verify it on held-out images."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.stages.calibration_bench import Calibration, CalibrationBench, Found
 
-HALVINGS = 40
+HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
 
 
 def run(work: Work) -> StageResult:
-    """Writes calibration.png where budgets are compared."""
+    """Calibrate tau, and write calibration.png if budgets are compared."""
     result = from_main(_calibrated(work) if is_main() else None)
     assert result is not None
     return result
@@ -67,13 +67,13 @@ def _calibrated(work: Work) -> StageResult:
 
 
 def _check_reachable(calibration: Calibration) -> None:
-    """InputError for a share that no tau can reach, before anything is measured."""
+    """Raise InputError for a share that no tau can reach, before anything is measured."""
     config, dense_gmac = calibration.bench.config, calibration.bench.dense_gmac
     low, high = (gmac / dense_gmac for gmac in calibration.plan.reachable())
     shares = [("budgets", share) for share in config.budgets]
     if config.budget_ms is None:
         shares.append(("budget", config.budget))
-    least = math.ceil(1000 * low) / 1000  # rounded up: what is offered is then taken
+    least = math.ceil(1000 * low) / 1000  # rounded up, so that the offer is accepted
     for key, share in shares:
         if share < low:
             raise InputError(
@@ -83,7 +83,7 @@ def _check_reachable(calibration: Calibration) -> None:
 
 
 def _verified(bench: CalibrationBench, found: Found) -> dict[str, float]:
-    """Predicted beside measured FLOPs, on images of another seed, and held-out cross-entropy."""
+    """Measure FLOPs on images of another seed, beside the predicted, and held-out cross-entropy."""
     predicted = found.plan.gmac(found.taus)
     counted = bench.drawn(found.rules, bench.config.seed + 1)
     everything = [Threshold(0.0)] * len(found.rules)
@@ -99,8 +99,8 @@ def _verified(bench: CalibrationBench, found: Found) -> dict[str, float]:
 
 
 def _found_for_time(calibration: Calibration, table: CostTable) -> Found:
-    """The tau that take `budget_ms`, by the cost table: where as many FLOPs may take another time,
-    a share of the FLOPs first."""
+    """Find the tau that take `budget_ms` by the cost table. A share of the FLOPs comes first; its
+    tau are then fitted to the time, as equal FLOPs may take different times."""
     share = _share_of_time(calibration, calibration.plan, table)
     share = _share_of_time(calibration, calibration.add_up(share).plan, table)
     found = calibration.find(share)
@@ -119,9 +119,9 @@ def _target_ms(bench: CalibrationBench, table: CostTable) -> float:
 
 
 def _share_of_time(calibration: Calibration, plan: Plan, table: CostTable) -> float:
-    """The largest share of the dense FLOPs that keeps to `budget_ms`, by the cost table.
+    """Find the largest share of the dense FLOPs that keeps to `budget_ms` by the cost table.
 
-    InputError where no tau does, or none is faster than the dense model.
+    Raise InputError if no tau does, or none is faster than the dense model.
     """
     config, target = calibration.bench.config, _target_ms(calibration.bench, table)
     if table.fastest_ms >= target:
@@ -139,7 +139,7 @@ def _share_of_time(calibration: Calibration, plan: Plan, table: CostTable) -> fl
 
 
 def _ms(calibration: Calibration, plan: Plan, table: CostTable, gmac: float) -> float:
-    """Time of the tau that cost so many GMAC."""
+    """Predict the milliseconds of the tau that cost so many GMAC."""
     try:
         taus = taus_for(plan, calibration.losses, gmac)
     except ValueError:
@@ -148,7 +148,7 @@ def _ms(calibration: Calibration, plan: Plan, table: CostTable, gmac: float) -> 
 
 
 def _ms_of(plan: Plan, table: CostTable, taus: Taus) -> float:
-    """Time of these tau, as the table has it."""
+    """Look up the milliseconds of these tau in the table."""
     shares = {}
     for si in plan.scales:
         groups = [group for group in taus if group[0] == si]
@@ -157,7 +157,7 @@ def _ms_of(plan: Plan, table: CostTable, taus: Taus) -> float:
 
 
 def _cost_table(calibration: Calibration) -> CostTable:
-    """Times of every scale at each of `densities`, one tau a scale."""
+    """Time every scale at each of `densities`, with one tau per scale."""
     config, plan = calibration.bench.config, calibration.plan
     # A scale's own group, or its first layer's: the table counts what ran.
     groups = [next(group for group in plan.tails if group[0] == si) for si in plan.scales]
@@ -173,7 +173,7 @@ def _cost_table(calibration: Calibration) -> CostTable:
 def _timed(
     bench: CalibrationBench, settings: Mapping[str, Selection], progress: Callable[[], object]
 ) -> CostTable:
-    """The dense model and every setting in turn, as images are drawn."""
+    """Time the dense model and every setting in turn, as images are sampled."""
     config, sampling = bench.config, bench.work.config.sampling
     labels = balanced_labels(config.time_batch, bench.work.config.var.num_classes)
     return measure_costs(
@@ -191,8 +191,8 @@ def _timed(
 
 
 def _check_faster(bench: CalibrationBench, found: Found) -> dict[str, float]:
-    """Times of the tau that was found and of the dense model, in turn; InputError where the dense
-    model is not slower."""
+    """Time the tau that was found and the dense model in turn. Raise InputError if the dense model
+    is not slower."""
     table = _timed(bench, {"found": found.rules}, lambda: None)
     (found_ms,) = table.whole_ms.values()
     if found_ms >= table.dense_ms:
@@ -205,8 +205,8 @@ def _check_faster(bench: CalibrationBench, found: Found) -> dict[str, float]:
 
 
 def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
-    """tau, predicted GMAC and held-out loss of every way to choose tau, at every budget: the
-    calibration, beside one of a tau a scale another of a tau a layer, and the rivals.
+    """Compare ways to choose tau at every budget by tau, predicted GMAC and held-out loss: the
+    calibration, beside one with a tau per scale also one with a tau per layer, and the rivals.
 
     Each rival may measure as many losses as the calibration did, for all budgets together.
     """
@@ -225,6 +225,7 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
         by_scale = dict(zip(scales, taus, strict=True))
         return plan.gmac({group: by_scale[group[0]] for group in plan.tails})
 
+    # Calibrate each budget
     ours = [calibration.find(budget) for budget in budgets]
     groups, points = len(calibration.plan.tails), len(config.densities) + 1
     evaluations = max(loss.count, groups * points + 1)  # "norm" measures none
@@ -239,6 +240,7 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
         ]
         for method, of_method in found_by.items()
     }
+    # Search, then rivals
     first_cost, quiet = partial(cost_of, calibration.plan), not bench.work.progress
     with tqdm(total=evaluations, desc="search", disable=quiet) as bar:
         trials = rivals.search(
@@ -266,6 +268,6 @@ STAGE = Stage(
     needs=("train_router",),
     one_process=True,
     reads_pictures=True,
-    always_runs=lambda config: config.calibrate.budget_ms is not None,  # of this very machine
+    always_runs=lambda config: config.calibrate.budget_ms is not None,  # it times this very machine
     refuse=lambda config: rivals.check(config.calibrate.budgets),
 )

@@ -1,4 +1,4 @@
-"""What a calibration measures with: models, images, losses, draws; and tau found with it."""
+"""Hold what a calibration measures with (models, images, losses, samples), and find tau with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import token_sets
 
 ROUNDS = 2
-"""Times that images are drawn to find out what a tau runs."""
+"""Times that images are sampled to find out what a tau runs."""
 LOSSES_FILE = "losses.jsonl"
 
 
@@ -51,9 +51,9 @@ class CalibrationBench:
 
     @cached_property
     def images(self) -> tuple[TeacherForced, TeacherForced]:
-        """Of the training set, and held-out ones."""
+        """Images of the training set, and held-out ones."""
         counts = (self.config.images, self.config.held_out)
-        sets = token_sets(self.work, loaded.vqvae(self.work))  # float32, whatever samples
+        sets = token_sets(self.work, loaded.vqvae(self.work))  # float32, whatever dtype samples
         training, held_out = (
             TeacherForced(tokens, self.vqvae, count, self.config.batch_size)
             for tokens, count in zip(sets, counts, strict=True)
@@ -95,7 +95,7 @@ class CalibrationBench:
     def drawn(
         self, rules: Sequence[SelectionRule], seed: int, observer: Observer | None = None
     ) -> FlopReport:
-        """FLOPs of images that are drawn, as many of each class."""
+        """Sample images, balanced over the classes, and count their FLOPs."""
         config = self.work.config
         labels = balanced_labels(self.config.drawn, config.var.num_classes)
         drawing = Drawing(
@@ -106,7 +106,7 @@ class CalibrationBench:
         return report(self.fixed, ran, drawing.rules)
 
     def drawn_cells(self, rules: Sequence[SelectionRule]) -> dict[Cell, Tails]:
-        """Router scores while images are drawn under these rules."""
+        """Record router scores while images are sampled under these rules."""
         recorder = Recorder(self.model)
         self.drawn(rules, self.config.seed, recorder)
         return recorder.tails()
@@ -114,7 +114,7 @@ class CalibrationBench:
 
 @dataclass(frozen=True)
 class Found:
-    """A budget's tau, and the plan that it was found by."""
+    """A budget's tau, and the plan that found them."""
 
     budget: float
     taus: Taus
@@ -127,19 +127,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Calibration:
-    """tau for shares of the dense FLOPs: one a sparse scale, or one a layer of each."""
+    """Finds tau for shares of the dense FLOPs: one per sparse scale, or one per layer of each."""
 
     bench: CalibrationBench
     by_layer: bool
 
     @cached_property
     def plan(self) -> Plan:
-        """By teacher-forced scores."""
+        """The plan by teacher-forced scores."""
         return Plan.of(self.bench.fixed, self.bench.cells, self.by_layer)
 
     def plan_under(self, rules: Sequence[SelectionRule]) -> Plan:
-        """By the scores of images that are drawn under these rules, which say better what tau
-        runs."""
+        """Make a plan by the scores of images sampled under these rules, which tell better what
+        tau runs."""
         return Plan.of(self.bench.fixed, self.bench.drawn_cells(rules), self.by_layer)
 
     @cached_property
@@ -151,13 +151,13 @@ class Calibration:
             return measure_losses(self.plan, densities, loss, bar.update)
 
     def find(self, budget: float) -> Found:
-        """At a share of the dense FLOPs, as losses of all groups together have it best."""
+        """Find tau at a share of the dense FLOPs, refined by joint losses if configured."""
         found = self.add_up(budget)
         return self._refined(found) if self._measures and self.bench.config.refinements else found
 
     def add_up(self, budget: float) -> Found:
-        """At a share of the dense FLOPs, as losses of each group alone have it best. Images are
-        drawn under the tau found, which correct it."""
+        """Find tau at a share of the dense FLOPs, best by losses of each group alone. Images that
+        are sampled under the found tau correct it."""
         plan = self.plan
         for _ in range(ROUNDS):
             plan = self.plan_under(plan.rules(self._added_up(plan, budget)))
@@ -170,8 +170,8 @@ class Calibration:
             raise _out_of_reach(budget, error) from error
 
     def _refined(self, found: Found) -> Found:
-        """As many FLOPs, at a training loss no higher than that of `found` and of one tau
-        everywhere. Images are drawn once more, to correct the FLOPs of tau that moved."""
+        """Refine at equal FLOPs to a training loss no higher than that of `found` and of one tau
+        everywhere. Images are sampled once more, to correct the FLOPs of tau that moved."""
         rounds, plan = self.bench.config.refinements, found.plan
         one_tau = self._at_cost(dict.fromkeys(plan.tails, 0.5), plan, found.budget)
         most = most_losses(len(plan.tails), rounds)
@@ -186,7 +186,7 @@ class Calibration:
         return Found(found.budget, self._at_cost(taus, plan, found.budget), plan)
 
     def _at_cost(self, taus: Taus, plan: Plan, budget: float) -> Taus:
-        """InputError where no tau costs as little as this share of the dense FLOPs."""
+        """Scale tau to a share of the dense FLOPs. Raise InputError if no tau costs as little."""
         try:
             return at_cost(taus, plan.gmac, budget * self.bench.dense_gmac)
         except ValueError as error:
@@ -194,7 +194,7 @@ class Calibration:
 
     @property
     def _measures(self) -> bool:
-        """Dropped norms add up; only cross-entropy is measured."""
+        """Whether losses are measured: cross-entropy is, but dropped norms just add up."""
         return self.bench.config.loss != "norm"
 
     def _loss(self, plan: Plan, taus: Taus) -> float:

@@ -1,5 +1,5 @@
-"""One point of a quality-cost curve: samples of a model, their FLOPs and their fidelity; or the
-fidelity alone of images that are given."""
+"""Evaluate one point of a quality-cost curve: sample images, count their FLOPs and measure their
+fidelity. For images that are given, measure fidelity alone."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ MEASURING = ("fidelity", "evaluate.format")
 
 @dataclass(frozen=True)
 class Bench(Models):
-    """What the points of a sweep share: models, reference statistics, classifier. Each is made
-    once. The models are those of a point's own work, all else is that of the bench's."""
+    """Shared by the points of a sweep: models, reference statistics, classifier, each made once.
+    Models are looked up by a point's own work; all else comes from the bench's work."""
 
     @cached_property
     def training_images(self) -> Images:
@@ -68,11 +68,11 @@ class Bench(Models):
         return LabelAgreement(all_pixels(self.training_images), self.training_images.labels)
 
     def model(self, work: Work) -> VAR | DynamicVAR:
-        """The model of a point: the dense VAR, or dense and another joined at its scales."""
+        """Load the model of a point: the dense VAR, or dense and another joined at its scales."""
         return kind_of(work.config).load(self, work)
 
     def drawing(self, work: Work) -> Drawing:
-        """How a point's images are drawn: as many of each class, from its seed."""
+        """Set up the sampling of a point's images: balanced over classes, from the point's seed."""
         config = work.config
         classes, num_samples = self._classes(work), config.evaluate.num_samples
         if num_samples % len(classes) and is_main():
@@ -90,8 +90,8 @@ class Bench(Models):
         )
 
     def _classes(self, work: Work) -> npt.NDArray[np.int64]:
-        """All of the model's classes; of images that are compared with the training pictures,
-        those that these show."""
+        """List the classes to sample: all of the model's or, if images are compared with the
+        training pictures of a folder, those that these show."""
         config = work.config
         if config.data.kind == "image_folder" and config.fidelity.reference is None:
             return np.unique(self.training_images.labels)
@@ -99,7 +99,7 @@ class Bench(Models):
 
 
 def run(work: Work, bench: Bench | None = None) -> StageResult:
-    """Draw with all processes, measure with the main one; the result is every process's.
+    """Sample with all processes and measure with the main one. Every process gets the result.
 
     `bench` is shared by the points of a sweep.
     """
@@ -110,7 +110,7 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
         assert measured is not None
         return measured
     if is_main():
-        _ = bench.reference  # what is wrong with it ends the run before images are drawn
+        _ = bench.reference  # a fault in it ends the run before images are sampled
     folder = work.folder("evaluate")
     drawing = bench.drawing(work)
     images = work.fingerprint_of_images("evaluate", MEASURING)
@@ -151,7 +151,7 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
 
 
 def _measure_given(work: Work, bench: Bench) -> StageResult:
-    """Of images that somebody else drew; no model is loaded, and nothing said about FLOPs."""
+    """Measure given images. No model is loaded, and nothing is said about FLOPs."""
     config, hashes = work.config, work.cache / HASHES
     path = Path(config.evaluate.samples or "").expanduser()
     size = config.data.image_size
@@ -167,8 +167,8 @@ def _measure_given(work: Work, bench: Bench) -> StageResult:
 def _compare(
     bench: Bench, images: Pixels, labels: npt.NDArray[np.int64] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of images against the reference, and of their labels where there are some; what a
-    record says of how they were measured."""
+    """Measure images against the reference, and their labels if there are any. Return the metrics,
+    and what a record says of how they were measured."""
     reference, agreement = bench.reference, None if labels is None else bench.agreement
     metrics = bench.fidelity.score(
         images,
@@ -186,7 +186,7 @@ def _compare(
 
 
 def _stored_images(stored: StoredDrawing) -> Pixels:
-    """The images that were drawn, read from the disk as they are used."""
+    """Open the sampled images, which are read from the disk as they are used."""
     if stored.format == "png":
         files = tuple(stored.png_path(index) for index in range(len(stored.drawing.labels)))
         return ImageFolder(stored.folder, stored.drawing.image_size, files)
@@ -194,7 +194,7 @@ def _stored_images(stored: StoredDrawing) -> Pixels:
 
 
 def describe(work: Work) -> str:
-    """A point in a few words."""
+    """Describe a point in a few words."""
     config = work.config
     if config.evaluate.samples is not None:
         return f"images of {config.evaluate.samples}"
@@ -202,7 +202,7 @@ def describe(work: Work) -> str:
 
 
 def refuse_given_samples(config: Config) -> None:
-    """ConfigError for stages that measure points of their own."""
+    """Raise ConfigError for given images in a stage that measures points of its own."""
     if config.evaluate.samples is not None:
         raise ConfigError(
             f"evaluate.samples={config.evaluate.samples}: images that are given are measured by "
@@ -211,7 +211,7 @@ def refuse_given_samples(config: Config) -> None:
 
 
 def refuse(config: Config) -> None:
-    """ConfigError for what fidelity cannot be measured with."""
+    """Raise ConfigError for settings with which fidelity cannot be measured."""
     samples = config.evaluate.samples
     if samples is not None and not Path(samples).expanduser().exists():
         raise ConfigError(

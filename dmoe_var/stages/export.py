@@ -1,4 +1,4 @@
-"""The finished model as one folder to share: DynamicVAR.save_pretrained; the hub where asked."""
+"""Export the finished model as one folder (DynamicVAR.save_pretrained), and to the hub if asked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 
 
 def run(work: Work) -> StageResult:
-    """Writes dynamic_var/, with `selection` as what runs by default."""
+    """Write dynamic_var/, with `selection` as what runs by default."""
     model = loaded.dynamic(work)
     model.selection = work.config.selection.rules()
     records = [require(work, stage) for stage in MAKING] + measured(work)
@@ -44,8 +44,8 @@ def run(work: Work) -> StageResult:
 
 
 def measured(work: Work) -> list[Record]:
-    """Evaluations of this very model under this rule, of the dense one, and sweeps, whatever their
-    sample counts and references; of a stage that has no record, or a broken one, none."""
+    """Find evaluations of this very model under this rule, of the dense one, and sweeps, whatever
+    their sample counts and references. Broken records are left out."""
     given = dict(flatten({"selection": asdict(work.config.selection)}))
     rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
     scales = {"moe.scales": list(work.config.moe.scales)}

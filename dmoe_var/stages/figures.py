@@ -1,4 +1,4 @@
-"""Figures from records: which are missing, making them in the order that shares the most, drawing.
+"""Make figures from records: find what is missing, make it in the order that shares most, plot.
 
 Legend: a step is a stage with its configuration that has no record yet.
 """
@@ -27,14 +27,14 @@ from dmoe_var.stages.catalogue.figure import Data, Figure, Need, at_size, note
 
 
 def chosen(work: Work) -> dict[str, Figure]:
-    """The figures that are asked for, by name."""
+    """Build the figures that are asked for, by name."""
     return {name: FIGURES[name](at_size(work)) for name in work.config.figures.names}
 
 
 @held()
 def missing(work: Work) -> list[Need]:
-    """The steps that the chosen figures still need, each after what it builds on, those on the
-    same models one after the other."""
+    """List the steps that the chosen figures still need. Each comes after what it builds on, and
+    steps on the same models follow each other."""
     chains: dict[tuple[str, ...], list[Need]] = {}
     for figure in chosen(work).values():
         for need in figure.needs(at_size(work)):
@@ -54,7 +54,7 @@ def missing(work: Work) -> list[Need]:
 
 
 def plan_text(work: Work, steps: Sequence[Need]) -> str:
-    """The steps in their order."""
+    """Write the steps in their order as text."""
     lines = [f"{i:4d}  {step.work.folder(step.stage)}" for i, step in enumerate(steps, 1)]
     lines.append(f"{len(steps)} steps")
     for name, figure in chosen(work).items():
@@ -81,16 +81,16 @@ def make(work: Work) -> None:
 
 
 def missing_everywhere(work: Work) -> list[Need]:
-    """`missing`, as the main process sees it."""
+    """List the missing steps as the main process sees them."""
     steps = missing(work)
     folders = from_main([str(s.work.folder(s.stage)) for s in steps])
     return [s for s in steps if str(s.work.folder(s.stage)) in set(folders)]
 
 
 def run(work: Work) -> StageResult:
-    """Draw the chosen figures as PNG and PDF, their data beside them as JSON, and claims.md.
+    """Plot the chosen figures as PNG and PDF, and write their data as JSON, and claims.md.
 
-    DataError where records are missing and `figures.make` is off.
+    Raise DataError if records are missing and `figures.make` is off.
     """
     figures = work.config.figures
     if figures.make:
@@ -110,14 +110,14 @@ def run(work: Work) -> StageResult:
 
 
 def _draw(work: Work, figure: Figure, data: Data) -> None:
-    """figure_<name>.png, .pdf, and .json of what they show."""
+    """Write figure_<name>.png and .pdf, and .json with what they show."""
     path = work.folder("figures") / f"figure_{data['figure']}.json"
     write_text(path, json.dumps(data, indent=1) + "\n")
     figure.draw(at_size(work), data, [path.with_suffix(kind) for kind in (".png", ".pdf")])
 
 
 def _verdicts(work: Work) -> list[claims.Verdict]:
-    """Of all figures in the folder that are of these settings, drawn by earlier commands too."""
+    """Judge all figures in the folder that have these settings, also those of earlier commands."""
     found: list[claims.Verdict] = []
     now = at_size(work).fingerprint("figures")
     for name, figure in FIGURES.items():
@@ -129,7 +129,7 @@ def _verdicts(work: Work) -> list[claims.Verdict]:
 
 
 def _stored(path: Path) -> Data:
-    """Data of a figure; none, and a note, where a crash left something else in the file."""
+    """Read a figure's data. Give none, with a note, if a crash left something else in the file."""
     try:
         data = read_json(path, DataError)
     except DataError as error:

@@ -1,5 +1,5 @@
-"""The benchmark of expert paths by themselves: a layer's shapes, experts of several sizes, and the
-layers of a model as it draws."""
+"""Time the expert paths by themselves: on a layer's shapes with experts of several sizes, and on
+the layers of a model as it samples."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
 
 BRANCHES = 2
-"""Rows of an image under guidance."""
+"""Rows per image under guidance."""
 
 
 def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
-    """Times a layer of the configured width at each of `moe.scales`, and with `real_masks` those of
-    the model under each selection; writes kernels.png."""
+    """Time a layer of the configured width at each of `moe.scales` and, with `real_masks`, those of
+    the model under each selection. Write kernels.png."""
     benchmark, sampling, device = work.config.benchmark, work.config.sampling, work.device
     shapes = _shapes(work)
     rates = measured_rates(device, sampling.torch_dtype, benchmark.repeats)
@@ -58,7 +58,7 @@ def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
 
 
 def _shapes(work: Work) -> list[Shape]:
-    """ConfigError for experts that do not divide the hidden width."""
+    """List the shapes. Raise ConfigError for experts that do not divide the hidden width."""
     config, found = work.config, []
     branches = BRANCHES if config.sampling.cfg else 1
     for size in config.benchmark.expert_sizes:
@@ -74,7 +74,7 @@ def _shapes(work: Work) -> list[Shape]:
 
 
 class _Given(Observer):
-    """The expert FFNs of each scale, with their tokens and masks, layer by layer."""
+    """Keeps the expert FFNs of each scale with their tokens and masks, layer by layer."""
 
     def __init__(self) -> None:
         self.by_scale: dict[int, list[tuple[MoEFFN, Tensor, Tensor]]] = {}
@@ -87,7 +87,7 @@ class _Given(Observer):
 
 @torch.no_grad()
 def _drawn(work: Work, selection: Selection, size: int) -> list[tuple[Shape, list[Layer]]]:
-    """The expert FFNs of each of `moe.scales`, with the tokens and masks of `size` images."""
+    """Sample `size` images; keep each sparse scale's expert FFNs with their tokens and masks."""
     config, sampling = work.config, work.config.sampling
     vqvae = loaded.vqvae(work).to(work.device, sampling.torch_dtype)
     model = loaded.dynamic(work).to(work.device, sampling.torch_dtype)

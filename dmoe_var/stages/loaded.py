@@ -1,7 +1,7 @@
-"""The models that stages hand to each other: loaded strictly, checked to be the configured ones.
+"""Load strictly the models that stages hand to each other, checked against the configuration.
 
 They are float32 whatever precision their files hold: images are coded and models are trained so.
-What samples in another precision (`sampling.dtype`) casts them itself.
+A stage that samples in another precision (`sampling.dtype`) casts them itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def save(work: Work, stage: str, model: VAR | VQVAE) -> None:
 
 
 def vqvae(work: Work) -> VQVAE:
-    """The tokenizer, in eval mode on the work's device."""
+    """Load the VQ-VAE of an experiment, in eval mode on the work's device."""
     given = work.config.base.vqvae
     source = given if given is not None else checkpoint(work, "train_vqvae")
     model = load_vqvae(source, work.config.vqvae.patch_nums)
@@ -57,19 +57,19 @@ def vqvae(work: Work) -> VQVAE:
 
 
 def dense(work: Work) -> VAR:
-    """The base VAR, in eval mode on the work's device."""
+    """Load the base VAR, in eval mode on the work's device."""
     given = work.config.base.var
     return _var(work, given or checkpoint(work, "train_var"), work.config.var)
 
 
 def sparse(work: Work) -> VAR:
-    """The fine-tuned VAR, not split."""
+    """Load the fine-tuned VAR, before it is split."""
     config = replace(work.config.var, activation=work.config.sparsify.activation)
     return _var(work, checkpoint(work, "sparsify"), config)
 
 
 def split(work: Work, stage: str = "train_router") -> VAR:
-    """The expert VAR as a stage left it: `split` (untrained routers) or `train_router`."""
+    """Load the expert VAR as a stage left it: `split` (untrained routers) or `train_router`."""
     hidden = work.config.split.router_hidden or default_hidden(work.config.var.C)
     config = replace(
         work.config.var,
@@ -80,25 +80,25 @@ def split(work: Work, stage: str = "train_router") -> VAR:
 
 
 def var(work: Work, stage: str) -> VAR:
-    """The VAR as a stage left it, in eval mode on the work's device: of train_var (or given),
-    sparsify, split or train_router."""
+    """Load the VAR as a stage left it, in eval mode on the work's device. The stage is train_var
+    (or the VAR is given), sparsify, split or train_router."""
     if stage in ("split", "train_router"):
         return split(work, stage)
     return {"train_var": dense, "sparsify": sparse}[stage](work)
 
 
 def dynamic(work: Work) -> DynamicVAR:
-    """Dense and expert VAR joined at `moe.scales`."""
+    """Load the dense and the expert VAR, joined at `moe.scales`."""
     return DynamicVAR(dense(work), split(work), work.config.moe.scales)
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models that the points of a sweep or a figure share: each is looked up by a point's own
-    configuration and loaded once; of each kind the latest is kept, in the dtype of sampling."""
+    """Models that the points of a sweep or a figure share. Each is looked up by a point's own
+    configuration and loaded once. The latest of each kind is kept, in the dtype of sampling."""
 
     work: Work
-    """Whose models `vqvae`, `dense` and `experts` are."""
+    """The work whose models `vqvae`, `dense` and `experts` are."""
     _latest: dict[Hashable, tuple[object, Any]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -117,22 +117,22 @@ class Models:
         return self.var_of(self.work, "train_router")
 
     def vqvae_of(self, work: Work) -> VQVAE:
-        """The tokenizer of a point."""
+        """Load the VQ-VAE of a point, or reuse the latest."""
         dtype = work.config.sampling.torch_dtype
         key = (work.fingerprint_of_model("train_vqvae"), dtype)
         return self.made("vqvae", key, lambda: vqvae(work).to(dtype))
 
     def var_of(self, work: Work, stage: str) -> VAR:
-        """The VAR of a point as a stage left it: dense, sparse, or split into experts."""
+        """Load or reuse a point's VAR as a stage left it: dense, sparse, or split into experts."""
         dtype = work.config.sampling.torch_dtype
         kind = "experts" if stage in ("split", "train_router") else stage
         key = (stage, work.fingerprint_of_model(stage), dtype)
         return self.made(kind, key, lambda: var(work, stage).to(dtype))
 
     def made(self, kind: Hashable, key: object, make: Callable[[], T]) -> T:
-        """The latest of a kind where it has the same key, else a new one in its place."""
+        """Reuse the latest of a kind if it has the same key, else make a new one in its place."""
         if kind not in self._latest or self._latest[kind][0] != key:
-            self._latest.pop(kind, None)  # its memory before the new one's
+            self._latest.pop(kind, None)  # frees memory for the new one
             self._latest[kind] = (key, make())
         made: T = self._latest[kind][1]
         return made
@@ -160,8 +160,8 @@ def _check(source: str, found: object, expected: object, free: tuple[str, ...]) 
 
 
 def image_sets(work: Work) -> tuple[Images, Images]:
-    """Training and held-out images, labelled for the configured VAR. DataError where they cannot
-    be."""
+    """Load training and held-out images, labelled for the configured VAR. Raise DataError if they
+    cannot be."""
     return load_data(
         work.config.data,
         work.config.var.num_classes,
@@ -171,7 +171,7 @@ def image_sets(work: Work) -> tuple[Images, Images]:
 
 
 def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
-    """Training and held-out tokens. DataError where the images have other classes than the VAR."""
+    """Tokenize training and held-out images. Raise DataError if the VAR has other classes."""
     config = work.config
     tokens = [
         tokenize(
@@ -189,8 +189,8 @@ def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
 
 
 def token_metrics(sets: Sequence[TokenSet]) -> dict[str, float]:
-    """Images with tokens, pictures left out as unreadable, and the images a second that decoders
-    and encoder of one process did alone when the sets were made (see `Seconds`)."""
+    """Count images with tokens and pictures left out as unreadable. Images per second are those of
+    decoders and of encoder alone, in one process, when the sets were made (see `Seconds`)."""
     images = sum(tokens.about.images for tokens in sets)
     seconds = sum((tokens.about.seconds for tokens in sets), Seconds())
     return {
@@ -202,7 +202,7 @@ def token_metrics(sets: Sequence[TokenSet]) -> dict[str, float]:
 
 
 def token_about(sets: Sequence[TokenSet]) -> dict[str, Any]:
-    """For a record: which images the training and held-out tokens were made of."""
+    """Tell a record which images the training and held-out tokens were made of."""
     training, held_out = (dict(tokens.about.data) for tokens in sets)
-    held_out.pop("classes", None)  # the same
+    held_out.pop("classes", None)  # the same as training's
     return {"data": {"training": training, "held_out": held_out}}

@@ -1,4 +1,4 @@
-"""Stage: the picture after each sparse scale and the experts it took, for figures 2b and 12."""
+"""Map the picture after each sparse scale and the experts it took, for figures 2b and 12."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHOSEN = "chosen"
 
 
 def run(work: Work) -> StageResult:
-    """Writes maps.npz: of setting i, images_i uint8 (N, S, R, R, 3) and maps_i float (N, S, P, P),
+    """Write maps.npz: for setting i, images_i uint8 (N, S, R, R, 3) and maps_i float (N, S, P, P),
     for N images and S sparse scales. about["settings"] names the settings, the chosen one first."""
     config, maps = work.config, work.config.maps
     shown = {CHOSEN: config.selection, **{f"{t:g}": SelectionConfig(tau=(t,)) for t in maps.tau}}
@@ -48,13 +48,13 @@ def run(work: Work) -> StageResult:
 
 
 def stored_maps(folder: Path, number: int) -> ExpertMaps:
-    """The maps of one setting; DataError where the file is missing or broken."""
+    """Read the maps of one setting. Raise DataError if the file is missing or broken."""
     images, maps = read_npz(folder / MAPS_FILE, [f"images_{number}", f"maps_{number}"])
     return ExpertMaps(images, maps)
 
 
 class DecodedScales(Observer):
-    """What is drawn so far, decoded after each of some scales: uint8 (N, R, R, 3) by scale."""
+    """Decodes the pictures so far after each of some scales: uint8 (N, R, R, 3) by scale."""
 
     def __init__(self, vqvae: VQVAE, scales: Sequence[int]):
         self.by_scale: dict[int, np.ndarray] = {}
@@ -69,7 +69,7 @@ class DecodedScales(Observer):
 def collect_maps(
     work: Work, models: Models, labels: Sequence[int], selection: Selection, seed: int
 ) -> ExpertMaps:
-    """Maps of one image a label at `moe.scales`."""
+    """Sample one image per label and map it at `moe.scales`."""
     config = work.config
     model = DynamicVAR(models.dense, models.experts, config.moe.scales)
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
@@ -91,7 +91,7 @@ def collect_maps(
 
 
 def _share(per_token: Tensor, num_images: int, most: int, finest: int) -> np.ndarray:
-    """Share of experts run on each token, (N, P, P), of counts (layers, rows, l)."""
+    """Turn counts (layers, rows, l) into the density at each token, (N, P, P)."""
     conditional_Nl = per_token[:, :num_images].sum(0).float() / most
     side = round(conditional_Nl.shape[1] ** 0.5)
     share_N1pp = conditional_Nl.view(num_images, 1, side, side)

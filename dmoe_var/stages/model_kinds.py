@@ -1,5 +1,5 @@
-"""The kinds of model that a point of a quality-cost curve can have: a class each, which knows what
-the model reads, what it is made of, how it is loaded and what is told of it."""
+"""Define the kinds of model that a point of a quality-cost curve can have. The class of a kind
+knows what the model reads and is made of, how it is loaded and what is told of it."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ class Dense:
     reads: Keys = ()
 
     def needs(self, config: Config) -> Keys:
-        """The stage that its own weights come from."""
+        """Name the stage that its own weights come from."""
         return ("train_var",)
 
     def load(self, models: Models, work: Work) -> VAR | DynamicVAR:
-        """The model of a point. All processes call it at once."""
+        """Load the model of a point. All processes call it at once."""
         return models.var_of(work, "train_var")
 
     def sampled_by(self, config: Config) -> dict[str, Any]:
-        """How experts run as images are drawn: `selection` and `impl` of a Drawing."""
+        """Say how experts run as images are sampled: `selection` and `impl` of a Drawing."""
         return {"selection": None}
 
     def about(self, models: Models, work: Work) -> dict[str, Any]:
-        """What the record of a point tells, once its images are drawn."""
+        """Tell what the record of a point adds once its images are sampled."""
         return {}
 
     def text(self, config: Config) -> str:
-        """The model in a few words."""
+        """Describe the model in a few words."""
         return "dense"
 
 
 class Dynamic(Dense):
-    """Dense, with experts at `moe.scales` under `selection`."""
+    """The base VAR with experts at `moe.scales` under `selection`."""
 
     reads = EXPERTS
 
@@ -84,7 +84,7 @@ class PrunedVAR:
 
 
 class Pruned(Dense):
-    """Dense, with FFNs at `moe.scales` that `pruning` made narrower."""
+    """The base VAR with FFNs at `moe.scales` that `pruning` made narrower."""
 
     reads = ("moe.scales", "pruning")
 
@@ -96,8 +96,8 @@ class Pruned(Dense):
         return DynamicVAR(dense, self.pruned(models, work).var, work.config.moe.scales)
 
     def about(self, models: Models, work: Work) -> dict[str, Any]:
-        """Leaves pruning.json beside the record: the neurons that stay, by layer."""
-        kept = self.pruned(models, work).kept  # made when the images were drawn
+        """Write pruning.json beside the record: the neurons that stay, by layer."""
+        kept = self.pruned(models, work).kept  # made when the images were sampled
         content = {"hidden": work.config.var.hidden, "kept": kept}
         write_text(work.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
         return {"pruning": PRUNING_FILE, "kept_neurons": len(kept[0])}
@@ -108,7 +108,7 @@ class Pruned(Dense):
         return f"{how} at scales {_scales(config)}"
 
     def pruned(self, models: Models, work: Work) -> PrunedVAR:
-        """The pruned VAR of a point. All processes call it at once."""
+        """Prune the VAR of a point, or reuse the latest. All processes call it at once."""
         pruning, scales = work.config.pruning, work.config.moe.scales
         (stage,) = self.needs(work.config)
         of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
@@ -124,7 +124,7 @@ class Pruned(Dense):
 
 
 KINDS: dict[str, Dense] = {"dense": Dense(), "dynamic": Dynamic(), "pruned": Pruned()}
-"""By the value of `evaluate.model`."""
+"""The kinds by the value of `evaluate.model`."""
 
 
 def kind_of(config: Config) -> Dense:
@@ -136,7 +136,7 @@ def _scales(config: Config) -> str:
 
 
 def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
-    """Over training images that lie evenly over the set, which may be sorted by class."""
+    """Average over training images spread evenly over the set, which may be sorted by class."""
     vqvae, pruning = loaded.vqvae(work), work.config.pruning
     tokens, _ = token_sets(work, vqvae)
     num_images = min(pruning.images, len(tokens))
@@ -149,7 +149,7 @@ def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
 def _teacher_inputs(
     tokens: TokenSet, batches: Sequence[Tensor], vqvae: VQVAE, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labels (B,) and teacher input (B, L - 1, Cvae) of the images of each batch of indices."""
+    """Yield labels (B,) and teacher input (B, L - 1, Cvae) for each batch of indices."""
     for indices_B in batches:
         tokens_BL, labels_B = tokens.batch(indices_B)
         yield labels_B.to(device), vqvae.teacher_input(tokens.by_scale(tokens_BL.to(device)))

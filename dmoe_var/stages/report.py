@@ -1,4 +1,4 @@
-"""One HTML page of all that was measured, with the routers under a microscope."""
+"""Write one HTML page of all that was measured, with the routers under a microscope."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from dmoe_var.stages.loaded import EXPERTS
 REPORT_FILE = "report.html"
 MB = 1e6
 PICTURES = 4
-"""Under the microscope where no classes are given."""
+"""Pictures under the microscope if no classes are given."""
 
 
 def run(work: Work) -> StageResult:
-    """Writes report.html; the main process draws its few pictures."""
+    """Write report.html. The main process samples its few pictures."""
     result = from_main(_write(work) if is_main() else None)
     assert result is not None
     return result
@@ -91,7 +91,7 @@ def _about(config: Config) -> dict[str, Any]:
 
 
 def _microscope(work: Work, budget: float) -> dict[str, Any]:
-    """Costs, and as many of the pictures as fit into `budget` bytes, in order."""
+    """Record costs and, in order, as many of the pictures as fit into `budget` bytes."""
     config, bench = work.config, Bench(work)
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
     guided = config.sampling.cfg != 0
@@ -125,8 +125,8 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
 
 
 def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
-    """GMAC of an image but for its experts, GMAC of a (token, expert) pair by sparse scale, and of
-    the dense model's image; the sampler's parts, without the decoder."""
+    """Count GMAC of an image without its experts, of a (token, expert) pair by sparse scale, and of
+    the dense model's image. The sampler's parts count, the decoder does not."""
     always = sum(sum(fixed.macs[part]) for part in SAMPLER_PARTS if part in fixed.macs)
     routers = sum(cost.router_macs for cost in fixed.experts.values())
     everything = sum(sum(dense.macs[part]) for part in SAMPLER_PARTS if part in dense.macs)
@@ -139,7 +139,7 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
 
 
 def _chosen_tau(work: Work) -> list[float]:
-    """Of the operating point, one a sparse scale (the median, where each layer has its own)."""
+    """Find the operating point's tau, one per sparse scale (the median if each layer has one)."""
     config = vary(work, operating_point(work)).config
     selection, scales = config.selection, (config.var.num_scales, config.moe.scales)
     by_layer = [median(taus) for taus in selection.layer_tau]
@@ -149,7 +149,7 @@ def _chosen_tau(work: Work) -> list[float]:
 def _picture(
     work: Work, bench: Bench, model: DynamicVAR, fixed: FixedCost, index: int, label: int
 ) -> dict[str, Any]:
-    """One picture: what the routers did, and how it looks from the dense model and at each tau."""
+    """Sample one picture, from the dense model and at each tau, and record what the routers did."""
     config, given = work.config, work.config.report
     recording = microscope.record(
         model, bench.vqvae, label, given.seed, index, config.sampling, config.moe.impl
@@ -185,7 +185,7 @@ def _draw(
     tau: float | None,
     fixed: FixedCost,
 ) -> tuple[np.ndarray, FlopReport | None]:
-    """Picture uint8 (R, R, 3) and, where experts are selected, what it cost."""
+    """Sample a picture, uint8 (R, R, 3), and count what it cost if experts are selected."""
     config, sampling = work.config, work.config.sampling
     rule, counts = None if tau is None else Threshold(tau), ExpertCounts()
     image_13RR = generate(

@@ -1,7 +1,7 @@
-"""Pictures to look at: chosen classes and seeds, dense beside dynamic.
+"""Sample pictures to look at: chosen classes and seeds, dense beside dynamic.
 
 The j-th of `sample.per_class` pictures of class c under seed s is what
-`generate(labels=[c], seed=s, start_index=j)` draws, whatever else is drawn beside it. Pictures
+`generate(labels=[c], seed=s, start_index=j)` samples, whatever else is sampled beside it. Pictures
 stand in the order of classes, then seeds, then j. Legend: N pictures, R picture side.
 """
 
@@ -36,14 +36,14 @@ from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import EXPERTS
 
-MOST_CLASSES = 10
+MOST_CLASSES = 10  # sampled if `sample.classes` is null
 SAMPLES_FILE = "samples.npz"
 GRID_FILE = "grid.png"
 
 
 @dataclass(frozen=True)
 class Drawer:
-    """A model as it is drawn from, and what its pictures are titled."""
+    """A model to sample from, and the title of its pictures."""
 
     model: VAR | DynamicVAR
     title: str
@@ -53,13 +53,13 @@ class Drawer:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is drawn: every class under every seed, `per_class` times."""
+    """The pictures to sample: every class under every seed, `per_class` times."""
 
     labels: tuple[int, ...]
     seeds: tuple[int, ...]
     per_class: int
     names: tuple[str, ...] | None
-    """Of all classes, where they are known."""
+    """Names of all classes, if they are known."""
 
     @classmethod
     def of(cls, config: Config) -> Pictures:
@@ -72,17 +72,17 @@ class Pictures:
 
     @property
     def columns(self) -> int:
-        """Pictures of a class: the columns of the grid."""
+        """Pictures per class, which are the columns of the grid."""
         return len(self.seeds) * self.per_class
 
     @property
     def row_names(self) -> list[str]:
-        """One a class."""
+        """Titles of the grid's rows, one per class."""
         return [title(self.names, label) for label in self.labels]
 
     @property
     def column_names(self) -> list[str]:
-        """One a column; a seed's first picture bears its name."""
+        """Titles of the grid's columns; a seed's first column names the seed."""
         rest = [""] * (self.per_class - 1)
         return [name for seed in self.seeds for name in (f"seed {seed}", *rest)]
 
@@ -93,21 +93,21 @@ class Pictures:
 
     @property
     def file_names(self) -> list[str]:
-        """Of each picture, in order: class207_golden_retriever_seed0_1.png."""
+        """File name of each picture, in order: class207_golden_retriever_seed0_1.png."""
         names = self.names or [str(label) for label in range(max(self.labels) + 1)]
         named = {c: "" if names[c] == str(c) else f"_{slug(names[c])}" for c in self.labels}
         return [f"class{c}{named[c]}_seed{seed}_{j}.png" for c, seed, j in self.cells]
 
 
 def settled(work: Work) -> tuple[Work, str | None]:
-    """What `sample.model` null stands for here, and a line that says so where it is not both.
+    """Decide what `sample.model` null stands for; return a line that says so if it is not both.
 
-    Where the experts are not made yet, the dense model is drawn alone. InputError where what is
-    asked for is not there, which says so if the dense model is.
+    If the experts are not made yet, the dense model samples alone. Raise InputError if what is
+    asked for is not there; the error says so if the dense model is.
     """
     sample = work.config.sample
     if sample.pretrained is None:
-        work = _changed(work, selection="stored")  # without effect; it shall not name a folder
+        work = _changed(work, selection="stored")  # without effect: names no folder
     asked, dense = _changed(work, model=sample.model or "both"), _changed(work, model="dense")
     reason = _missing(asked)
     if reason is None:
@@ -120,7 +120,7 @@ def settled(work: Work) -> tuple[Work, str | None]:
 
 
 def _missing(work: Work) -> InputError | None:
-    """Why the pictures cannot be drawn yet; CheckpointError for a stage that is done but broken."""
+    """Find why pictures cannot be sampled yet. Raise CheckpointError for a stage that is broken."""
     for stage in work.needs("sample"):
         try:
             require(work, stage)
@@ -132,7 +132,7 @@ def _missing(work: Work) -> InputError | None:
 
 
 def _changed(work: Work, **fields: str) -> Work:
-    """The work with another `sample` section; the experiment's own draws both loaded."""
+    """Change the `sample` section. In the experiment's own, `model` null becomes both."""
     config, own = work.whole, work.baseline.sample
     return Work(
         replace(config, sample=replace(config.sample, **fields)),  # type: ignore[arg-type]
@@ -141,10 +141,10 @@ def _changed(work: Work, **fields: str) -> Work:
 
 
 def run(work: Work) -> StageResult:
-    """Writes grid.png and, a folder a model, samples.npz and single PNGs where asked.
+    """Write grid.png and, in a folder per model, samples.npz and single PNGs if asked for.
 
     samples.npz: arr_0 uint8 (N, R, R, 3); labels, seeds and start_indices (N,), with which
-    `generate` draws each picture again.
+    `generate` samples each picture again.
     """
     config, folder = work.config, work.folder("sample")
     pictures = Pictures.of(config)
@@ -166,7 +166,7 @@ def run(work: Work) -> StageResult:
 
 
 def _drawers(work: Work) -> dict[str, Drawer]:
-    """The models to draw from, by the name of their folder."""
+    """Load the models to sample from, by the name of their folder."""
     config, sample = work.config, work.config.sample
     dtype = config.sampling.torch_dtype
     if sample.pretrained is not None:
@@ -188,13 +188,13 @@ def _drawers(work: Work) -> dict[str, Drawer]:
 
 
 def _models(config: Config) -> Keys:
-    """The models that are drawn from."""
+    """Name the models to sample from."""
     model = config.sample.model
     return ("dense", "dynamic") if model is None or model == "both" else (model,)
 
 
 def _pretrained(source: str, config: Config) -> DynamicVAR:
-    """The stored model; CheckpointError where it is not of the configured shape."""
+    """Load the stored model. Raise CheckpointError if it is not of the configured shape."""
     model = DynamicVAR.from_pretrained(source)
     for name in SHARED_FIELDS:
         theirs, ours = getattr(model.config, name), getattr(config.var, name)
@@ -208,7 +208,7 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
 
 
 def _check_selection(source: str, model: DynamicVAR, selection: SelectionConfig) -> None:
-    """CheckpointError for a rule that the stored model cannot run."""
+    """Raise CheckpointError for a rule that the stored model cannot run."""
     config = model.moe.config
     scales = (config.num_scales, model.moe_scales)
     try:
@@ -219,7 +219,7 @@ def _check_selection(source: str, model: DynamicVAR, selection: SelectionConfig)
 
 
 def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: str) -> np.ndarray:
-    """All pictures, uint8 (N, R, R, 3), in every process; each draws its share of them."""
+    """Sample all pictures, uint8 (N, R, R, 3). Each process samples its share and gets them all."""
     sampling = work.config.sampling
     starts = range(0, pictures.per_class, sampling.batch_size)
     batches = list(itertools.product(pictures.labels, pictures.seeds, starts))
@@ -243,7 +243,7 @@ def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: st
 
 
 def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bool) -> None:
-    """One model's folder, made anew."""
+    """Write one model's folder anew."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     labels, seeds, start_indices = np.array(pictures.cells, dtype=np.int64).T
@@ -257,7 +257,7 @@ def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bo
 
 
 def reads(config: Config, ours: Config) -> Keys:
-    """`data.kind` gives the classes their names. Of a stored model the shape alone is compared."""
+    """Declare the keys. `data.kind` names the classes; of a stored model only the shape counts."""
     experts = EXPERTS if "dynamic" in _models(config) else ()
     common = (*experts, "sampling", "sample", "vqvae", "base.vqvae", "data.kind")
     if ours.sample.pretrained is not None:
@@ -266,7 +266,7 @@ def reads(config: Config, ours: Config) -> Keys:
 
 
 def needs(config: Config) -> Keys:
-    """Nothing is validated for pictures: models that are given need no stage."""
+    """Name the stages. A model that is given needs none, as pictures need no validation."""
     base, sample = config.base, config.sample
     if sample.pretrained is None and "dynamic" in _models(config):
         return ("train_router",)

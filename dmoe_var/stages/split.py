@@ -28,7 +28,7 @@ def run(work: Work) -> StageResult:
 
 
 def cluster(work: Work, var: VAR) -> list[Tensor]:
-    """Expert of each neuron, (H,), of every layer; each process does its share of the layers."""
+    """Find the expert of each neuron, (H,), in every layer. Processes share the layers."""
     config = work.config
     mine = range(config.var.depth)[rank() :: world_size()]
     shown = tqdm(mine, desc="split", unit="layer", disable=not work.progress)

@@ -1,7 +1,7 @@
-"""The tau sweep: dense baseline, tau grids and lists, every seed; figures 2a, 2b, 3 and 12.
+"""Run the tau sweep: dense baseline, tau grids and lists, every seed; figures 2a, 2b, 3 and 12.
 
-A sweep may be cut into parts, each measured by a run of its own, at the same time or not. A run
-without a part finds the points that are there, measures what is missing, joins and draws.
+A sweep may be cut into shards, each measured by a run of its own, at the same time or not. A run
+without a shard finds the points that are there, measures what is missing, joins and plots.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
 
-GRID_CLASSES = 10
-GRID_ROWS = 6
-MAP_IMAGES = 4
+GRID_CLASSES = 10  # columns of samples.png, one per class
+GRID_ROWS = 6  # its images per class
+MAP_IMAGES = 4  # images of expert_maps.png at each tau
 COLUMNS = ("inception_score_mean", "precision", "recall", "label_agreement")
-"""How the names of metrics begin that stand in the table, where they were measured."""
+"""Beginnings of the names of metrics that the table shows if they were measured."""
 
 Setting = tuple[Curve, Point]
 """A point before its seeds, and the curve that it is on."""
 
 
 def settings(work: Work) -> list[Setting]:
-    """All settings of a sweep, the dense baseline first; a list is a curve of its own."""
+    """List all settings of a sweep, the dense baseline first. A tau list is a curve of its own."""
     sweep = work.config.sweep
     fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
     every = {"moe.scales": tuple(range(work.config.var.num_scales))}
@@ -56,9 +56,9 @@ def settings(work: Work) -> list[Setting]:
 
 
 def planned(work: Work) -> list[tuple[Setting, int]]:
-    """The points of this run, setting and seed: all of the sweep, or every `parts`-th for a part.
+    """List the points of this run, setting and seed: all, or every `parts`-th for a shard.
 
-    The first part has the dense model's first seed.
+    The first shard has the dense model's first seed.
     """
     sweep = work.config.sweep
     points = [(setting, seed) for setting in settings(work) for seed in sweep.seeds]
@@ -66,24 +66,24 @@ def planned(work: Work) -> list[tuple[Setting, int]]:
 
 
 def run_part(work: Work) -> list[Record]:
-    """Measure the points of `sweep.part` that are not measured yet; the records of all of them.
+    """Measure what is missing of the shard `sweep.part`; return the records of all its points.
 
-    No record of the sweep is written: that is the joining run's.
+    The sweep's own record is left to the joining run.
     """
     whole(work).check("sweep")
     return _measure(work, evaluate.Bench(work))
 
 
 def whole(work: Work) -> Work:
-    """The sweep that a part is of, as its points are measured: of `selection` they take nothing. A
-    point's record is the same in both."""
+    """Return the sweep that a shard belongs to, with the default `selection`, which its points do
+    not take. A point's record is the same in both."""
     sweep = replace(work.config.sweep, part=None, parts=1)
     config = replace(work.whole, sweep=sweep, selection=SelectionConfig())
     return replace(work, whole=config)
 
 
 def _measure(work: Work, bench: evaluate.Bench) -> list[Record]:
-    """The records of all planned points."""
+    """Measure what is missing of the planned points; return the records of all."""
     measured: list[Record] = []
     hidden = not (work.config.progress and is_main())
 
@@ -97,14 +97,14 @@ def _measure(work: Work, bench: evaluate.Bench) -> list[Record]:
         each = point.work(whole(work), seed)
         record = run_stage(each, "evaluate", measure)
         measured.append(record)
-        if is_main() and each in new:  # its record is there, whatever becomes of wandb
+        if is_main() and each in new:  # its record is written, even if wandb fails
             tracked = each.tracking("evaluate")
             tracked.summarise(each.folder("evaluate"), record.metrics, each.relevant("evaluate"))
     return measured
 
 
 def run(work: Work) -> StageResult:
-    """Measure what is not measured yet, join the records, draw."""
+    """Measure what is missing, join the records and plot them."""
     seeds = work.config.sweep.seeds
     bench = evaluate.Bench(work)
     records = _measure(work, bench)
@@ -123,7 +123,7 @@ def run(work: Work) -> StageResult:
 
 
 def _row(work: Work, curve: Curve, point: Point, records: list[Record]) -> dict[str, Any]:
-    """A row of the table: a setting and its records over the seeds."""
+    """Make a row of the table from a setting and its records over the seeds."""
     dense = curve.method == "dense"
     scales = () if dense else point.changes.get("moe.scales", work.config.moe.scales)
     return {
@@ -136,7 +136,7 @@ def _row(work: Work, curve: Curve, point: Point, records: list[Record]) -> dict[
 
 
 def _add_savings(rows: list[dict[str, Any]]) -> None:
-    """FLOPs saved and FID change against the dense model of the same sweep."""
+    """Add FLOPs saved and FID change against the dense model of the same sweep."""
     dense = rows[0]
     for row in rows:
         row["flops_saved"] = 1 - row["flops_gmac"] / dense["flops_gmac"]
@@ -144,7 +144,7 @@ def _add_savings(rows: list[dict[str, Any]]) -> None:
 
 
 def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The dense model's and the operating point's numbers, flat."""
+    """Collect the dense model's and the operating point's numbers, flat."""
     names = {"dense": "dense", "chosen": "operating_point"}
     keys = ("fid_mean", "fid_std", "flops_gmac", "flops_saved", "fid_change", *_columns(rows))
     return {
@@ -156,7 +156,7 @@ def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Metrics beside FLOPs and FID that stand in the table."""
+    """Find the metrics beside FLOPs and FID that the table shows."""
     return [key for start in COLUMNS for key in rows[0] if key.startswith(start)]
 
 
@@ -202,8 +202,8 @@ def _first_images(point_work: Work) -> np.ndarray:
 
 
 def _publish_samples(work: Work, point_work: Work, name: str) -> None:
-    """runs/<experiment>/<name>/samples.npz of the experiment's own sweep (a variant's lie in its
-    own folder), with the point's record beside it."""
+    """Copy a point's samples.npz and record to runs/<experiment>/<name>/, or into the sweep's own
+    folder if the sweep is a variant."""
     own = work.variant("sweep") == DEFAULT_VARIANT
     target = (work.root if own else work.folder("sweep")) / name
     target.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def _publish_samples(work: Work, point_work: Work, name: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], fid_name: str) -> str:
-    """The sweep as a Markdown table; one seed has no spread."""
+    """Format the sweep as a Markdown table. A single seed has no spread."""
     columns = _columns(rows)
     titles = [column.removesuffix("_mean").replace("_", " ") for column in columns]
     heads = ["setting", "tau", "GMAC", "saved", fid_over_flops.display_name(fid_name)]
@@ -237,17 +237,17 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
 
 
 def _cell(column: str, value: float) -> str:
-    """A score as such, a share in percent."""
+    """Format a score as a number and a share in percent."""
     return f"{value:.2f}" if column.startswith("inception_score") else f"{value:.1%}"
 
 
 def table_of(record: Record) -> str:
-    """The table of a sweep's record."""
+    """Format the table of a sweep's record."""
     return table(record.about["settings"], record.about["fidelity"])
 
 
 def refuse(config: Config) -> None:
-    """ConfigError for what no point, or only a sweep, cannot do with the configuration."""
+    """Raise ConfigError for what a point or a sweep cannot do with the configuration."""
     evaluate.refuse(config)
     evaluate.refuse_given_samples(config)
     if config.sweep.part is not None:

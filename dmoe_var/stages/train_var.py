@@ -1,4 +1,4 @@
-"""Stage 2: the dense VAR, trained on cached tokens, or given (`base.var`) and validated."""
+"""Stage 2: the dense VAR is trained on cached tokens, or given (`base.var`) and validated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1: the multi-scale VQ-VAE, trained, or given (`base.vqvae`) and validated."""
+"""Stage 1: the multi-scale VQ-VAE is trained, or given (`base.vqvae`) and validated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours: rules, calibration, accounting."""
+"""Make figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours: rules, calibration, accounting."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ LAST_SCALES = "the last scales are the ones to sparsify"
 
 
 def draw(work: Work, data: Data, paths: Paths) -> None:
-    """FID over FLOPs."""
+    """Plot FID over FLOPs."""
     fid_over_flops.draw(data["curves"], data["fid"], heading(data), data["note"], paths)
 
 
 def draw_accounting(work: Work, data: Data, paths: Paths) -> None:
-    """FID over FLOPs as we and as the authors count them."""
+    """Plot FID over FLOPs as we and as the authors count them."""
     given = data["curves"], data["fid"], heading(data), data["note"]
     fid_over_flops.draw_accounting(*given, paths)
 
 
 def trade(work: Work) -> Figure:
-    """3: one tau on the last and on all scales, pruned FFNs, the chosen tau, and dense models of
-    other depths: what the same FLOPs buy without experts."""
+    """Make figure 3: one tau on the last and on all scales, pruned FFNs, the chosen tau, and dense
+    models of other depths, which show what the same FLOPs buy without experts."""
     figures = work.config.figures
     every = {"moe.scales": tuple(range(work.config.var.num_scales))}
     last = _over_tau(work, "one tau, last scales", "last")
@@ -72,7 +72,7 @@ def trade(work: Work) -> Figure:
 
 
 def single_scales(work: Work) -> Figure:
-    """4: experts at one scale alone."""
+    """Make figure 4: experts at one scale alone."""
     scales = sorted(work.config.figures.single_scales)
     curves = [
         _over_tau(work, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
@@ -88,7 +88,7 @@ def single_scales(work: Work) -> Figure:
 
 
 def depths(work: Work) -> Figure:
-    """5: each depth beside its own dense model."""
+    """Make figure 5: each depth beside its own dense model."""
     own = {str(work.config.var.depth): work.config.base.var}
     by_depth = sorted({**work.config.figures.depths, **own}.items(), key=lambda item: int(item[0]))
     curves = []
@@ -109,7 +109,7 @@ def depths(work: Work) -> Figure:
 
 
 def without_relu(work: Work) -> Figure:
-    """7: what ReLU and the Hoyer loss each give, without errors of routers."""
+    """Make figure 7: what ReLU and the Hoyer loss each give, without errors of routers."""
     alone = {"sparsify.alpha": 0.0}
     gelu = {"sparsify.activation": "gelu", "sparsify.alpha": work.config.figures.gelu_alpha}
     both = _over_tau(work, "ReLU and Hoyer", "oracle", rule="oracle")
@@ -127,7 +127,7 @@ def without_relu(work: Work) -> Figure:
 
 
 def sizes(work: Work) -> Figure:
-    """8a: without errors of routers."""
+    """Make figure 8a: expert sizes, without errors of routers."""
     fitting = fitting_sizes(work)
     curves = []
     for size, shade in zip(fitting, shades(fitting), strict=True):
@@ -144,7 +144,7 @@ def sizes(work: Work) -> Figure:
 
 
 def rules(work: Work) -> Figure:
-    """Every selection rule on the last scales."""
+    """Compare every selection rule on the last scales."""
     figures = work.config.figures
     num_experts = work.config.var.hidden // work.config.split.expert_size
     counts = sorted({max(1, round(s * num_experts)) for s in figures.along(figures.k_shares)})
@@ -172,7 +172,7 @@ def rules(work: Work) -> Figure:
 
 
 def calibration(work: Work) -> Figure:
-    """FID at the tau that the calibration and its rivals chose; no curve until it has run."""
+    """Compare FID at tau of the calibration and its rivals. There is no curve until it has run."""
     changes = {"calibrate.budgets": work.config.figures.budgets, "calibrate.budget_ms": None}
     run = StageRun("calibration", "calibrate", changes)
     record = record_if_done(run.work(work), run.stage)
@@ -200,7 +200,7 @@ def calibration(work: Work) -> Figure:
 
 
 def accounting(work: Work) -> Figure:
-    """What counting does to the axis."""
+    """Show what counting does to the axis."""
     last = _over_tau(work, "one tau, last scales", "last")
     curves = [dense_curve(), last, _chosen(work)]
     return Figure("what counting does to the axis", draw_accounting, curves=curves)
@@ -214,13 +214,13 @@ def _over_tau(
     shade: float | None = None,
     rule: str = "threshold",
 ) -> Curve:
-    """A point for each tau of the figures."""
+    """Make a point for each tau of the figures."""
     figures = work.config.figures
     return tau_curve(name, method, figures.along(figures.tau), changes, shade, rule)
 
 
 def _along(name: str, method: str, key: str, values: Sequence[float], changes: Changes) -> Curve:
-    """A point for each value of a key."""
+    """Make a point for each value of a key."""
     points = tuple(Point(f"{value:g}", value, {**changes, key: value}) for value in values)
     return Curve(name, method, points)
 
@@ -232,8 +232,8 @@ def _chosen(work: Work) -> Curve:
 
 
 def _of_depth(work: Work, depth: int, source: str | None) -> Changes:
-    """Another depth: what depth derives (width, heads, drop path, gain) is derived anew, what the
-    configuration gives by itself stays."""
+    """Change the depth. What depth derives (width, heads, drop path, gain) is derived anew; what
+    the configuration gives by itself stays."""
     var = work.config.var
     derived = VARConfig(depth=var.depth)
     anew = {
@@ -245,7 +245,7 @@ def _of_depth(work: Work, depth: int, source: str | None) -> Changes:
 
 
 def _as_keys(tau: Sequence[Any]) -> Changes:
-    """A calibrated tau as configuration keys: one a scale, or one a layer of each."""
+    """Turn calibrated tau into configuration keys: one per scale, or one per layer of each."""
     if isinstance(tau[0], list):
         return {"selection.layer_tau": tuple(tuple(of_scale) for of_scale in tau)}
     return {"selection.tau": tuple(tau)}

@@ -1,4 +1,4 @@
-"""What a figure is: its points, the stages that it reads, its data, how it is drawn, and what it
+"""Define a figure: its points, the stages that it reads, its data, how it is plotted, and what it
 claims.
 
 Legend: a need is a stage with its configuration; a curve is a list of points, each evaluated under
@@ -33,7 +33,7 @@ class Need:
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage whose own record or training curve is drawn; `shade` is its place among its kind."""
+    """A stage whose own record or training curve is plotted. `shade` places it among its kind."""
 
     name: str
     stage: str
@@ -42,11 +42,11 @@ class StageRun:
     method: str = "last"
 
     def work(self, work: Work) -> Work:
-        """The stage's configuration."""
+        """Make the stage's configuration."""
         return vary(work, self.changes)
 
     def place(self, work: Work) -> str:
-        """The folder of the record, within the experiment's."""
+        """Name the folder of the record within the experiment's."""
         return f"{self.stage}/{self.work(work).variant(self.stage)}"
 
     def record(self, work: Work) -> Record:
@@ -61,11 +61,11 @@ class Claim:
     better: str
     worse: str
     dense: tuple[str, ...] = ()
-    """The dense model of each curve, where both FLOPs and FID are compared relative to it."""
+    """The dense model of each curve, if both FLOPs and FID are compared relative to it."""
 
 
 def no_data(work: Work, runs: Sequence[StageRun]) -> Data:
-    """Of a figure that shows curves alone."""
+    """Give no data, for a figure that shows curves alone."""
     return {}
 
 
@@ -73,7 +73,7 @@ def no_data(work: Work, runs: Sequence[StageRun]) -> Data:
 class Figure:
     """A figure of one experiment.
 
-    draw(work, data, paths) draws what `data` holds. of_runs(work, runs) is the part of the data
+    draw(work, data, paths) plots what `data` holds. of_runs(work, runs) is the part of the data
     that comes from `runs`. pending says what the curves wait for, while they are not known.
     """
 
@@ -86,14 +86,14 @@ class Figure:
     pending: str = ""
 
     def needs(self, work: Work) -> list[Need]:
-        """All that the figure reads."""
+        """List all that the figure reads."""
         seeds = work.config.figures.used_seeds
         points = [point for curve in self.curves for point in curve.points]
         evaluated = [Need("evaluate", point.work(work, seed)) for point in points for seed in seeds]
         return [*(Need(run.stage, run.work(work)) for run in self.runs), *evaluated]
 
     def data(self, work: Work, name: str) -> Data:
-        """All that the figure shows, read from records alone."""
+        """Read all that the figure shows, from records alone."""
         data: Data = {"figure": name, "title": self.title, "note": note(work)}
         data["fingerprint"] = work.fingerprint("figures")
         if self.curves:
@@ -101,8 +101,7 @@ class Figure:
         return data | self.of_runs(work, self.runs)
 
     def verdicts(self, data: Data) -> list[Verdict]:
-        """What the data say about each claim. A claim about a curve that is not there is left
-        out."""
+        """Judge each claim by the data. A claim about a curve that is not there is left out."""
         curves = {curve["name"]: curve for curve in data.get("curves", ())}
         found = []
         for claim in self.claims:
@@ -115,18 +114,18 @@ class Figure:
 
 
 def heading(data: Data) -> str:
-    """The line above a figure."""
+    """Write the line above a figure."""
     return f"Figure {data['figure']}: {data['title']}"
 
 
 def at_size(work: Work) -> Work:
-    """The work with the number of images per point that the figures ask for."""
+    """Set the number of images per point that the figures ask for."""
     figures = work.config.figures
     return vary(work, {"evaluate.num_samples": figures.quick_samples}) if figures.quick else work
 
 
 def note(work: Work) -> str:
-    """What a figure rests on, in one line."""
+    """Say in one line what a figure rests on."""
     config, figures = work.config, work.config.figures
     seeds = len(figures.used_seeds)
     text = f"{config.name}: {config.evaluate.num_samples} images a point, {seeds} seed"
@@ -135,12 +134,12 @@ def note(work: Work) -> str:
 
 
 def shades(values: Collection[Any]) -> list[float]:
-    """Evenly spread over 0..1, one per value."""
+    """Spread shades evenly over 0..1, one per value."""
     return [i / max(1, len(values) - 1) for i in range(len(values))]
 
 
 def fitting_sizes(work: Work) -> tuple[int, ...]:
-    """The expert sizes that divide the FFN into at least two experts."""
+    """Find expert sizes that divide the FFN into two or more. Raise ConfigError if none does."""
     hidden = work.config.var.hidden
     sizes = sorted(work.config.figures.expert_sizes)
     fitting = tuple(size for size in sizes if hidden % size == 0 and size < hidden)

@@ -1,4 +1,4 @@
-"""Figures of pictures: the same seeds from both models (2a, 11), the experts that ran (2b, 12)."""
+"""Make figures of pictures: the same seeds from both models (2a, 11), what experts ran (2b, 12)."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from dmoe_var.stages.maps import CHOSEN, stored_maps
 from dmoe_var.stages.sample import Pictures
 
 SMOOTH = {"sampling.cfg": 4.0, "sampling.top_p": 0.95, "sampling.more_smooth": True}
-"""How the paper draws pictures that are looked at, not measured."""
+"""How the paper samples pictures that are looked at, not measured."""
 
 
 def same_seeds(work: Work) -> Figure:
-    """2a: sampled as all measurements are."""
+    """Make figure 2a, sampled as all measurements are."""
     return _grid(work, "same seeds, dense and dynamic", {"sample.per_class": 2})
 
 
 def same_seeds_smoothed(work: Work) -> Figure:
-    """11: sampled as the paper draws pictures."""
+    """Make figure 11, sampled as the paper samples pictures to look at."""
     changes = {**SMOOTH, "sample.per_class": 3}
     return _grid(work, "same seeds, guidance 4, smoothed", changes)
 
 
 def experts(work: Work) -> Figure:
-    """2b: at the operating point."""
+    """Make figure 2b, at the operating point."""
     return _maps(work, "experts over the picture", slice(1))
 
 
 def experts_by_tau(work: Work) -> Figure:
-    """12: at the operating point and at several tau."""
+    """Make figure 12, at the operating point and at several tau."""
     return _maps(work, "experts over the picture, several tau", slice(None))
 
 
@@ -47,7 +47,7 @@ def _grid(work: Work, title: str, changes: Changes) -> Figure:
 
 
 def _cells(work: Work, runs: Sequence[StageRun]) -> Data:
-    """Where the pictures are, and what the rows and columns of each grid are called."""
+    """Say where the pictures are, and what the rows and columns of each grid are called."""
     (run,) = runs
     pictures = Pictures.of(run.work(work).config)
     names = {"row_names": pictures.row_names, "column_names": pictures.column_names}
@@ -55,7 +55,7 @@ def _cells(work: Work, runs: Sequence[StageRun]) -> Data:
 
 
 def draw_grid(work: Work, data: Data, paths: Paths) -> None:
-    """A panel per model."""
+    """Plot a panel per model."""
     folder = work.root / data["record"]
     about = Record.read(folder / RESULT_FILE).about
     panels = {}
@@ -65,7 +65,7 @@ def draw_grid(work: Work, data: Data, paths: Paths) -> None:
 
 
 def _maps(work: Work, title: str, settings: slice) -> Figure:
-    """settings: which of the stage's settings are shown; the operating point is the first."""
+    """Make a figure of some of the stage's `settings`. The first of them is the operating point."""
     run = StageRun("maps", "maps", operating_point(work))
     return Figure(title, partial(draw_maps, settings=settings), runs=[run], of_runs=_place)
 
@@ -76,7 +76,7 @@ def _place(work: Work, runs: Sequence[StageRun]) -> Data:
 
 
 def draw_maps(work: Work, data: Data, paths: Paths, settings: slice) -> None:
-    """A block of pictures and maps per setting."""
+    """Plot a block of pictures and maps per setting."""
     folder = work.root / data["record"]
     about = Record.read(folder / RESULT_FILE).about
     shown = about["settings"][settings]

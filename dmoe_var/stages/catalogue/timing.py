@@ -1,4 +1,4 @@
-"""Figures of time: throughput by scale (8b), time over tau (9)."""
+"""Make figures of time: throughput by scale (8b), time over tau (9)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmoe_var.stages.catalogue.figure import Data, Figure, StageRun, fitting_siz
 
 
 def throughput(work: Work) -> Figure:
-    """8b: images a second through each scale, at the operating point."""
+    """Make figure 8b: images per second through each scale, at the operating point."""
     changes = {**_timing(work, ()), **operating_point(work)}
     changes |= {"benchmark.parts": True, "benchmark.chosen": True}
     return Figure(
@@ -26,7 +26,7 @@ def throughput(work: Work) -> Figure:
 
 
 def over_tau(work: Work) -> Figure:
-    """9: the time of a batch over tau, for each size of experts."""
+    """Make figure 9: the time of a batch over tau, for each size of experts."""
     figures, sizes = work.config.figures, fitting_sizes(work)
     changes = _timing(work, figures.along(figures.time_tau))
     runs = [
@@ -54,7 +54,7 @@ def _timing(work: Work, tau: Sequence[float]) -> dict[str, Any]:
 
 
 def _timings(work: Work, runs: Sequence[StageRun], shown: str) -> Data:
-    """The rows of each benchmark, and in the note where they were timed."""
+    """Collect the rows of each benchmark, and note where they were timed."""
     timings: list[Data] = []
     for run in runs:
         record = run.record(work)
@@ -75,7 +75,7 @@ def _timings(work: Work, runs: Sequence[StageRun], shown: str) -> Data:
 
 
 def draw_throughput(work: Work, data: Data, paths: Paths) -> None:
-    """Of the models as they are, not compiled."""
+    """Plot the models as they are, not compiled."""
     (timing,) = data["timings"]
     names = {"dense": ("dense VAR", "dense"), "dynamic": ("DMoE-VAR, chosen tau", "chosen")}
     bars = []
@@ -89,7 +89,7 @@ def draw_throughput(work: Work, data: Data, paths: Paths) -> None:
 
 
 def draw_over_tau(work: Work, data: Data, paths: Paths) -> None:
-    """Of the models as they are, beside the dense one of the same benchmark."""
+    """Plot the models as they are, beside the dense one of the same benchmark."""
     curves = []
     for timing in data["timings"]:
         eager = [row for row in timing["rows"] if not row["compiled"]]

@@ -1,4 +1,4 @@
-"""Figures of training: fine-tuning over alpha (6), routers under low and high alpha (10)."""
+"""Make figures of training: fine-tuning over alpha (6), routers under low and high alpha (10)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUTER_LOSS = (Panel("loss", "router loss (squared error of norms)", log=True),)
 
 
 def alphas(work: Work) -> Figure:
-    """6: losses at each alpha, and the FID of the models that they leave, with every expert."""
+    """Make figure 6: losses at each alpha, and FID of the resulting models with every expert."""
     values = work.config.figures.alphas
     every = {"evaluate.model": "dynamic", "selection.rule": "all"}
     points = tuple(Point(f"{a:g}", a, {"sparsify.alpha": a, **every}) for a in values)
@@ -35,7 +35,7 @@ def alphas(work: Work) -> Figure:
 
 
 def routers(work: Work) -> Figure:
-    """10: the routers' loss, and FID over FLOPs with these routers."""
+    """Make figure 10: the routers' loss, and FID over FLOPs with these routers."""
     figures, values = work.config.figures, sorted(work.config.figures.router_alphas)
     runs = _by_alpha("train_router", values)
     tau = figures.along(figures.tau)
@@ -57,7 +57,7 @@ def _by_alpha(stage: str, values: Sequence[float]) -> list[StageRun]:
 
 
 def _losses(work: Work, runs: Sequence[StageRun]) -> Data:
-    """Every logged loss of each run, by key, as [step, value]."""
+    """Read every logged loss of each run, by key, as [step, value]."""
     found = []
     for run in runs:
         lines = read_lines(run.work(work).folder(run.stage) / "metrics.jsonl", step=int)
@@ -68,5 +68,5 @@ def _losses(work: Work, runs: Sequence[StageRun]) -> Data:
 
 
 def draw(work: Work, data: Data, paths: Paths, panels: Sequence[Panel]) -> None:
-    """A panel per loss, and one for FID."""
+    """Plot a panel per loss, and one for FID."""
     training_curves.draw(data, panels, heading(data), paths)
