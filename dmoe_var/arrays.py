@@ -1,4 +1,4 @@
-"""Arrays in .npz files: written piece by piece and whole or not at all, read without loading them.
+"""Write arrays to .npz files piece by piece, whole or not at all, and read them without loading.
 
 50,000 images of 256 px are 10 GB; neither writing nor reading them may take that much memory.
 """
@@ -32,15 +32,15 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What reading a broken .npz file raises."""
+"""Errors that reading a broken .npz file raises."""
 LOCAL_HEADER = 30
 """Bytes before a zip member's name, which ends with the lengths of the name and the extra field."""
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """An array that arrives in pieces: arrays of `dtype` that together, along the first axis, have
-    this shape."""
+    """Describes an array that arrives in pieces: arrays of `dtype` that have this shape if they are
+    joined along the first axis."""
 
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
@@ -50,7 +50,7 @@ class StoredRows:
 def write_npz(path: Path, arrays: Mapping[str, Array | StoredRows]) -> None:
     """Write an uncompressed .npz file, whole or not at all; equal arrays give equal bytes.
 
-    Raises ValueError where the pieces of `StoredRows` are not of its dtype or shape.
+    Raises ValueError if the pieces of `StoredRows` are not of its dtype or shape.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -78,9 +78,9 @@ def _write_rows(member: Any, name: str, rows: StoredRows) -> None:
 
 
 def read_npz(path: Path, names: Iterable[str]) -> list[Array]:
-    """Arrays of an .npz file by name, in memory, their checksums compared.
+    """Load arrays of an .npz file by name into memory, and compare their checksums.
 
-    Raises DataError, naming the file, where it is missing or broken or lacks one.
+    Raises DataError, naming the file, if it is missing or broken, or lacks one of them.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -90,9 +90,9 @@ def read_npz(path: Path, names: Iterable[str]) -> list[Array]:
 
 
 def map_npz(path: Path, name: str) -> Array:
-    """One array of an .npz file, read from the disk as it is used; a compressed one is loaded.
+    """Map one array of an .npz file, read from the disk as it is used; a compressed one is loaded.
 
-    Raises DataError, naming the file, where it is missing or broken or lacks the array.
+    Raises DataError, naming the file, if it is missing or broken, or lacks the array.
     """
     try:
         layout = _layout(path, name)
@@ -105,7 +105,7 @@ def map_npz(path: Path, name: str) -> Array:
 
 
 def _layout(path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int] | None:
-    """Shape, order, dtype and first byte of an array that can be mapped, else None."""
+    """Find the shape, order, dtype and first byte of an array; None if it cannot be mapped."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as member:
@@ -123,7 +123,7 @@ def _layout(path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def names_in(path: Path) -> list[str]:
-    """Names of the arrays in an .npz file; DataError where it is missing or broken."""
+    """List the names of the arrays in an .npz file; DataError if it is missing or broken."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -132,7 +132,7 @@ def names_in(path: Path) -> list[str]:
 
 
 def is_intact(path: Path) -> bool:
-    """True where every array of an .npz file is there and matches its checksum."""
+    """Say whether every array of an .npz file is there and matches its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

@@ -1,7 +1,7 @@
-"""C files that are compiled for this machine at first use, and kept.
+"""Compile C files for this machine at their first use, and keep the libraries.
 
 The compiler is the one that `CC` names, or `cc`, `gcc` or `clang`. Libraries lie in
-`DMOE_VAR_CACHE`, by default `~/.cache/dmoe_var`, under a hash of all that they are made of.
+`DMOE_VAR_CACHE`, by default `~/.cache/dmoe_var`, under a hash of all that they depend on.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ARM = platform.machine().lower() in ("arm64", "aarch64")
 FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fPIC")
 OPENMP = re.compile(r"lib(gomp|iomp5|omp)[^/]*\.(so[.0-9]*|dylib)$")
 LONGEST = 300
-"""Seconds after which a compiler is given up."""
+"""Seconds after which a command of the compiler is given up."""
 
 
 class CannotCompileError(Exception):
-    """Why there is no library: a compiler that is missing or fails, or a folder like that."""
+    """There is no library: the compiler is missing or fails, or a folder or file cannot be used."""
 
 
 def cache_folder() -> Path:
-    """Where what is made for this machine is kept."""
+    """Return the folder that keeps what is made for this machine."""
     given = os.environ.get("DMOE_VAR_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dmoe_var"
     return (Path(given) if given else base).expanduser()
@@ -42,7 +42,7 @@ def cache_folder() -> Path:
 
 @cache
 def processor() -> str:
-    """What code that is compiled for this processor depends on: its name and instructions."""
+    """Describe the processor by its name and instructions, which compiled code depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -53,7 +53,7 @@ def processor() -> str:
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """The library of a C file. CannotCompileError where there is none to be had."""
+    """Load the library of a C file, compiled if need be; CannotCompileError if that fails."""
     try:
         compiler = _compiler()
         version = _run([*compiler, "--version"])
@@ -68,7 +68,7 @@ def load(source: Path) -> ctypes.CDLL:
                 if not library.exists():  # another process made it while this one waited
                     _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:  # of the disk, the compiler, or the loader
+    except (OSError, RuntimeError) as error:  # from the disk, the compiler, or the loader
         raise CannotCompileError(" ".join(str(error).split())) from error
 
 
@@ -83,7 +83,7 @@ def _compiler() -> list[str]:
 
 @cache
 def _openmp() -> Path | None:
-    """torch's own OpenMP library: a second one's threads would fight with it for the cores."""
+    """Find torch's own OpenMP library: a second one's threads would compete for the cores."""
     try:
         loaded = Path("/proc/self/maps").read_text(encoding="utf-8").split("\n")
         files = [Path(line[line.index("/") :]) for line in loaded if "/" in line]
@@ -95,7 +95,7 @@ def _openmp() -> Path | None:
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
-    """Two steps, so that OpenMP is compiled in, but the compiler's own library of it not linked."""
+    """Compile in two steps, so that OpenMP is used without linking the compiler's library of it."""
     openmp = _openmp()
     use = [] if openmp is None else ["-fopenmp"]
     if openmp is not None and platform.system() == "Darwin":
@@ -108,7 +108,7 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """What a command prints. RuntimeError, with its first words, where it fails."""
+    """Run a command and return what it prints; if it fails, RuntimeError with its first line."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=LONGEST, check=False
@@ -123,7 +123,7 @@ def _run(command: list[str]) -> str:
 
 @cache
 def loaded(source: Path, purpose: str) -> ctypes.CDLL | None:
-    """The library of a C file, or None, which a line on stderr explains."""
+    """Load the library of a C file; if that fails, return None and say why on stderr."""
     try:
         return load(source)
     except CannotCompileError as error:

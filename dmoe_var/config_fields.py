@@ -1,4 +1,4 @@
-"""Kinds of values that several sections of the configuration hold."""
+"""Types of values that several sections of the configuration hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Several = Field(min_length=1)
 
 
 def as_tuple(value: Any) -> Any:
-    """A list as a tuple; a number as a tuple of one."""
+    """Turn a list into a tuple, and a number into a tuple of one."""
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -30,4 +30,4 @@ Taus = Annotated[tuple[Share, ...], BeforeValidator(_as_taus), Several]
 Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 PathOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""Where something lies: a path, `~` being the home folder, or a name that stands for one."""
+"""Where something lies: a path (`~` is the home folder), or a name that stands for one."""

@@ -14,7 +14,7 @@ from dmoe_var.errors import InputError
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -22,8 +22,8 @@ def synchronise(device: torch.device) -> None:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of a configuration; "auto" takes CUDA, then MPS, then the CPU. InputError for one
-    that this machine lacks, or that several processes cannot share."""
+    """Return the device that a configuration names; "auto" takes CUDA, then MPS, then the CPU.
+    Raises InputError if this machine lacks it, or if several processes cannot share it."""
     kind, _, number = name.partition(":")
     processes = launched_processes()
     if kind == "auto":
@@ -50,10 +50,10 @@ def chosen_device(name: str) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the device's allocator on CUDA, of the whole process elsewhere."""
+    """Return the peak bytes of the device's allocator on CUDA, of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # Linux hands getrusage's peak down to children; this one starts anew with a program
+    try:  # on Linux children inherit getrusage's peak; VmHWM starts anew with each program
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except OSError:
@@ -62,14 +62,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has; None elsewhere."""
+    """Return the bytes that a GPU has; None for other devices."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def device_name(device: torch.device) -> str:
-    """What ran it, in words."""
+    """Name a device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -78,7 +78,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's model where the system tells, else its architecture."""
+    """Return the processor's model if the system tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

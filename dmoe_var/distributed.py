@@ -1,6 +1,6 @@
-"""The processes of a run, as torchrun starts them; without torchrun there is one.
+"""Let the processes that torchrun started work together; without torchrun there is one.
 
-Everything here does nothing, or the obvious, in a single process.
+In a single process everything here does nothing, or the obvious.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from dmoe_var.errors import InputError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-"""How long processes wait for one: the main process alone may measure fidelity for hours."""
+"""How long processes wait for another: the main process alone may measure fidelity for hours."""
 MEETING = timedelta(minutes=5)
-"""How long they wait for all to be there at first."""
+"""How long processes wait for each other at the start."""
 SILENCE = 10
-"""Seconds of that after which the main process says what it waits for."""
+"""Seconds of MEETING after which the main process says what it waits for."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets, all of it; one of them alone is left over from something else."""
+"""Variables that torchrun sets together; only some of them are left over from something else."""
 BUCKET = 2**25
 """Elements that are summed over processes in one call."""
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Return how many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """True for the process that writes files, logs and shows progress."""
+    """Say whether this process is the one that writes files, logs and shows progress."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Number of this process on its machine: its GPU."""
+    """Return the number of this process on its machine, which is its GPU's."""
     return _number("LOCAL_RANK", 0) if launched_processes() > 1 else 0
 
 
 def launched_processes() -> int:
-    """Processes that torchrun started; 1 without it. InputError for what it would not set."""
+    """Count the processes that torchrun started, 1 without it; InputError for bad variables."""
     if not all(os.environ.get(name) for name in TORCHRUN):
         return 1
     processes, number, _ = _number("WORLD_SIZE", 1), _number("RANK", 0), _number("MASTER_PORT", 1)
@@ -67,7 +67,7 @@ def launched_processes() -> int:
 
 
 def launched_as_main() -> bool:
-    """Whether this process is, or will be, the main one."""
+    """Say whether this process is, or will be, the main one."""
     return os.environ.get("RANK", "0") == "0" or not all(map(os.environ.get, TORCHRUN))
 
 
@@ -84,7 +84,7 @@ def _number(name: str, least: int) -> int:
 def start(device: torch.device) -> None:
     """Join the other processes that torchrun started: NCCL between GPUs, gloo between CPUs.
 
-    InputError where they are not all there after minutes, or cannot be reached.
+    Raises InputError if they are not all there after MEETING, or cannot be reached.
     """
     processes = launched_processes()
     if processes == 1 or dist.is_initialized():
@@ -112,7 +112,7 @@ def start(device: torch.device) -> None:
 
 @contextmanager
 def _not_silent(text: str) -> Iterator[None]:
-    """Says so in the main process where the block takes more than seconds."""
+    """Print `text` in the main process if the block takes longer than SILENCE."""
     timer = Timer(SILENCE, print, (text,), {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if launched_as_main():
@@ -124,7 +124,7 @@ def _not_silent(text: str) -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leave the group, at the end of a script."""
+    """Leave the group of processes, at the end of a script."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -136,7 +136,7 @@ def barrier() -> None:
 
 
 def from_main(value: T) -> T:
-    """The main process's value, in every process; any picklable value."""
+    """Return the main process's value, which must be picklable, in every process."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -145,7 +145,7 @@ def from_main(value: T) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's value, by rank."""
+    """Return every process's value, by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * world_size()
@@ -154,7 +154,7 @@ def gathered(value: T) -> list[T]:
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Add up each tensor over the processes, in place, many at a time."""
+    """Add up each tensor over the processes, in place, many tensors per call."""
     if not dist.is_initialized():
         return
     bucket: list[Tensor] = []

@@ -9,7 +9,7 @@ import os
 class InputError(ValueError):
     """Something the user gave is wrong: the message names it, its value and what is allowed.
 
-    Always one line, whatever a file or key that it names is made of.
+    The message is always one line, even if a file or key that it names has several.
     """
 
     def __init__(self, message: str):
@@ -21,7 +21,7 @@ class ConfigError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint file is missing, cut short, incomplete or of another configuration."""
+    """A checkpoint file is missing, cut short, incomplete or made by another configuration."""
 
 
 class DataError(InputError):
@@ -29,14 +29,14 @@ class DataError(InputError):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss was not finite; the last good training state stays on disk."""
+    """The loss was not finite. The last good training state stays on the disk."""
 
 
 def sentence(error: OSError) -> str:
-    """What the system refused, in one line: the file, where it names one, and the reason.
+    """Say in one line what the system refused: the file, if the error names one, and the reason.
 
-    An error without a file is one of the whole machine (no locks, too many open files), and one
-    without a number is a library's own text.
+    An error without a file is about the whole machine (no locks, too many open files). One without
+    a number has a library's own text.
     """
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if error.filename is not None:

@@ -1,5 +1,5 @@
-"""Files that appear whole or not at all, folders in which one process works at a time, and what
-identifies a file's content."""
+"""Write files whole or not at all, keep a folder to one process at a time, and hash files'
+content."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from tqdm import tqdm
 
 from dmoe_var.errors import InputError
 
-CHUNK = 2**24
+CHUNK = 2**24  # bytes that are read at once
 ABANDONED = 3600
-"""Seconds without a write after which another machine's temporary file is nobody's any more."""
+"""Seconds without a write after which another machine's temporary file counts as abandoned."""
 LOCK_FILE = ".lock"
 NOT_OFFERED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system says that has no locks, or cannot write through to its disk."""
+"""Errors of a file system that has no locks, or cannot write through to its disk."""
 HASHING_THREADS = 8
 HASHED_AT_ONCE = 64
-"""Files that a thread hashes before it is given more: a data set has a million."""
+"""Files that a thread hashes per task: a data set has a million."""
 BAR_DELAY = 2
-"""Seconds before a bar is shown: mostly all hashes are kept."""
+"""Seconds before a bar is shown; it is often not needed, because most hashes are kept."""
 SAVED_EVERY = 60
-"""Seconds between two writings of the ledger, which is large for large sets."""
+"""Seconds between writes of the ledger, which is large for large sets."""
 LEDGER_FORMAT = "dmoe-var-hashes/1"
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""The machine's fault, not the file's."""
+"""Errors that are the machine's fault, not the file's."""
 SETTLED_NS = 2_000_000_000
-"""Age of a file from which another change must show in its times: file systems tick coarsely."""
+"""Age from which a file's next change must show in its times: file systems tick coarsely."""
 
 Stamp: TypeAlias = tuple[int, int, int, int]
 """A file's size, times of change of content and of inode, and inode number."""
 
 _writers = itertools.count()
 _held: set[tuple[int, int, Path]] = set()
-"""Processes (a fork copies the set), threads and the folders that they hold."""
+"""Process, thread and folder of each lock that is held; a fork copies the set."""
 
 
 @cache
 def note(text: str) -> None:
-    """Say something on stderr, once in the life of the process."""
+    """Write a line to stderr, once in the life of the process."""
     tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write under; `path` exists once the block has ended without an error.
+    """Give a temporary name to write under; `path` exists once the block ends without an error.
 
-    The temporary file is removed on an error (a full disk, an interrupt). Its content is on the
-    disk before it gets the name: otherwise a machine that crashes could leave an empty file.
+    On an error (a full disk, an interrupt) the temporary file is removed. Its content is on the
+    disk before it gets its name; otherwise a crash of the machine could leave an empty file.
     """
     prefix = f".{path.name}."
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
@@ -84,7 +84,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _write_through(path: Path) -> None:
-    """Wait until a file's content is on the disk, where the file system offers that."""
+    """Wait until a file's content is on the disk, if the file system offers that."""
     with path.open("rb+") as file:
         try:
             os.fsync(file.fileno())
@@ -94,7 +94,7 @@ def _write_through(path: Path) -> None:
 
 
 def _abandoned(temporary: Path, owner: str) -> bool:
-    """Whether a temporary file is that of a killed process, here or (by its age) elsewhere."""
+    """Say whether a temporary file is of a killed process, here or, by its age, elsewhere."""
     node, _, number = owner.rpartition("-")
     pid = number.partition(".")[0]
     if node == platform.node() and pid.isdecimal():
@@ -112,12 +112,12 @@ def _abandoned(temporary: Path, owner: str) -> bool:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other process, and no other thread, works in a folder meanwhile; one that does is waited
-    for, which a line on stderr says. A process that dies lets go of it.
+    """Lock a folder, so that no other process or thread works in it. If another one does, wait for
+    it and say so on stderr. A process that dies releases its lock.
 
-    The thread that holds a folder may ask for it again. A folder that cannot be written to is not
-    worked in by anyone, and nothing is locked. Neither is it where the file system has no locks: a
-    line says so, for to refuse would keep the whole project from such file systems.
+    The thread that holds a folder may ask for it again. Nothing is locked if the folder cannot be
+    written to, since then nobody works in it. Nor is it if the file system has no locks; a line
+    says so, because refusing would keep the whole project from such file systems.
     """
     holder = os.getpid(), threading.get_ident(), folder.resolve()
     if holder in _held or not os.access(folder, os.W_OK):
@@ -130,15 +130,15 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(holder)
-        if _is_open_as(descriptor, path):  # else the folder was removed, and made again by others
-            path.unlink(missing_ok=True)  # who waits for it finds it gone, and takes a new one
-        with suppress(OSError):  # where there are none
+        if _is_open_as(descriptor, path):  # else others removed the folder and made it again
+            path.unlink(missing_ok=True)  # whoever waits for it finds it gone and makes a new one
+        with suppress(OSError):  # if there are no locks
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that inherited it
         os.close(descriptor)
 
 
 def _lock(path: Path) -> int:
-    """The descriptor of a lock file that is there and held."""
+    """Return the descriptor of a lock file that exists and is held."""
     waited = False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -155,7 +155,7 @@ def _lock(path: Path) -> int:
 
 
 def _wait_for(descriptor: int, path: Path, silently: bool) -> bool:
-    """Locks an open file; whether another one had it."""
+    """Lock an open file, and return whether another run held it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -175,7 +175,7 @@ def _wait_for(descriptor: int, path: Path, silently: bool) -> bool:
 
 
 def _is_open_as(descriptor: int, path: Path) -> bool:
-    """Whether a path still names the file that is open."""
+    """Say whether a path still names the file that is open."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
@@ -188,9 +188,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, failure: type[InputError]) -> Any:
-    """Content of a JSON file; `failure` names a file that is missing, unreadable or cut short."""
+    """Read a JSON file; if it is missing, unreadable or cut short, `failure` names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors leave a mark
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
     except OSError as error:
         raise failure(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -198,18 +198,18 @@ def read_json(path: Path, failure: type[InputError]) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hex; computed once for a file that has not changed."""
+    """Compute the SHA-256 of a file's content, in hex; once, if the file does not change."""
     return _sha256_kept(path.resolve(), _stamp(path))
 
 
 def sha256_of_all(
     folder: Path, names: Sequence[str], ledger: Path | None, *, progress: bool = False
 ) -> list[str]:
-    """SHA-256 of each of a folder's files, by name; "" for one that cannot be read.
+    """Compute the SHA-256 of each named file in a folder; "" for one that cannot be read.
 
-    ledger: a file that keeps them, so that a later call reads only what has changed. Neither size
-    nor time of writing alone proves that a file is the same: a time can be set back, but not the
-    time at which the inode changed. An interrupted call keeps what it has hashed.
+    ledger: a file that keeps the hashes, so that a later call reads only what has changed. Size and
+    time of writing alone do not prove that a file is the same: a time of writing can be set back,
+    but the inode's time of change cannot. An interrupted call keeps what it has hashed.
     """
     kept = _read_ledger(ledger) if ledger is not None else {}
     parts = [names[i : i + HASHED_AT_ONCE] for i in range(0, len(names), HASHED_AT_ONCE)]
@@ -236,9 +236,9 @@ def sha256_of_all(
 
 
 def _hashed(folder: Path, name: str, kept: Mapping[str, str]) -> str:
-    """A file's entry of the ledger: its stamp and hash, "" for a file that cannot be read."""
+    """Return a file's ledger entry, its stamp and hash; "" if the file cannot be read."""
     try:
-        stamp = " ".join(map(str, _stamp(folder / name)))  # before it is read
+        stamp = " ".join(map(str, _stamp(folder / name)))  # taken before the file is read
         entry = kept.get(name, "")
         return entry if entry.startswith(f"{stamp} ") else f"{stamp} {_sha256(folder / name)}"
     except OSError as error:
@@ -253,7 +253,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _read_ledger(ledger: Path) -> dict[str, str]:
-    """Entries by name; nothing where the file is missing or broken: all are hashed again."""
+    """Read the entries by name; none if the ledger is missing or broken: all are hashed again."""
     try:
         content = json.loads(ledger.read_text(encoding="utf-8"))
         if content["format"] == LEDGER_FORMAT:
@@ -264,9 +264,9 @@ def _read_ledger(ledger: Path) -> dict[str, str]:
 
 
 def _write_ledger(ledger: Path, entries: Mapping[str, str]) -> None:
-    """Leaves out what was changed just now, which may change again without a trace.
+    """Write the entries, without files changed just now, which may change again without a trace.
 
-    A ledger in a folder of another user's is only read.
+    If the ledger's folder may not be written to (another user's), nothing is written.
     """
     latest = time.time_ns() - SETTLED_NS
 

@@ -1,5 +1,5 @@
-"""Random generators of a device. All of the library's are made here, so that whoever plays a device
-that is not there (tests/cuda_dry_run.py) can play its generators too."""
+"""Make random generators. All of the library's are made here, so that whoever plays a missing
+device (tests/cuda_dry_run.py) can play its generators too."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import torch
 
 
 def seeded(device: torch.device | str, seed: int) -> torch.Generator:
-    """A new generator of a device."""
+    """Make a generator on a device, with a seed."""
     return torch.Generator(device).manual_seed(seed)

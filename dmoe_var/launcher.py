@@ -1,7 +1,7 @@
-"""Where the points of a multirun run: in this process one after the other, or as jobs of a cluster.
+"""Run the points of a multirun as jobs of a cluster, if they are not to run here one by one.
 
-A job is the script itself with the overrides of one point: what it leaves is what it leaves
-anywhere. submitit sends it, to SLURM or, to try things out, to processes of this machine.
+A job is the script itself with the overrides of one point, and leaves what the script leaves
+anywhere. submitit sends it to SLURM or, to try things out, to processes of this machine.
 """
 
 from __future__ import annotations
@@ -31,59 +31,58 @@ OURS = {
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint",
     "time": "hours",
 }  # fmt: skip
-"""Options of sbatch that have a key of their own."""
+"""Options of sbatch, and the launcher's key for each."""
 INSTEAD = {
     "mem": "mem_gb", "mem_per_cpu": "mem_gb", "mem_per_gpu": "mem_gb",
     "cpus_per_task": "cpus", "cpus_per_gpu": "cpus",
     "gpus": "gpus", "gpus_per_node": "gpus", "gpus_per_task": "gpus",
 }  # fmt: skip
-"""Options of sbatch that say in another way what a key says; sbatch refuses both together."""
+"""Options of sbatch that say what a key says in another way; sbatch refuses both together."""
 OUTER_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "TORCHELASTIC_")
 OUTER_TORCHRUN = (
     "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
     "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE",
 )  # fmt: skip
-"""Variables of a job, or of torchrun, in which the jobs are sent: those that say what it is."""
+"""Variables (or prefixes, above) that describe the job or torchrun that this process runs in."""
 OF_THE_CLUSTER = (
     "SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION",
 )  # fmt: skip
-"""Variables that a user sets: no job sets them for what it starts."""
+"""Variables that only a user sets; no job sets them for what it starts."""
 
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """What a job asks for; a job is a point of a multirun (-m)."""
+    """What a job asks for; each point of a multirun (-m) is a job."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cluster: Literal["slurm", "local"] | None = None
-    """slurm; local, all jobs as processes of this machine; or null, no jobs: one point after
-    another."""
+    """slurm; local: all jobs as processes of this machine; null: no jobs, points run one by one."""
     partition: Word | None = None
-    """SLURM partition; null leaves it to the cluster, as for the three below."""
+    """SLURM partition; null leaves it to the cluster."""
     account: Word | None = None
-    """SLURM account."""
+    """SLURM account; null leaves it to the cluster."""
     qos: Word | None = None
-    """SLURM quality of service."""
+    """SLURM quality of service; null leaves it to the cluster."""
     constraint: Word | None = None
-    """SLURM constraint on nodes."""
+    """SLURM constraint on nodes; null leaves it to the cluster."""
     gpus: Annotated[int, Field(ge=0)] = 1
-    """GPUs of a job; with several, torchrun starts a process on each."""
+    """GPUs per job; with several, torchrun starts a process on each."""
     cpus: Annotated[int, Field(gt=0)] | None = 8
-    """CPUs of a job; null leaves them to the cluster."""
+    """CPUs per job; null leaves them to the cluster."""
     mem_gb: Annotated[int, Field(gt=0)] | None = 64
-    """Gigabytes of memory of a job; null leaves it to the cluster."""
+    """Gigabytes of memory per job; null leaves it to the cluster."""
     hours: Annotated[float, Field(gt=0)] = 24.0
-    """Time limit of a job."""
+    """Time limit of a job, in hours."""
     parallel: Annotated[int, Field(gt=0)] = 8
-    """Jobs of an array that run at once."""
+    """Most jobs of an array that run at once."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """Times that a job that ran out of time is sent again, to go on where it was."""
+    """How often a job that ran out of time is sent again, to go on where it was."""
     setup: tuple[Word, ...] = ()
-    """Lines of shell before the job, such as "module load cuda"."""
+    """Lines of shell that run before the job, such as "module load cuda"."""
     more: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    """Further options of sbatch by name, such as {mail-type: END}; mem-per-gpu, cpus-per-gpu
-    and gres stand in for mem_gb, cpus and gpus."""
+    """More options of sbatch by name, such as {mail-type: END}; mem-per-gpu, cpus-per-gpu and gres
+    replace mem_gb, cpus and gpus."""
 
     def __post_init__(self) -> None:
         for name in self.more:
@@ -92,12 +91,12 @@ class LauncherConfig:
                 raise ValueError(f"more.{name}: this option is launcher.{ours}")
 
     def command(self, script: str, overrides: Sequence[str]) -> list[str]:
-        """The command line of one point."""
+        """Build the command line of one point."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.gpus}"]
         return [sys.executable, *(torchrun if self.gpus > 1 else []), script, *overrides]
 
     def parameters(self, name: str) -> dict[str, Any]:
-        """What submitit's AutoExecutor is told; names with slurm_ only SLURM reads."""
+        """Build the parameters of submitit's AutoExecutor; only SLURM reads names with slurm_."""
         more = {option.replace("-", "_"): value for option, value in self.more.items()}
         said = {key for option, key in INSTEAD.items() if option in more}
         if str(more.get("gres", "")).startswith("gpu"):
@@ -125,7 +124,7 @@ class LauncherConfig:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a job ended: its exit status, what it said, and what it said last of errors."""
+    """Holds how a job ended: its exit status, its output, and one line about its error."""
 
     status: int
     output: str
@@ -133,8 +132,8 @@ class Finished:
 
 
 class Job:
-    """What a job does: the command, its streams to two files; the exit status. One that is sent
-    again writes on."""
+    """Runs a command with its streams in two files, and returns the exit status. A job that is sent
+    again appends to the files."""
 
     process: subprocess.Popen[bytes] | None = None
 
@@ -144,8 +143,8 @@ class Job:
             return self.process.wait()
 
     def checkpoint(self, command: Sequence[str], streams: str) -> Any:
-        """Where time runs out: ends the script, and says what submitit is to send again. That is
-        the same command, for a script goes on where it was."""
+        """End the script when time runs out, and tell submitit what to send again: the same
+        command, because a script goes on where it was."""
         from submitit.helpers import DelayedSubmission
 
         if self.process is not None:
@@ -154,15 +153,15 @@ class Job:
 
 
 def _not_warned() -> None:
-    """SLURM's warning goes to all processes of a job, and would kill those that do not expect it
-    before submitit has seen to the rest."""
+    """Ignore SLURM's warning in the script. It goes to all processes of a job, and would kill those
+    that do not expect it before submitit has acted."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Within: no variable of the job or torchrun that this process may run in, which its own jobs
-    would take for theirs (an interactive allocation's size, for one)."""
+    """Hide the variables of the job or torchrun that this process may run in: its own jobs would
+    take them for theirs (an interactive allocation's size, for example)."""
     outer = {
         name: value
         for name, value in os.environ.items()
@@ -177,7 +176,7 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def check(config: LauncherConfig) -> None:
-    """ConfigError where jobs are asked for and submitit is not installed."""
+    """Raise ConfigError if jobs are asked for but submitit is not installed."""
     if config.cluster is not None and importlib.util.find_spec("submitit") is None:
         raise ConfigError(
             f"launcher.cluster={config.cluster}: the package submitit is not installed; install "
@@ -190,8 +189,8 @@ def run_jobs(
 ) -> list[Finished]:
     """Send a job for each point (its overrides), wait for all, and say how each ended.
 
-    Logs go to a new folder under `folder`. ConfigError where the cluster cannot be reached. An
-    interrupt from the keyboard cancels the jobs; they outlive a connection that is lost.
+    Logs go to a new folder under `folder`. Raises ConfigError if the cluster cannot be reached. An
+    interrupt from the keyboard cancels the jobs; they survive a lost connection.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -211,7 +210,7 @@ def run_jobs(
     try:
         with _outside_of_jobs():
             jobs = executor.map_array(Job(), commands, [str(path) for path in streams])
-    except (FailedJobError, FailedSubmissionError) as error:  # sbatch refuses
+    except (FailedJobError, FailedSubmissionError) as error:  # sbatch refused
         raise ConfigError(f"launcher.cluster={config.cluster}: {error}") from error
     try:
         return [_finished(*each) for each in zip(jobs, points, streams, strict=True)]
@@ -222,7 +221,7 @@ def run_jobs(
 
 
 def _finished(job: Any, overrides: Sequence[str], streams: Path) -> Finished:
-    """Waits for a job."""
+    """Wait for a job, and say how it ended."""
     output, errors = streams.with_suffix(".out"), streams.with_suffix(".err")
     point = " ".join(overrides)
     if job.exception() is not None:  # cancelled, killed, out of memory or time

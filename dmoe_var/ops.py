@@ -1,12 +1,12 @@
-"""Matrix products and convolutions, in the precision that the processor is good at.
+"""Compute matrix products and convolutions in the precision that the processor is good at.
 
 x86 processors without bfloat16 instructions emulate its products at about a quarter of float32's
 speed. There, products of bfloat16 tensors are computed in float32 from the same values and rounded
-to bfloat16 once: faster, and at least as exact.
+to bfloat16 once. This is faster, and at least as exact.
 
-While sampling on an x86 CPU, float32 products go to oneDNN, with bias and activation in the same
-pass over the result; torch's own Linear reaches MKL there, which is slower at few rows and leaves
-bias and activation to passes of their own.
+While sampling on an x86 CPU, float32 products go to oneDNN, which applies bias and activation in
+the same pass over the result. torch's own Linear uses MKL there, which is slower at few rows and
+needs extra passes for bias and activation.
 
 Everywhere else this is torch's own Linear and Conv2d.
 """
@@ -26,34 +26,34 @@ ONEDNN_LINEAR = "_linear_pointwise"
 _GIVES_FLOAT32 = any(
     "out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::mm")
 )
-"""Whether this torch hands out a GPU's float32 sums of half-precision products (2.8 and up)."""
+"""Whether this torch can return a GPU's float32 sums of half-precision products (2.8 and up)."""
 FEW_ROWS = 16
-"""Up to here a product only streams its weights, and bfloat16 is half the bytes."""
+"""Up to this many rows a product only streams its weights, which bfloat16 halves."""
 
 
 def emulates_bfloat16() -> bool:
-    """Whether this machine's CPU has no instructions for products of bfloat16."""
+    """Say whether this machine's CPU is an x86 without instructions for products of bfloat16."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 EMULATES_BFLOAT16 = emulates_bfloat16()
-"""A constant, not a cached function: torch.compile traces through those, into what it cannot."""
+"""A constant, because torch.compile would trace into a cached function, and cannot trace this."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions become float32; float64 stays."""
+    """Turn half precisions into float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 where the device has no wider one (MPS)."""
+    """Return float64, or float32 if the device has no wider one (MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _emulated(x: Tensor) -> bool:
-    """Whether torch would emulate a bfloat16 product of x: its own dtype's, or autocast's."""
+    """Say whether torch would emulate x's product in bfloat16, its own dtype or autocast's."""
     if x.device.type != "cpu" or not EMULATES_BFLOAT16:
         return False
     if torch.is_autocast_enabled("cpu"):
@@ -62,21 +62,21 @@ def _emulated(x: Tensor) -> bool:
 
 
 def _rounded(x: Tensor | None) -> Tensor | None:
-    """Values of bfloat16 in float32."""
+    """Round to bfloat16's values, in float32."""
     return x if x is None else x.bfloat16().float()
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether this torch has oneDNN's products for this machine's CPU."""
+    """Say whether this torch has oneDNN's products for this machine's CPU."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     there = bool(torch.backends.mkldnn.is_available())
     return x86 and there and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR)
 
 
 def observed(x: Tensor) -> bool:
-    """Whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
-    FlopCounterMode, autocast, FakeTensorMode), and is to see the ones that all know."""
+    """Say whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
+    FlopCounterMode, autocast, FakeTensorMode), and so must see torch's usual ones."""
     return (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled(x.device.type)
@@ -86,7 +86,7 @@ def observed(x: Tensor) -> bool:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    """Whether a product of x goes to oneDNN, which knows no gradient."""
+    """Say whether a product of x goes to oneDNN, which has no gradients."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -107,9 +107,10 @@ def _onednn_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool = False) -> Tensor:
-    """x (..., in), weight (out, in), bias (out,) -> (..., out), in x's dtype (or autocast's).
+    """Compute x (..., in) weight^T (out, in) + bias (out,), (..., out), in x's or autocast's dtype.
 
-    ragged: the number of rows differs from call to call. oneDNN prepares itself for each new one.
+    ragged: the number of rows differs from call to call. Then oneDNN, which has to prepare for each
+    new number, is not used.
     """
     if not ragged and _by_onednn(x):
         return _onednn_linear(x, weight, bias)
@@ -121,8 +122,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool =
 
 
 def unrounded_linear(x: Tensor, weight: Tensor, ragged: bool = False) -> Tensor:
-    """x weight^T as `linear`, but of half precisions the products' sums in float32, not rounded:
-    for those who add up several."""
+    """Compute x weight^T as `linear` does, but return half precisions' sums in float32, unrounded,
+    for callers who add up several."""
     if at_least_float32(x).dtype == x.dtype:
         return at_least_float32(linear(x, weight, ragged=ragged))
     weight = weight.to(x.dtype)
@@ -134,7 +135,7 @@ def unrounded_linear(x: Tensor, weight: Tensor, ragged: bool = False) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """torch's Linear through `linear`."""
+    """torch's Linear, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -143,8 +144,8 @@ class Linear(nn.Linear):
 def activated_linear(
     act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, ragged: bool = False
 ) -> Tensor:
-    """act(x weight^T + bias), (..., out). Whoever hooks `act` sees it called. ragged: see
-    `linear`."""
+    """Compute act(x weight^T + bias), (..., out). Hooks of `act` are called. See `linear` for
+    `ragged`."""
     if not ragged and _by_onednn(x) and not act._forward_hooks and not act._forward_pre_hooks:
         if isinstance(act, nn.ReLU):
             return _onednn_linear(x, weight, bias, "relu")
@@ -155,7 +156,7 @@ def activated_linear(
 
 
 def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
-    """act(layer(x)). Whoever hooks either sees it called."""
+    """Compute act(layer(x)). Hooks of both modules are called."""
     if layer._forward_hooks or layer._forward_pre_hooks or not _by_onednn(x):
         out: Tensor = act(layer(x))
         return out
@@ -163,7 +164,7 @@ def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """torch's Conv2d; see the top of this file."""
+    """torch's Conv2d, without emulated bfloat16; see the top of this file."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not _emulated(x_BCHW):
@@ -175,7 +176,7 @@ class Conv2d(nn.Conv2d):
 
 
 def activation(name: str) -> nn.Module:
-    """`gelu` (the published tanh form) or `relu`."""
+    """Build `gelu` (the published tanh form) or `relu`."""
     if name == "gelu":
         return nn.GELU(approximate="tanh")
     if name == "relu":

@@ -1,5 +1,5 @@
-"""The time within which a thread draws images: what holds during it, and what is checked once, when
-it ends."""
+"""The time within which a thread samples images: what holds during it, and what is checked when it
+ends."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dmoe_var.errors import InputError
 
 
 class Sampling:
-    """One time within `sampling`: as long as it lasts nobody writes to a weight."""
+    """Stands for one `sampling` block; while it lasts nobody writes to a weight."""
 
     def __init__(self) -> None:
         self._checks: list[tuple[Tensor, str]] = []
 
     def check_at_end(self, holds: Tensor, otherwise: str) -> None:
-        """InputError(otherwise) at the end of this time unless `holds`, a truth value on whatever
-        device: it is waited for once, then."""
+        """Raise InputError(otherwise) at the end of the block unless `holds`, a truth value on any
+        device. The host waits for the device only then."""
         self._checks.append((holds, otherwise))
 
     def end(self) -> None:
-        """InputError for the first check that does not hold."""
+        """Raise InputError for the first check that does not hold."""
         if self._checks:
             held = torch.stack([holds for holds, _ in self._checks]).cpu()
             for holds, (_, otherwise) in zip(held.tolist(), self._checks, strict=True):
@@ -38,8 +38,8 @@ _SAMPLING: ContextVar[Sampling | None] = ContextVar("sampling", default=None)
 
 @contextmanager
 def sampling() -> Iterator[None]:
-    """Within it this thread draws images: no gradients, and the products that are fastest there.
-    Its tensors are plain ones, which inference mode's are not: others may train through them."""
+    """Mark that this thread samples images: there are no gradients, and the fastest products run.
+    Unlike inference mode's, its tensors are plain ones: others may train through them."""
     this = Sampling()
     outside = _SAMPLING.set(this)
     try:
@@ -51,5 +51,5 @@ def sampling() -> Iterator[None]:
 
 
 def this_sampling() -> Sampling | None:
-    """What this thread is within; None outside of `sampling`."""
+    """Return the `sampling` block that this thread is in; None outside of one."""
     return _SAMPLING.get()

@@ -1,6 +1,6 @@
-"""The cores that a process may use, and how torch's threads share them with others.
+"""Fit torch's threads to the cores that a process may use and to other processes on the machine.
 
-Nothing here imports torch before it is asked to: OpenMP reads its settings once, when torch loads.
+Importing this file does not import torch: OpenMP reads its settings once, when torch loads.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
-"""How long a thread without work looks out for some before it sleeps: turns for GNU's OpenMP,
-milliseconds for LLVM's and Intel's. By default GNU's takes 300,000 turns, longer than the system
-lets a thread run beside another busy process: then each of an image's thousands of products waits
-for a thread that only looked out. A batch of eight digits on two cores of a Xeon took 85 to 105 ms
-quiet and up to 4,650 ms beside such a process by default; with 3,000 turns 107 to 116 and 210 to
-222 ms, with 10,000 turns 89 to 121 and 366 to 412 ms, with 1,000 turns 89 to 124 and 143 to 200
-ms (medians of eight calls, over several rounds)."""
+"""How long an idle thread spins before it sleeps: turns for GNU's OpenMP, milliseconds for LLVM's
+and Intel's. GNU's default is 300,000 turns, longer than the system lets a thread run beside another
+busy process. Then each of an image's thousands of products waits for a thread that only spins.
+Measured: a batch of eight digits on two cores of a Xeon, alone and beside such a process (medians
+of eight calls, over several rounds). Default: 85 to 105 ms and up to 4,650 ms. 10,000 turns: 89 to
+121 and 366 to 412 ms. 3,000 turns: 107 to 116 and 210 to 222 ms. 1,000 turns: 89 to 124 and 143 to
+200 ms."""
 SAID_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
 COUNTED_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def settle_threads() -> None:
-    """Before torch is loaded, make its threads fit for a machine that others use too: they sleep
-    soon, and are no more than the cores that this process may use. Environment variables of OpenMP
-    that say otherwise hold, and where torch is loaded nothing changes."""
+    """Make torch's threads sleep soon, and run no more of them than there are usable cores, so that
+    other processes can work beside them. OpenMP's environment variables take precedence. If torch
+    is loaded already, nothing changes."""
     if "torch" in sys.modules:
         return
     if not any(os.environ.get(name) for name in SAID_BY_USER):
@@ -37,8 +37,8 @@ def settle_threads() -> None:
 
 
 def limit_threads() -> None:
-    """Let torch run no more threads than there are usable cores, unless the environment says how
-    many. torch itself knows of affinity, but not of quotas."""
+    """Let torch run no more threads than there are usable cores, unless the environment sets their
+    number. torch itself knows of affinity, but not of quotas."""
     import torch
 
     cores = usable_cores()
@@ -47,9 +47,9 @@ def limit_threads() -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, at least 1: those of its affinity, or fewer where a control
-    group's quota (of a container, of a job) is lower; part of a core counts as one."""
-    counted = getattr(os, "process_cpu_count", None)  # from 3.13: also as PYTHON_CPU_COUNT says
+    """Count the cores that this process may use, at least 1: those of its affinity, or fewer if the
+    quota of a control group (a container's or a job's) is lower. Quotas are rounded up."""
+    counted = getattr(os, "process_cpu_count", None)  # from 3.13; it also heeds PYTHON_CPU_COUNT
     if counted is not None:
         cores = counted() or 1
     elif hasattr(os, "sched_getaffinity"):
@@ -60,7 +60,7 @@ def usable_cores() -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """Cores that each control group above this process allows for, where it sets a limit."""
+    """Yield the cores that each control group above this process allows, if it sets a limit."""
     try:
         lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -77,8 +77,8 @@ def _quotas() -> Iterator[float]:
 
 
 def _upwards(roots: tuple[Path, ...], place: str) -> Iterator[Path]:
-    """The folders of a control group and of all above it. In a container its own is the root,
-    whatever the place is called."""
+    """Yield the folders of a control group and of all above it. In a container its own group is the
+    root, whatever the place is called."""
     for root in roots:
         inner = root.joinpath(*(part for part in place.split("/") if part != ".."))
         for folder in (inner, *inner.parents):
@@ -95,6 +95,6 @@ def _words(path: Path) -> list[str]:
 
 
 def _quota(words: list[str]) -> Iterator[float]:
-    """Of ["150000", "100000"]: 1.5 cores. "max" and -1 are no limit."""
+    """Yield the cores of a quota: 1.5 for ["150000", "100000"]. "max" and -1 set no limit."""
     if len(words) == 2 and words[0].isdecimal() and int(words[1]) > 0:
         yield int(words[0]) / int(words[1])

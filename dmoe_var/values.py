@@ -1,5 +1,5 @@
-"""The one door for values from Python: what numpy, torch and plain Python have for a number, a list
-of numbers or a field of a configuration goes in, plain Python comes out.
+"""Check values from Python, and turn them into plain Python: numbers, lists of numbers and fields
+of a configuration may come from numpy, torch or plain Python.
 
 What has no meaning (a bool as a number, a float as a class or a seed, a string, NaN, a nested list)
 raises one ValueError that names the argument, its value and what is allowed.
@@ -21,9 +21,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 SHOWN = 8
-"""Values of an array that a message shows; of a larger one it says the shape."""
+"""Most values of an array that a message shows; for a larger one it gives the shape."""
 WIDTH = 80
-"""Characters of a value that a message shows."""
+"""Most characters of a value that a message shows."""
 
 _repr = reprlib.Repr()
 _repr.maxlist = _repr.maxtuple = SHOWN
@@ -31,7 +31,7 @@ _repr.maxstring = _repr.maxother = WIDTH
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one short line, whatever it holds."""
+    """Write a value for a message, as one short line whatever it holds."""
     if _is_array(value):
         if math.prod(value.shape) > SHOWN or isinstance(_python(value), Tensor):
             return f"(an array of shape {tuple(value.shape)})"
@@ -40,13 +40,13 @@ def shown(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one number, and no list of them."""
+    """Say whether a value is one number, not a list."""
     item = _single(value)
     return isinstance(item, Real) and not isinstance(item, bool)
 
 
 def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
-    """A finite number of any integer or float type, within [low, high]; of an array, its one."""
+    """Check a finite number of any integer or float type, or an array of one, in [low, high]."""
     if not is_number(value):
         several = "one number, no list" if _is_list(value) else "a number"
         raise ValueError(f"{name}={shown(value)} must be {several}")
@@ -58,7 +58,7 @@ def number(name: str, value: Any, low: float | None = None, high: float | None =
 
 
 def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """A whole number of any integer type, within [low, high]; of an array, its one."""
+    """Check a whole number of any integer type, or an array of one, in [low, high]."""
     item = _single(value)
     if isinstance(item, bool | type) or not hasattr(item, "__index__") or _is_array(item):
         raise ValueError(f"{name}={shown(value)} must be a whole number")
@@ -68,7 +68,7 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, also as 1 or 0."""
+    """Check for True or False, which may also be 1 or 0."""
     item = _single(value)
     if not isinstance(item, int) or item not in (0, 1):
         raise ValueError(f"{name}={shown(value)} must be true or false")
@@ -76,7 +76,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """One of some names."""
+    """Check that a value is one of the allowed names."""
     names = tuple(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name}={shown(value)} is none of {', '.join(names)}")
@@ -84,7 +84,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def items(name: str, value: Any, allowed: str = "a list") -> list[Any]:
-    """What a list, tuple, range or array holds, one after the other. allowed: for the message."""
+    """List what a list, tuple, range or array holds. allowed: what the message says it must be."""
     found = _python(value)
     if not _is_list(found):
         raise ValueError(f"{name}={shown(value)} must be {allowed}")
@@ -94,14 +94,14 @@ def items(name: str, value: Any, allowed: str = "a list") -> list[Any]:
 def numbers(
     name: str, value: Any, low: float | None = None, high: float | None = None
 ) -> list[float]:
-    """Finite numbers within [low, high], of a list or a one-dimensional array."""
+    """Check a list or one-dimensional array of finite numbers in [low, high]."""
     return [number(name, each, low, high) for each in items(name, value)]
 
 
 def whole_numbers(
     name: str, value: Any, low: int | None = None, high: int | None = None
 ) -> list[int]:
-    """Whole numbers within [low, high], at least one, of a list or a one-dimensional array."""
+    """Check a non-empty list or one-dimensional array of whole numbers in [low, high]."""
     try:
         found = [whole(name, each) for each in items(name, value)]
     except ValueError:
@@ -114,8 +114,8 @@ def whole_numbers(
 
 
 def take_fields(instance: Any) -> None:
-    """For `__post_init__` of a frozen dataclass: makes its fields plain Python, and checks them by
-    their annotations."""
+    """Make the fields of a frozen dataclass plain Python, and check them by their annotations; for
+    its `__post_init__`."""
     for name, adapter in _adapters(type(instance)).items():  # type: ignore[arg-type]
         given = getattr(instance, name)
         try:
@@ -140,7 +140,7 @@ class _Array(Protocol):
 
 
 def _is_array(value: Any) -> typing.TypeGuard[_Array]:
-    """A tensor, or what speaks numpy's protocol (numpy's own scalars, jax, pandas)."""
+    """Say whether a value is a tensor or speaks numpy's protocol (numpy's scalars, jax, pandas)."""
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
@@ -151,7 +151,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _python(value: Any) -> Any:
-    """Arrays as numbers and lists of Python; those that hold no numbers, and all else, as given."""
+    """Turn arrays into Python's numbers and lists; leave those without numbers, and all else."""
     if isinstance(value, Tensor):
         numeric = not (value.is_meta or value.is_complex() or value.is_quantized)
         return value.detach().tolist() if numeric else value
@@ -162,7 +162,7 @@ def _python(value: Any) -> Any:
 
 
 def _single(value: Any) -> Any:
-    """The number that an array of one holds; all else as given."""
+    """Return the number that an array of one holds; leave all else as given."""
     if not _is_array(value) or math.prod(value.shape) != 1:
         return value
     found = _python(value)
@@ -172,7 +172,7 @@ def _single(value: Any) -> Any:
 
 
 def _as_tuples(value: Any) -> Any:
-    """As `_python`, with tuples for lists, tuples and ranges."""
+    """Do as `_python`, and turn lists, tuples and ranges into tuples."""
     found = _python(value)
     if isinstance(found, list | tuple | range):
         return tuple(_as_tuples(each) for each in found)

@@ -1,4 +1,4 @@
-"""Balanced k-means of FFN neurons: every expert gets exactly `expert_size` of them.
+"""Group FFN neurons by balanced k-means: every expert gets exactly `expert_size` of them.
 
 Legend: H neurons of the hidden layer, C width, E experts.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def balanced_labels(fc1_HC: Tensor, expert_size: int, seed: int) -> Tensor:
-    """Expert of each neuron, LongTensor (H,), by balanced k-means of the L2-normalised rows.
+    """Choose each neuron's expert, LongTensor (H,), by balanced k-means of the L2-normalised rows.
 
-    Exact in size through k-means-constrained (assignment as a minimum-cost flow). ValueError where
-    expert_size does not divide H.
+    k-means-constrained makes all sizes exact (it assigns by a minimum-cost flow). Raises ValueError
+    if expert_size does not divide H.
     """
     from k_means_constrained import KMeansConstrained
 

@@ -1,4 +1,4 @@
-"""Hoyer's sparsity measure of FFN activations, and how sparse they are.
+"""Measure how sparse FFN activations are, by Hoyer's measure and by their inactive share.
 
 Legend: B batch, L tokens, H neurons of the hidden layer.
 """
@@ -13,33 +13,33 @@ from torch import Tensor, nn
 from dmoe_var.models.var import VAR
 from dmoe_var.ops import at_least_float32
 
-CLAMP = 10.0
+CLAMP = 10.0  # of the ablation without ReLU
 
 
 def hoyer(a_BLH: Tensor) -> Tensor:
-    """mean over (batch, tokens) of ||a||_1^2 / (||a||_2^2 + 1e-15): 1 for one active neuron, H
-    for all equally active. In float32 at least."""
+    """Average ||a||_1^2 / (||a||_2^2 + 1e-15) over batch and tokens: 1 if one neuron is active, H
+    if all are equally active. In float32 at least."""
     a_BLH = at_least_float32(a_BLH)
     l1_BL = a_BLH.abs().sum(-1)
     return (l1_BL.square() / (a_BLH.square().sum(-1) + 1e-15)).mean()
 
 
 def shifted_pre_activation(z_BLH: Tensor) -> Tensor:
-    """What the ablation without ReLU makes sparse: pre-activations clamped at -10, plus 10."""
+    """Clamp pre-activations at -10 and add 10; the ablation without ReLU makes these sparse."""
     return z_BLH.clamp_min(-CLAMP) + CLAMP
 
 
 def inactive_share(a_BLH: Tensor, tokens: slice) -> Tensor:
-    """Share of activations that are not positive, over the given tokens."""
+    """Compute the share of activations that are not positive, over the given tokens."""
     return (a_BLH[:, tokens] <= 0).float().mean()
 
 
 class ActivationProbe:
-    """Hands the hidden activations of every FFN (or what enters the activation) to `see`.
+    """Passes the hidden activations of every FFN (or the pre-activations) to `see`.
 
-    `see(layer, a_BLH)` is called as they are computed, so that nobody has to keep them; None for
-    nobody. Under activation checkpointing the backward pass computes, and shows, them again: `see`
-    has to stay the same until it has run.
+    `see(layer, a_BLH)` is called as they are computed, so nobody has to keep them; None switches
+    the probe off. Under activation checkpointing the backward pass computes and passes them again,
+    so `see` has to stay the same until it has run.
     """
 
     def __init__(self, var: VAR, pre_activation: bool = False):

@@ -1,4 +1,4 @@
-"""Pruned-FFN, the static baseline: the least active hidden neurons go, on every token alike.
+"""Pruned-FFN, the static baseline: the least active hidden neurons are dropped for every token.
 
 Legend: B batch, L tokens of all scales, l tokens of one scale, C width, H neurons of the hidden
 layer, K neurons that stay.
@@ -26,18 +26,18 @@ from dmoe_var.ops import widest_float
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """Which neurons the pruned baseline drops (read where evaluate.model is pruned)."""
+    """Which neurons the pruned baseline drops (read if evaluate.model is pruned)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Share of each FFN's neurons at moe.scales that are dropped, of the lowest mean activation."""
+    """Share of each FFN's neurons that are dropped at moe.scales, lowest mean activation first."""
     rule: Literal["mean_abs", "mean_signed"] = "mean_abs"
-    """Mean of absolute activations, or, as in the authors' code, of signed ones."""
+    """Which mean is taken: of absolute activations or, as in the authors' code, of signed ones."""
     model: Literal["dense", "sparse"] = "dense"
-    """Model that is pruned: the dense one, or the one that was fine-tuned to be sparse."""
+    """Which model is pruned: the dense one, or the one that was fine-tuned to be sparse."""
     images: Annotated[int, Field(gt=0)] = 256
-    """Training images, at most, that activations are averaged over."""
+    """Most training images that activations are averaged over."""
 
 
 @torch.no_grad()
@@ -47,13 +47,13 @@ def mean_activations(
     scales: Sequence[int],
     signed: bool = False,
 ) -> list[Tensor]:
-    """Mean activation of every hidden neuron on the tokens of `scales`, (H,) a layer, on the CPU.
+    """Average each hidden neuron's activation on the tokens of `scales`: (H,) per layer, on CPU.
 
     batches: labels (B,) and teacher input (B, L - 1, Cvae). Each runs twice, teacher-forced and in
     eval mode: with its labels and with the null class, since under guidance half of all tokens are
-    of that branch. signed: the mean itself, else that of absolute values. Summed in float64 (in
-    float32 on MPS). Of several processes each gives a part of the batches and gets the means over
-    all. ValueError for a model with experts, or without a single batch.
+    of that branch. signed: average the activations, not their absolute values. Sums are in float64
+    (float32 on MPS). Each of several processes passes a part of the batches and gets the means over
+    all. Raises ValueError if the model has experts, or if there is no batch.
     """
     total = partial(torch.zeros, dtype=widest_float(var.pos_start.device))
     sums = [total(var.config.hidden, device=var.pos_start.device) for _ in var.blocks]
@@ -68,7 +68,7 @@ def mean_activations(
             a_BlH = a_BLH[:, tokens] if signed else a_BLH[:, tokens].abs()
             sums[layer] += a_BlH.sum((0, 1), dtype=sums[layer].dtype)
 
-    # Another over the same memory, in eval mode: the model keeps its mode, and its hooks.
+    # A second model over the same memory, in eval mode: `var` keeps its mode and its hooks.
     quiet = build_strictly(lambda: VAR(var.config), dict(var.state_dict()), "the model")
     with _shown_activations(quiet, add):
         for labels_B, teacher_BLC in batches:
@@ -82,9 +82,10 @@ def mean_activations(
 
 
 def kept_neurons(means_H: Tensor, share: float) -> Tensor:
-    """Neurons that stay, LongTensor (K,), rising: all but the int(H * share) of lowest mean.
+    """Choose the neurons that stay, LongTensor (K,), rising: all but int(H * share) of lowest mean.
 
-    Of equal means the first go. At least one neuron stays; ValueError for a share outside [0, 1).
+    Of equal means the first ones go. At least one neuron stays. Raises ValueError if `share` is
+    outside [0, 1).
     """
     share = values.number("share", share)
     if not 0 <= share < 1:
@@ -95,10 +96,10 @@ def kept_neurons(means_H: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def prune(var: VAR, share: float, means: Sequence[Tensor]) -> VAR:
-    """A VAR with narrower FFNs: of each, the neurons that `kept_neurons` keeps.
+    """Build a VAR with narrower FFNs, which have the neurons that `kept_neurons` keeps.
 
-    means: (H,) a layer, from `mean_activations`. Whatever is not pruned is the same memory as
-    `var`'s. ValueError for a model with experts, or for means of another model.
+    means: (H,) per layer, from `mean_activations`. What is not pruned shares the memory of `var`.
+    Raises ValueError if the model has experts, or if the means are of another model.
     """
     shapes = [tuple(of_layer.shape) for of_layer in means]
     if shapes != [(var.config.hidden,)] * var.config.depth:
@@ -118,7 +119,7 @@ def prune(var: VAR, share: float, means: Sequence[Tensor]) -> VAR:
 
 @contextmanager
 def _shown_activations(var: VAR, see: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Calls see(layer, a_BLH) with what leaves each FFN's activation, as it is computed."""
+    """Call see(layer, a_BLH) with the output of each FFN's activation, as it is computed."""
 
     def show(layer: int, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         see(layer, output)

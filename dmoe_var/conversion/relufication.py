@@ -1,4 +1,4 @@
-"""ReLUfication: the trained model's GELU becomes ReLU before sparse fine-tuning."""
+"""ReLUfication: replace the trained model's GELU by ReLU, before sparse fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dmoe_var.models.var import VAR
 
 
 def relufy(var: VAR) -> VAR:
-    """A copy of `var` whose FFNs use ReLU; the weights are the same."""
+    """Copy `var` with ReLU in its FFNs; the weights are the same."""
     tensors = {name: tensor.clone() for name, tensor in var.state_dict().items()}
     config = replace(var.config, activation="relu")
     relu_var = build_strictly(lambda: VAR(config), tensors, "the dense model")

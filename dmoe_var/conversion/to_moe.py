@@ -1,6 +1,6 @@
-"""Split: every FFN of a VAR is cut into experts of one size (DMoE-VAR, expert construction).
+"""Split: cut every FFN of a VAR into experts of one size (DMoE-VAR, expert construction).
 
-Legend: H neurons of the hidden layer, C width, E experts, D neurons an expert.
+Legend: H neurons of the hidden layer, C width, E experts, D neurons per expert.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 def fill_experts(experts: MoEFFN, ffn: FFN, labels_H: Tensor) -> None:
     """Copy an FFN's neurons into experts: neuron h goes to expert labels_H[h].
 
-    With every expert on, the two layers agree whatever the labels; each label must occur exactly
-    `expert_size` times (ValueError).
+    If every expert runs, the two layers agree whatever the labels are. Raises ValueError unless
+    each label occurs exactly `expert_size` times.
     """
     wanted_E = torch.full((experts.num_experts,), experts.expert_size)
     sizes_E = torch.bincount(labels_H.clamp_min(0).cpu(), minlength=experts.num_experts)
@@ -37,7 +37,7 @@ def fill_experts(experts: MoEFFN, ffn: FFN, labels_H: Tensor) -> None:
 
 
 def cluster_layer(var: VAR, layer: int, expert_size: int, seed: int = 0) -> Tensor:
-    """Expert of each FFN neuron of a layer, LongTensor (H,), by balanced k-means."""
+    """Choose the expert of each FFN neuron of a layer, LongTensor (H,), by balanced k-means."""
     ffn = var.blocks[layer].ffn
     if not isinstance(ffn, FFN):
         raise ValueError("the model has experts already")
@@ -52,10 +52,10 @@ def convert_to_moe(
     router_hidden: int | None = None,
     labels: Sequence[Labels] | None = None,
 ) -> VAR:
-    """The MoE version of a VAR: same function with all experts on, routers untrained.
+    """Make the MoE version of a VAR: the same function if all experts run, with untrained routers.
 
-    labels: the expert of each neuron, (H,) a layer, to use in place of balanced k-means. The
-    activation is kept (`relufy` comes before). ValueError for sizes that do not fit the model.
+    labels: the expert of each neuron, (H,) per layer, instead of balanced k-means. The activation
+    is kept (`relufy` comes before). Raises ValueError if sizes do not fit the model.
     """
     experts = ExpertConfig(expert_size, router_hidden)
     config, seed = replace(var.config, experts=experts), values.whole("seed", seed, 0, 2**32 - 1)

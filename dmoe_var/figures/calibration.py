@@ -1,4 +1,4 @@
-"""Held-out loss over FLOPs of the ways to choose tau, from a calibration's record."""
+"""Plot held-out loss over FLOPs for the ways to choose tau, from a calibration's record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {
 def draw(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], dense_gmac: float, title: str, paths: Paths
 ) -> None:
-    """One curve a method; rows hold gmac (predicted) and ce (held-out, nats a token)."""
+    """Plot one curve per method; rows hold gmac (predicted) and ce (held-out, nats per token)."""
     figure, axis = subplots(figsize=(5.2, 3.6))
     for method, rows in curves.items():
         points = sorted((row["gmac"], row["ce"]) for row in rows)

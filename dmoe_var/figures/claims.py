@@ -1,9 +1,9 @@
-"""How claims are judged on a figure's data: by the mean gap in FID between two curves.
+"""Judge claims on a figure's data, by the mean gap in FID between two curves.
 
-Two curves are compared over the FLOPs that both reach, linearly between their points, seed by
-seed. A gap counts where Student's t gives its mean over seeds less than 5 % by chance; otherwise
-the claim is neither confirmed nor contradicted. The seeds are those of sampling: what training the
-models once more would change is in no error.
+Two curves are compared seed by seed over the FLOPs that both reach, linearly between their points.
+A gap counts if Student's t gives its mean over seeds a chance below 5 %; otherwise the claim is
+neither confirmed nor contradicted. Seeds are those of sampling: no error includes what training
+the models again would change.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from dmoe_var import markdown
 
 Curve = Mapping[str, Any]
 GRID = 50
-"""Places at which two curves are compared."""
+"""Number of FLOPs values at which two curves are compared."""
 SURE = 0.05
-"""Chance of a gap as large where there is none."""
+"""A gap counts if chance alone gives one as large less often than this."""
 NARROW = 0.02
-"""Curves that share less than this part of the FLOPs are not compared."""
+"""Least share of the FLOPs that two curves must have in common to be compared."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """FID of one curve minus that of another, over FLOPs from `low` to `high`.
+    """Holds the FID of one curve minus that of another, over FLOPs from `low` to `high`.
 
-    FLOPs in GMAC and gaps in FID; where curves are relative to their own dense models, shares of
-    its FLOPs and percent of its FID. mean, error: over seeds, and its standard error (None: one
-    seed). lower, upper: means over the lower and the upper half of the FLOPs.
+    FLOPs are in GMAC and gaps in FID. If `relative`, they are shares of the dense model's FLOPs and
+    percent of its FID. mean: over seeds; error: its standard error, None with one seed. lower,
+    upper: means over the lower and the upper half of the FLOPs.
     """
 
     mean: float
@@ -47,7 +47,7 @@ class Gap:
 
     @property
     def counts(self) -> bool:
-        """Whether it is more than chance."""
+        """Whether the gap is more than chance."""
         if self.error is None:
             return False
         return abs(self.mean) > student.ppf(1 - SURE / 2, self.num_seeds - 1) * self.error
@@ -55,8 +55,8 @@ class Gap:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim and what the data say. gap: of what the claim holds to be better minus the other;
-    None where the curves share too few FLOPs."""
+    """Holds a claim and what the data say. gap: the curve that is claimed to be better minus the
+    other; None if they share too few FLOPs."""
 
     claim: str
     figure: str
@@ -80,9 +80,9 @@ class Verdict:
 
 
 def gap(better: Curve, worse: Curve, relative: Sequence[Curve] = ()) -> Gap | None:
-    """The gap between two curves; None where they share too few FLOPs.
+    """Compute the gap between two curves; None if they share too few FLOPs.
 
-    relative: the dense curve of each; FLOPs and FID are then shares of these.
+    relative: the dense curve of each; FLOPs and FID are then relative to these.
     """
     a, b = (_lines(c, d) for c, d in zip((better, worse), relative or (None, None), strict=True))
     low, high = max(a[0][0], b[0][0]), min(a[0][-1], b[0][-1])
@@ -108,7 +108,7 @@ def gap(better: Curve, worse: Curve, relative: Sequence[Curve] = ()) -> Gap | No
 
 
 def _lines(curve: Curve, dense: Curve | None) -> tuple[Any, Any]:
-    """FLOPs (points,) rising, and FID (seeds, points)."""
+    """Return a curve's FLOPs (points,), rising, and FID (seeds, points)."""
     rows = sorted(curve["rows"], key=lambda row: float(row["flops_gmac"]))
     flops: npt.NDArray[Any] = np.array([row["flops_gmac"] for row in rows])
     fid: npt.NDArray[Any] = np.array([row["fid_by_seed"] for row in rows]).T
@@ -120,7 +120,7 @@ def _lines(curve: Curve, dense: Curve | None) -> tuple[Any, Any]:
 
 
 def table(found: Sequence[Verdict]) -> str:
-    """The verdicts as a Markdown table."""
+    """Write the verdicts as a Markdown table."""
     heads = ["claim", "figure", "FID of", "minus FID of", "compared over"]
     heads += ["mean gap (standard error)", "lower, upper half", "verdict"]
     rows = [(v.claim, v.figure, v.better, v.worse, *_shown(v.gap), v.says) for v in found]
@@ -132,7 +132,7 @@ def table(found: Sequence[Verdict]) -> str:
 
 
 def _shown(found: Gap | None) -> tuple[str, str, str]:
-    """FLOPs, gap and halves of a gap."""
+    """Write the FLOPs, mean and halves of a gap."""
     if found is None:
         return "-", "-", "-"
     unit = " %" if found.relative else ""

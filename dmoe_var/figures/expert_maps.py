@@ -1,4 +1,4 @@
-"""Figures 2b and 12: what has been drawn after each of the last scales, and the experts it took."""
+"""Figures 2b and 12: the images after each of the last scales, and the experts that ran."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from dmoe_var.figures.style import Paths, save, styled, subplots
 
 
 class ExpertMaps(NamedTuple):
-    """Of N images at each of S sparse scales, for one tau.
+    """Holds the images and maps of N images at each of S sparse scales, for one tau.
 
-    images: uint8 (N, S, R, R, 3), decoded after the scale; maps: float (N, S, P, P), the share of
-    experts that ran on each token, summed over layers, conditional branch, enlarged to the finest
-    scale's side P.
+    images: uint8 (N, S, R, R, 3), decoded after the scale. maps: float (N, S, P, P), the density on
+    each token of the conditional branch over all layers, enlarged to the finest scale's side P.
     """
 
     images: np.ndarray
@@ -23,7 +22,7 @@ class ExpertMaps(NamedTuple):
 
 @styled
 def draw(by_tau: dict[str, ExpertMaps], scales: list[int], paths: Paths) -> None:
-    """A block of rows a tau, two rows an image: picture and map; darker means fewer experts."""
+    """Plot columns for each tau and two rows per image, picture and map; darker: fewer experts."""
     num_images = len(next(iter(by_tau.values())).images)
     columns = len(by_tau) * len(scales)
     figure, axes = subplots(

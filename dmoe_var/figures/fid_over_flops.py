@@ -1,4 +1,4 @@
-"""FID over FLOPs, of the curves of figures and sweeps."""
+"""Plot FID over FLOPs for the curves of figures and sweeps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ FLOPS = "transformer GMAC an image (guidance included, decoder left out)"
 SIZES = {"dense": 11, "chosen": 10}
 
 Curve = Mapping[str, Any]
-"""name, method (its colour), shade (None, or 0..1 among curves of a kind), line (or points alone),
-rows: label, fid_mean, fid_std and the quantity on the x axis, by default flops_gmac."""
+"""Keys: name, method (for the colour), shade (None, or 0..1 among curves of a kind), line (false:
+points alone), rows with label, fid_mean, fid_std and the x axis, by default flops_gmac."""
 
 
 def display_name(metric: str) -> str:
-    """`fid_efflite0_64px` as people write it; plain FID is InceptionV3's alone."""
+    """Write a metric such as `fid_efflite0_64px` for people; only InceptionV3's is plain FID."""
     size = metric.removeprefix("fid_efflite0_").removesuffix("px")
     return "FID" if metric == "fid" else f"FID-EffLite0 ({size} px)"
 
 
 @styled
 def draw(curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths) -> None:
-    """Draw curves with the standard deviation over seeds as error bars; `note` goes below."""
+    """Plot curves with the standard deviation over seeds as error bars; `note` goes below."""
     figure, axis = subplots(figsize=(5.4, 3.8))
     plot(axis, curves)
     finish(axis, FLOPS, display_name(fid_name), title, note)
@@ -37,7 +37,7 @@ def draw(curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: P
 def draw_accounting(
     curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
 ) -> None:
-    """The same points over FLOPs as counted, and over the figure of the authors' accounting."""
+    """Plot the same points over FLOPs as counted, and over FLOPs by the authors' accounting."""
     figure, axes = subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
     authors = "transformer GMAC an image by the authors' accounting"
     for axis, (x, label) in zip(
@@ -50,7 +50,7 @@ def draw_accounting(
 
 
 def plot(axis: Axes, curves: Sequence[Curve], x: str = "flops_gmac") -> None:
-    """Mean FID over `x`, error bars over seeds; the points of a line carry their labels."""
+    """Plot mean FID over `x`, error bars over seeds; the points of a line carry their labels."""
     shaded = 0
     for curve in curves:
         method, shade = curve["method"], curve["shade"]
@@ -78,7 +78,7 @@ def plot(axis: Axes, curves: Sequence[Curve], x: str = "flops_gmac") -> None:
 
 
 def finish(axis: Axes, x: str, y: str, title: str, note: str = "") -> None:
-    """Axis labels with units, title, legend, and what has to be said below the figure."""
+    """Add axis labels, title, legend, and a note below the figure."""
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_title(title, fontsize=9)

@@ -1,4 +1,4 @@
-"""Expert paths beside the dense FFN: time against density, a panel for each expert size."""
+"""Plot the time of expert paths over density, beside the dense FFN; one panel per expert size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ COLUMNS = 4
 
 @styled
 def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Time over the fastest dense FFN's by density, with the density itself and the device's limit
-    beside it. Of a shape's scales the one of most tokens is shown. Lines join random weights and
-    masks; a star is a model's own layers as it draws."""
+    """Plot time relative to the fastest dense FFN over density, beside the density itself and the
+    device's limit. Each panel shows the scale with the most tokens. Lines join random weights and
+    masks; a star is a model's own layers as it samples."""
     shown = [row for row in rows if row["density"] is not None]
     sizes = sorted({(row["model"], row["width"], row["expert_size"]) for row in shown})
     columns = min(COLUMNS, len(sizes))
@@ -29,18 +29,20 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = subplots(
         count, columns, figsize=(2.6 * columns, 2.6 * count), squeeze=False, sharey=True
     )
-    figure.subplots_adjust(hspace=0.6)  # titles of a row below the densities of the one above
+    figure.subplots_adjust(hspace=0.6)  # keeps a row's titles below the x labels of the row above
     for axis, (model, width, size) in zip(axes.flat[: len(sizes)], sizes, strict=True):
         of_size = [r for r in shown if (r["model"], r["expert_size"]) == (model, size)]
+        # The largest scale
         tokens = max(row["tokens"] for row in of_size)
         of_size = sorted(
             (row for row in of_size if row["tokens"] == tokens), key=lambda row: row["density"]
         )
         own = [row for row in of_size if row["masks"] != "random"]
         of_size = [row for row in of_size if row["masks"] == "random"]
+        # A line per path
         for impl in PATH_COLOURS:
             points = [row for row in of_size if row["impl"] == impl]
-            if not points:  # not on that device
+            if not points:  # the path does not run on that device
                 continue
             axis.plot(
                 [row["density"] for row in points],
@@ -59,6 +61,7 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 color=PATH_COLOURS[impl],
                 markersize=7,
             )
+        # Limits and labels
         limits = [row for row in of_size if row["impl"] == "reference"]
         axis.plot(
             [row["density"] for row in limits],

@@ -1,4 +1,4 @@
-"""Where the time of a batch goes: a stacked bar a sampler, a colour a part."""
+"""Plot where the time of a batch goes: one stacked bar per sampler, one colour per part."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PART_COLOURS = {
     "decoder": "#000000",
     "rest": "#DDDDDD",
 }
-"""By part of `metrics.part_timing`, from the palette of the methods."""
+"""Colours by part of `metrics.part_timing`, from the palette of the methods."""
 
 
 @styled
 def draw_part_times(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Milliseconds an image by part; rows: a benchmark's, with `by_part_ms` where it was timed."""
+    """Plot milliseconds per image by part, for those rows of a benchmark that have `by_part_ms`."""
     shown = [row for row in rows if "by_part_ms" in row]
     figure, axis = subplots(figsize=(6.4, 0.9 + 0.32 * len(shown)))
     for i, row in enumerate(shown):

@@ -1,4 +1,4 @@
-"""Figure 2a: dense images beside dynamic ones from the same seeds."""
+"""Figure 2a: plot dense images beside dynamic ones from the same seeds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from dmoe_var.figures.style import DPI, Paths, new_figure, save, styled
 
 SMALLEST, LARGEST = 0.7, 1.7
-"""Side of a picture in inches."""
+"""Least and most side of a picture, in inches."""
 MOST = 20
-"""Width and height of a panel, in inches."""
+"""Most width and height of a panel, in inches."""
 GAP = 0.2
-"""Between panels, in inches."""
+"""Space between panels, in inches."""
 
 
 def tile(images_NRR3: np.ndarray, columns: int) -> np.ndarray:
-    """Images in rows of `columns`, one white pixel between them; uint8 (height, width, 3)."""
+    """Tile images in rows of `columns`, one white pixel apart; uint8 (height, width, 3)."""
     num, side = images_NRR3.shape[:2]
     rows = -(-num // columns)
     canvas = np.full((rows * (side + 1) - 1, columns * (side + 1) - 1, 3), 255, np.uint8)
@@ -36,10 +36,10 @@ def draw(
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> None:
-    """Draw one grid a panel, side by side; panels: title -> uint8 (N, R, R, 3).
+    """Plot one grid per panel, side by side; panels: title -> uint8 (N, R, R, 3).
 
-    Rows are named beside the first panel, columns above each. Small pictures are enlarged; large
-    ones keep their pixels where a panel does not grow beyond 20 inches.
+    Rows are named beside the first panel, columns above each. Small pictures are enlarged. Others
+    keep their pixels up to LARGEST inches per picture and MOST inches per panel.
     """
     num, side = next(iter(panels.values())).shape[:2]
     rows = -(-num // columns)
@@ -59,7 +59,7 @@ def draw(
 def _name_cells(
     axis: Axes, side: int, row_names: Sequence[str], column_names: Sequence[str]
 ) -> None:
-    """Names at the middle of each row and column, and no lines at all."""
+    """Write names at the middle of each row and column, and hide all lines."""
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labelsize=8, top=False, labeltop=True, labelbottom=False)

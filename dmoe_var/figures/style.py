@@ -1,4 +1,4 @@
-"""One look for all figures: a colour a method everywhere, legible without colour vision."""
+"""One look for all figures: one colour per method, legible without colour vision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOURS = {
     "linear": "#009E73",
     "fixed": "#0072B2",
 }
-"""By method, from the Okabe-Ito palette and two dark tones; `last` and `fixed` are one method."""
+"""Colours by method: Okabe-Ito's palette and two dark tones; `last` and `fixed` are one method."""
 MARKERS = {
     **{rule.name: rule.marker for rule in RULES.values()},
     "dense": "*",
@@ -44,7 +44,7 @@ MARKERS = {
     "linear": "^",
 }
 SHADED_MARKERS = "osD^vP*X"
-"""Of curves that differ by a number (scale, width, alpha, depth), beside their shade."""
+"""Markers, beside the shade, for curves that differ by a number (scale, width, alpha, depth)."""
 
 DPI = 150
 styled = rc_context(
@@ -59,11 +59,11 @@ styled = rc_context(
         "pdf.fonttype": 42,
     }
 )
-"""Decorates what draws a figure; a notebook's own style stays what it is."""
+"""Decorates functions that plot a figure; a notebook's own style stays what it is."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, whatever the backend for figures on a screen is."""
+    """Make an empty figure of that many inches, whatever backend shows figures on a screen."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
@@ -72,24 +72,24 @@ def new_figure(width: float, height: float) -> Figure:
 def subplots(
     rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any
 ) -> Any:
-    """A new figure, and its axes."""
+    """Make a new figure and its axes."""
     figure = new_figure(*figsize)
     return figure, figure.subplots(rows, columns, **options)
 
 
 def colour(method: str, shade: float | None = None) -> str:
-    """The colour of a method, or for shade 0..1 one of cividis, which is even without colour."""
+    """Return a method's colour or, for a shade 0..1, one of cividis, which is even in grey."""
     if shade is None:
         return COLOURS[method]
     return to_hex(colormaps["cividis"](0.9 * shade))
 
 
 Paths = Path | Sequence[Path]
-"""A file, or several of one figure (PNG and PDF)."""
+"""One file, or several for one figure (PNG and PDF)."""
 
 
 def save(figure: Figure, paths: Paths) -> None:
-    """Write each file, PNG or PDF by its ending, whole or not at all."""
+    """Write each file whole or not at all, as PNG or PDF by its ending."""
     for path in (paths,) if isinstance(paths, Path) else paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = path.suffix.removeprefix(".")

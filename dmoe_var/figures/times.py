@@ -1,4 +1,4 @@
-"""Figures 8b and 9: throughput by scale, and time over tau, from the rows of a benchmark."""
+"""Figures 8b and 9: plot throughput by scale and time over tau, from a benchmark's rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dmoe_var.figures.fid_over_flops import finish
 from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, save, styled, subplots
 
 Bars = Mapping[str, Any]
-"""name, method, shade, images_per_s: one value a scale."""
+"""Keys: name, method, shade, images_per_s (one value per scale)."""
 Times = Mapping[str, Any]
-"""name, method, shade; dense, rows: ms_median, ms_p10, ms_p90, of rows also tau."""
+"""Keys: name, method, shade, dense, rows. Dense and each row hold ms_median, ms_p10 and ms_p90; a
+row also holds tau."""
 
 
 @styled
 def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -> None:
-    """A group of bars a scale, a bar a model."""
+    """Plot one group of bars per scale, one bar per model."""
     figure, axis = subplots(figsize=(5.6, 3.4))
     width = 0.8 / len(bars)
     for i, each in enumerate(bars):
@@ -39,7 +40,7 @@ def draw_throughput(bars: Sequence[Bars], title: str, note: str, paths: Paths) -
 
 @styled
 def draw_over_tau(curves: Sequence[Times], title: str, note: str, paths: Paths) -> None:
-    """Time of a batch over tau, as a ratio to the dense model's of the same run; p10 to p90."""
+    """Plot a batch's time over tau, relative to the dense model's in the same run; p10 to p90."""
     figure, axis = subplots(figsize=(5.4, 3.6))
     times_ms = [curve["dense"]["ms_median"] for curve in curves]
     dense = f"dense VAR ({min(times_ms):.0f} to {max(times_ms):.0f} ms)"

@@ -1,4 +1,4 @@
-"""Figures 6 and 10a: losses over steps, a curve a run, from the lines of metrics.jsonl."""
+"""Figures 6 and 10a: plot losses over steps, one curve per run, from lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.style import SHADED_MARKERS, Paths, colour, save, styled, subplots
 
 LoggedRun = Mapping[str, Any]
-"""name, shade (0..1), and by panel a list of [step, value]."""
+"""Keys: name, shade (0..1), and for each panel's key a list of [step, value]."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A loss: the key of its values in a run, what stands on the y axis, and its scale."""
+    """Describes a loss: its key in a run, and the label and scale of the y axis."""
 
     key: str
     label: str
@@ -25,7 +25,7 @@ class Panel:
 
 
 def plot(axis: Axes, runs: Sequence[LoggedRun], panel: Panel) -> None:
-    """The curves of one panel."""
+    """Plot the curves of one panel."""
     for i, run in enumerate(runs):
         steps, values = zip(*run[panel.key], strict=True)
         marker = SHADED_MARKERS[i % len(SHADED_MARKERS)]
@@ -40,8 +40,8 @@ def plot(axis: Axes, runs: Sequence[LoggedRun], panel: Panel) -> None:
 
 @styled
 def draw(data: Mapping[str, Any], panels: Sequence[Panel], title: str, paths: Paths) -> None:
-    """One panel a loss, and one for the FID that the runs led to: over FLOPs, or over the number
-    in which the runs differ where all experts ran."""
+    """Plot one panel per loss, and one for the FID of the runs' models: over FLOPs or, if all
+    experts ran, over the number in which the runs differ."""
     runs, curves = data["runs"], data["curves"]
     figure, axes = subplots(1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.6))
     for axis, panel in zip(axes, panels, strict=False):
@@ -60,7 +60,7 @@ def draw(data: Mapping[str, Any], panels: Sequence[Panel], title: str, paths: Pa
 
 
 def _levels(axis: Axes, dense: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
-    """FID of each run's model, in the order of their numbers, beside the dense model's."""
+    """Plot the FID of each run's model, in the order of its rows, beside the dense model's."""
     rows = tuned["rows"]
     axis.errorbar(
         range(len(rows)), [row["fid_mean"] for row in rows], [row["fid_std"] for row in rows],

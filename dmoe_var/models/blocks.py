@@ -24,10 +24,10 @@ MAX_SCALE_MUL = math.log(100)
 
 
 class Rows(NamedTuple):
-    """Where a part lies in a whole batch: rows start, start + 1, ... of `total`.
+    """Says where a part lies in a whole batch: rows start, start + 1, ... of `total`.
 
-    Whatever is drawn at random for a row is drawn for the whole batch and cut, so that neither
-    gradient accumulation nor the number of processes changes what a row gets.
+    Random numbers are drawn for the whole batch, and a part takes its cut. So neither gradient
+    accumulation nor the number of processes changes what a row gets.
     """
 
     start: int
@@ -35,19 +35,19 @@ class Rows(NamedTuple):
 
 
 def whole(num_rows: int) -> Rows:
-    """The rows of a batch that is not cut."""
+    """Return the rows of a batch that is not cut."""
     return Rows(0, num_rows)
 
 
 class Modulation(NamedTuple):
-    """AdaLN of every block, (B, 1, 6, C) each, and of the head norm, (B, 1, 2, C)."""
+    """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C)."""
 
     blocks: list[Tensor]
     head: Tensor
 
 
 class DropPath(nn.Module):
-    """Drops a whole residual branch of a sample while training, by its gain gamma (B, 1, C)."""
+    """While training, drops a row's whole residual branch by zeroing its gain gamma (B, 1, C)."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -62,7 +62,7 @@ class DropPath(nn.Module):
 
 
 class FFN(nn.Module):
-    """fc2(act(fc1(x))), hidden width 4C."""
+    """Computes fc2(act(fc1(x)))."""
 
     def __init__(self, width: int, hidden: int, act: str):
         super().__init__()
@@ -76,7 +76,7 @@ class FFN(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; with `l2_norm`, of unit queries and keys and a learnt temperature."""
+    """Multi-head attention; with `l2_norm`, on unit queries and keys with a learnt temperature."""
 
     zero_k_bias: Tensor
 
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        # By numpy, as VAR's tables: a skeleton on the meta device has their values as well.
+        # From numpy, like VAR's tables, so that a skeleton on the meta device has values here too.
         self.register_buffer("zero_k_bias", torch.from_numpy(np.zeros(width, np.float32)))
         self.proj = Linear(width, width)
 
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """x += gamma1 attn(LN(x)(1 + scale1) + shift1); x += gamma2 ffn(LN(x)(1 + scale2) + shift2).
 
-    Without `shared_adaln` the block projects the condition itself (`ada_lin`); with it, the block
+    Without `shared_adaln` the block projects the condition itself (`ada_lin`). With it, the block
     adds a parameter (`ada_gss`) to one projection that all blocks share.
     """
 
@@ -146,7 +146,7 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
-        """AdaLN chunks (B, 1, 6, C); they depend on the class alone, not on the scale."""
+        """Compute the AdaLN chunks (B, 1, 6, C), which depend on the class but not on the scale."""
         if shared_B16C is not None:
             return self.ada_gss + shared_B16C
         out: Tensor = self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
@@ -166,7 +166,7 @@ class Block(nn.Module):
         rows: Rows | None = None,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
-        if cache is None:  # over a cache nothing is trained, whatever mode the model is in
+        if cache is None:  # with a cache nothing is trained, even in train mode
             gamma1, gamma2 = self.drop_path(gamma1, rows), self.drop_path(gamma2, rows)
         h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
         attended = self.attn(h_BLC, layer, mask_11LL, cache)
@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """AdaLN before the head: LN(x)(1 + scale) + shift."""
+    """Applies AdaLN before the head: LN(x)(1 + scale) + shift."""
 
     def __init__(self, width: int, norm_eps: float):
         super().__init__()
@@ -186,7 +186,7 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
-        """scale and shift, (B, 1, 2, C)."""
+        """Compute scale and shift, (B, 1, 2, C)."""
         out: Tensor = self.ada_lin(cond_BC).view(-1, 1, 2, self.width)
         return out
 

@@ -1,4 +1,4 @@
-"""Models built around given tensors, strictly: every key, shape and constant has to fit."""
+"""Build models around given tensors, strictly: every key, shape and constant has to fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """CheckpointError that names in one line what of a state dict does not fit a module."""
+    """Raise CheckpointError if a state dict does not fit a module; one line names what does not."""
     wants = {name: tuple(t.shape) for name, t in wanted.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     problems = []
@@ -51,11 +51,11 @@ def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | s
 
 
 def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """CheckpointError where numbers that follow from the shape (scale numbers, the mask) differ, or
-    the weights are of a type that is not computed with."""
+    """Raise CheckpointError if a buffer that follows from the shape (scale numbers, the mask)
+    differs, or if weights are not of WEIGHT_TYPES."""
     for name, buffer in skeleton.named_buffers():
         given = tensors[name]
-        if buffer.is_meta or given.is_meta:  # without values
+        if buffer.is_meta or given.is_meta:  # no values to compare
             continue
         if not torch.equal(buffer.to(given), given):
             raise CheckpointError(f"{source}: {name} is not what follows from the shape")
@@ -66,15 +66,15 @@ def check_constants(skeleton: nn.Module, tensors: Mapping[str, Tensor], source: 
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:
-    """Both dense, and both of floating point or both of the same whole numbers."""
+    """Say whether layouts agree, and both are of floating point or of the same other dtype."""
     if a.layout != b.layout:
         return False
     return b.is_floating_point() if a.is_floating_point() else a.dtype == b.dtype
 
 
 class _WithoutInitialValues(TorchFunctionMode):
-    """Skips torch.nn.init: on the meta device it has nothing to fill, and its first normal_ there
-    would import torch's compiler (160 MB)."""
+    """Skips torch.nn.init: on the meta device there is nothing to fill, and the first normal_ would
+    import torch's compiler (160 MB)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -87,9 +87,11 @@ class _WithoutInitialValues(TorchFunctionMode):
 def build_strictly(
     build: Callable[[], Model], tensors: Mapping[str, Tensor], source: Path | str
 ) -> Model:
-    """The module that `build` makes, in eval mode, with these very tensors: no copy, no second
-    set of weights (it is built on the meta device). Weights of several precisions become the one
-    that loses nothing. CheckpointError where they do not fit."""
+    """Build a module on the meta device and give it these very tensors, uncopied, in eval mode.
+
+    Weights of mixed precisions are promoted to one that loses nothing. Raises CheckpointError if
+    the tensors do not fit.
+    """
     try:
         with torch.device("meta"), _WithoutInitialValues():
             model = build()

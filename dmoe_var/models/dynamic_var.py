@@ -1,9 +1,9 @@
-"""DynamicVAR: the dense VAR at most scales, the MoE VAR at the others, over one K/V cache.
+"""DynamicVAR runs the dense VAR at most scales and the MoE VAR at the others, over one K/V cache.
 
 Scale-awareness (DMoE-VAR, section on scale-aware routing): scales outside `moe_scales` run the
-untouched pretrained model, its head included; those inside run the fine-tuned expert model, its
-head included. Embeddings are the dense model's. Legend: B batch, l tokens of a scale, C width,
-V vocabulary.
+untouched pretrained model, and those inside run the fine-tuned expert model, each with its own
+head. Embeddings are the dense model's. Legend: B batch, l tokens of a scale, L of all, C width,
+V vocabulary, Cvae latent channels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHARED_FIELDS = (
     "z_channels",
     "attn_l2_norm",
 )
-"""What two models must have in common to share embeddings, a K/V cache and a tokenizer."""
+"""Fields that two models need in common to share embeddings, a K/V cache and a tokenizer."""
 EMBEDDINGS = (
     "word_embed.",
     "class_emb.",
@@ -46,22 +46,22 @@ EMBEDDINGS = (
     "lvl_1L",
     "attn_bias_for_masking",
 )
-"""Beginnings of the names of those tensors that are the dense model's whatever the other holds."""
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Prefixes of tensor names; these tensors are always the dense model's."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 class DynamicVAR(nn.Module):
-    """Joins a dense VAR and its expert version (or, to compare with, an unsplit ReLU version).
+    """Joins a dense VAR and its expert version (or an unsplit ReLU version, for comparison).
 
-    What the two have in common is held once: the embeddings, which are the dense model's, and
-    every tensor of `moe` that equals the dense one of its name bit by bit (what was not
-    fine-tuned). `dense` is held as it is; `moe` is another VAR than the one given, over the same
-    memory, so that the given one keeps its own tensors, device and dtype. Conversions (`.to`,
-    `.half`) keep what is shared shared. A shared parameter is one parameter, with the dense
-    model's `requires_grad`: train both models before they are joined.
+    Tensors that both models have are held once. These are the embeddings, which are the dense
+    model's, and every tensor of `moe` that equals the dense one of its name bit by bit (because it
+    was not fine-tuned). `dense` is held as it is. `moe` becomes a new VAR over the same memory, so
+    the given one keeps its own tensors, device and dtype. Conversions (`.to`, `.half`) keep shared
+    tensors shared. A shared parameter has the dense model's `requires_grad`: train both models
+    before you join them.
 
-    selection: the rule or rules that run where a call gives neither tau nor selection; None runs
-    every expert. ValueError for models, scales or rules that do not fit together.
+    selection: the rule or rules that run if a call gives neither tau nor selection; None runs every
+    expert. Raises ValueError if models, scales or rules do not fit together.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class DynamicVAR(nn.Module):
         self.moe = _over_common_tensors(dense, moe)
         self._scales = tuple(sorted(set(scales)))
         self.given_scales = scales
-        """As they were given: `rules_of` reads no list of tau where that order is another."""
+        """The scales as given; if they are not in order, `rules_of` refuses a value per scale."""
         self._selection: Selection = None
         self.selection = selection
 
@@ -108,7 +108,7 @@ class DynamicVAR(nn.Module):
 
     @property
     def selection(self) -> Selection:
-        """What runs where a call gives neither tau nor selection; ValueError where it cannot."""
+        """What runs if a call gives neither tau nor selection; ValueError if set to what cannot."""
         return self._selection
 
     @selection.setter
@@ -117,7 +117,7 @@ class DynamicVAR(nn.Module):
         self._selection = selection
 
     def backbone_at(self, si: int) -> VAR:
-        """The backbone that runs scale si."""
+        """Return the backbone that runs scale si."""
         return self.moe if si in self._scales else self.dense
 
     def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step[VAR], ...]:
@@ -144,11 +144,11 @@ class DynamicVAR(nn.Module):
         impl: str = "auto",
         observer: Observer | None = None,
     ) -> Tensor:
-        """Teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.
+        """Compute teacher-forced logits (B, L, V), scale by scale over the cache as in sampling.
 
         Without tau and selection the model's own selection runs, and without that every expert.
-        teacher_BLC: (B, L - 1, Cvae). observer: is shown the routing alone, see `moe.observer`. No
-        gradients: the cache is written in place.
+        teacher_BLC: (B, L - 1, Cvae). observer: sees only the routing, see `moe.observer`. No
+        gradients flow, because the cache is written in place.
         """
         rules = rules_of(self, tau, selection)
         check_impl(impl)
@@ -177,8 +177,8 @@ class DynamicVAR(nn.Module):
         return tuple(n for n, tensor in _tensors(self.moe).items() if tensor is dense.get(n))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicVAR:
-        """What `.to`, `.half`, `.cuda` call: torch converts buffers one by one, and where it
-        cannot change a parameter in place that too, so that shared ones have to be joined again."""
+        """Convert, then share again; `.to`, `.half` and `.cuda` call this. torch converts buffers
+        one by one, and parameters too if it cannot change them in place."""
         shared = self.shared_names
         super()._apply(fn, recurse)
         dense = _tensors(self.dense)
@@ -189,7 +189,7 @@ class DynamicVAR(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's; ValueError for two values for a tensor that is held once."""
+        """Load as torch does; ValueError if a tensor that is held once is given two values."""
         pairs = {name: (f"dense.{name}", f"moe.{name}") for name in self.shared_names}
         differ = [
             name
@@ -240,15 +240,15 @@ class DynamicVAR(nn.Module):
 
 
 def _over_common_tensors(dense: VAR, moe: VAR) -> VAR:
-    """A VAR like `moe`, modes and all, over its memory and, for what is common, dense's own
-    tensors. Nothing is copied, and neither model is changed."""
+    """Build a VAR like `moe`, in the same modes, over its memory; common tensors are `dense`'s own.
+    Nothing is copied, and neither model is changed."""
     theirs, own = _tensors(dense), _tensors(moe)
     common = {
         name: theirs[name]
         for name, tensor in own.items()
         if name.startswith(EMBEDDINGS) or (name in theirs and _same_bits(tensor, theirs[name]))
     }
-    # Detached, as load_state_dict sets requires_grad of the parameters that it is given.
+    # Detached, because load_state_dict sets requires_grad of the parameters that it is given.
     memory = {name: tensor.detach() for name, tensor in {**own, **common}.items()}
     joined = build_strictly(lambda: VAR(moe.config), memory, "the MoE model")
     for name, parameter in joined.named_parameters():
@@ -261,7 +261,7 @@ def _over_common_tensors(dense: VAR, moe: VAR) -> VAR:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by their names in the state dict: the objects themselves."""
+    """Return the parameter and buffer objects themselves, by their names in the state dict."""
     return dict(model.state_dict(keep_vars=True))
 
 
@@ -272,10 +272,10 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits (so 0 and -0 differ, and NaN may equal NaN)."""
+    """Say whether two tensors hold the same bits (so 0 and -0 differ, and NaN may equal NaN)."""
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
-    if a is b or a.is_meta:  # a tensor without values equals itself alone
+    if a is b or a.is_meta:  # a tensor without values equals only itself
         return a is b
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
@@ -286,7 +286,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def rules_of(
     model: VAR | DynamicVAR, tau: Tau = None, selection: Selection = None
 ) -> dict[int, SelectionRule]:
-    """As `resolve_rules`, for this model; ValueError also where it cannot run one of the rules."""
+    """Call `resolve_rules` for this model; ValueError also if it cannot run one of the rules."""
     num_scales = model.config.num_scales
     rules = resolve_rules(tau, selection, num_scales, model.moe_scales, model.selection)
     ordered = getattr(model, "given_scales", model.moe_scales)

@@ -1,4 +1,4 @@
-"""Keys and values of all scales drawn so far, preallocated.
+"""A preallocated cache of the keys and values of all scales so far.
 
 Legend: B batch (both guidance branches), H heads, N layers, L tokens of all scales, l tokens of
 one scale, D head dimension.
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """One buffer for all layers. Every layer of a scale writes, then `advance` moves on.
+    """Holds one buffer for all layers. Every layer of a scale writes, then `advance` moves on.
 
-    The dense and the MoE backbone of a DynamicVAR write into the same cache: that is how the
-    coarse scales' keys and values are handed over at the switch.
+    The dense and the MoE backbone of a DynamicVAR write into the same cache. So the MoE backbone
+    sees the keys and values of the scales that the dense one ran.
     """
 
     def __init__(
@@ -44,5 +44,5 @@ class KVCache:
         return k_BHLD[:, :, :end], v_BHLD[:, :, :end]
 
     def advance(self, num_tokens: int) -> None:
-        """End a scale of `num_tokens` tokens."""
+        """Move past a scale of `num_tokens` tokens, after all layers have written it."""
         self.length += num_tokens

@@ -1,7 +1,7 @@
 """Multi-scale residual quantiser of VAR's VQ-VAE (VAR, section 3.2; arXiv 2404.02905).
 
 Legend: B batch, C code channels (z_channels), H W latent height and width (= patch_nums[-1]),
-p = patch_nums[si], S number of scales, V vocabulary, N tokens of a whole batch.
+p = patch_nums[si], l = p*p, S number of scales, V vocabulary, N tokens of a whole batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dmoe_var.ops import Conv2d, at_least_float32
 
 
 class Phi(Conv2d):
-    """phi(h) = (1 - r) h + r conv3x3(h): smooths an upsampled code map. In float32 at least, also
-    where its weights are half and under autocast: it is part of the sum that tokens code."""
+    """Smooths an upsampled code map: phi(h) = (1 - r) h + r conv3x3(h). It computes in float32 at
+    least, even with half weights or under autocast: it is part of the sum that tokens code."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__(channels, channels, kernel_size=3, padding=1)
@@ -34,9 +34,9 @@ class Phi(Conv2d):
 
 
 def nearest_tick(num_phi: int, si: int, num_scales: int) -> int:
-    """Index of the phi that scale `si` uses: the nearest tick to si / (S - 1), first of equals.
+    """Return the index of scale si's phi: the tick nearest to si / (S - 1), the first of equals.
 
-    float64 on purpose: in float32 the ties at si = 2 and 7 of ten scales fall the other way.
+    It must use float64: in float32 the ties at si = 2 and 7 of ten scales fall the other way.
     """
     edge = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     ticks = np.linspace(edge, 1 - edge, num_phi)
@@ -44,15 +44,15 @@ def nearest_tick(num_phi: int, si: int, num_scales: int) -> int:
 
 
 def area_downsample(x_BCHW: Tensor, p: int) -> Tensor:
-    """Means over p x p areas, (B, C, p, p)."""
+    """Average over p x p areas, (B, C, p, p)."""
     if x_BCHW.device.type == "mps" and x_BCHW.shape[-1] % p:
-        # Apple's pooling takes sides that divide alone; these maps are small.
+        # MPS pools only if p divides the side; these maps are small, so the CPU can do it.
         return F.interpolate(x_BCHW.cpu(), size=(p, p), mode="area").to(x_BCHW.device)
     return F.interpolate(x_BCHW, size=(p, p), mode="area")
 
 
 class SharedPhi(nn.Module):
-    """One phi for all scales (published name `quant_resi.qresi`)."""
+    """Holds one phi for all scales (published as `quant_resi.qresi`)."""
 
     def __init__(self, channels: int, ratio: float, num_scales: int):
         super().__init__()
@@ -63,7 +63,7 @@ class SharedPhi(nn.Module):
 
 
 class PartiallySharedPhi(nn.Module):
-    """A few phi, each serving the scales nearest to it (published `quant_resi.qresi_ls.N`)."""
+    """Holds a few phi; each serves the scales nearest to it (published `quant_resi.qresi_ls.N`)."""
 
     def __init__(self, channels: int, ratio: float, num_scales: int, num_phi: int):
         super().__init__()
@@ -77,7 +77,7 @@ class PartiallySharedPhi(nn.Module):
 
 
 class PhiPerScale(nn.ModuleList):
-    """One phi a scale (published `quant_resi.N`)."""
+    """Holds one phi per scale (published as `quant_resi.N`)."""
 
     def __init__(self, channels: int, ratio: float, num_scales: int):
         super().__init__(Phi(channels, ratio) for _ in range(num_scales))
@@ -89,7 +89,7 @@ class PhiPerScale(nn.ModuleList):
 
 
 def build_phi(channels: int, ratio: float, num_scales: int, num_phi: int) -> nn.Module:
-    """`num_phi`: 0 one a scale, 1 one for all, K > 1 that many shared over the scales."""
+    """Build one phi per scale (`num_phi` 0), one for all (1), or K > 1 that the scales share."""
     if num_phi == 0:
         return PhiPerScale(channels, ratio, num_scales)
     if num_phi == 1:
@@ -98,7 +98,7 @@ def build_phi(channels: int, ratio: float, num_scales: int, num_phi: int) -> nn.
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Turns a feature map into one token map a scale, coarse to fine, and back.
+    """Turns a feature map into one token map per scale, coarse to fine, and back.
 
     Each scale codes what the coarser ones left over: the residual is area-downsampled to p x p,
     replaced by its nearest codes, upsampled (bicubic) and smoothed (phi).
@@ -127,7 +127,7 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest_code(self, z_NC: Tensor) -> Tensor:
-        """Indices (N,) of the codes with the least L2 distance to each row of z_NC."""
+        """Find the code with the least L2 distance to each row of z_NC; indices (N,)."""
         codes_VC = at_least_float32(self.embedding.weight)
         with torch.autocast(z_NC.device.type, enabled=False):  # 8 bits do not tell codes apart
             z_NC = z_NC.to(codes_VC.dtype)
@@ -135,7 +135,7 @@ class MultiScaleQuantizer(nn.Module):
             return torch.addmm(distance_NV, z_NC, codes_VC.T, alpha=-2).argmin(1)
 
     def spread(self, code_BCpp: Tensor, si: int) -> Tensor:
-        """What scale si adds to f_hat: phi(bicubic upsampling of its codes), (B, C, H, W)."""
+        """Compute what scale si adds to f_hat: phi(bicubic upsampling of codes), (B, C, H, W)."""
         size = self.patch_nums[-1]
         if si != len(self.patch_nums) - 1:
             code_BCpp = F.interpolate(code_BCpp, size=(size, size), mode="bicubic")
@@ -144,25 +144,25 @@ class MultiScaleQuantizer(nn.Module):
         return out
 
     def lookup(self, tokens_Bl: Tensor, si: int) -> Tensor:
-        """Code vectors (B, C, p, p), float32 at least, of one scale's tokens (B, p*p).
+        """Look up the codes (B, C, p, p), float32 at least, of one scale's tokens (B, p*p).
 
-        A model in half precision sums them in float32: ten roundings of f_hat would show.
+        Even a half-precision model sums them in float32: ten roundings of f_hat would show.
         """
         p = self.patch_nums[si]
         codes_BlC = at_least_float32(self.embedding(tokens_Bl))
         return codes_BlC.transpose(1, 2).reshape(-1, self.channels, p, p)
 
     def next_input(self, f_hat_BCHW: Tensor, si: int) -> Tensor:
-        """What the transformer reads at scale si: f_hat area-downsampled, (B, p*p, C)."""
+        """Downsample f_hat by area to what the transformer reads at scale si, (B, p*p, C)."""
         p = self.patch_nums[si]
         return area_downsample(f_hat_BCHW, p).flatten(2).transpose(1, 2)
 
     def encode(self, f_BCHW: Tensor) -> list[Tensor]:
-        """Tokens of each scale, LongTensor (B, p*p), of a feature map (B, C, H, W)."""
+        """Encode a feature map (B, C, H, W) into the tokens of each scale, LongTensor (B, p*p)."""
         return [tokens_Bl for tokens_Bl, _ in self.encode_with_inputs(f_BCHW)]
 
     def encode_with_inputs(self, f_BCHW: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each scale the tokens (B, p*p) and the vectors (N, C) that they stand for."""
+        """Return, per scale, the tokens (B, p*p) and the vectors (N, C) that they stand for."""
         residual_BCHW = at_least_float32(f_BCHW.detach()).clone()
         scales = []
         for si in range(len(self.patch_nums)):
@@ -179,7 +179,7 @@ class MultiScaleQuantizer(nn.Module):
         return residual_BCHW.permute(0, 2, 3, 1).reshape(-1, self.channels)
 
     def partial_sums(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """f_hat (B, C, H, W) after each scale."""
+        """Compute f_hat (B, C, H, W) after each scale."""
         f_hat = torch.zeros((), device=tokens[0].device)
         sums = []
         for si, tokens_Bl in enumerate(tokens):
@@ -188,7 +188,7 @@ class MultiScaleQuantizer(nn.Module):
         return sums
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """The transformer's inputs of scales 1..S-1 under teacher forcing, (B, L - 1, C)."""
+        """Compute VAR's inputs for scales 1..S-1 under teacher forcing, (B, L - 1, C)."""
         sums = self.partial_sums(tokens[:-1])
         return torch.cat([self.next_input(f_hat, si + 1) for si, f_hat in enumerate(sums)], dim=1)
 

@@ -26,52 +26,51 @@ from dmoe_var.moe.routing import Routing
 from dmoe_var.ops import Linear, at_least_float32
 
 Labels = Sequence[int] | np.ndarray | Tensor
-"""Classes of any integer type, on any device."""
+"""Class numbers of any integer type, on any device."""
 HEAD_DIM = 64
-ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
+ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}  # by depth, as published
 
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Shape of a VAR; depth derives what is left null."""
+    """Shape of a VAR; what is left null is derived from depth."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     depth: Annotated[int, Field(gt=0)] = 16
     """Transformer blocks."""
     width: Annotated[int, Field(gt=0)] | None = None
-    """Channels C of a token; null: 64 for each block."""
+    """Channels C per token; null means 64 times depth."""
     num_heads: Annotated[int, Field(gt=0)] | None = None
-    """Attention heads; null: one for 64 channels."""
+    """Attention heads; null means one per 64 channels."""
     num_classes: Annotated[int, Field(gt=0)] = 1000
-    """Classes; the null class of guidance comes on top."""
+    """Number of classes, without guidance's null class."""
     patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
         PATCH_NUMS_256
     )
-    """Tokens a side of each scale, coarse to fine; the VQ-VAE's."""
+    """Side of each scale's token map, coarse to fine; must be the VQ-VAE's."""
     vocab_size: Annotated[int, Field(gt=1)] = 4096
-    """Codes of a token; the VQ-VAE's."""
+    """Codes that a token can take; must be the VQ-VAE's."""
     z_channels: Annotated[int, Field(gt=0)] = 32
-    """Channels of a code; the VQ-VAE's."""
+    """Channels per code; must be the VQ-VAE's."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    """Hidden neurons of an FFN, in widths."""
+    """Hidden neurons of an FFN, as a multiple of its width."""
     activation: Literal["gelu", "relu"] = "gelu"
     """Activation of the FFNs: gelu as published, relu after ReLUfication."""
     shared_adaln: bool = False
     """Whether all blocks share one AdaLN projection."""
     attn_l2_norm: bool = True
-    """Whether queries and keys have length 1, with a learnt scale for each head."""
+    """Whether queries and keys have length 1, with a learnt scale per head."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Largest rate of stochastic depth, reached at the last block; null: 0.1 at depth 24, in
-    proportion."""
+    """Stochastic depth's rate at the last block, to which it rises; null means 0.1 * depth / 24."""
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of labels that training replaces by the null class."""
     adaln_gamma_gain: Annotated[float, Field(gt=0)] | None = None
-    """Gain of AdaLN gates at initialisation; null: as published for the depth."""
+    """Gain of AdaLN gates at initialisation; null means the published value for the depth."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     """Epsilon of the layer norms."""
     experts: ExpertConfig | None = None
-    """How FFNs are cut into experts; null: they are not."""
+    """How FFNs are cut into experts; null means that they are not."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)
@@ -107,7 +106,7 @@ class VARConfig:
 
     @property
     def num_experts(self) -> int:
-        """Experts of each FFN; 0 where FFNs are not split."""
+        """Experts per FFN; 0 if FFNs are not split."""
         return self.hidden // self.experts.expert_size if self.experts else 0
 
     @property
@@ -127,8 +126,8 @@ class VARConfig:
 
 
 def check_labels(labels: Labels, num_classes: int, device: torch.device) -> Tensor:
-    """Labels as LongTensor (B,) on a device; ValueError for anything but a non-empty list of whole
-    numbers within 0..num_classes (the last is the null class)."""
+    """Turn labels into a LongTensor (B,) on a device. Raises ValueError unless they are a non-empty
+    list of whole numbers within 0..num_classes (the last is the null class)."""
     if torch.compiler.is_compiling() and isinstance(labels, Tensor):  # knows no values
         if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point():
             raise ValueError("labels must be a non-empty list of whole numbers")
@@ -143,7 +142,7 @@ def check_labels(labels: Labels, num_classes: int, device: torch.device) -> Tens
 
 
 class VAR(nn.Module):
-    """The backbone, dense or, with `config.experts`, with expert FFNs.
+    """The transformer; its FFNs are dense, or split into experts if `config.experts` is set.
 
     State-dict names of a dense VAR are those of the published models.
     """
@@ -152,7 +151,7 @@ class VAR(nn.Module):
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
     selection: ClassVar[None] = None
-    """A VAR has no selection rule of its own: where none is given every expert runs."""
+    """A VAR has no selection rule of its own: if none is given, every expert runs."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
@@ -182,7 +181,7 @@ class VAR(nn.Module):
         )
         self.head_nm = HeadNorm(C, config.norm_eps)
         self.head = Linear(C, config.vocab_size)
-        # numpy: on the meta device the first arithmetic of tensors imports torch's compiler.
+        # In numpy: on the meta device the first tensor arithmetic would import torch's compiler.
         level_L = np.repeat(np.arange(config.num_scales), [p * p for p in config.patch_nums])
         self.register_buffer("lvl_1L", torch.from_numpy(level_L[None]))
         sees_LL = level_L[:, None] >= level_L
@@ -199,7 +198,7 @@ class VAR(nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """Initialise as published (the routers of expert FFNs initialise themselves)."""
-        if self.pos_start.is_meta:  # a skeleton, whose values are still to come
+        if self.pos_start.is_meta:  # a skeleton that gets its values later
             return
         config = self.config
         std = (1 / config.C / 3) ** 0.5
@@ -231,21 +230,21 @@ class VAR(nn.Module):
 
     @property
     def moe_scales(self) -> tuple[int, ...]:
-        """Scales at which experts are selected: all of them, or none without experts."""
+        """Scales at which experts are selected: all, or none if there are no experts."""
         return tuple(range(self.config.num_scales)) if self.config.experts else ()
 
     def backbone_at(self, si: int) -> VAR:
-        """The backbone that runs scale si; a DynamicVAR has two."""
+        """Return the backbone that runs scale si; a DynamicVAR has two."""
         return self
 
     def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step[VAR], ...]:
-        """The steps of an image in order, see `models.plan`. branches: rows of an image;
-        adaln_every_scale: each step computes AdaLN's projections, not each backbone's first."""
+        """Plan the steps of an image in order, see `models.plan`. branches: rows per image.
+        adaln_every_scale: each step computes AdaLN's projections, not just a backbone's first."""
         backbones = [self] * self.config.num_scales
         return steps(backbones, self, self.config.scale_slices, branches, adaln_every_scale)
 
     def condition(self, labels_B: Tensor) -> Tensor:
-        """Class embeddings (B, C); label `num_classes` is the null class."""
+        """Embed classes, (B, C); label `num_classes` is the null class."""
         out: Tensor = self.class_emb(labels_B)
         return out
 
@@ -253,17 +252,17 @@ class VAR(nn.Module):
         return self.lvl_embed(self.lvl_1L[:, tokens]) + self.pos_1LC[:, tokens]
 
     def embed_start(self, cond_BC: Tensor) -> Tensor:
-        """Input of scale 0, (B, l, C): the condition at every one of its tokens."""
+        """Compute the input of scale 0, (B, l, C): the condition at each of its tokens."""
         tokens = self.config.scale_slices[0]
         return cond_BC[:, None] + self.pos_start + self._position(tokens)
 
     def embed_scale(self, f_hat_BlC: Tensor, si: int) -> Tensor:
-        """Input of scale si >= 1, (B, l, C), from the downsampled f_hat (B, l, Cvae)."""
+        """Compute the input of scale si >= 1, (B, l, C), from a downsampled f_hat (B, l, Cvae)."""
         words_BlC = self.word_embed(f_hat_BlC.to(self.word_embed.weight.dtype))
         return words_BlC + self._position(self.config.scale_slices[si])
 
     def modulation(self, cond_BC: Tensor) -> Modulation:
-        """All AdaLN projections of a condition. They are the same at every scale."""
+        """Compute all AdaLN projections of a condition. They are the same at every scale."""
         shared = None
         if self.config.shared_adaln:
             shared = self.shared_ada_lin(cond_BC).view(-1, 1, 6, self.config.C)
@@ -271,7 +270,7 @@ class VAR(nn.Module):
         return Modulation(blocks, self.head_nm.modulation(cond_BC))
 
     def new_cache(self, batch: int) -> KVCache:
-        """An empty K/V cache for all scales of `batch` rows, in the compute dtype."""
+        """Make an empty K/V cache for all scales of `batch` rows, in the weights' dtype."""
         config, weight = self.config, self.word_embed.weight
         head_dim = config.C // config.H
         return KVCache(
@@ -281,7 +280,7 @@ class VAR(nn.Module):
     def step(
         self, x_BlC: Tensor, mod: Modulation, cache: KVCache, routing: Routing | None = None
     ) -> Tensor:
-        """Run one scale over the cache of the scales before it; logits (B, l, V), float32."""
+        """Run one scale over the cache of those before it; logits (B, l, V), float32 at least."""
         for i, block in enumerate(self.blocks):
             here = None if routing is None else routing.at(i)
             x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=here)
@@ -289,7 +288,7 @@ class VAR(nn.Module):
         return self.logits(x_BlC, mod)
 
     def logits(self, x_BLC: Tensor, mod: Modulation) -> Tensor:
-        """Head norm and head, (B, L, V), in float32 at least."""
+        """Apply the head norm and the head; logits (B, L, V), float32 at least."""
         out: Tensor = self.head(self.head_nm(x_BLC, mod.head).to(self.head.weight.dtype))
         return at_least_float32(out)
 
@@ -303,8 +302,8 @@ class VAR(nn.Module):
         return torch.where(drop_B, self.config.num_classes, labels_B)
 
     def check_teacher(self, labels: Labels, teacher_BLC: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels (B,) and teacher input on the model's device; ValueError where they are not those
-        of this model and of each other."""
+        """Move labels (B,) and teacher input to the model's device. Raises ValueError if they do
+        not fit the model or each other."""
         config, device = self.config, self.pos_1LC.device
         labels_B = check_labels(labels, config.num_classes, device)
         teacher_BLC = torch.as_tensor(teacher_BLC, device=device)
@@ -321,12 +320,12 @@ class VAR(nn.Module):
         rows: Rows | None = None,
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Teacher-forced logits (B, L, V) of all scales, float32.
+        """Compute the teacher-forced logits (B, L, V) of all scales, float32 at least.
 
-        teacher_BLC: (B, L - 1, Cvae), from `VQVAE.teacher_input` (scale 0 has no input but the
-        class, so a first scale of several tokens takes that many off L). rows: where these lie in
-        the whole batch, for what training draws at random. activation_checkpointing: blocks run
-        again in the backward pass instead of storing what it needs.
+        teacher_BLC: (B, L - 1, Cvae) from `VQVAE.teacher_input`. Scale 0 reads only the class; if
+        it has more than one token, all are left out. rows: where these lie in the whole batch, for
+        random numbers in training. activation_checkpointing: blocks run again in the backward pass
+        instead of storing what it needs.
         """
         labels_B, teacher_BLC = self.check_teacher(labels_B, teacher_BLC)
         rest = slice(self.config.scale_slices[0].stop, None)
@@ -346,10 +345,10 @@ class VAR(nn.Module):
 def build_models(
     depth: int = 16, vqvae: VQVAEConfig | None = None, **overrides: object
 ) -> tuple[VQVAE, VAR]:
-    """Fresh models, initialised as published; `overrides` are fields of VARConfig.
+    """Build fresh models, initialised as published; `overrides` are fields of VARConfig.
 
-    What VQ-VAE and VAR share (patch_nums, vocab_size, z_channels) is taken from `vqvae` unless
-    overridden, and an override of one of them shapes both.
+    The fields that VQ-VAE and VAR share (patch_nums, vocab_size, z_channels) come from `vqvae`; an
+    override of one of them shapes both.
     """
     shared = ("patch_nums", "vocab_size", "z_channels")
     base = vqvae if vqvae is not None else VQVAEConfig()
@@ -360,7 +359,7 @@ def build_models(
 
 
 def check_pair(vqvae: VQVAE, var_config: VARConfig) -> None:
-    """ValueError where a VAR does not belong to a VQ-VAE."""
+    """Raise ValueError if a VAR does not belong to a VQ-VAE."""
     for name in ("patch_nums", "vocab_size", "z_channels"):
         theirs: Sequence[int] | int = getattr(vqvae.config, name)
         ours = getattr(var_config, name)

@@ -1,7 +1,7 @@
 """The multi-scale VQ-VAE: convolutional encoder and decoder around MultiScaleQuantizer.
 
 Legend: B batch, R image side, C channels, H W height and width of a feature map, Cvae latent
-channels, p = patch_nums[si], L = sum of p*p over the scales.
+channels, p = patch_nums[si], L = sum of p*p over all scales.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dmoe_var import values
 from dmoe_var.models.quantizer import MultiScaleQuantizer
 from dmoe_var.ops import Conv2d, at_least_float32
 
-PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # as published
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 GROUPS = 32
 DECODED_TOGETHER = 1 << 27
-"""Values of the largest feature map that is decoded at once: 12 images of 256 px as published."""
+"""Most values of the largest feature map in one pass: 12 images of 256 px as published."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,25 @@ class VQVAEConfig:
     )  # fmt: skip
     """Channels of each level, in ch; the side halves from one level to the next."""
     num_res_blocks: Annotated[int, Field(gt=0)] = 2
-    """Residual blocks of a level."""
+    """Residual blocks per level."""
     attention: bool = True
     """Whether the coarsest level has attention."""
     z_channels: Annotated[int, Field(gt=0)] = 32
-    """Channels of a code."""
+    """Channels per code."""
     vocab_size: Annotated[int, Field(gt=1)] = 4096
-    """Codes of the codebook."""
+    """Codes in the codebook."""
     patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
         PATCH_NUMS_256
     )
-    """Tokens a side of each scale, coarse to fine."""
+    """Side of each scale's token map, coarse to fine."""
     num_phi: Annotated[int, Field(ge=0)] = 4
-    """Convolutions phi after upsampling: 0 one for each scale, 1 one for all, K that many."""
+    """Number of convolutions phi after upsampling: 0 means one per scale, 1 one for all scales."""
     phi_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of phi's output in what is added; the rest is its input."""
     beta: Annotated[float, Field(ge=0)] = 0.25
     """Weight of the commitment loss."""
     conv_kernel: Annotated[int, Field(ge=1)] = 3
-    """Side of the kernel of the convolutions around the quantiser."""
+    """Kernel side of the convolutions before and after the quantiser."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)
@@ -85,12 +85,12 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def silu(x: Tensor) -> Tensor:
-    """In place: at full size every fresh feature map costs more than the function itself."""
+    """Apply SiLU in place: at full size a fresh feature map costs more than the function itself."""
     return F.silu(x, inplace=True)
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus a (1x1 where channels change) shortcut."""
+    """Adds norm, SiLU, conv, norm, SiLU, conv to a shortcut (a 1x1 conv if channels change)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -110,7 +110,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions of a feature map."""
+    """Adds single-head self-attention over all positions of a feature map."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -159,7 +159,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks (and attention) of one resolution, with an optional resampling."""
+    """Holds the residual blocks (and attention) of one resolution, and an optional resampling."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool):
         super().__init__()
@@ -179,7 +179,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, R, R) to features (B, Cvae, H, W), H = R / downsampling."""
+    """Turns images (B, 3, R, R) into features (B, Cvae, H, W), H = R / downsampling."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
@@ -207,7 +207,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, Cvae, H, W) to an image (B, 3, R, R)."""
+    """Turns features (B, Cvae, H, W) into images (B, 3, R, R)."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Images to token maps and back. State-dict names are those of the published model."""
+    """Turns images into token maps and back. State-dict names are those of the published model."""
 
     def __init__(self, config: VQVAEConfig):
         super().__init__()
@@ -255,7 +255,7 @@ class VQVAE(nn.Module):
         self.post_quant_conv = Conv2d(z, z, kernel, padding=kernel // 2)
 
     def features(self, images_B3RR: Tensor) -> Tensor:
-        """Encoder output after quant_conv, (B, Cvae, H, W)."""
+        """Compute the encoder's output after quant_conv, (B, Cvae, H, W)."""
         size = self.config.image_size
         if images_B3RR.shape[-3:] != (3, size, size):
             shape = tuple(images_B3RR.shape)
@@ -267,18 +267,18 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images_B3RR: Tensor) -> list[Tensor]:
-        """Tokens of each scale, LongTensor (B, p*p), of images in [-1, 1]."""
+        """Encode images in [-1, 1] into the tokens of each scale, LongTensor (B, p*p)."""
         return self.quantize.encode(self.features(images_B3RR))
 
     @torch.no_grad()
     def decode(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1] of the tokens of all scales."""
+        """Decode the tokens of all scales into images (B, 3, R, R) in [-1, 1]."""
         return self.decode_f_hat(self.quantize.partial_sums(tokens)[-1])
 
     def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1] of an accumulated code map; any scale's partial sum will do.
+        """Decode an accumulated code map into images in [-1, 1]; any scale's partial sum will do.
 
-        Without gradients some images at a time, so that memory does not grow with the batch.
+        Without gradients it decodes a few images at a time, so memory does not grow with the batch.
         """
         together = max(1, DECODED_TOGETHER // (self.config.ch * self.config.image_size**2))
         if torch.is_grad_enabled() or len(f_hat_BCHW) <= together:
@@ -293,11 +293,11 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """VAR's inputs of scales 1..S-1 under teacher forcing, (B, L - 1, Cvae)."""
+        """Compute VAR's inputs for scales 1..S-1 under teacher forcing, (B, L - 1, Cvae)."""
         return self.quantize.teacher_input(tokens)
 
     def forward(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Training pass: unclamped reconstruction, quantisation loss, tokens of each scale."""
+        """Return, for training, the unclamped reconstruction, quantisation loss and all tokens."""
         f_hat_BCHW, loss, tokens = self.quantize(self.features(images_B3RR))
         z_BCHW = f_hat_BCHW.to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(z_BCHW)), loss, tokens

@@ -1,4 +1,4 @@
-"""How many experts ran, by scale, layer and token; and what that comes to for each image.
+"""Count the experts that ran, by scale, layer and token, and sum them up for each image.
 
 Legend: B batch, L tokens, R rows of the transformer's batch, E experts, N images, S scales with a
 rule, K = E + 1: from no expert to all.
@@ -20,9 +20,9 @@ from dmoe_var.moe.selection import SelectionRule
 
 
 class ExpertCounts(Observer):
-    """How many experts ran on each token, by scale and layer: what FLOPs and maps are made of.
+    """Counts the experts that ran on each token, by scale and layer. FLOPs and maps use them.
 
-    Rows are the sampler's: the conditional branch of all images, then the unconditional one.
+    Rows are in the sampler's order: the conditional branch of all images, then the unconditional.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class ExpertCounts(Observer):
         return sorted(self._by_scale)
 
     def per_token(self, si: int) -> Tensor:
-        """Experts run, int16 (layers, B, L)."""
+        """How many experts ran on each token, int16 (layers, B, L)."""
         return torch.stack(self._by_scale[si])
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertHistogram:
-    """Of images, by scale with a selection rule: on how many tokens k of the E experts ran, counted
-    over all layers and rows of an image."""
+    """Holds, per image and scale with a rule, on how many tokens k of the E experts ran. Tokens are
+    counted over all layers and rows of an image."""
 
     scales: tuple[int, ...]
     times_NSK: npt.NDArray[np.int64]
@@ -58,10 +58,10 @@ class ExpertHistogram:
     def of(
         cls, counts: ExpertCounts, rules: Mapping[int, SelectionRule], num_images: int
     ) -> ExpertHistogram:
-        """Of a batch of this many images that `generate` has drawn under these rules, by scale.
+        """Build the histogram of a batch that `generate` has sampled; `rules` are by scale.
 
-        ValueError where scales were counted that have no rule, or the other way round, or the rows
-        are not those of so many images.
+        Raises ValueError if the counted scales are not those with a rule, or if the number of rows
+        is no multiple of `num_images`.
         """
         if counts.scales != sorted(rules):
             raise ValueError(other_scales(counts.scales, rules))
@@ -80,12 +80,12 @@ class ExpertHistogram:
 
     @classmethod
     def none(cls, num_images: int) -> ExpertHistogram:
-        """Of images that were drawn without a rule."""
+        """Build the histogram of images that were sampled without a rule."""
         return cls((), np.zeros((num_images, 0, 1), dtype=np.int64))
 
     @classmethod
     def joined(cls, parts: Iterable[ExpertHistogram]) -> ExpertHistogram:
-        """Of the images of all parts, one after the other."""
+        """Join the histograms of several parts; their images follow one another."""
         given = list(parts)
         return cls(given[0].scales, np.concatenate([part.times_NSK for part in given]))
 
@@ -100,7 +100,7 @@ class ExpertHistogram:
 
     @property
     def num_experts(self) -> int:
-        """E; 0 where there are no rules."""
+        """E; 0 if there are no rules."""
         return self.times_NSK.shape[-1] - 1
 
     @property
@@ -110,7 +110,7 @@ class ExpertHistogram:
 
     @property
     def charged(self) -> dict[int, tuple[float, ...]]:
-        """What the authors' accounting makes of them (see metrics/flops.py)."""
+        """The pairs as the authors' accounting charges them (see metrics/flops.py)."""
         ran_K = np.arange(self.num_experts + 1)
         return self._summed(ran_K / (1 + 0.1 * np.log10(self.num_experts - ran_K + 1)))
 

@@ -1,7 +1,7 @@
-"""The expert FFN: an FFN whose neurons are grouped into experts, a router beside it.
+"""The expert FFN: an FFN whose neurons are grouped into experts, with a router beside it.
 
 Legend: B batch, b those of its rows that select, L tokens, N = B L, C width, E experts, D neurons
-an expert.
+per expert, H = E D.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class ExpertConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     expert_size: Annotated[int, Field(gt=0)] = 128
-    """Neurons of an expert; must divide the FFN's."""
+    """Neurons per expert; must divide the FFN's neurons."""
     router_hidden: Annotated[int, Field(gt=0)] | None = None
-    """Hidden neurons of a router; null: 128 at the published widths, C / 8 below."""
+    """Hidden neurons of a router; null means 128 at the published widths and C / 8 below."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)
 
 
 class MoEFFN(nn.Module):
-    """sum over selected e of act(x W1_e + b1_e) W2_e, plus the shared output bias b2."""
+    """Sums act(x W1_e + b1_e) W2_e over the selected e, and adds the shared output bias b2."""
 
     def __init__(self, width: int, hidden: int, act: str, config: ExpertConfig):
         super().__init__()
@@ -56,7 +56,7 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float, out_gain: float) -> None:
-        """The dense FFN's initialisation; `out_gain` scales the output weights."""
+        """Initialise as the dense FFN does; `out_gain` scales the output weights."""
         nn.init.trunc_normal_(self.w1_EDC, std=std)
         nn.init.trunc_normal_(self.w2_EDC, std=std).mul_(out_gain)
         self.router.reset_parameters()
@@ -66,13 +66,13 @@ class MoEFFN(nn.Module):
         return ExpertWeights(self.w1_EDC, self.b1_ED, self.w2_EDC, self.b2_C)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
-        """What `.to`, `.half`, `.cuda` call: a copy that was packed of the old weights goes."""
+        """Drop the packed copy of the old weights; `.to`, `.half` and `.cuda` call this."""
         forget(self.weights)
         super()._apply(fn, recurse)
         return self
 
     def true_norms(self, x_BLC: Tensor) -> Tensor:
-        """||act(x W1_e + b1_e) W2_e||_2 of every expert, (B, L, E): the router's target.
+        """Compute ||act(x W1_e + b1_e) W2_e||_2 of every expert, (B, L, E): the router's target.
 
         The shared output bias is left out.
         """
@@ -81,7 +81,7 @@ class MoEFFN(nn.Module):
         return torch.stack(norms, dim=-1)
 
     def forward(self, x_BLC: Tensor, routing: Routing | None = None) -> Tensor:
-        """(B, L, C). Without routing every expert runs, and the router does not."""
+        """Run the FFN, (B, L, C). Without routing every expert runs, and the router does not."""
         observer = None if routing is None else routing.observer
         scores_bLE = None
         if routing is None or isinstance(routing.rule, All):
@@ -103,12 +103,12 @@ class MoEFFN(nn.Module):
         return out_BLC
 
     def select(self, x_BLC: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
-        """The mask (B, L, E) of experts to run, and the scores (b, L, E) that the rule read."""
+        """Return the mask (B, L, E) of experts to run, and the scores (b, L, E) the rule read."""
         rule, noise, x_BLC = routing.rule, None, routing.selecting(x_BLC)
         if routing.noise is not None and not rule.uses_scores:
             noise = routing.noise(x_BLC.shape[1], self.num_experts)
         scores_BLE = rule.scores(self, x_BLC)
-        # Not rule(...): torch 2.11 compiling hashes what is called, before it has its fields.
+        # Not rule(...): torch 2.11's compiler hashes the callee before its fields are set.
         mask_BLE = routing.for_all(rule.__call__(scores_BLE, noise))
         return mask_BLE, scores_BLE if rule.uses_scores else None
 

@@ -1,4 +1,4 @@
-"""Watching a model: what an observer is shown while images are drawn, or under teacher forcing.
+"""Watching a model: what an observer is shown while images are sampled, or under teacher forcing.
 
 Legend: B rows of the transformer's batch (with guidance the conditional ones first), b those rows
 that select experts (B, or B / sharing), L tokens of a scale, C width, E experts.
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 class Routed(NamedTuple):
-    """What an expert FFN has done at a scale."""
+    """Tells what an expert FFN has done at a scale."""
 
     si: int
     layer: int
     ffn: nn.Module
     """The `MoEFFN`."""
     x_BLC: Tensor
-    """What entered it."""
+    """The input of the FFN."""
     scores_bLE: Tensor | None
-    """By which experts were selected; None where the rule reads no scores."""
+    """The scores that experts were selected by; None if the rule reads no scores."""
     mask_BLE: Tensor
     """Which experts ran."""
 
@@ -30,23 +30,23 @@ class Observer:
     """Sees nothing; a subclass overrides what it wants to see. It changes nothing that it sees."""
 
     def on_part(self, part: str, si: int | None) -> None:
-        """From here on a part of the sampler runs (see `metrics.part_timing.PARTS`), at scale si;
-        None: outside of all scales."""
+        """A part of the sampler begins (see `metrics.part_timing.PARTS`), at scale si, or outside
+        of all scales if si is None."""
 
     def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
-        """Scale si has been drawn: the sum of the code maps so far."""
+        """Scale si has been drawn; f_hat_BCHW is the sum of the code maps so far."""
 
     def on_routing(self, routed: Routed) -> None:
         """The experts of a layer have run; layers come in order."""
 
     def in_layers(self) -> Observer | None:
-        """Who is shown what happens within the transformer: `on_routing`, and the parts of an
-        expert FFN. None: nobody, and no layer calls anything."""
+        """Return the observer of what happens within the transformer: `on_routing`, and the parts
+        of an expert FFN. If None, no layer calls anything."""
         return self
 
 
 class _Several(Observer):
-    """Shows each of some observers all that it sees itself."""
+    """Passes all that it sees to several observers."""
 
     def __init__(self, observers: tuple[Observer, ...]):
         self._observers = observers
@@ -68,6 +68,6 @@ class _Several(Observer):
 
 
 def joined(*observers: Observer | None) -> Observer | None:
-    """Several as one, shown everything in this order; None where there is none."""
+    """Join several observers into one, which are shown everything in this order; None if none."""
     given = tuple(each for each in observers if each is not None)
     return _Several(given) if len(given) > 1 else next(iter(given), None)

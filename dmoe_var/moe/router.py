@@ -18,12 +18,12 @@ PUBLISHED_HIDDEN = 128
 
 
 def default_hidden(width: int) -> int:
-    """128 at the published widths (1024 and up); C / 8 below, where 128 would cost too much."""
+    """Return 128 at the published widths (1024 and up), C / 8 below, where 128 costs too much."""
     return PUBLISHED_HIDDEN if width >= 8 * PUBLISHED_HIDDEN else max(1, width // 8)
 
 
 class Router(nn.Module):
-    """|Linear(GELU(Linear(x)))|, no biases; x is the FFN's input after AdaLN."""
+    """Computes |Linear(GELU(Linear(x)))| without biases; x is the FFN's input after AdaLN."""
 
     def __init__(self, width: int, hidden: int, num_experts: int):
         super().__init__()
@@ -32,16 +32,16 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform with torch's own gain for Linear (a = sqrt(5)).
+        """Initialise Kaiming-uniform with torch's own gain for Linear (a = sqrt(5)).
 
-        With the gain for ReLU the first predictions are 2.4 times as large, and training spends
-        most of a short run on shrinking them.
+        With the gain for ReLU the first predictions are 2.4 times as large, and a short training
+        run spends most of its steps on shrinking them.
         """
         for layer in (self.fc1, self.fc2):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        """Predicted norms (B, L, E), non-negative."""
+        """Predict the norms (B, L, E), which are non-negative."""
         fc1, fc2 = self.fc1, self.fc2
         hooked = (
             fc1._forward_hooks
@@ -57,7 +57,7 @@ class Router(nn.Module):
         return out.abs()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """What `.to`, `.half`, `.cuda` call: a copy that was packed of the old weights goes."""
+        """Drop the packed copy of the old weights; `.to`, `.half` and `.cuda` call this."""
         forget((self.fc1.weight,))
         super()._apply(fn, recurse)
         return self

@@ -1,7 +1,7 @@
-"""tau a scale: Eq. 3's threshold ratio, or any selection rule, for each scale with experts.
+"""One tau per scale: Eq. 3's threshold ratio, or any selection rule, for each scale with experts.
 
-Polarity: a larger tau runs fewer experts; 0 runs all. Published lists of the authors' code use
-1 - tau and are converted here, once, by name.
+A larger tau runs fewer experts; 0 runs all. Published lists of the authors' code hold 1 - tau;
+`from_published` converts them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dmoe_var.moe.selection.base import keys_of
 T = TypeVar("T")
 
 Tau = float | Sequence[float] | None
-"""Also an array of numpy or torch, of one value or of several."""
+"""It may also be an array of numpy or torch, with one value or several."""
 
 PAPER_TAU = (0.18161, 0.18698, 0.21314)
 """The paper's thresholds of the last three scales, in Eq. 3's polarity."""
 
 
 def from_published(published: Sequence[float]) -> tuple[float, ...]:
-    """Eq.-3 thresholds of a list in the polarity of the authors' code (1 - tau)."""
+    """Convert a list in the polarity of the authors' code (1 - tau) to Eq. 3's thresholds."""
     return tuple(1.0 - value for value in values.numbers("published", published, 0, 1))
 
 
@@ -34,11 +34,11 @@ def resolve_rules(
     moe_scales: Sequence[int],
     default: Selection = None,
 ) -> dict[int, SelectionRule]:
-    """The rule of each scale in `moe_scales`: by tau, by selection, or else by `default`, which is
-    the model's own; empty, so that every expert runs, where none of them is given.
+    """Return the rule of each scale in `moe_scales`, from `tau`, `selection`, or else `default`,
+    the model's own. If none is given the result is empty, and every expert runs.
 
-    `tau` and `selection` are one value, or a list as in `by_scale`. Raises ValueError for both at
-    once, a model without experts, a list of another length, or a tau outside [0, 1].
+    `tau` and `selection` are one value, or a list as in `by_scale`. Raises ValueError if both are
+    given, the model has no experts, a list has another length, or a tau is outside [0, 1].
     """
     if tau is None and selection is None:
         selection = default
@@ -54,9 +54,9 @@ def resolve_rules(
 
 
 def by_scale(name: str, given: Sequence[T], num_scales: int, moe_scales: Sequence[int]) -> list[T]:
-    """The value of each scale in `moe_scales`: of one value for all those scales, a list of one for
-    each of them, or a list of one for every scale of the model, of which those at scales without
-    experts have nothing to act on. ValueError for a list of another length."""
+    """Return the value of each scale in `moe_scales`. `given` holds one value for all of them, one
+    per scale in `moe_scales`, or one per scale of the model; values at scales without experts are
+    then unused. Raises ValueError if the list has another length."""
     if len(given) == 1:
         return list(given) * len(moe_scales)
     if len(given) == len(moe_scales):
@@ -76,7 +76,7 @@ def check_configured(
     depth: int,
     num_experts: int,
 ) -> None:
-    """ValueError, which names the key, where a model of this shape cannot run the selection."""
+    """Raise ValueError, which names the key, if a model of this shape cannot run the selection."""
     configured = selection.rules()
     rules = configured if isinstance(configured, list) else [configured]
     for name, key in keys_of(selection.kind).items():
@@ -96,14 +96,14 @@ def _as_lists(value: Any) -> Any:
 
 
 def _thresholds(tau: Any) -> list[SelectionRule]:
-    """Eq. 3 at a tau, or at each of a list of them."""
+    """Build the rule of one tau, or the rules of a list of them."""
     allowed = "a number within [0, 1] or a list of such"
     given = [tau] if values.is_number(tau) else values.items("tau", tau, allowed)
     return [Threshold(each) for each in given]
 
 
 def _rules_of(selection: Any) -> list[SelectionRule]:
-    """A rule, or a list of rules."""
+    """Check a rule or a list of rules; return a list."""
     given = list(selection) if isinstance(selection, list | tuple) else [selection]
     for each in given:
         if not isinstance(each, SelectionRule):

@@ -1,6 +1,6 @@
-"""Many labelled images: how they are drawn batch by batch, and how they are read back.
+"""Sample many labelled images batch by batch, and read them back.
 
-Legend: N images, B images of a batch, R image side.
+Legend: N images, B images per batch, R image side.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SAMPLES_FILE = "samples.npz"
 
 @dataclass(frozen=True)
 class Samples:
-    """images: uint8 (N, R, R, 3); labels, seeds: int64 (N,).
+    """Holds images, uint8 (N, R, R, 3), and their labels and seeds, int64 (N,).
 
-    Of stored samples image i was drawn for labels[i] from stream i of seeds[i]:
-    `generate(..., labels=[labels[i]], seed=seeds[i], start_index=i)` draws it again.
+    In stored samples, image i was sampled for labels[i] from stream i of seeds[i], so
+    `generate(..., labels=[labels[i]], seed=seeds[i], start_index=i)` samples it again.
     """
 
     images: np.ndarray
@@ -42,9 +42,9 @@ class Samples:
 
     @classmethod
     def load(cls, path: Path) -> Samples:
-        """Stored samples; the images stay on the disk, and are read as they are used.
+        """Load stored samples; the images stay on the disk and are read as they are used.
 
-        Raises DataError where the file is missing or broken.
+        Raises DataError if the file is missing or broken.
         """
         images = map_npz(path, "arr_0")
         labels, seeds = read_npz(path, ["labels", "seeds"])
@@ -56,18 +56,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the images of a drawing."""
+    """Holds one batch of the images of a `Drawing`."""
 
     samples: Samples
     ran: ExpertHistogram
     seconds: float
-    """What drawing them took."""
+    """How long sampling them took."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a set of labelled images is drawn: image i for labels[i] from stream i of the seed, so
-    that in float32 neither the batch nor the process that draws it moves it but by rounding."""
+    """Says how to sample labelled images: image i for labels[i], from stream i of the seed. So in
+    float32 the batch and the process that sample an image change it only by rounding."""
 
     model: VAR | DynamicVAR
     vqvae: VQVAE
@@ -89,21 +89,21 @@ class Drawing:
 
     @property
     def image_size(self) -> int:
-        """R."""
+        """Side R of the images, in pixels."""
         return self.vqvae.config.image_size
 
     @cached_property
     def rules(self) -> dict[int, SelectionRule]:
-        """The selection rule of each scale that has one."""
+        """The selection rules, by scale."""
         return rules_of(self.model, selection=self.selection)
 
     def labels_of(self, number: int) -> np.ndarray:
-        """Labels (B,) of a batch, counted from 0."""
+        """Return the labels (B,) of a batch; batches count from 0."""
         start = number * self.sampling.batch_size
         return self.labels[start : start + self.sampling.batch_size]
 
     def batch(self, number: int, observer: Observer | None = None) -> Batch:
-        """Draw one batch."""
+        """Sample one batch."""
         sampling, counts, labels = self.sampling, ExpertCounts(), self.labels_of(number)
         started = time.perf_counter()
         drawn = generate(
@@ -117,7 +117,7 @@ class Drawing:
             impl=self.impl,
             observer=joined(counts, observer),
         )
-        images = to_uint8(drawn)  # on the CPU: what a GPU was given to do is done
+        images = to_uint8(drawn)  # copies to the CPU, so a GPU has finished
         seconds = time.perf_counter() - started
         ran = ExpertHistogram.of(counts, self.rules, len(labels))
         seeds = np.full(len(labels), self.seed, dtype=np.int64)
@@ -125,8 +125,8 @@ class Drawing:
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
-    """Class of each image, int64 (N,): the classes in turn, so that all are as frequent; of more
-    classes than images, some that lie evenly over all."""
+    """Choose the class of each image, int64 (N,): the classes in turn, so that all are as frequent.
+    If there are fewer images than classes, the chosen ones lie evenly over all classes."""
     num_samples = values.whole("num_samples", num_samples, 0)
     num_classes = values.whole("num_classes", num_classes, 1)
     turns = np.arange(num_samples, dtype=np.int64)

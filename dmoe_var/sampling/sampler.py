@@ -1,7 +1,7 @@
-"""The sampler: scale by scale, with guidance, over a dense, expert or dynamic VAR.
+"""The sampler: it samples images scale by scale, with guidance, by a dense, expert or dynamic VAR.
 
 Legend: B images, R rows of the transformer's batch (2B with guidance: [cond; null]), l tokens of
-a scale, C width, V vocabulary, Cvae latent channels.
+a scale, C width, V vocabulary, Cvae latent channels. In shapes of images R is their side.
 """
 
 from __future__ import annotations
@@ -34,37 +34,36 @@ from dmoe_var.sampling.token_sampling import (
 )
 from dmoe_var.sampling_time import sampling, this_sampling
 
-MAX_INDEX = 2**63 - 1
+MAX_INDEX = 2**63 - 1  # of int64
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images are drawn; the defaults are the published ones."""
+    """How images are sampled; the defaults are the published ones."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cfg: Annotated[float, Field(ge=0)] = 1.5
-    """Strength of classifier-free guidance at the last scale, to which it rises from 0."""
+    """Strength of classifier-free guidance at the last scale; it rises to that from 0."""
     top_k: Annotated[int, Field(ge=0)] = 900
-    """Tokens are drawn from the most likely k; 0 takes all."""
+    """Tokens are drawn from the k likeliest; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
-    """Tokens are drawn from the most likely ones of this probability in all; 0 takes all."""
+    """Tokens are drawn from the likeliest that together have this probability; 0 takes all."""
     more_smooth: bool = False
-    """Whether codes are blended by Gumbel softmax: for pictures, never for FID."""
+    """Whether codes are mixed by Gumbel softmax: for pictures, never for FID."""
     share_mask: bool = False
-    """Whether both halves of guidance run the experts that the conditional half selects (beyond
-    the paper)."""
+    """Whether both halves of guidance run the conditional half's experts (beyond the paper)."""
     batch_size: Annotated[int, Field(gt=0)] = 128
-    """Images at once; moves an image by rounding alone."""
+    """Images sampled at once; it changes an image only by rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the models that draw."""
+    """Precision of the models that sample."""
 
     def __post_init__(self) -> None:
         values.take_fields(self)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of `generate`."""
+        """The fields that are arguments of `generate`."""
         names = ("cfg", "top_k", "top_p", "more_smooth", "share_mask")
         return {name: getattr(self, name) for name in names}
 
@@ -75,7 +74,7 @@ class SamplingConfig:
 
 
 class Call(NamedTuple):
-    """The arguments of `generate`, checked, as plain Python."""
+    """Holds the arguments of `generate`, checked, as plain Python."""
 
     labels_B: Tensor
     rules: dict[int, SelectionRule]
@@ -108,7 +107,7 @@ class Call(NamedTuple):
         adaln_every_scale: Any = False,
         observer: Observer | None = None,
     ) -> Call:
-        """ValueError for the first that is wrong."""
+        """Check the arguments; raise ValueError for the first one that is wrong."""
         device = _check_models(model, vqvae)
         check_impl(impl)
         _check_generator(generator, device)
@@ -129,7 +128,7 @@ class Call(NamedTuple):
 
 
 def _check_models(model: VAR | DynamicVAR, vqvae: VQVAE) -> torch.device:
-    """The device that both are on; ValueError where they do not belong together."""
+    """Return the device that both models are on; ValueError if they do not belong together."""
     for name, given, kind in (("model", model, VARConfig), ("vqvae", vqvae, VQVAEConfig)):
         if not isinstance(getattr(given, "config", None), kind):
             wanted = "VQVAE" if kind is VQVAEConfig else "VAR or DynamicVAR"
@@ -169,22 +168,22 @@ def generate(
     adaln_every_scale: bool = False,
     observer: Observer | None = None,
 ) -> Tensor:
-    """Images (B, 3, R, R) in [0, 1] of the given classes.
+    """Sample images (B, 3, R, R) in [0, 1] of the given classes.
 
-    Every image draws from its own stream, a hash of `seed` and of `start_index` plus its place in
-    the batch, so that neither batch size nor sharding changes an image but by rounding; with
-    `generator` all draws come from that one generator in the published order.
+    Every image has its own random stream, a hash of `seed` and of `start_index` plus its place in
+    the batch. So batch size and sharding change an image only by rounding. With `generator` all
+    tokens are drawn from that one generator, in the published order.
 
-    tau, selection: see `resolve_rules`; without both the model's own `selection`, and without that
-    every expert runs. impl: what runs them, see `moe.experts.run_experts`. cfg = 0 switches
-    guidance off, and with it the unconditional branch. share_mask: see `SamplingConfig`.
-    adaln_every_scale recomputes AdaLN's projections at each scale, as the published sampler does,
-    instead of once an image. `observer` is shown what is drawn and which experts run, see
-    `moe.observer`; several are joined by its `joined`. The images, and what an observer sees, are
-    plain tensors without a gradient.
+    tau, selection: see `resolve_rules`. Without both the model's own `selection` runs, and without
+    that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg: 0 switches off
+    guidance and its unconditional branch. top_k, top_p, more_smooth, share_mask: see
+    `SamplingConfig`. adaln_every_scale: compute AdaLN's projections at each scale, as the published
+    sampler does, instead of once per image. observer: is shown f_hat and which experts run, see
+    `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are plain
+    tensors without a gradient.
 
-    Numbers may be of any type that numpy and torch have. ValueError, before anything is drawn, for
-    an argument that has no meaning; afterwards for logits that are not finite.
+    Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
+    has no meaning, and at the end if logits were not finite.
     """
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
@@ -196,6 +195,7 @@ def generate(
     null_B = torch.full_like(labels_B, config.num_classes)
     labels_R = torch.cat([labels_B, null_B]) if guided else labels_B
 
+    # Random streams, observers
     device = labels_B.device
     if device.type == "cpu":
         keep_freed_memory()
@@ -204,17 +204,20 @@ def generate(
     noise = partial(streams.routing_noise, branches=branches // sharing)
     watching = Observer() if observer is None else observer
     in_layers = None if observer is None else observer.in_layers()
+    # Embed the classes
     watching.on_part("embedding", 0)
     cond_RC = model.condition(labels_R)
     passes, plan = Passes(cond_RC), model.plan(branches, call.adaln_every_scale)
     x_RlC = model.embed_start(cond_RC)
     f_hat_BCHW = torch.zeros((), device=device)
+    # Scale by scale
     for step, following in zip(plan, (*plan[1:], None), strict=True):
         si = step.si
         passes.begin(step)
         routing = None
         if si in rules:
             routing = Routing(rules[si], si, impl, in_layers, noise, sharing)
+        # Predict, guide, draw
         watching.on_part("transformer", si)
         logits_RlV = passes.run(step, x_RlC, routing)
         watching.on_part("sampling", si)
@@ -223,21 +226,23 @@ def generate(
         _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)
+        # Add to f_hat
         watching.on_part("quantiser", si)
         f_hat_BCHW = f_hat_BCHW + vqvae.quantize.spread(codes_BCpp, si)
         watching.on_scale(si, f_hat_BCHW)
-        if following is not None:
+        if following is not None:  # the next input
             f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, following.si)
             watching.on_part("embedding", following.si)
             x_BlC = model.embed_scale(f_hat_BlC, following.si)
             x_RlC = x_BlC.repeat(following.branches, 1, 1)
+    # Decode the images
     watching.on_part("decoder", None)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
 
 
 def _check_finite(logits_BlV: Tensor, si: int) -> None:
-    """InputError, when all is drawn, where a scale's logits were not: what is drawn from NaN looks
-    like a picture."""
+    """Raise InputError, at the end of sampling, if a scale's logits are not finite: what is drawn
+    from NaN looks like a picture."""
     this = this_sampling()
     assert this is not None
     this.check_at_end(
@@ -255,16 +260,16 @@ def _draw_codes(
     streams: ImageStreams,
     more_smooth: bool,
 ) -> Tensor:
-    """Code vectors (B, Cvae, p, p) of one scale."""
+    """Draw the tokens of one scale; code vectors (B, Cvae, p, p)."""
     tokens_Bl = draw_tokens(logits_BlV, streams)
     if not more_smooth:
         return vqvae.quantize.lookup(tokens_Bl, si)
-    # The published sampler draws the tokens in this mode too, which moves its generator on.
+    # The published sampler draws tokens in this mode too, which advances its generator.
     mix_BlC = soft_mix(logits_BlV, vqvae.quantize.embedding.weight, progress, streams)
     p = vqvae.config.patch_nums[si]
     return mix_BlC.transpose(1, 2).unflatten(2, (p, p))
 
 
 def config_device(model: torch.nn.Module) -> torch.device:
-    """The device that a model's parameters are on."""
+    """Return the device that a model's parameters are on."""
     return next(model.parameters()).device

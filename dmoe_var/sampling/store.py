@@ -1,6 +1,6 @@
-"""Draws a set of images in parts, by any number of processes, and joins them into one file.
+"""Sample a set of images in parts, by any number of processes, and join them into one file.
 
-A part is a batch of the drawing. Parts that are stored already are not drawn again, so that an
+A part is a batch of the drawing. Parts that are stored already are not sampled again, so an
 interrupted run goes on where it was. Legend: N images, B images of a part, S scales with a rule,
 K = E + 1: from none of the E experts to all.
 """
@@ -31,29 +31,29 @@ from dmoe_var.sampling.draw import SAMPLES_FILE, Batch, Drawing, Samples
 PARTS_FOLDER = "parts"
 PNG_FOLDER = "png"
 DRAWN_FILE = "drawn.npz"
-"""What is known of images that are all drawn: fingerprint, experts run, seconds."""
+"""File beside images that are all sampled: their fingerprint, the experts that ran, seconds."""
 EXPERTS_RUN = ("scales", "times")
-"""Arrays of the experts that ran, an `ExpertHistogram`: int64 (S,) and (B, S, K)."""
+"""Names of the arrays that hold an `ExpertHistogram`: int64 (S,) and (B, S, K)."""
 
 ImageFormat = Literal["npz", "png", "both"]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a finished drawing leaves beside its images."""
+    """Holds what a finished drawing leaves beside its images."""
 
     ran: ExpertHistogram
     seconds: float
-    """Sum over all batches, whichever process drew them and in whichever run."""
+    """Sum over all batches, in whichever process and run they were sampled."""
 
 
 @dataclass(frozen=True)
 class StoredDrawing:
-    """A drawing whose images go to a folder: samples.npz, png/NNNNNN.png (one an image) or both.
+    """Stores a drawing's images in a folder: samples.npz, png/NNNNNN.png (one per image) or both.
 
-    fingerprint: hash of all that the images depend on; what was stored under another one is drawn
-    again. others: folders in which images of the same fingerprint may lie, in whichever format:
-    they are taken over in the place of being drawn.
+    fingerprint: hash of all that the images depend on; images with another one are sampled again.
+    others: folders that may hold images of the same fingerprint, in any format; they are taken
+    over instead of being sampled again.
     """
 
     drawing: Drawing
@@ -64,14 +64,14 @@ class StoredDrawing:
 
     @property
     def place(self) -> str:
-        """Name, within the folder, of what holds the images."""
+        """Name, within the folder, of the file or folder that holds the images."""
         return PNG_FOLDER if self.format == "png" else SAMPLES_FILE
 
     def draw(self, progress: str | None = None) -> Drawn:
-        """Draw what is not stored yet; called by all processes of a run, and returned to all.
+        """Sample what is not stored yet. All processes of a run call this, and all get the result.
 
-        Part i is drawn by process i modulo their number; the main one then joins the parts and
-        removes them. `progress` names the main process's bar; None shows none.
+        Process i modulo their number samples part i; the main one then joins the parts and removes
+        them. `progress` names the main process's bar; None shows none.
         """
         done = from_main(self._start() if is_main() else None)
         if done is not None:
@@ -84,23 +84,23 @@ class StoredDrawing:
         return from_main(self._join() if is_main() else Drawn(ExpertHistogram.none(0), 0.0))
 
     def png_path(self, index: int) -> Path:
-        """Where image `index` lies as PNG."""
+        """Return the path of image `index` as PNG."""
         return self.folder / PNG_FOLDER / f"{index:06d}.png"
 
     def _first(self, number: int) -> int:
-        """Index of a part's first image."""
+        """Return the index of a part's first image."""
         return number * self.drawing.sampling.batch_size
 
     def _part_path(self, number: int) -> Path:
         return self.folder / PARTS_FOLDER / f"part_{number:05d}.npz"
 
     def _make_part(self, number: int) -> None:
-        """Draw and store a part, its PNG files first, unless it is stored."""
+        """Sample and store a part, its PNG files first, unless it is stored."""
         try:
             batch, drawn = self._read_part(number), False
         except DataError:  # missing, broken or of another fingerprint
             batch, drawn = self.drawing.batch(number), True
-            # A part that is stored says that its PNG files are: it must not outlive them.
+            # A stored part promises that its PNG files are there, so it must not outlive them.
             self._part_path(number).unlink(missing_ok=True)
         if self.format != "npz":
             self._write_pngs(number, batch.samples.images, replace=drawn)
@@ -120,7 +120,7 @@ class StoredDrawing:
             )
 
     def _read_part(self, number: int) -> Batch:
-        """A stored part; DataError where it is missing, broken or not of this drawing."""
+        """Read a stored part; DataError if it is missing, broken or of another drawing."""
         path, labels = self._part_path(number), self.drawing.labels_of(number)
         names = ("first", "images", "labels", "seeds", *EXPERTS_RUN, "seconds", "fingerprint")
         first, images, found, seeds, *ran, seconds, print_ = read_npz(path, names)
@@ -128,7 +128,7 @@ class StoredDrawing:
         shape = (len(labels), size, size, 3)
         if (
             str(print_) != self.fingerprint
-            or int(first) != self._first(number)  # drawn in batches of another size
+            or int(first) != self._first(number)  # sampled in batches of another size
             or not np.array_equal(found, labels)
             or images.shape != shape
             or images.dtype != np.uint8
@@ -137,10 +137,10 @@ class StoredDrawing:
         return Batch(Samples(images, found, seeds), _histogram(*ran), float(seconds))
 
     def _write_pngs(self, number: int, images: np.ndarray, replace: bool) -> None:
-        """One file an image; without `replace` only those that are missing."""
+        """Write one file per image; without `replace`, only those that are missing."""
         first = self._first(number)
         (self.folder / PNG_FOLDER).mkdir(parents=True, exist_ok=True)
-        # One temporary name a process: `whole_file` would list the folder for every image.
+        # One temporary name per process: `whole_file` would list the folder for every image.
         owner = f"{platform.node()}-{os.getpid()}"
         temporary = self.folder / PNG_FOLDER / f".{owner}.tmp"
         try:
@@ -153,7 +153,7 @@ class StoredDrawing:
             temporary.unlink(missing_ok=True)
 
     def _join(self) -> Drawn:
-        """samples.npz of all parts, one after the other; then the parts go."""
+        """Join all parts into samples.npz, unless the format is png, and remove the parts."""
         drawing, ran, seconds = self.drawing, list[ExpertHistogram](), list[float]()
 
         def images() -> Iterator[np.ndarray]:
@@ -180,17 +180,17 @@ class StoredDrawing:
         return drawn
 
     def _start(self) -> Drawn | None:
-        """What an earlier run finished, here or in another folder; None where images are to be
-        drawn."""
+        """Find what an earlier run finished, here or in another folder; None if there are images
+        to sample."""
         done = self._finished() or self._taken_over()
-        if done is None:  # from here on, the file would not tell what the folder holds
+        if done is None:  # from here on, the file would not describe what the folder holds
             (self.folder / DRAWN_FILE).unlink(missing_ok=True)
         else:
             shutil.rmtree(self.folder / PARTS_FOLDER, ignore_errors=True)
         return done
 
     def _finished(self) -> Drawn | None:
-        """What an earlier run left, where all of its images are there and intact."""
+        """Return what an earlier run left here; None unless all its images are there and intact."""
         if self.format != "png" and not is_intact(self.folder / SAMPLES_FILE):
             return None
         if self.format != "npz" and not all(_is_png(path) for path in self._pngs_in(self.folder)):
@@ -198,7 +198,7 @@ class StoredDrawing:
         return self._drawn_in(self.folder)
 
     def _drawn_in(self, folder: Path) -> Drawn | None:
-        """What is known of the images of a folder, where they are those of this drawing."""
+        """Read what is known of a folder's images; None if they are not those of this drawing."""
         try:
             if str(read_npz(folder / DRAWN_FILE, ["fingerprint"])[0]) != self.fingerprint:
                 return None
@@ -209,12 +209,12 @@ class StoredDrawing:
         return Drawn(_histogram(*ran), float(seconds))
 
     def _pngs_in(self, folder: Path) -> tuple[Path, ...]:
-        """Where PNG files of this drawing lie in a folder that has them."""
+        """Return the paths of this drawing's PNG files in a folder that has them."""
         names = (self.png_path(index).name for index in range(len(self.drawing.labels)))
         return tuple(folder / PNG_FOLDER / name for name in names)
 
     def _taken_over(self) -> Drawn | None:
-        """What is known of images that lie finished in some folder; they lie here then too."""
+        """Take finished images over from some folder, and return what is known of them, or None."""
         for folder in (self.folder, *self.others):
             drawn = self._drawn_in(folder)
             images = self._images_in(folder) if drawn is not None else None
@@ -225,14 +225,14 @@ class StoredDrawing:
                 (self.folder / DRAWN_FILE).unlink(missing_ok=True)
             self._store(images, folder)
             if self._drawn_in(folder) != drawn:
-                continue  # another process has begun to draw there
+                continue  # another process has begun to sample there
             if folder != self.folder:
                 _link(folder / DRAWN_FILE, self.folder / DRAWN_FILE)
             return drawn
         return None
 
     def _images_in(self, folder: Path) -> Pixels | None:
-        """The images of a finished drawing; None where some are gone or broken."""
+        """Open the images of a finished drawing; None if some are missing or broken."""
         if is_intact(folder / SAMPLES_FILE):
             return ImageArray(Samples.load(folder / SAMPLES_FILE).images)
         pngs = self._pngs_in(folder)
@@ -241,7 +241,7 @@ class StoredDrawing:
         return None
 
     def _store(self, images: Pixels, folder: Path) -> None:
-        """Images that lie in `folder`, here in this format."""
+        """Store the images that lie in `folder` here, in this drawing's format."""
         numbers = range(self.drawing.num_batches)
         indices = torch.arange(len(images)).split(self.drawing.sampling.batch_size)
         pieces = (images.pixels(indices_B) for indices_B in indices)
@@ -262,7 +262,7 @@ class StoredDrawing:
         write_npz(self.folder / SAMPLES_FILE, named)
 
     def _clear(self) -> None:
-        """Removes what another format, another set of images or a killed process left."""
+        """Remove what another format, another set of images or a killed process left."""
         if self.format == "png":
             (self.folder / SAMPLES_FILE).unlink(missing_ok=True)
         kept = len(self.drawing.labels) if self.format != "npz" else 0
@@ -274,7 +274,7 @@ class StoredDrawing:
 
 
 def _is_png(path: Path) -> bool:
-    """Whether a file is there and whole."""
+    """Say whether a PNG file is there and whole."""
     try:
         with Image.open(path) as image:
             image.verify()
@@ -284,7 +284,7 @@ def _is_png(path: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy of it where the file system knows none."""
+    """Give a file a second name, or copy it if the file system has no hard links."""
     with whole_file(target) as temporary:
         try:
             os.link(source, temporary)
@@ -293,7 +293,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _arrays(ran: ExpertHistogram) -> dict[str, np.ndarray]:
-    """As they are stored."""
+    """Turn a histogram into the arrays that are stored."""
     return {"scales": np.array(ran.scales, dtype=np.int64), "times": ran.times_NSK}
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dmoe_var import generators
 
-TOKENS, ROUTING = 0, 1
+TOKENS, ROUTING = 0, 1  # purposes of an image's streams
 
 
 def stream_seed(seed: int, index: int, purpose: int) -> int:
-    """64-bit seed of an image's own stream.
+    """Compute the 64-bit seed of an image's own stream.
 
     The low 32 bits (all that torch's CPU generator reads) are a bijection of the image's index,
-    so that no two of the first 2**32 images of a seed share a stream.
+    so no two of the first 2**32 images of a seed share a stream.
     """
     key = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     mixed = index & 0xFFFFFFFF
@@ -32,9 +32,9 @@ def stream_seed(seed: int, index: int, purpose: int) -> int:
 
 
 class ImageStreams:
-    """One random stream an image, from a hash of the seed and the image's global index.
+    """Holds one random stream per image, from a hash of the seed and the image's global index.
 
-    With `generator`, all draws come from it in the published order instead.
+    With `generator`, all draws but the routing's come from it, in the published order.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ImageStreams:
         self._routing_streams = streams(ROUTING)
 
     def exponential(self, num_tokens: int, vocab_size: int) -> Tensor:
-        """Exp(1) draws (B, l, V), float32."""
+        """Draw from Exp(1), (B, l, V), float32."""
         noise_BlV = torch.empty(self.batch, num_tokens, vocab_size, device=self.device)
         if self.generator is not None:
             return noise_BlV.exponential_(generator=self.generator)
@@ -68,7 +68,7 @@ class ImageStreams:
         return noise_BlV
 
     def routing_noise(self, num_tokens: int, num_experts: int, branches: int) -> Tensor:
-        """Uniform draws (branches B, l, E) for rules that select experts by chance."""
+        """Draw uniform noise (branches B, l, E) for rules that select experts by chance."""
         noise = torch.empty(self.batch, branches, num_tokens, num_experts, device=self.device)
         for noise_blE, stream in zip(noise, self._routing_streams, strict=True):
             noise_blE.uniform_(generator=stream)
@@ -76,16 +76,16 @@ class ImageStreams:
 
 
 def guide(logits: Tensor, t: float) -> Tensor:
-    """Classifier-free guidance of stacked logits [cond; null]: (1 + t) cond - t null."""
+    """Apply classifier-free guidance to stacked logits [cond; null]: (1 + t) cond - t null."""
     cond_BlV, null_BlV = logits.chunk(2)
     return (1 + t) * cond_BlV - t * null_BlV
 
 
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for what top-k, then top-p drop; top_k = 0 and top_p = 0 switch each off.
+    """Set to -inf what top-k, then top-p drop; top_k = 0 and top_p = 0 switch them off.
 
-    top-p sorts ascending, drops where the running probability is at most 1 - top_p, and always
-    keeps the likeliest token.
+    top-p sorts ascending, drops tokens while the running probability is at most 1 - top_p, and
+    always keeps the likeliest token.
     """
     ascending = None
     if top_k > 0:
@@ -102,10 +102,10 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
 def _keep_top_k(
     logits_BlV: Tensor, top_k: int, wants_order: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The logits with -inf for what is less than the kth, and what is left in ascending order with
-    its places: None where that is not wanted or more than k are left, which tie.
+    """Return the logits with -inf for all below the kth, and those left in ascending order with
+    their places: None if the order is not wanted, or if ties leave more than k.
 
-    On a GPU to sort all logits is faster than to wait for whether any tie.
+    On a GPU it is None: there sorting all logits is faster than waiting to know of ties.
     """
     V = logits_BlV.shape[-1]
     k, in_order = min(top_k, V), wants_order and logits_BlV.device.type == "cpu"
@@ -118,7 +118,7 @@ def _keep_top_k(
 
 
 def draw_tokens(logits_BlV: Tensor, streams: ImageStreams) -> Tensor:
-    """One token a position, (B, l): argmax of p / Exp(1), which is what torch.multinomial draws."""
+    """Draw one token per position, (B, l): argmax of p / Exp(1), as torch.multinomial does."""
     _, num_tokens, vocab_size = logits_BlV.shape
     return logits_BlV.softmax(-1).div_(streams.exponential(num_tokens, vocab_size)).argmax(-1)
 
@@ -126,7 +126,7 @@ def draw_tokens(logits_BlV: Tensor, streams: ImageStreams) -> Tensor:
 def soft_mix(
     logits_BlV: Tensor, codes_VC: Tensor, progress: float, streams: ImageStreams
 ) -> Tensor:
-    """`more_smooth`: a Gumbel-softmax mix of code vectors, (B, l, C), for pictures, never for FID.
+    """Mix code vectors by Gumbel softmax, (B, l, C). `more_smooth` is for pictures, never for FID.
 
     progress: si / (S - 1).
     """

@@ -1,6 +1,6 @@
 """Expert execution: one weight layout, several compute paths with one signature.
 
-Legend: N tokens, C width, E experts, D neurons of an expert.
+Legend: N tokens, C width, E experts, D neurons per expert.
 """
 
 from __future__ import annotations
@@ -40,23 +40,22 @@ __all__ = [
 
 
 def check_impl(impl: str) -> None:
-    """ValueError for a name that is no compute path."""
+    """Raise ValueError if a name is no compute path."""
     values.choice("impl", impl, IMPLEMENTATIONS)
 
 
 def run_experts(
     x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights, act: nn.Module, impl: str
 ) -> Tensor:
-    """Sum of the selected experts' outputs plus the shared bias, (N, C).
+    """Sum the outputs of the selected experts and add the shared bias, (N, C).
 
-    The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path; an unknown one
-    raises ValueError, and so does `triton` on a device that it has no kernels for. Tensors that
-    `native` or `triton` does not know are run by `grouped`, see their `can_run`.
+    The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path. An unknown name
+    raises ValueError, and so does `triton` on a device that it has no kernels for. If `native` or
+    `triton` does not know the tensors (see their `can_run`), `grouped` runs instead.
     """
     check_impl(impl)
-    # How many rows an expert gets is a value, and torch.compile would break off at each. Where no
-    # gradient is asked for it takes the whole as one operator. So do tensors without values, which
-    # no kernel takes.
+    # torch.compile would break its graph at every expert, since the number of its rows is a value.
+    # Without gradients it gets one operator instead; so do fake tensors, which no kernel takes.
     opaque = torch.compiler.is_compiling() or (isinstance(x_NC, FakeTensor) and impl not in PLAIN)
     if opaque and not torch.is_grad_enabled() and (name := _name_of(act)) is not None:
         return _as_operator(x_NC, mask_NE, *weights, name, impl)
@@ -68,7 +67,7 @@ def run_experts(
 
 
 def _name_of(act: nn.Module) -> str | None:
-    """What `activation` calls it; None for one that it does not build."""
+    """Return the name that `ops.activation` builds this module from; None if there is none."""
     if isinstance(act, nn.ReLU):
         return "relu"
     return "gelu" if isinstance(act, nn.GELU) and act.approximate == "tanh" else None

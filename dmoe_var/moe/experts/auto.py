@@ -1,13 +1,13 @@
-"""Which compute path is the fastest, by a table that is measured on this machine and kept.
+"""Run the fastest compute path, by a table that is measured on this machine and kept.
 
-A path's time is taken as a line through its times at two densities of random masks. `reference` is
-the dense FFN with what was not selected zeroed, so that nothing is ever much slower than dense.
-On a GPU the host would wait for the density of the mask at hand: there a shape takes the path that
-is fastest at the density ASSUMED.
+A path's time is a line through its times at two densities of random masks. `reference` runs the
+whole dense FFN and zeroes what was not selected, so nothing is ever much slower than dense.
+On a GPU the host would have to wait for the mask's density. There a shape takes the path that is
+fastest at the density ASSUMED.
 
 The table is in `c_library.cache_folder()`. The same inputs take the same path as long as it is
-there; where it cannot be written, as long as the process lives.
-Legend: N tokens, C width, E experts, D neurons of an expert.
+there, or as long as the process lives if it cannot be written.
+Legend: N tokens, C width, E experts, D neurons per expert.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.sampling_time import this_sampling
 
 FORMAT = "dmoe-var-experts/1"
-DENSITIES = (0.25, 1.0)
-ASSUMED = 0.5
+DENSITIES = (0.25, 1.0)  # of the masks that are timed
+ASSUMED = 0.5  # instead of a mask's density on a GPU
 REPEATS = 3
-"""Calls of which the fastest counts, after one that does not."""
+"""Timed calls; the fastest counts. One call before them warms up."""
 
 Seconds = dict[str, tuple[float, float]]
-"""By path, at each of DENSITIES."""
+"""The seconds of each path at each of DENSITIES."""
 _tables: dict[Path, dict[str, Seconds]] = {}
 
 
@@ -49,7 +49,7 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
 
 
 def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> str:
-    """Name of the path to run: `grouped` for all that only plain paths can run."""
+    """Return the name of the path to run: `grouped` if only plain paths can run the tensors."""
     device = x_NC.device
     there = paths_on(device).items()
     paths = {name: each for name, each in there if each.can_run(x_NC, weights, act)}
@@ -67,7 +67,7 @@ def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Mo
 
 
 def _at(density: float, times: tuple[float, float]) -> float:
-    """On the line through both times."""
+    """Return the time at a density, on the line through both measured times."""
     low, high = DENSITIES
     return times[0] + (times[1] - times[0]) * (density - low) / (high - low)
 
@@ -75,7 +75,7 @@ def _at(density: float, times: tuple[float, float]) -> float:
 def _seconds(
     paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights, act: nn.Module
 ) -> Seconds:
-    """From the table, or measured now."""
+    """Look the times up in the table, or measure them now."""
     E, D, C = weights.w1_EDC.shape
     dtype = str(x_NC.dtype).removeprefix("torch.")
     if x_NC.is_cuda:
@@ -95,7 +95,7 @@ def _seconds(
 
 
 def _rounded(tokens: int) -> int:
-    """Down to a power of two or one and a half of one: what takes the same path."""
+    """Round down to 2^n or 1.5 * 2^n; numbers that round alike take the same path."""
     power = 1 << (tokens.bit_length() - 1)
     return power + power // 2 if tokens >= power + power // 2 else power
 
@@ -107,7 +107,7 @@ def _measured(
     draws_NE = torch.rand(len(x_NC), len(weights.w1_EDC), generator=generator)
     masks = [(draws_NE < density).to(x_NC.device) for density in DENSITIES]
     times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
-    for _ in range(1 + REPEATS):  # in turn: a machine that is busy for a while is so for all
+    for _ in range(1 + REPEATS):  # paths take turns, so a busy spell slows all of them
         for name, each in paths.items():
             for mask_NE, found in zip(masks, times[name], strict=True):
                 synchronise(x_NC.device)
@@ -119,7 +119,7 @@ def _measured(
 
 
 def _file(device: torch.device) -> Path:
-    """The table of this processor and number of threads, or of this GPU; of torch and kernels."""
+    """Name the table of this processor and thread count, or GPU, and of these code versions."""
     return cache_folder() / f"experts-{_machine(device, torch.get_num_threads())}.json"
 
 
@@ -135,7 +135,7 @@ def _machine(device: torch.device, threads: int) -> str:
 
 
 def _read(file: Path) -> dict[str, Seconds]:
-    """Nothing where the file is missing or broken: it is measured again."""
+    """Read a table; a missing or broken file gives an empty one, and all is measured again."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -149,7 +149,7 @@ def _read(file: Path) -> dict[str, Seconds]:
 
 
 def _keep(file: Path, key: str, seconds: Seconds) -> None:
-    """Beside what other processes have measured meanwhile; the first who measures counts."""
+    """Store times beside those of other processes; the first process to store a key wins."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with alone(file.parent):

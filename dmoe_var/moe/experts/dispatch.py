@@ -1,4 +1,4 @@
-"""Which experts run on which tokens: the mask, and what compute paths make of it.
+"""Which experts run on which tokens: the mask, and what compute paths derive from it.
 
 Legend: N tokens, E experts, P (token, expert) pairs, n one expert's tokens.
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 class Dispatch:
-    """A layer's mask. Everything else is made when it is first asked for, and kept; for that the
-    host waits for a GPU."""
+    """Holds a layer's mask. Everything else is computed at its first use and kept; on a GPU that
+    makes the host wait."""
 
     def __init__(self, mask_NE: Tensor):
         self.mask_NE = mask_NE
 
     @cached_property
     def density(self) -> float:
-        """The share of pairs that run; of a mask that has any."""
+        """The share of pairs that run; the mask must not be empty."""
         return float(self.mask_NE.count_nonzero()) / self.mask_NE.numel()
 
     @cached_property
@@ -29,7 +29,7 @@ class Dispatch:
 
     @cached_property
     def counts(self) -> list[int]:
-        """How many tokens each expert has, E numbers."""
+        """The number of tokens of each expert, E numbers."""
         counts: list[int] = self.mask_NE.sum(0).tolist()
         return counts
 

@@ -1,16 +1,16 @@
-"""ReLU experts, their router and its threshold by compiled code on a CPU, see native.c.
+"""Run ReLU experts, their router and its threshold on a CPU by compiled code, see native.c.
 
-fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so that
-time follows the number of (token, expert) pairs; fc2 skips hidden values that ReLU made 0, but in
-AMX's tiles. In bfloat16 products and sums are float32; hidden activations and the sum of all
+fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so time
+follows the number of (token, expert) pairs. fc2 skips hidden values that ReLU made 0, except in
+AMX's tiles. In bfloat16, products and sums are float32; hidden activations and the sum of all
 experts are rounded once each, as a dense FFN's are. A token's bits depend neither on the number of
 threads nor on the other tokens.
 
-Weights are packed once, see packed.py. `can_run` says what the kernel knows; DMOE_VAR_NATIVE=0
-switches it off, and `python -m dmoe_var.moe.experts.native` compiles it beforehand, for the image
-of a machine.
+Weights are packed once, see packed.py. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0
+switches the kernel off. `python -m dmoe_var.moe.experts.native` compiles it beforehand, for
+example while a machine image is built.
 
-Legend: N tokens, C width, E experts, D neurons of an expert, p columns of a panel, P panels.
+Legend: N tokens, C width, E experts, D neurons per expert, p columns per panel, P panels.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
 FEW_SCORES = 1 << 15
-"""Up to here one thread compares them sooner than two are woken."""
+"""Up to this many scores, one thread compares them before a second one would be awake."""
 
 _memory = threading.local()
-"""A thread's workspace, kept for its next call: to get fresh memory takes longer than a product."""
+"""Each thread's workspace, kept for its next call: fresh memory takes longer than a product."""
 
 
 class _Layer(ctypes.Structure):
-    """`Layer` in native.c."""
+    """Mirrors `Layer` in native.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
@@ -53,7 +53,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Router(ctypes.Structure):
-    """`Router` in native.c."""
+    """Mirrors `Router` in native.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "hidden", "experts")),
@@ -63,7 +63,7 @@ class _Router(ctypes.Structure):
 
 
 class _Kernel:
-    """The functions of native.c."""
+    """Declares the functions of native.c."""
 
     def __init__(self, library: ctypes.CDLL):
         layer, number, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
@@ -80,11 +80,11 @@ class _Kernel:
             function.restype = number
         library.dmoe_tile.restype = number
         self.tile: int | None = library.dmoe_tile() if library.dmoe_amx() else None
-        """Rows, columns and depth of AMX's products of bfloat16; None without them."""
+        """Rows, columns and depth of an AMX tile for bfloat16; None if there is no AMX."""
         self.lanes: int = library.dmoe_lanes()
-        """float32 values of a register."""
+        """float32 values per register."""
         self.vectors: int = library.dmoe_vectors()
-        """Registers of a panel of fc2, and the most of one of fc1."""
+        """Registers per panel of fc2, and at most as many per panel of fc1."""
 
         router, real = ctypes.POINTER(_Router), ctypes.c_float
         self.scores = library.dmoe_scores
@@ -98,13 +98,13 @@ class _Kernel:
         self._fingerprint.restype = ctypes.c_uint64
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory on large pages, where the system has them: weights and workspace are streamed."""
+        """Allocate memory, on large pages if the system has them: the kernels stream through it."""
         made = torch.empty(shape, dtype=dtype)
         self._large_pages(made.data_ptr(), made.nbytes)
         return made
 
     def fingerprint(self, values: Tensor) -> int:
-        """A 64-bit hash of the values in their order."""
+        """Hash the values in their order, to 64 bits."""
         values = values.contiguous()
         found: int = self._fingerprint(values.data_ptr(), values.nbytes, torch.get_num_threads())
         return found
@@ -117,12 +117,12 @@ def _compiled() -> _Kernel | None:
 
 
 def kernel() -> _Kernel | None:
-    """None where there is no compiler, which a line on stderr has said, or it is not wanted."""
+    """Return the kernel; None if it is switched off or, as a line on stderr says, not compiled."""
     return None if os.environ.get(SWITCH) == "0" else _compiled()
 
 
 def version() -> str:
-    """What is compiled."""
+    """Return the source that is compiled."""
     return SOURCE.read_text("utf-8")
 
 
@@ -132,7 +132,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
-    """Whether the kernel `knows` these tokens and experts, which are of ReLU."""
+    """Say whether these are ReLU experts that the kernel `knows`, with no hook on the ReLU."""
     hooked = bool(act._forward_hooks or act._forward_pre_hooks)
     return isinstance(act, nn.ReLU) and not hooked and knows(x_NC, *weights)
 
@@ -153,18 +153,18 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
 
 
 def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Tensor:
-    """This thread's, grown where it is too small."""
+    """Return this thread's workspace; grow it if it is too small."""
     size = loaded.workspace(layer, tokens, threads)
     if getattr(_memory, "bytes", None) is None or len(_memory.bytes) < size:
-        _memory.bytes = None  # before there is another
+        _memory.bytes = None  # free the old one first
         _memory.bytes = loaded.empty((size,), torch.uint8)
     found: Tensor = _memory.bytes
     return found
 
 
 def knows(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernel knows such tensors: on a CPU, float32 or bfloat16 alike, no gradient asked
-    for, nobody who watches operators; and whether it could be compiled."""
+    """Say whether the kernel is there and takes these tensors: on a CPU, all float32 or all
+    bfloat16, without gradients, and with nobody watching operators."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return (
         x.is_cpu
@@ -177,7 +177,7 @@ def knows(x: Tensor, *weights: Tensor) -> bool:
 
 
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
-    """|fc2 GELU(fc1 x)|, (..., E), of tokens x (..., C) that the kernel `knows`."""
+    """Compute |fc2 GELU(fc1 x)|, (..., E), for tokens x (..., C) that the kernel `knows`."""
     loaded = _compiled()
     assert loaded is not None
     x = x.contiguous()
@@ -190,7 +190,7 @@ def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
 
 
 def threshold(scores: Tensor, tau: float) -> Tensor | None:
-    """Eq. 3 on scores (..., E) that the kernel `knows`; None where one is not finite."""
+    """Apply Eq. 3 to scores (..., E) that the kernel `knows`; None if a score is not finite."""
     loaded = _compiled()
     assert loaded is not None
     scores = scores.contiguous()
@@ -221,7 +221,7 @@ def _pack_router(weights: Sequence[Tensor]) -> Packed[_Router]:
 
 @torch.no_grad()
 def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
-    """Experts as native.c says."""
+    """Pack experts in the layout that native.c reads."""
     loaded = kernel()
     assert loaded is not None
     w1_EDC, b1_ED, w2_EDC, b2_C = weights
@@ -246,18 +246,18 @@ def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
 
 
 def _vectors(loaded: _Kernel, columns: int) -> int:
-    """Registers of a panel: of a narrow one where a wide one would be filled up with more zeros."""
+    """Return the registers per panel: 1 if panels of `loaded.vectors` would need more padding."""
     wide = loaded.vectors
     return 1 if -(-columns // loaded.lanes) % wide else wide
 
 
 def _in_panels(x: Tensor, columns: int) -> Tensor:
-    """(..., columns of all) -> (..., P, p), filled up with zeros."""
+    """Cut (..., all columns) into panels (..., P, p), padded with zeros."""
     return F.pad(x, (0, -x.shape[-1] % columns)).unflatten(-1, (-1, columns))
 
 
 def _in_pairs(x: Tensor, tile: int) -> Tensor:
-    """(..., depth, p) -> (..., depth / 2, p, 2), the depth filled up to whole tiles."""
+    """Turn (..., depth, p) into (..., depth / 2, p, 2), with the depth padded to whole tiles."""
     return F.pad(x, (0, 0, 0, -x.shape[-2] % tile)).unflatten(-2, (-1, 2)).mT
 
 

@@ -1,9 +1,8 @@
-"""Copies of weights in the order in which a kernel reads them: they go with the parameter, and into
-no file.
+"""Keep copies of weights in the order in which a kernel reads them.
 
-A copy is kept by the content of the weights. How often torch counts them as written to does not
-tell: a fused optimiser, `.data` and inference tensors write uncounted. Within `sampling`, where
-nobody writes to weights, their content is read once.
+A copy lives as long as its parameter and is never saved. It is kept by the content of the weights.
+torch's count of writes does not tell enough: a fused optimiser, `.data` and inference tensors write
+uncounted. Within `sampling` nobody writes to weights, so their content is read once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Layout = TypeVar("Layout", bound=ctypes.Structure)
 
 @dataclass(frozen=True)
 class Packed(Generic[Layout]):
-    """Weights as a kernel reads them."""
+    """Holds weights as a kernel reads them."""
 
     layer: Layout
     tensors: tuple[Tensor, ...]
@@ -38,7 +37,7 @@ class Packed(Generic[Layout]):
 
 
 Place = tuple[int, int, tuple[int, ...], int]
-"""Where a tensor's values lie, and how often it was seen to be written to."""
+"""Where a tensor's values lie, and torch's count of writes to it."""
 
 
 def _place(tensor: Tensor) -> Place:
@@ -51,16 +50,16 @@ Content = tuple[tuple[torch.Size, torch.dtype, int], ...]
 
 @dataclass(frozen=True)
 class _Seen:
-    """Where weights lay at a time of `sampling`."""
+    """Remembers where weights lay within one `sampling`."""
 
     places: list[Place]
     memory: list[StorageWeakRef]
-    """As long as they live no other memory has the number of theirs in `places`."""
+    """Weak references; while they live no other storage gets an id that is in `places`."""
 
 
 @dataclass(frozen=True)
 class _Kept(Generic[Layout]):
-    """A copy, what it is a copy of, and where that lay at each time of `sampling`."""
+    """Holds a copy, the content that it copies, and where that lay within each `sampling`."""
 
     content: Content
     packed: Packed[Layout]
@@ -68,7 +67,7 @@ class _Kept(Generic[Layout]):
 
 
 _kept = WeakTensorKeyDictionary()
-"""By the first of the weights."""
+"""A `_Kept` for each tuple of weights, by the first of them."""
 
 
 def packed_of(
@@ -76,7 +75,7 @@ def packed_of(
     pack: Callable[[Sequence[Tensor]], Packed[Layout]],
     fingerprint: Callable[[Tensor], int],
 ) -> Packed[Layout]:
-    """The packed weights; packed anew where a value has changed. `fingerprint`: of the values."""
+    """Return the packed weights, packed anew if a value has changed by its `fingerprint`."""
     sampling, places = this_sampling(), [_place(weight) for weight in weights]
     kept: _Kept[Layout] | None = _kept.get(weights[0])
     if kept is not None and sampling is not None:
@@ -86,7 +85,7 @@ def packed_of(
     content = tuple((w.shape, w.dtype, fingerprint(w)) for w in weights)
     if kept is None or kept.content != content:
         kept = None
-        forget(weights)  # its memory before the new one's
+        forget(weights)  # free the old copy before the new one is made
         kept = _Kept(content, pack(weights))
         _kept[weights[0]] = kept
     if sampling is not None:
@@ -96,5 +95,5 @@ def packed_of(
 
 
 def forget(weights: Sequence[Tensor]) -> None:
-    """Free the packed copy."""
+    """Drop the packed copy of these weights."""
     _kept.pop(weights[0], None)

@@ -1,4 +1,4 @@
-"""The compute paths by name. Each is a file of this folder, which is loaded when it is first used.
+"""The compute paths by name. Each is a file in this folder, loaded at its first use.
 
 Legend: N tokens, C width.
 """
@@ -18,41 +18,41 @@ from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.weights import ExpertWeights
 
 Impl = Literal["auto", "reference", "grouped", "native", "triton"]
-"""The one list of names, which are those of the files. Among several that can run, `auto` takes the
-last where nothing can be timed."""
+"""The one list of names, which are those of the files. If nothing can be timed, `auto` takes the
+last one that can run."""
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
 AUTO = "auto"
-"""Runs the one of the others that is fastest on this machine."""
+"""Runs the path that is fastest on this machine."""
 PATHS = tuple(name for name in IMPLEMENTATIONS if name != AUTO)
 FALLBACK = "grouped"
-"""Runs what another path cannot."""
+"""Runs what the path that was asked for cannot."""
 PLAIN = ("reference", FALLBACK)
-"""Made of torch's operators: they run on any device, with any activation, and with gradients."""
+"""Paths of torch operators: they run on any device, with any activation, and with gradients."""
 
 RAN: Counter[str] = Counter()
-"""Calls of each path in this process: what `auto` chose, and what ran in the place of another."""
+"""Calls of each path in this process, counted for the path that ran in the end."""
 
 
 @dataclass(frozen=True)
 class ComputePath:
-    """What a path's file defines, by these names; all but `run` may be left out."""
+    """Lists what a path's file defines, by these names; all but `run` may be left out."""
 
     run: Callable[[Tensor, Dispatch, ExpertWeights, nn.Module], Tensor]
     """(x_NC, dispatch, weights, act) -> sum over the selected experts plus b2, (N, C)."""
     can_run: Callable[[Tensor, ExpertWeights, nn.Module], bool] = lambda *given: True
-    """Whether it knows such tokens, experts and activation; `grouped` runs them if not. InputError
-    where it can run nothing at all and that is not to go unnoticed."""
+    """Whether it takes these tokens, experts and activation; if not, `grouped` runs them. Raises
+    InputError if the path can run nothing at all here and the user should know."""
     runs_on: Callable[[torch.device], bool] = lambda device: True
     """Whether `auto` and benchmarks try it on a device."""
     version: Callable[[], str] = str
-    """What its speed depends on beside this machine and torch: its sources, its packages."""
+    """What its speed depends on besides this machine and torch: its sources and packages."""
 
 
 _loaded: dict[str, ComputePath] = {}
 
 
 def path(name: str) -> ComputePath:
-    """One of IMPLEMENTATIONS."""
+    """Load a path, one of IMPLEMENTATIONS, once."""
     if name not in _loaded:
         module = import_module(f"dmoe_var.moe.experts.{name}")
         names = [field.name for field in fields(ComputePath) if hasattr(module, field.name)]
@@ -61,6 +61,6 @@ def path(name: str) -> ComputePath:
 
 
 def paths_on(device: torch.device) -> dict[str, ComputePath]:
-    """Those of PATHS that a device is there for."""
+    """Load those of PATHS that run on a device."""
     paths = {name: path(name) for name in PATHS}
     return {name: each for name, each in paths.items() if each.runs_on(device)}

@@ -1,6 +1,6 @@
-"""The plainest path: run the whole FFN, zero what was not selected. Saves no time; defines truth.
+"""Run the whole FFN and zero what was not selected. This path saves no time; it defines the truth.
 
-Legend: N tokens, C width, E experts, D neurons an expert.
+Legend: N tokens, C width, E experts, D neurons per expert, H = E D.
 """
 
 from __future__ import annotations

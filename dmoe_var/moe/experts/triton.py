@@ -1,16 +1,16 @@
-"""ReLU experts on an NVIDIA GPU, see triton_kernels.py: fc1 gathers rows, fc2 is cuBLAS's.
+"""Run ReLU experts on an NVIDIA GPU, see triton_kernels.py: fc1 gathers rows, fc2 is cuBLAS's.
 
 `row_lists` sorts the tokens of each block into those that chose an expert and the others. fc1
 multiplies the former by the expert's weights and writes zeros for the others, so that fc2 is one
-dense product over all neurons. A product of half the density thus takes three quarters of the dense
-FFN's operations. An fc2 that left out the rest would have to add its outputs up in memory, expert
-by expert. By estimate, for experts of 128, that takes longer than the dense product above a density
+dense product over all neurons. At density 0.5 this takes three quarters of the dense FFN's
+operations. An fc2 that skipped the zeros would have to add up its outputs in memory, expert by
+expert. By estimate, for experts of 128, that takes longer than the dense product above a density
 of 0.3 (H100) or 0.6 (A100), and less time below: nobody has measured it.
 
-The host never waits for the device, and nothing is as large as the worst case: hidden activations
-are the dense FFN's. Sums have a fixed order, so that the same inputs give the same bits.
+The host never waits for the device. No buffer is sized for a worst case: hidden activations are as
+large as the dense FFN's. Sums have a fixed order, so the same inputs give the same bits.
 
-Legend: N tokens, C width, E experts, D neurons of an expert, H = E D, T tokens of a block.
+Legend: N tokens, C width, E experts, D neurons per expert, H = E D, T tokens per block.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER = "TRITON_INTERPRET"
 """Triton's own switch: with 1 its kernels run on a CPU, slowly, for tests."""
 OLDEST, HOPPER = (8, 0), 9
-"""Compute capabilities; of Hopper the first number."""
+"""Compute capabilities: the oldest one that can run, and Hopper's first number."""
 MANY_TOKENS = 2048
-"""From here half of d16's pairs make two large tiles or more for each multiprocessor."""
+"""From here on, half of d16's pairs fill two large tiles or more per multiprocessor."""
 COLUMNS = (16, 128)
-"""Fewest and most columns of a tile: what tensor cores take, and what registers hold."""
+"""Fewest and most columns per tile: what tensor cores take, and what registers hold."""
 LISTED = 4096
-"""Elements of the mask that a program of `row_lists` sorts: they stay in registers."""
+"""Mask elements that one program of `row_lists` sorts, so that they stay in registers."""
 
 
 class Tile(NamedTuple):
-    """What a program of fc1 multiplies at a time, and how.
+    """Says what a program of fc1 multiplies at a time, and how.
 
-    A list's last tile is half empty on average: the larger a tile the longer is a list.
+    A list's last tile is half empty on average, so larger tiles go with longer lists.
     """
 
     block: int
-    """Tokens that a list is made of; a list has 16 bits a token."""
+    """Tokens per list; a list takes 16 bits per token."""
     rows: int
     columns: int
     depth: int
     stages: int
-    """Tiles in shared memory: all but one are on their way while that one is multiplied."""
+    """Tiles in shared memory: one is multiplied while the others are being loaded."""
     warps: int = 4
 
 
 def tile(capability: tuple[int, int], dtype: torch.dtype, size: int, tokens: int) -> Tile:
-    """For experts of `size` neurons on a GPU of this compute capability.
+    """Choose the tile for experts of `size` neurons on a GPU of this compute capability.
 
     In half precision two programs fit a multiprocessor: one multiplies while the other begins or
-    ends. Tiles of 64 rows leave fewer of them idle where tokens are few.
+    ends. If tokens are few, tiles of 64 rows leave fewer multiprocessors idle.
     """
     columns = min(max(1 << (size - 1).bit_length(), COLUMNS[0]), COLUMNS[1])
     if dtype == torch.float32:
@@ -76,7 +76,7 @@ def tile(capability: tuple[int, int], dtype: torch.dtype, size: int, tokens: int
 
 @cache
 def kernels() -> ModuleType | None:
-    """triton_kernels.py; None where the triton package is missing."""
+    """Load triton_kernels.py; None if the triton package is missing."""
     try:
         from dmoe_var.moe.experts import triton_kernels
     except ImportError:
@@ -85,7 +85,7 @@ def kernels() -> ModuleType | None:
 
 
 def version() -> str:
-    """Triton's, and the source of what runs here."""
+    """Return Triton's version and the source of what runs here."""
     loaded = kernels()
     assert loaded is not None
     files = (Path(str(loaded.__file__)), Path(__file__))
@@ -93,7 +93,7 @@ def version() -> str:
 
 
 def missing(device: torch.device) -> str | None:
-    """Why nothing can run by these kernels on a device, in one line; None where they can."""
+    """Say in one line why these kernels cannot run on a device; None if they can."""
     if kernels() is None:
         return "impl=triton needs the triton package, which is not installed here"
     if os.environ.get(INTERPRETER) == "1":
@@ -108,13 +108,13 @@ def missing(device: torch.device) -> str | None:
 
 
 def runs_on(device: torch.device) -> bool:
-    """See `paths.ComputePath`: no CPU, though the interpreter runs there."""
+    """See `paths.ComputePath`. A CPU does not count, though the interpreter runs there."""
     return device.type == "cuda" and missing(device) is None
 
 
 def knows(x: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
-    """Whether these are tokens and ReLU experts of one dtype of DTYPES, no gradient is asked for,
-    and nobody watches operators or the activation."""
+    """Say whether the kernels take these tensors: tokens and ReLU experts of one of DTYPES, without
+    gradients, and with nobody watching operators or the activation."""
     hooked = bool(act._forward_hooks or act._forward_pre_hooks)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return (
@@ -128,7 +128,7 @@ def knows(x: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
 
 
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
-    """Whether the kernels `know` such tensors. InputError where they run nothing on this device."""
+    """Say whether the kernels take these tensors; InputError if they cannot run on the device."""
     reason = missing(x_NC.device)
     if reason is not None:
         raise InputError(reason)
@@ -136,7 +136,7 @@ def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
-    """See `paths.ComputePath`; the kernel `row_lists` makes lists that no one has to wait for."""
+    """See `paths.ComputePath`; the host does not wait for the lists of the kernel `row_lists`."""
     w1_EDC, b1_ED, w2_EDC, b2_C = weights
     mask_NE = dispatch.mask_NE.contiguous()
     h_NH = _hidden(x_NC.contiguous(), mask_NE, w1_EDC.contiguous(), b1_ED.contiguous())
@@ -144,7 +144,7 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
 
 
 def _hidden(x_NC: Tensor, mask_NE: Tensor, w1_EDC: Tensor, b1_ED: Tensor) -> Tensor:
-    """Hidden activations (N, H), 0 where an expert does not run."""
+    """Compute the hidden activations (N, H), 0 for experts that do not run."""
     (N, C), (E, D) = x_NC.shape, b1_ED.shape
     h_NH = x_NC.new_empty(N, E * D)
     if N == 0:
@@ -166,13 +166,13 @@ def _hidden(x_NC: Tensor, mask_NE: Tensor, w1_EDC: Tensor, b1_ED: Tensor) -> Ten
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the oldest for the interpreter, to which it makes no difference."""
+    """Return the compute capability; on a CPU (the interpreter) OLDEST, which changes nothing."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST
 
 
 def row_lists(mask_NE: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Each expert's tokens, of each block of so many: their places in it, int16 (blocks, E, T), and
-    their number, int32 (blocks, E). After them come the tokens that did not choose the expert."""
+    """List each expert's tokens per block of `block` tokens: their places in the block, int16
+    (blocks, E, T), and their number, int32 (blocks, E). The block's other tokens come after."""
     N, E = mask_NE.shape
     blocks, experts = -(-N // block), LISTED // block
     rows = mask_NE.new_empty((blocks, E, block), dtype=torch.int16)

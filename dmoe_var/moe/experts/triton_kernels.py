@@ -1,8 +1,8 @@
 """The kernels of triton.py, which says what they are for; this file needs the triton package.
 
-A kernel's annotations are read when it is compiled: they are objects here, not the strings that the
-`annotations` import makes of them, and its other arguments have none.
-Legend: N tokens, C width, E experts, D neurons of an expert, T tokens of a block.
+Triton reads a kernel's annotations when it compiles: they must be objects, so this file does not
+import `annotations`, and other arguments have none.
+Legend: N tokens, C width, E experts, D neurons per expert, T tokens per block.
 """
 
 # mypy: allow-untyped-defs
@@ -13,10 +13,10 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["N"])
 def row_lists(mask_ptr, rows_ptr, counts_ptr, N, E, T: tl.constexpr, EXPERTS: tl.constexpr):
-    """Of mask (N, E), for EXPERTS experts of a block: rows (blocks, E, T) and counts (blocks, E).
+    """Write rows (blocks, E, T) and counts (blocks, E) of a mask (N, E), EXPERTS experts at a time.
 
-    An expert's rows are the block's tokens that chose it, by their place in the block and in its
-    order, then all others.
+    An expert's rows are the places in the block of the tokens that chose it, rising, then of all
+    others.
     """
     block = tl.program_id(0)
     place_T1 = tl.arange(0, T)[:, None]
@@ -38,10 +38,10 @@ def fc1(
     D: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ReLU(x W1_e + b1_e) of ROWS rows of a list into hidden (N, E, D), and zeros for those that
-    did not choose the expert, so that each element is written once.
+    """Write ReLU(x W1_e + b1_e) for ROWS rows of a list into hidden (N, E, D), and zeros for rows
+    that did not choose the expert, so that each element is written once.
 
-    Neighbouring programs are experts of the same tokens: those are in the cache by then.
+    Neighbouring programs run experts on the same tokens, which are in the cache by then.
     """
     columns: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(0) // columns
@@ -57,7 +57,7 @@ def fc1(
     place_K = tl.arange(0, DEPTH)
     x_RK = x_ptr + token_R[:, None] * C + place_K[None, :]
     w1_KD = w1_ptr + (expert * D + neuron_D).to(tl.int64)[None, :] * C + place_K[:, None]
-    # No product for rows that nobody chose.
+    # Skip the product if none of the rows chose the expert.
     depth = tl.where(first < count, C, 0)
     for start in range(0, depth, DEPTH):
         inside_K = place_K < C - start
@@ -67,7 +67,7 @@ def fc1(
 
     bias_D = tl.load(b1_ptr + expert * D + neuron_D, mask=there_D, other=0.0)
     sum_RD += bias_D.to(tl.float32)[None, :]
-    # Not maximum, which takes the number where the other is none.
+    # Not tl.maximum: of NaN and 0 it takes the 0.
     hidden_RD = tl.where((sum_RD < 0) | (rank_R >= count)[:, None], 0.0, sum_RD)
     out_RD = hidden_ptr + token_R[:, None] * (E * D) + (expert * D + neuron_D)[None, :]
     inside_RD = (token_R < N)[:, None] & there_D[None, :]

@@ -1,6 +1,6 @@
 """The one layout of expert weights.
 
-Legend: C width, E experts, D neurons of an expert.
+Legend: C width, E experts, D neurons per expert.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of all experts of a layer.
+    """Holds the weights of all experts of a layer.
 
     w1_EDC, b1_ED: rows of fc1 and its bias; w2_EDC: columns of fc2; b2_C: the shared output bias.
     """

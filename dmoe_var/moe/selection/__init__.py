@@ -1,6 +1,6 @@
-"""Selection rules: which experts run on a token, from one score an expert. A file a rule.
+"""Selection rules, one file per kind: they choose a token's experts from one score per expert.
 
-Scores are what `SelectionRule.scores` says: predicted output norms, true ones, or others.
+`SelectionRule.scores` computes the scores: predicted output norms, true ones, or others.
 """
 
 from dmoe_var.moe.selection.base import Selection, SelectionRule, describe

@@ -1,6 +1,6 @@
-"""What every selection rule says of itself, and how its fields are declared and checked.
+"""The base of selection rules: what a rule declares, and how its fields are checked.
 
-Legend: B batch, L tokens, C width, D neurons an expert, E experts.
+Legend: B batch, L tokens, C width, D neurons per expert, E experts.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Key:
 
     default: Any
     explanation: str
-    """One line for those who set it."""
+    """One line for --help."""
     by_scale: Any = None
-    """The key's type if it holds a value for each scale, as one key of a rule may."""
+    """The key's type if it holds a value per scale; a rule may have one such key."""
     name: str | None = None
-    """The key's name where that is not the field's."""
+    """The key's name if it is not the field's."""
 
 
 class ExpertFFN(Protocol):
-    """What rules see of `moe.layer.MoEFFN`."""
+    """Declares what rules use of `moe.layer.MoEFFN`."""
 
     num_experts: int
 
@@ -48,31 +48,31 @@ class ExpertFFN(Protocol):
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """Base of all rules: pure functions scores (..., E) -> bool mask (..., E).
+    """Base of all rules: a rule is a pure function of scores (..., E) to a bool mask (..., E).
 
-    A rule's fields are annotated with their limits, and with a `Key` if configurations have them.
+    A rule's fields are annotated with their limits, and with a `Key` if configurations set them.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str] = ""
-    """In configurations, stored models and records."""
+    """Its name in configurations, stored models and records."""
     label: ClassVar[str] = ""
-    """In tables and legends."""
+    """Its name in tables and legends."""
     wording: ClassVar[str] = ""
-    """In a line of text, before the values; the name where it is empty."""
+    """Its name in a line of text, before the values; if empty, `name` stands there."""
     colour: ClassVar[str] = "#7F7F7F"
     marker: ClassVar[str] = "."
-    """Of its curve in figures."""
+    """Colour and marker of its curve in figures."""
     proposed: ClassVar[bool] = False
-    """The paper's method, of which figures have curves of their own, and not a rival of it."""
+    """Whether it is the paper's method, which has its own curves in figures, and not a rival."""
 
     uses_scores: ClassVar[bool] = True
-    """The rule reads scores; one that does not is handed noise."""
+    """Whether the rule reads scores; if not, it is handed noise."""
     needs_router: ClassVar[bool] = True
-    """The scores are the router's, which has to be trained, runs and is counted."""
+    """Whether the scores are the router's; it then has to be trained, runs, and is counted."""
     true_norms: ClassVar[bool] = False
-    """The scores are the experts' true norms; the pass that computes them is not counted."""
+    """Whether the scores are the experts' true norms; the pass for them is not counted."""
 
     def __post_init__(self) -> None:
         for name, declared in declared_fields(type(self)).items():
@@ -82,7 +82,7 @@ class SelectionRule:
         raise NotImplementedError
 
     def scores(self, ffn: ExpertFFN, x_BLC: Tensor) -> Tensor:
-        """What the rule selects by, (B, L, E)."""
+        """Compute the scores that the rule selects by, (B, L, E)."""
         if self.true_norms:
             return ffn.true_norms(x_BLC)
         if self.needs_router:
@@ -90,31 +90,31 @@ class SelectionRule:
         return x_BLC.new_zeros((*x_BLC.shape[:-1], ffn.num_experts))
 
     def score_macs(self, width: int, num_experts: int) -> int:
-        """MACs of one token's scores that are neither the router's nor the true norms."""
+        """Count the MACs of one token's scores, without those of a router or of true norms."""
         return 0
 
     def at(self, layer: int) -> SelectionRule:
-        """The rule of one layer; most rules are the same in all."""
+        """Return the rule of one layer; most rules are the same in all layers."""
         return self
 
     def misfit(self, depth: int, num_experts: int) -> tuple[str, str] | None:
-        """The field with which a model of `depth` layers of so many experts cannot run the rule,
-        and what is allowed; None where it can."""
+        """Return the field that keeps a model of `depth` layers of `num_experts` experts from
+        running the rule, and what is allowed; None if it can run it."""
         return None
 
     def check(self, depth: int, num_experts: int) -> None:
-        """ValueError where a model of `depth` layers of so many experts cannot run the rule."""
+        """Raise ValueError if a model of `depth` layers of `num_experts` experts cannot run it."""
         if found := self.misfit(depth, num_experts):
             name, allowed = found
             raise ValueError(f"{name}={values.shown(getattr(self, name))} {allowed}")
 
 
 Selection = SelectionRule | Sequence[SelectionRule] | None
-"""One rule for all scales with experts, a list of rules (see `resolve_rules`), or none."""
+"""One rule for all scales with experts, a list of rules (see `resolve_rules`), or no rule."""
 
 
 def declared_fields(rule: Any) -> Mapping[str, Any]:
-    """The annotation of each field of a rule."""
+    """Return the annotation of each field of a rule."""
     return _declared_fields(rule)
 
 
@@ -125,7 +125,7 @@ def _declared_fields(rule: Any) -> Mapping[str, Any]:
 
 
 def keys_of(rule: type[SelectionRule]) -> Mapping[str, Key]:
-    """The key of each field that configurations have."""
+    """Return the key of each field that configurations set."""
     return _keys_of(cast(Any, rule))
 
 
@@ -137,7 +137,7 @@ def _keys_of(rule: Any) -> Mapping[str, Key]:
 
 
 def _checked(name: str, value: Any, declared: Any) -> Any:
-    """A field as plain Python, checked by its annotation; as given where that holds no number."""
+    """Check a field by its annotation and make it plain Python; if no number, leave it as given."""
     kind, *marks = get_args(declared) if get_origin(declared) is Annotated else (declared,)
     if get_origin(kind) is tuple:
         found = [_checked(name, each, get_args(kind)[0]) for each in values.items(name, value)]
@@ -155,7 +155,7 @@ def _checked(name: str, value: Any, declared: Any) -> Any:
 
 
 def shown_values(rules: Sequence[SelectionRule]) -> str:
-    """What the rules of some scales hold: "0.2,0.3"; with layers "0.2,0.3; 0.4,0.5"."""
+    """Write the values of some scales' rules: "0.2,0.3", or by layer "0.2,0.3; 0.4,0.5"."""
     held = [[getattr(rule, name) for name in keys_of(type(rule))] for rule in rules]
     nested = any(isinstance(value, tuple) for of_rule in held for value in of_rule)
     return ("; " if nested else ",").join(" ".join(map(_shown, of_rule)) for of_rule in held)
@@ -166,7 +166,7 @@ def _shown(value: Any) -> str:
 
 
 def describe(selection: Selection) -> str:
-    """A selection in a few words: "tau 0.1, 0.2"."""
+    """Write a selection in a few words: "tau 0.1, 0.2"."""
     if selection is None:
         return "all experts"
     rules = [selection] if isinstance(selection, SelectionRule) else list(selection)

@@ -1,4 +1,4 @@
-"""Experts by chance. Legend: N tokens, E experts."""
+"""Rules that select experts by chance. Legend: N tokens, E experts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dmoe_var.moe.selection.top_k import Counted
 
 @dataclass(frozen=True)
 class Random(Counted):
-    """k experts by chance, whatever the scores: the baseline that any router has to beat.
+    """Selects k experts by chance, whatever the scores: the baseline that any router has to beat.
 
-    `noise` (..., E): uniform draws to rank by, where a sampler gives every image its own stream;
-    without it the draws come from `seed`.
+    Experts are ranked by `noise` (..., E), uniform draws from each image's own stream in the
+    sampler. Without it the draws come from `seed`.
     """
 
     seed: int = 0
@@ -40,11 +40,11 @@ class Random(Counted):
 
 @dataclass(frozen=True)
 class RandomDensity(SelectionRule):
-    """Experts by chance, `mean` of them a token: each token has the whole number below or above.
+    """Selects `mean` experts per token by chance: each token gets the whole number below or above.
 
     Over N tokens the mean is met to 1/N. The router runs, as it does for the rule whose density
-    this is; its scores are not looked at. Masks are drawn once a shape, so that it is not drawing
-    that is timed, and are the same in each layer. It is for benchmarks: no configuration names it.
+    this is, but its scores are ignored. Masks are drawn once per shape, so that drawing is not
+    timed, and are the same in each layer. It is for benchmarks: no configuration names it.
     """
 
     mean: Annotated[float, Field(ge=0, le=2**31)]
@@ -57,7 +57,7 @@ class RandomDensity(SelectionRule):
 
 @lru_cache(maxsize=64)
 def random_mask(mean: float, num_tokens: int, num_experts: int, device: torch.device) -> Tensor:
-    """(N, E): as in `RandomDensity`, drawn once."""
+    """Draw the mask (N, E) of `RandomDensity`, once."""
     generator = torch.Generator().manual_seed(0)
     ranks_NE = torch.rand(num_tokens, num_experts, generator=generator).argsort(-1).argsort(-1)
     reached = (torch.arange(num_tokens + 1, dtype=torch.float64) * mean).round()

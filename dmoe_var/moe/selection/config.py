@@ -1,4 +1,4 @@
-"""The section `selection` of a configuration: the rules' own keys, side by side."""
+"""The section `selection` of a configuration: it holds the keys of all rules, side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmoe_var.moe.selection.threshold import LayerThreshold, Threshold
 
 
 def _keys() -> dict[str, tuple[Any, Key]]:
-    """Type of every key and how it is declared, those that rules have in common once."""
+    """Collect the type and declaration of every key; keys that rules share come once."""
     found: dict[str, tuple[Any, Key]] = {}
     for rule in RULES.values():
         for name, key in keys_of(rule).items():
@@ -30,7 +30,7 @@ def _explained(default: Any, explanation: str) -> Any:
 
 
 class _Section:
-    """What `SelectionConfig` does with its keys, of which each rule reads its own."""
+    """Checks the keys of `SelectionConfig` and builds its rules; each rule reads its own keys."""
 
     rule: str
     layer_tau: tuple[tuple[float, ...], ...]
@@ -44,11 +44,11 @@ class _Section:
 
     @property
     def kind(self) -> type[SelectionRule]:
-        """The rule's class; threshold with `layer_tau` is the rule by layer."""
+        """The class of the rule; with `layer_tau`, threshold means `LayerThreshold`."""
         return LayerThreshold if self.layer_tau else RULES[self.rule]
 
     def rules(self) -> SelectionRule | list[SelectionRule]:
-        """What `generate(selection=...)` takes."""
+        """Build what `generate(selection=...)` takes."""
         kind: Any = self.kind
         keys = {n: (key, getattr(self, key.name or n)) for n, key in keys_of(kind).items()}
         fixed = {name: value for name, (key, value) in keys.items() if not key.by_scale}
@@ -62,13 +62,13 @@ class _Section:
 
     @property
     def values(self) -> str:
-        """As text: "0.2,0.3"; of a tau for each layer, scales behind ";"."""
+        """The values as text: "0.2,0.3"; by layer, ";" separates the scales."""
         rules = self.rules()
         return shown_values(rules if isinstance(rules, list) else [rules])
 
     @property
     def text(self) -> str:
-        """In a few words: "threshold 0.2,0.3"."""
+        """The rule and its values: "threshold 0.2,0.3"."""
         return f"{self.kind.wording or self.kind.name} {self.values}".rstrip()
 
 
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
     @dataclass(frozen=True, init=False)
     class SelectionConfig(_Section):
-        """`rule`, and the keys of all rules."""
+        """Declares `rule` and the keys of all rules."""
 
         def __init__(self, rule: str = "threshold", **keys: Any) -> None: ...
         def __getattr__(self, key: str) -> Any: ...
@@ -98,7 +98,7 @@ else:
 
 
 def recorded_selection(config: Mapping[str, Any]) -> SelectionConfig:
-    """The section of a record's configuration, {"selection.rule": ..., ...}."""
+    """Read the section from a record's configuration, {"selection.rule": ..., ...}."""
     given = {name: config.get(f"selection.{name}") for name in ("rule", *_keys())}
     return SelectionConfig(**{key: _tuples(v) for key, v in given.items() if v is not None})
 

@@ -1,4 +1,4 @@
-"""As few experts as have a share of all scores."""
+"""The rule that selects as few experts as reach a share of all scores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dmoe_var.ops import widest_float
 
 @dataclass(frozen=True)
 class Cumulative(SelectionRule):
-    """The smallest set of experts whose scores sum to at least `share` of the total.
+    """Selects the smallest set of experts whose scores sum to at least `share` of the total.
 
-    At least one expert runs, also where the share is 0 or all scores are.
+    At least one expert runs, even if the share or all scores are 0.
     """
 
     share: Annotated[Share, Key(0.9, "Share of the scores that the experts of cumulative reach.")]
@@ -32,7 +32,7 @@ class Cumulative(SelectionRule):
         scores = check_finite(scores)
         ordered, order = scores.to(widest_float(scores.device)).sort(-1, descending=True)
         reached = ordered.cumsum(-1)
-        # Shifted, not reached - ordered: that would round, and share = 1 keep or drop too much.
+        # Shifted: `reached - ordered` would round, and share = 1 would keep or drop too much.
         before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], dim=-1)
         needed = before < self.share * reached[..., -1:]
         needed[..., 0] = True

@@ -1,4 +1,4 @@
-"""Every expert."""
+"""The rule that selects every expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmoe_var.moe.selection.base import SelectionRule
 
 @dataclass(frozen=True)
 class All(SelectionRule):
-    """Every expert on every token: the unsplit FFN."""
+    """Runs every expert on every token, as the unsplit FFN does."""
 
     name: ClassVar[str] = "all"
     label: ClassVar[str] = "all experts"

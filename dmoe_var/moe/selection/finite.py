@@ -1,4 +1,4 @@
-"""Scores have to be finite to decide what runs."""
+"""Check that scores are finite before they decide what runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NOT_FINITE = "an expert's score is not finite: the router or its input has overf
 
 
 def check_finite(scores: Tensor) -> Tensor:
-    """The scores; InputError where NaN or infinity among them would decide what runs.
+    """Return the scores; raise InputError if there is NaN or infinity among them.
 
-    While a GPU draws images it is raised at the end: to ask it at every layer is to wait for it.
+    While a GPU samples images the error comes at the end: a check at every layer would wait for it.
     """
-    # torch.compile knows no values: it takes the whole check as one operator.
+    # torch.compile knows no values, so it sees the whole check as one operator.
     return _finite(scores.detach()) if torch.compiler.is_compiling() else _checked(scores)
 
 

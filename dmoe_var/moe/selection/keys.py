@@ -1,6 +1,6 @@
-"""A gate without parameters, as in EMoE: what a trained router has to beat.
+"""A gate without parameters, as in EMoE, which a trained router has to beat.
 
-Legend: B batch, L tokens, C width, D neurons an expert, E experts.
+Legend: B batch, L tokens, C width, D neurons per expert, E experts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dmoe_var.ops import linear
 
 @dataclass(frozen=True)
 class Keys(Threshold):
-    """Eq. 3 on x . key_e, where an expert's key is the mean of its neurons' fc1 rows.
+    """Applies Eq. 3 to x . key_e; an expert's key is the mean of its neurons' fc1 rows.
 
-    Scores have a sign. Where none is positive, the experts of the largest one alone run.
+    Scores have a sign. If none is positive, only the experts with the largest score run.
     """
 
     name: ClassVar[str] = "keys"

@@ -1,4 +1,4 @@
-"""All rules that configurations and stored models can name, and how models store them."""
+"""The rules that configurations and stored models can name, and how models store them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ RULES = {rule.name: rule for rule in _LISTED}
 
 
 def selection_to_json(selection: Selection) -> Any:
-    """Rules as plain values: {"rule": name, ...}, a list of such, or None.
+    """Turn rules into plain values: {"rule": name, ...}, a list of such, or None.
 
-    ValueError for a rule that is none of `RULES`.
+    Raises ValueError if a rule is none of `RULES`.
     """
     if selection is None:
         return None
@@ -47,7 +47,7 @@ def selection_to_json(selection: Selection) -> Any:
 
 
 def selection_from_json(content: Any) -> Selection:
-    """The rules that `selection_to_json` wrote; ValueError, in one line, for anything else."""
+    """Read the rules that `selection_to_json` wrote; anything else is a ValueError, in one line."""
     if content is None:
         return None
     if isinstance(content, list):
@@ -61,7 +61,7 @@ def _rule_from_json(content: Any) -> SelectionRule:
         raise ValueError(f"selection.rule={name!r} is none of {', '.join(RULES)}")
     fields = {key: value for key, value in content.items() if key != "rule"}
     try:
-        # From JSON text, where strict still takes an object for a dataclass.
+        # As JSON text: there a strict adapter still takes an object for a dataclass.
         rule: SelectionRule = TypeAdapter(RULES[name]).validate_json(
             json.dumps(fields), strict=True
         )

@@ -1,4 +1,4 @@
-"""Eq. 3: by the router's scores, by true norms (oracle), and with a tau for each layer."""
+"""Eq. 3 on the router's scores, on true norms (oracle), and with one tau per layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmoe_var.moe.selection.finite import check_finite
 
 @dataclass(frozen=True)
 class Threshold(SelectionRule):
-    """Eq. 3: expert e runs iff score_e >= tau * max_j score_j. tau = 0 runs all experts."""
+    """Applies Eq. 3: expert e runs iff score_e >= tau * max_j score_j. tau = 0 runs all experts."""
 
     tau: Annotated[
         Share,
@@ -43,7 +43,7 @@ class Threshold(SelectionRule):
 
 @dataclass(frozen=True)
 class Oracle(Threshold):
-    """Eq. 3 on the true norms: an upper bound for any router."""
+    """Applies Eq. 3 to the true norms: an upper bound for any router."""
 
     name: ClassVar[str] = "oracle"
     label: ClassVar[str] = "Eq. 3 on true norms (oracle)"
@@ -59,7 +59,7 @@ _ByScale = tuple[Annotated[tuple[Share, ...], Several], ...]
 
 @dataclass(frozen=True)
 class LayerThreshold(SelectionRule):
-    """Eq. 3 with a tau for each layer."""
+    """Applies Eq. 3 with one tau per layer."""
 
     taus: Annotated[
         tuple[Share, ...],
@@ -79,7 +79,7 @@ class LayerThreshold(SelectionRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Made here: a compiled model, which asks for them, could not.
+        # Built here, because a compiled model reads them and could not build them.
         object.__setattr__(self, "_by_layer", tuple(map(Threshold, self.taus)))
 
     def at(self, layer: int) -> SelectionRule:

@@ -1,4 +1,4 @@
-"""The k experts of the largest scores."""
+"""The rule that selects the k experts with the largest scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmoe_var.moe.selection.finite import check_finite
 
 @dataclass(frozen=True)
 class Counted(SelectionRule):
-    """Base of rules that run k experts."""
+    """Base of rules that run k experts per token."""
 
     k: Annotated[Count, Key(8, "Experts per token (top_k, random).")]
 
@@ -24,7 +24,7 @@ class Counted(SelectionRule):
         return "k", f"must be at most {num_experts}, the number of experts"
 
     def _mask(self, ranks: Tensor) -> Tensor:
-        """Of exactly k experts a token; ties go to torch.topk's order."""
+        """Select exactly k experts per token; ties go to torch.topk's order."""
         self.check(0, ranks.shape[-1])
         chosen = ranks.topk(self.k, dim=-1).indices
         return torch.zeros_like(ranks, dtype=torch.bool).scatter(-1, chosen, True)
@@ -32,7 +32,7 @@ class Counted(SelectionRule):
 
 @dataclass(frozen=True)
 class TopK(Counted):
-    """The k experts of the largest scores."""
+    """Selects the k experts with the largest scores."""
 
     name: ClassVar[str] = "top_k"
     label: ClassVar[str] = "top-k"
