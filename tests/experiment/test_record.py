@@ -26,7 +26,7 @@ def test_a_package_inside_another_repository_does_not_take_its_commit(tmp_path: 
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=site, capture_output=True, text=True, check=True
     ).stdout.split()
-    assert said == [str(site / "dmoe_var" / "metrics" / "record.py"), "unknown"]
+    assert said == [str(site / "dmoe_var" / "experiment" / "record.py"), "unknown"]
 
 
 def test_a_record_that_is_not_there_is_none(tmp_path, capfd):
