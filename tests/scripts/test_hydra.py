@@ -14,6 +14,7 @@ from composing import CONFIGS, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dmoe_var import distributed
+from dmoe_var.config.explain import explanations
 from dmoe_var.config.parse import parse_config
 from dmoe_var.errors import ConfigError, InputError, TrainingDiverged
 from dmoe_var.models.var import VAR, VARConfig
@@ -348,10 +349,10 @@ def test_one_point_alone(run_points, capsys, monkeypatch):
 
 def test_help_explains_the_keys_that_the_stage_reads(run_points, capsys):
     assert run_points(None, "--help", "train_var.lr=0.5") == 0
-    shown = capsys.readouterr().out
+    shown, texts = capsys.readouterr().out, explanations()
     assert "== Configuration groups ==" in shown
-    assert "\ntrain_var: # Training of the dense VAR.\n" in shown
-    assert "\n  lr: 0.5 # Learning rate after the warmup.\n" in shown
+    assert f"\ntrain_var: # {texts['train_var']}\n" in shown
+    assert f"\n  lr: 0.5 # {texts['train_var.lr']}\n" in shown
     assert "\nseed: 0 # " in shown
     assert "\nsweep: #" not in shown
 
