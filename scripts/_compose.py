@@ -83,7 +83,8 @@ def _help(script: str, values: Mapping[str, Any]) -> str:
     """Explain the keys that a script's stage reads; the pipeline's are those of all its stages."""
     pipeline = get_args(get_type_hints(Config)["until"])
     stages = (script,) if script in STAGES else pipeline
-    config = parse_config(values)
+    # Stages whose model is given read less: here they are told as if it were trained.
+    config = parse_config({**values, "base": {"vqvae": None, "var": None}})
     reads = {*EVERYWHERE, *(key for each in stages for key in find(each).reads_of(config, config))}
     text = explained(values, reads | {"until"} if stages == pipeline else reads)
     return f"== Keys ==\nkey=value sets one; --cfg job shows those of other scripts too\n\n{text}"

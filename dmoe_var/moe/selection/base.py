@@ -6,9 +6,8 @@ Legend: B batch, L tokens, C width, D neurons per expert, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Annotated, Any, ClassVar, Protocol, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from dmoe_var import values
 
+Limits = tuple[bool, str, Any, Any]
+"""Whether a field holds several values, and of one its type's name, the least and the most."""
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
@@ -74,9 +75,19 @@ class SelectionRule:
     true_norms: ClassVar[bool] = False
     """Whether the scores are the experts' true norms; the pass for them is not counted."""
 
+    _declared: ClassVar[Mapping[str, Any]] = {}
+    """The annotation of each field."""
+    _limits: ClassVar[tuple[tuple[str, Limits], ...]] = ()
+    """What each field may hold, read once: torch.compile traces constructors, not annotations."""
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        cls._declared = {n: hint for n, hint in hints.items() if get_origin(hint) is not ClassVar}
+        cls._limits = tuple((name, _limits(hint)) for name, hint in cls._declared.items())
+
     def __post_init__(self) -> None:
-        for name, declared in declared_fields(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), declared))
+        for name, limits in self._limits:
+            object.__setattr__(self, name, _checked(name, getattr(self, name), limits))
 
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         raise NotImplementedError
@@ -113,45 +124,42 @@ Selection = SelectionRule | Sequence[SelectionRule] | None
 """One rule for all scales with experts, a list of rules (see `resolve_rules`), or no rule."""
 
 
-def declared_fields(rule: Any) -> Mapping[str, Any]:
+def declared_fields(rule: type[SelectionRule]) -> Mapping[str, Any]:
     """Return the annotation of each field of a rule."""
-    return _declared_fields(rule)
-
-
-@cache
-def _declared_fields(rule: Any) -> Mapping[str, Any]:
-    hints = get_type_hints(rule, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(rule)}
+    return rule._declared
 
 
 def keys_of(rule: type[SelectionRule]) -> Mapping[str, Key]:
     """Return the key of each field that configurations set."""
-    return _keys_of(cast(Any, rule))
-
-
-@cache
-def _keys_of(rule: Any) -> Mapping[str, Key]:
-    marks = {name: get_args(declared) for name, declared in declared_fields(rule).items()}
+    marks = {name: get_args(declared) for name, declared in rule._declared.items()}
     found = {name: [m for m in of if isinstance(m, Key)] for name, of in marks.items()}
     return {name: keys[0] for name, keys in found.items() if keys}
 
 
-def _checked(name: str, value: Any, declared: Any) -> Any:
-    """Check a field by its annotation and make it plain Python; if no number, leave it as given."""
+def _limits(declared: Any) -> Limits:
     kind, *marks = get_args(declared) if get_origin(declared) is Annotated else (declared,)
     if get_origin(kind) is tuple:
-        found = [_checked(name, each, get_args(kind)[0]) for each in values.items(name, value)]
-        if not found:
-            raise ValueError(f"{name}=() must hold at least one value")
-        return tuple(found)
+        return (True, *_limits(get_args(kind)[0])[1:])
     limits = [limit for mark in marks if isinstance(mark, FieldInfo) for limit in mark.metadata]
     low, high = (
         next((getattr(limit, bound) for limit in limits if hasattr(limit, bound)), None)
         for bound in ("ge", "le")
     )
-    if kind is float:
+    return False, getattr(kind, "__name__", ""), low, high
+
+
+def _checked(name: str, value: Any, limits: Limits) -> Any:
+    """Check a field and make it plain Python; if it holds no number, leave it as given."""
+    many, kind, low, high = limits
+    if many:
+        each = (False, kind, low, high)
+        found = [_checked(name, item, each) for item in values.items(name, value)]
+        if not found:
+            raise ValueError(f"{name}=() must hold at least one value")
+        return tuple(found)
+    if kind == "float":
         return values.number(name, value, low, high)
-    return values.whole(name, value, low, high) if kind is int else value
+    return values.whole(name, value, low, high) if kind == "int" else value
 
 
 def shown_values(rules: Sequence[SelectionRule]) -> str:
