@@ -44,7 +44,7 @@ def draw(data: Mapping[str, Any], panels: Sequence[Panel], title: str, paths: Pa
     experts ran, over the number in which the runs differ."""
     runs, curves = data["runs"], data["curves"]
     figure, axes = subplots(1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.6))
-    for axis, panel in zip(axes, panels, strict=False):
+    for axis, panel in zip(axes[:-1], panels, strict=True):
         plot(axis, runs, panel)
     last, fid_name = axes[-1], fid_over_flops.display_name(data["fid"])
     if all(curve["line"] for curve in curves[1:]) and len(curves) > 2:

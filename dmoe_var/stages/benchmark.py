@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def _smaller(work: Work) -> str:
     assert smaller is not None
     if smaller != "next":
         return smaller
-    below = dict(zip(DEPTHS[1:], DEPTHS, strict=False))
+    below = {deeper: depth for depth, deeper in pairwise(DEPTHS)}
     if base not in below:
         raise ConfigError(
             f"benchmark.smaller=next: base.var={base} has no published model below it; allowed: a "

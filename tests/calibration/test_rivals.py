@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from dmoe_var.calibration.rivals import Trial, one_tau, rising, search, within
@@ -36,7 +38,7 @@ def test_search_is_a_pareto_front_within_its_steps():
     assert costs == sorted(costs)
     assert losses == sorted(losses, reverse=True)
     for trial in trials:
-        steps = [b - a for a, b in zip(trial.taus, trial.taus[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(trial.taus)]
         assert all(0 <= step <= 0.2 + 1e-12 for step in steps)
         assert trial.cost == pytest.approx(cost(trial.taus))
 

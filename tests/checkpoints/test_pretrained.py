@@ -288,7 +288,8 @@ def test_other_loaders_refuse_it(folder):
 
 def test_rules_of_others_cannot_be_saved(make_model, tmp_path):
     class Odd(SelectionRule):
-        pass
+        def __call__(self, scores, noise=None):
+            return scores > 1
 
     with pytest.raises(CheckpointError, match="its rule is none of threshold"):
         make_model(Odd()).save_pretrained(tmp_path / "model")

@@ -17,6 +17,7 @@ from dmoe_var.moe.selection import (
     Keys,
     LayerThreshold,
     SelectionConfig,
+    SelectionRule,
     describe,
     recorded_selection,
     selection_from_json,
@@ -311,3 +312,11 @@ def test_keys_of_configurations_are_those_of_the_rules():
 def test_keys_that_do_not_go_together(given, message):
     with pytest.raises(ValueError, match=message):
         SelectionConfig(**given)
+
+
+def test_a_rule_that_selects_nothing_cannot_be_made():
+    class Unfinished(SelectionRule):
+        pass
+
+    with pytest.raises(TypeError, match="__call__"):
+        Unfinished()

@@ -5,6 +5,7 @@ Legend: B batch, L tokens, C width, D neurons per expert, E experts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
@@ -48,7 +49,7 @@ class ExpertFFN(Protocol):
 
 
 @dataclass(frozen=True)
-class SelectionRule:
+class SelectionRule(ABC):
     """Base of all rules: a rule is a pure function of scores (..., E) to a bool mask (..., E).
 
     A rule's fields are annotated with their limits, and with a `Key` if configurations set them.
@@ -89,8 +90,9 @@ class SelectionRule:
         for name, limits in self._limits:
             object.__setattr__(self, name, _checked(name, getattr(self, name), limits))
 
+    @abstractmethod
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        """Select by scores (..., E), or by noise for a rule that reads none: a mask (..., E)."""
 
     def scores(self, ffn: ExpertFFN, x_BLC: Tensor) -> Tensor:
         """Compute the scores that the rule selects by, (B, L, E)."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import hydra
 import pytest
-from omegaconf import OmegaConf
+from composing import composed
 
 from dmoe_var.config.parse import parse_config
 from dmoe_var.experiment.work import Work
@@ -23,9 +22,7 @@ JUDGED = ("3", "4", "5", "7", "8a", "rules")
 @pytest.fixture(scope="module")
 def digits():
     """The experiment of the committed records."""
-    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        content = hydra.compose("figures")
-    config = parse_config(OmegaConf.to_container(content, resolve=True, throw_on_missing=True))
+    config = parse_config(composed("figures"))
     return Work(config, config)
 
 
@@ -56,14 +53,13 @@ def test_claims_are_about_curves_of_their_figure(work):
 
 
 def drawn(name, fid_at):
-    """Data of a figure: by curve, FID at the FLOPs 5 and 9 with the second seed 0.1 worse; curves
-    in the order of their names, in which no figure has them."""
+    """Data of a figure: by curve, FID by FLOPs, with the second seed 0.1 worse; curves in the order
+    of their names, in which no figure has them."""
     curves = [
         {
             "name": curve,
             "rows": [
-                {"flops_gmac": gmac, "fid_by_seed": [fid, fid + 0.1]}
-                for gmac, fid in zip((5, 9), fids, strict=False)
+                {"flops_gmac": gmac, "fid_by_seed": [fid, fid + 0.1]} for gmac, fid in fids.items()
             ],
         }
         for curve, fids in sorted(fid_at.items())
@@ -71,13 +67,13 @@ def drawn(name, fid_at):
     return {"figure": name, "curves": curves}
 
 
-GOOD, BAD = (6, 5), (9, 8)
+GOOD, BAD = {5: 6, 9: 5}, {5: 9, 9: 8}
 FID = {
     "3": {"one tau, last scales": GOOD, "one tau, all scales": BAD, "Pruned-FFN, last scales": BAD},
     "4": {"scale 4 alone": GOOD, "scale 2 alone": BAD},
     "7": {"ReLU and Hoyer": GOOD, "ReLU alone (alpha 0)": GOOD, "GELU and Hoyer": BAD},
     "8a": {"experts of 32": BAD, "experts of 64": GOOD},
-    "rules": {"Eq. 3": GOOD, "random k": BAD, "oracle, Eq. 3": (1, 1)},
+    "rules": {"Eq. 3": GOOD, "random k": BAD, "oracle, Eq. 3": {5: 1, 9: 1}},
 }
 
 
@@ -104,7 +100,7 @@ FID = {
     ],
 )
 def test_verdicts(work, name, expected):
-    found = FIGURES[name](work).verdicts(drawn(name, {"dense VAR": (5,), **FID[name]}))
+    found = FIGURES[name](work).verdicts(drawn(name, {"dense VAR": {5: 5}, **FID[name]}))
     assert [(v.better, v.worse, v.says.split(":")[0]) for v in found] == expected
     assert {v.figure for v in found} == {name}
 
@@ -112,7 +108,8 @@ def test_verdicts(work, name, expected):
 def test_depths_are_compared_relative_to_their_own_dense_models(work):
     """The deepest with the shallowest: depths 1 and 3 of three."""
     ours = "one tau, last scales, depth"
-    data = drawn("5", {f"{ours} 1": (12, 10), f"{ours} 2": (1, 1), f"{ours} 3": (5, 5)})
+    fids = {f"{ours} 1": {5: 12, 9: 10}, f"{ours} 2": {5: 1, 9: 1}, f"{ours} 3": {5: 5, 9: 5}}
+    data = drawn("5", fids)
     for depth, fid in ((1, 10), (2, 1), (3, 5)):
         rows = [{"flops_gmac": 9, "fid_by_seed": [fid, fid + 0.1]}]
         data["curves"].append({"name": f"dense, depth {depth}", "rows": rows})
@@ -125,7 +122,7 @@ def test_depths_are_compared_relative_to_their_own_dense_models(work):
 def test_each_calibration_is_judged_against_each_rival(work):
     """Of those that were drawn: no curve rises linearly here."""
     fid = {"search": 4, "calibrated": 3, "fixed": 2, "by_layer": 1}
-    data = drawn("calibration", {NAMES[method]: (f, f) for method, f in fid.items()})
+    data = drawn("calibration", {NAMES[method]: {5: f, 9: f} for method, f in fid.items()})
     found = FIGURES["calibration"](work).verdicts(data)
     assert {(v.better, v.worse): v.gap.mean for v in found} == {
         (NAMES[ours], NAMES[rival]): pytest.approx(fid[ours] - fid[rival])
