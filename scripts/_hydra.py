@@ -46,7 +46,7 @@ with stopped_at_once():
 
 LAUNCHER = re.compile(r"\+*launcher[.=]")
 WRONG_INPUT, FAILED = 2, 1
-GRACE = 10
+GRACE = 60
 """Seconds that a process under torchrun leaves the main one to say what is wrong."""
 
 
