@@ -31,11 +31,15 @@ FEW_ROWS = 16
 """Up to this many rows a product only streams its weights, which bfloat16 halves."""
 
 
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def emulates_bfloat16() -> bool:
     """Say whether this machine's CPU is an x86 without instructions for products of bfloat16."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return _is_x86() and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 EMULATES_BFLOAT16 = emulates_bfloat16()
@@ -69,9 +73,8 @@ def _rounded(x: Tensor | None) -> Tensor | None:
 @cache
 def has_onednn() -> bool:
     """Say whether this torch has oneDNN's products for this machine's CPU."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    there = bool(torch.backends.mkldnn.is_available())
-    return x86 and there and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR)
+    there = _is_x86() and torch.backends.mkldnn.is_available()
+    return there and hasattr(torch.ops.mkldnn, ONEDNN_LINEAR)
 
 
 def observed(x: Tensor) -> bool:
@@ -83,6 +86,17 @@ def observed(x: Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Say whether a hook of one of these modules is to see what goes in or comes out."""
+    return any(each._forward_hooks or each._forward_pre_hooks for each in modules)
+
+
+def kernels_may_take(x: Tensor, *weights: Tensor) -> bool:
+    """Say whether tensors are of one dtype, need no gradient, and nobody has `observed` them."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    return not learns and all(w.dtype == x.dtype for w in weights) and not observed(x)
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -102,8 +116,7 @@ def _onednn_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = ""
 ) -> Tensor:
     operator = getattr(torch.ops.mkldnn, ONEDNN_LINEAR)
-    out: Tensor = operator(x, weight, bias, activation, [], form)
-    return out
+    return operator(x, weight, bias, activation, [], form)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool = False) -> Tensor:
@@ -146,20 +159,18 @@ def activated_linear(
 ) -> Tensor:
     """Compute act(x weight^T + bias), (..., out). Hooks of `act` are called. See `linear` for
     `ragged`."""
-    if not ragged and _by_onednn(x) and not act._forward_hooks and not act._forward_pre_hooks:
+    if not ragged and _by_onednn(x) and not hooked(act):
         if isinstance(act, nn.ReLU):
             return _onednn_linear(x, weight, bias, "relu")
         if isinstance(act, nn.GELU):
             return _onednn_linear(x, weight, bias, "gelu", act.approximate)
-    out: Tensor = act(linear(x, weight, bias, ragged))
-    return out
+    return act(linear(x, weight, bias, ragged))
 
 
 def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
     """Compute act(layer(x)). Hooks of both modules are called."""
-    if layer._forward_hooks or layer._forward_pre_hooks or not _by_onednn(x):
-        out: Tensor = act(layer(x))
-        return out
+    if hooked(layer) or not _by_onednn(x):
+        return act(layer(x))
     return activated_linear(act, x, layer.weight, layer.bias)
 
 
@@ -177,8 +188,4 @@ class Conv2d(nn.Conv2d):
 
 def activation(name: str) -> nn.Module:
     """Build `gelu` (the published tanh form) or `relu`."""
-    if name == "gelu":
-        return nn.GELU(approximate="tanh")
-    if name == "relu":
-        return nn.ReLU()
-    raise ValueError(f"activation: {name!r} is none of gelu, relu")
+    return nn.ReLU() if name == "relu" else nn.GELU(approximate="tanh")

@@ -124,7 +124,7 @@ def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
     return {"adaln": macs[""].total() - head_norm, OTHER: head_norm}
 
 
-def _step_macs(step: Step[VAR], mod: Modulation) -> dict[str, int]:
+def _step_macs(step: Step, mod: Modulation) -> dict[str, int]:
     """Trace blocks and head at one scale, over a cache of all earlier ones; every expert runs."""
     backbone, tokens = step.backbone, step.tokens
     cache = step.cache.new_cache(step.branches)
@@ -170,7 +170,7 @@ def _decoder_macs(vqvae: VQVAE) -> int:
     return _trace(vqvae.decode_f_hat, f_hat_1CHW, vqvae=vqvae)[""].total()
 
 
-def _expert_cost(step: Step[VAR], all_experts_macs: int, share_mask: bool) -> ExpertCost:
+def _expert_cost(step: Step, all_experts_macs: int, share_mask: bool) -> ExpertCost:
     """Count pairs and router MACs of one scale. all_experts_macs: traced cost of its FFNs."""
     backbone, rows, num_tokens = step.backbone, step.branches, step.tokens.stop - step.tokens.start
     width = backbone.config.C

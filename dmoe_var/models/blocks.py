@@ -34,11 +34,6 @@ class Rows(NamedTuple):
     total: int
 
 
-def whole(num_rows: int) -> Rows:
-    """Return the rows of a batch that is not cut."""
-    return Rows(0, num_rows)
-
-
 class Modulation(NamedTuple):
     """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C)."""
 
@@ -56,7 +51,7 @@ class DropPath(nn.Module):
     def forward(self, gamma_B1C: Tensor, rows: Rows | None) -> Tensor:
         if self.rate == 0 or not self.training:
             return gamma_B1C
-        start, total = rows or whole(len(gamma_B1C))
+        start, total = rows or Rows(0, len(gamma_B1C))
         keep = gamma_B1C.new_empty(total, 1, 1).bernoulli_(1 - self.rate)
         return gamma_B1C * keep[start : start + len(gamma_B1C)] / (1 - self.rate)
 
@@ -71,8 +66,7 @@ class FFN(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        out: Tensor = self.fc2(activated(self.act, self.fc1, x_BLC))
-        return out
+        return self.fc2(activated(self.act, self.fc1, x_BLC))
 
 
 class SelfAttention(nn.Module):
@@ -111,8 +105,7 @@ class SelfAttention(nn.Module):
             k, v = cache.append(layer, k, v)
         mask = None if mask_11LL is None else mask_11LL.to(q.dtype)
         h_BHLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        out: Tensor = self.proj(h_BHLD.transpose(1, 2).reshape(B, L, C))
-        return out
+        return self.proj(h_BHLD.transpose(1, 2).reshape(B, L, C))
 
 
 class Block(nn.Module):
@@ -149,8 +142,7 @@ class Block(nn.Module):
         """Compute the AdaLN chunks (B, 1, 6, C), which depend on the class but not on the scale."""
         if shared_B16C is not None:
             return self.ada_gss + shared_B16C
-        out: Tensor = self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
-        return out
+        return self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
 
     def _norm(self, x_BLC: Tensor) -> Tensor:
         return F.layer_norm(x_BLC, (self.width,), eps=self.norm_eps)
@@ -187,8 +179,7 @@ class HeadNorm(nn.Module):
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
         """Compute scale and shift, (B, 1, 2, C)."""
-        out: Tensor = self.ada_lin(cond_BC).view(-1, 1, 2, self.width)
-        return out
+        return self.ada_lin(cond_BC).view(-1, 1, 2, self.width)
 
     def forward(self, x_BLC: Tensor, mod_B12C: Tensor) -> Tensor:
         scale, shift = mod_B12C.unbind(2)

@@ -23,29 +23,23 @@ def _first_line(error: Exception) -> str:
 
 def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Raise CheckpointError if a state dict does not fit a module; one line names what does not."""
-    wants = {name: tuple(t.shape) for name, t in wanted.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = []
-    for title, names in (
-        ("missing", sorted(wants.keys() - given.keys())),
-        ("unexpected", sorted(given.keys() - wants.keys())),
-    ):
-        if names:
-            problems.append(f"{title} {len(names)} keys: {', '.join(names)}")
-    shapes = [
-        f"{name} is {given[name]}, should be {wants[name]}"
-        for name in sorted(wants.keys() & given.keys())
-        if wants[name] != given[name]
-    ]
-    if shapes:
-        problems.append(f"{len(shapes)} wrong shapes: {'; '.join(shapes)}")
-    kinds = [
-        f"{name} is {tensors[name].dtype}, {tensors[name].layout}"
-        for name, tensor in wanted.state_dict().items()
-        if name in tensors and not _same_kind(tensor, tensors[name])
-    ]
-    if kinds:
-        problems.append(f"{len(kinds)} wrong types: {'; '.join(kinds)}")
+    wants = wanted.state_dict()
+    pairs = [(name, tensors[name], wants[name]) for name in sorted(wants.keys() & tensors.keys())]
+    found = {
+        "missing {} keys: ": sorted(wants.keys() - tensors.keys()),
+        "unexpected {} keys: ": sorted(tensors.keys() - wants.keys()),
+        "{} wrong shapes: ": [
+            f"{name} is {tuple(given.shape)}, should be {tuple(want.shape)}"
+            for name, given, want in pairs
+            if given.shape != want.shape
+        ],
+        "{} wrong types: ": [
+            f"{name} is {given.dtype} ({given.layout})"
+            for name, given, want in pairs
+            if not _same_kind(want, given)
+        ],
+    }
+    problems = [kind.format(len(of)) + ", ".join(of) for kind, of in found.items() if of]
     if problems:
         raise CheckpointError(f"{source}: {'; '.join(problems)}")
 

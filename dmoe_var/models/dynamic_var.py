@@ -37,15 +37,7 @@ SHARED_FIELDS = (
     "attn_l2_norm",
 )
 """Fields that two models need in common to share embeddings, a K/V cache and a tokenizer."""
-EMBEDDINGS = (
-    "word_embed.",
-    "class_emb.",
-    "pos_start",
-    "pos_1LC",
-    "lvl_embed.",
-    "lvl_1L",
-    "attn_bias_for_masking",
-)
+EMBEDDINGS = ("word_embed.", "class_emb.", "pos_", "lvl_", "attn_bias_for_masking")
 """Prefixes of tensor names; these tensors are always the dense model's."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
@@ -64,6 +56,8 @@ class DynamicVAR(nn.Module):
     expert. Raises ValueError if models, scales or rules do not fit together.
     """
 
+    _selection: Selection = None
+
     def __init__(
         self,
         dense: VAR,
@@ -81,30 +75,17 @@ class DynamicVAR(nn.Module):
             for si in values.items("moe_scales", moe_scales)
         )
         last = dense.config.num_scales - 1
-        if not scales or min(scales) < 0 or max(scales) > last:
-            raise ValueError(f"moe_scales={scales}: each must be within 0..{last}")
+        if not scales or scales[0] < 0 or scales[-1] > last or sorted(set(scales)) != [*scales]:
+            raise ValueError(f"moe_scales={scales} must rise, and each must be within 0..{last}")
+        self.config: VARConfig = dense.config
+        """The dense model's shape; `moe.config` adds the experts'."""
         self.dense = dense
         self.moe = _over_common_tensors(dense, moe)
-        self._scales = tuple(sorted(set(scales)))
-        self.given_scales = scales
-        """The scales as given; if they are not in order, `rules_of` refuses a value per scale."""
-        self._selection: Selection = None
-        self.selection = selection
-
-    @property
-    def config(self) -> VARConfig:
-        """The dense model's shape; `moe.config` adds the experts'."""
-        return self.dense.config
-
-    @property
-    def replaced_scales(self) -> tuple[int, ...]:
+        self.replaced_scales = scales
         """Scales that the second model runs."""
-        return self._scales
-
-    @property
-    def moe_scales(self) -> tuple[int, ...]:
+        self.moe_scales = scales if moe.config.experts else ()
         """Scales at which experts are selected (none if the second model is not split)."""
-        return self._scales if self.moe.config.experts else ()
+        self.selection = selection
 
     @property
     def selection(self) -> Selection:
@@ -118,9 +99,9 @@ class DynamicVAR(nn.Module):
 
     def backbone_at(self, si: int) -> VAR:
         """Return the backbone that runs scale si."""
-        return self.moe if si in self._scales else self.dense
+        return self.moe if si in self.replaced_scales else self.dense
 
-    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step[VAR], ...]:
+    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step, ...]:
         """See `VAR.plan`; both backbones share the dense model's cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
         return steps(backbones, self.dense, self.config.scale_slices, branches, adaln_every_scale)
@@ -190,13 +171,11 @@ class DynamicVAR(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load as torch does; ValueError if a tensor that is held once is given two values."""
-        pairs = {name: (f"dense.{name}", f"moe.{name}") for name in self.shared_names}
         differ = [
             name
-            for name, (ours, theirs) in pairs.items()
-            if ours in state_dict
-            and theirs in state_dict
-            and not _same_bits(state_dict[ours], state_dict[theirs])
+            for name in self.shared_names
+            if {f"dense.{name}", f"moe.{name}"} <= state_dict.keys()
+            and not _same_bits(state_dict[f"dense.{name}"], state_dict[f"moe.{name}"])
         ]
         if differ and not assign:
             raise ValueError(
@@ -212,31 +191,17 @@ class DynamicVAR(nn.Module):
         model_card.save_pretrained(self, folder, records)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ) -> DynamicVAR:
-        """See `checkpoints.pretrained.from_pretrained`."""
+    def from_pretrained(cls, source: str | Path, **options: Any) -> DynamicVAR:
+        """See `checkpoints.pretrained.from_pretrained`, also for the options."""
         from dmoe_var.checkpoints import pretrained
 
-        return pretrained.from_pretrained(source, revision, cache_dir, local_files_only, token)
+        return pretrained.from_pretrained(source, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Add a DynamicVAR",
-        records: Sequence[Any] = (),
-    ) -> str:
-        """See `report.model_card.push_to_hub`."""
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """See `report.model_card.push_to_hub`, also for the options."""
         from dmoe_var.report import model_card
 
-        return model_card.push_to_hub(self, repo_id, private, token, commit_message, records)
+        return model_card.push_to_hub(self, repo_id, **options)
 
 
 def _over_common_tensors(dense: VAR, moe: VAR) -> VAR:
@@ -287,15 +252,8 @@ def rules_of(
     model: VAR | DynamicVAR, tau: Tau = None, selection: Selection = None
 ) -> dict[int, SelectionRule]:
     """Call `resolve_rules` for this model; ValueError also if it cannot run one of the rules."""
-    num_scales = model.config.num_scales
-    rules = resolve_rules(tau, selection, num_scales, model.moe_scales, model.selection)
-    ordered = getattr(model, "given_scales", model.moe_scales)
-    if rules and ordered != model.moe_scales and len(set(map(id, rules.values()))) > 1:
-        name = "selection" if tau is None else "tau"
-        raise ValueError(
-            f"{name} has a value for each scale, but moe_scales={ordered} were given in another "
-            f"order than the model runs them; give moe_scales={model.moe_scales}"
-        )
+    scales = (model.config.num_scales, model.moe_scales)
+    rules = resolve_rules(tau, selection, *scales, model.selection)
     for si, rule in rules.items():
         config = model.backbone_at(si).config
         rule.check(config.depth, config.num_experts)

@@ -6,7 +6,6 @@ one scale, D head dimension.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -17,19 +16,9 @@ class KVCache:
     sees the keys and values of the scales that the dense one ran.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        num_tokens: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (num_layers, batch, num_heads, num_tokens, head_dim)
-        self._k_NBHLD = torch.empty(shape, dtype=dtype, device=device)
-        self._v_NBHLD = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor):
+        """shape: (N, B, H, L, D). like: a tensor of the cache's dtype and device."""
+        self._k_NBHLD, self._v_NBHLD = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
     def append(self, layer: int, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,51 +19,36 @@ if TYPE_CHECKING:
     from dmoe_var.moe.routing import Routing
 
 
-class Backbone(Protocol):
-    """Declares what a transformer needs to run steps."""
-
-    def modulation(self, cond_BC: Tensor) -> Modulation:
-        """Compute all AdaLN projections of a condition."""
-
-    def new_cache(self, batch: int) -> KVCache:
-        """Make an empty K/V cache for all tokens of `batch` rows."""
-
-    def step(
-        self, x_BlC: Tensor, mod: Modulation, cache: KVCache, routing: Routing | None = None
-    ) -> Tensor:
-        """Compute the logits (B, l, V) of some tokens, over the cache of those before them."""
-
-
-T = TypeVar("T", bound=Backbone)
-T_co = TypeVar("T_co", bound=Backbone, covariant=True)
+Backbone = Any
+"""A `VAR`: its file imports this one."""
 
 
 @dataclass(frozen=True)
-class Step(Generic[T_co]):
+class Step:
     """Describes one pass through a transformer."""
 
     si: int
     """The scale that it predicts."""
-    backbone: T_co
+    backbone: Backbone
     branches: int
     """Rows per image: 1 (the conditional one) or 2 (both halves of guidance)."""
     tokens: slice
     """The tokens that pass, among all L."""
-    cache: T_co
+    cache: Backbone
     """The model whose K/V cache it reads and writes; steps with the same model share a cache."""
     projects: bool
     """Whether it computes AdaLN's projections, and does not use those of an earlier step."""
 
 
 def steps(
-    backbones: Sequence[T],
-    cache: T,
+    backbones: Sequence[Backbone],
+    cache: Backbone,
     scale_slices: Sequence[slice],
     branches: int,
     adaln_every_scale: bool,
-) -> tuple[Step[T], ...]:
+) -> tuple[Step, ...]:
     """Plan one step per scale, each on its backbone, all over one cache."""
-    found: list[Step[T]] = []
+    found: list[Step] = []
     for si, (backbone, tokens) in enumerate(zip(backbones, scale_slices, strict=True)):
         projects = adaln_every_scale or all(backbone is not step.backbone for step in found)
         found.append(Step(si, backbone, branches, tokens, cache, projects))
@@ -78,14 +63,14 @@ class Passes:
         self._modulations: dict[int, Modulation] = {}
         self._caches: dict[int, KVCache] = {}
 
-    def begin(self, step: Step[Backbone]) -> None:
+    def begin(self, step: Step) -> None:
         """Make the projections and the cache that this step is the first to need."""
         if step.projects:
             self._modulations[id(step.backbone)] = step.backbone.modulation(self._cond_RC)
         if id(step.cache) not in self._caches:
             self._caches[id(step.cache)] = step.cache.new_cache(len(self._cond_RC))
 
-    def run(self, step: Step[Backbone], x_RlC: Tensor, routing: Routing | None = None) -> Tensor:
+    def run(self, step: Step, x_RlC: Tensor, routing: Routing | None = None) -> Tensor:
         """Compute the logits (R, l, V) of a step that has begun."""
         mod, cache = self._modulations[id(step.backbone)], self._caches[id(step.cache)]
         return step.backbone.step(x_RlC, mod, cache, routing)

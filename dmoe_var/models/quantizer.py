@@ -51,50 +51,27 @@ def area_downsample(x_BCHW: Tensor, p: int) -> Tensor:
     return F.interpolate(x_BCHW, size=(p, p), mode="area")
 
 
-class SharedPhi(nn.Module):
-    """Holds one phi for all scales (published as `quant_resi.qresi`)."""
-
-    def __init__(self, channels: int, ratio: float, num_scales: int):
-        super().__init__()
-        self.qresi = Phi(channels, ratio)
-
-    def at(self, si: int) -> Phi:
-        return self.qresi
-
-
-class PartiallySharedPhi(nn.Module):
-    """Holds a few phi; each serves the scales nearest to it (published `quant_resi.qresi_ls.N`)."""
+class Phis(nn.Module):
+    """Holds one phi per scale (`num_phi` 0), one for all (1), or K > 1, each of which serves the
+    scales nearest to it. They are published as `quant_resi.N`, `.qresi` and `.qresi_ls.N`."""
 
     def __init__(self, channels: int, ratio: float, num_scales: int, num_phi: int):
         super().__init__()
-        self.qresi_ls = nn.ModuleList(Phi(channels, ratio) for _ in range(num_phi))
-        self.num_scales = num_scales
+        phis = [Phi(channels, ratio) for _ in range(num_phi or num_scales)]
+        self.names = [str(si) for si in range(num_scales)]
+        if num_phi == 0:
+            for name, phi in zip(self.names, phis, strict=True):
+                self.add_module(name, phi)
+        elif num_phi == 1:
+            self.qresi, self.names = phis[0], ["qresi"] * num_scales
+        else:
+            self.qresi_ls = nn.ModuleList(phis)
+            ticks = [nearest_tick(num_phi, si, num_scales) for si in range(num_scales)]
+            self.names = [f"qresi_ls.{tick}" for tick in ticks]
 
-    def at(self, si: int) -> Phi:
-        phi = self.qresi_ls[nearest_tick(len(self.qresi_ls), si, self.num_scales)]
-        assert isinstance(phi, Phi)
-        return phi
-
-
-class PhiPerScale(nn.ModuleList):
-    """Holds one phi per scale (published as `quant_resi.N`)."""
-
-    def __init__(self, channels: int, ratio: float, num_scales: int):
-        super().__init__(Phi(channels, ratio) for _ in range(num_scales))
-
-    def at(self, si: int) -> Phi:
-        phi = self[si]
-        assert isinstance(phi, Phi)
-        return phi
-
-
-def build_phi(channels: int, ratio: float, num_scales: int, num_phi: int) -> nn.Module:
-    """Build one phi per scale (`num_phi` 0), one for all (1), or K > 1 that the scales share."""
-    if num_phi == 0:
-        return PhiPerScale(channels, ratio, num_scales)
-    if num_phi == 1:
-        return SharedPhi(channels, ratio, num_scales)
-    return PartiallySharedPhi(channels, ratio, num_scales, num_phi)
+    def at(self, si: int) -> nn.Module:
+        """Return the phi of scale si."""
+        return self.get_submodule(self.names[si])
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -121,7 +98,7 @@ class MultiScaleQuantizer(nn.Module):
         self.channels = channels
         self.beta = beta
         self.embedding = nn.Embedding(vocab_size, channels)
-        self.quant_resi = build_phi(channels, phi_ratio, len(self.patch_nums), num_phi)
+        self.quant_resi = Phis(channels, phi_ratio, len(self.patch_nums), num_phi)
         hits = torch.zeros(len(self.patch_nums), vocab_size)
         self.register_buffer("ema_vocab_hit_SV", hits)
 
@@ -139,9 +116,7 @@ class MultiScaleQuantizer(nn.Module):
         size = self.patch_nums[-1]
         if si != len(self.patch_nums) - 1:
             code_BCpp = F.interpolate(code_BCpp, size=(size, size), mode="bicubic")
-        phi = self.quant_resi.at(si)  # type: ignore[operator]
-        out: Tensor = phi(code_BCpp)
-        return out
+        return self.quant_resi.at(si)(code_BCpp)
 
     def lookup(self, tokens_Bl: Tensor, si: int) -> Tensor:
         """Look up the codes (B, C, p, p), float32 at least, of one scale's tokens (B, p*p).

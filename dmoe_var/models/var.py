@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe_var import values
-from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
+from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import Step, steps
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
@@ -27,6 +27,8 @@ from dmoe_var.ops import Linear, at_least_float32
 
 Labels = Sequence[int] | np.ndarray | Tensor
 """Class numbers of any integer type, on any device."""
+IN_PAIRS = ("patch_nums", "vocab_size", "z_channels")
+"""Fields that a VQ-VAE and the VAR over its tokens have in common."""
 HEAD_DIM = 64
 ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}  # by depth, as published
 
@@ -167,17 +169,9 @@ class VAR(nn.Module):
         )
         assert config.drop_path is not None
         drop_path = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        alike = (config.attn_l2_norm, config.shared_adaln, config.norm_eps)
         self.blocks = nn.ModuleList(
-            Block(
-                C,
-                self._build_ffn(),
-                config.H,
-                drop_path[i],
-                config.attn_l2_norm,
-                config.shared_adaln,
-                config.norm_eps,
-            )
-            for i in range(config.depth)
+            Block(C, self._build_ffn(), config.H, rate, *alike) for rate in drop_path
         )
         self.head_nm = HeadNorm(C, config.norm_eps)
         self.head = Linear(C, config.vocab_size)
@@ -215,11 +209,10 @@ class VAR(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.attn.proj.weight.div_((2 * config.depth) ** 0.5)
-            if isinstance(block.ffn, FFN):
-                block.ffn.fc2.weight.div_((2 * config.depth) ** 0.5)
-            else:
-                assert isinstance(block.ffn, MoEFFN)
+            if isinstance(block.ffn, MoEFFN):
                 block.ffn.reset_parameters(std, (2 * config.depth) ** -0.5)
+            else:
+                block.ffn.get_parameter("fc2.weight").div_((2 * config.depth) ** 0.5)
             if config.shared_adaln:
                 block.ada_gss[:, :, 2:].mul_(0.5)
                 block.ada_gss[:, :, :2].mul_(config.adaln_gamma_gain)
@@ -237,7 +230,7 @@ class VAR(nn.Module):
         """Return the backbone that runs scale si; a DynamicVAR has two."""
         return self
 
-    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step[VAR], ...]:
+    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step, ...]:
         """Plan the steps of an image in order, see `models.plan`. branches: rows per image.
         adaln_every_scale: each step computes AdaLN's projections, not just a backbone's first."""
         backbones = [self] * self.config.num_scales
@@ -245,8 +238,7 @@ class VAR(nn.Module):
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Embed classes, (B, C); label `num_classes` is the null class."""
-        out: Tensor = self.class_emb(labels_B)
-        return out
+        return self.class_emb(labels_B)
 
     def _position(self, tokens: slice) -> Tensor:
         return self.lvl_embed(self.lvl_1L[:, tokens]) + self.pos_1LC[:, tokens]
@@ -271,11 +263,9 @@ class VAR(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """Make an empty K/V cache for all scales of `batch` rows, in the weights' dtype."""
-        config, weight = self.config, self.word_embed.weight
-        head_dim = config.C // config.H
-        return KVCache(
-            config.depth, batch, config.H, config.num_tokens, head_dim, weight.dtype, weight.device
-        )
+        config = self.config
+        shape = (config.depth, batch, config.H, config.num_tokens, config.C // config.H)
+        return KVCache(shape, like=self.word_embed.weight)
 
     def step(
         self, x_BlC: Tensor, mod: Modulation, cache: KVCache, routing: Routing | None = None
@@ -296,7 +286,7 @@ class VAR(nn.Module):
         """Replace labels by the null class with probability `label_drop`, in train mode only."""
         if not self.training or self.config.label_drop == 0:
             return labels_B
-        start, total = rows or whole(len(labels_B))
+        start, total = rows or Rows(0, len(labels_B))
         drop = torch.rand(total, device=labels_B.device) < self.config.label_drop
         drop_B = drop[start : start + len(labels_B)]
         return torch.where(drop_B, self.config.num_classes, labels_B)
@@ -347,21 +337,18 @@ def build_models(
 ) -> tuple[VQVAE, VAR]:
     """Build fresh models, initialised as published; `overrides` are fields of VARConfig.
 
-    The fields that VQ-VAE and VAR share (patch_nums, vocab_size, z_channels) come from `vqvae`; an
-    override of one of them shapes both.
+    The fields that VQ-VAE and VAR share (IN_PAIRS) come from `vqvae`; an override of one of them
+    shapes both.
     """
-    shared = ("patch_nums", "vocab_size", "z_channels")
-    base = vqvae if vqvae is not None else VQVAEConfig()
-    common: dict[str, Any] = {name: overrides.pop(name, getattr(base, name)) for name in shared}
-    vqvae_config = replace(base, **common)
+    base = vqvae or VQVAEConfig()
+    common: dict[str, Any] = {name: overrides.pop(name, getattr(base, name)) for name in IN_PAIRS}
     var_config = VARConfig(depth=depth, **common, **overrides)  # type: ignore[arg-type]
-    return VQVAE(vqvae_config), VAR(var_config)
+    return VQVAE(replace(base, **common)), VAR(var_config)
 
 
 def check_pair(vqvae: VQVAE, var_config: VARConfig) -> None:
     """Raise ValueError if a VAR does not belong to a VQ-VAE."""
-    for name in ("patch_nums", "vocab_size", "z_channels"):
-        theirs: Sequence[int] | int = getattr(vqvae.config, name)
-        ours = getattr(var_config, name)
+    for name in IN_PAIRS:
+        theirs, ours = getattr(vqvae.config, name), getattr(var_config, name)
         if theirs != ours:
             raise ValueError(f"{name}: the VQ-VAE has {theirs}, the VAR has {ours}")

@@ -62,10 +62,8 @@ class VQVAEConfig:
 
     def __post_init__(self) -> None:
         values.take_fields(self)
-        if list(self.patch_nums) != sorted(set(self.patch_nums)) or self.patch_nums[0] < 1:
-            raise ValueError(
-                f"patch_nums must rise from scale to scale, from 1 or more: {self.patch_nums}"
-            )
+        if list(self.patch_nums) != sorted(set(self.patch_nums)):
+            raise ValueError(f"patch_nums must rise from scale to scale: {self.patch_nums}")
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel={self.conv_kernel} must be odd")
 
@@ -98,15 +96,13 @@ class ResBlock(nn.Module):
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.has_shortcut = in_channels != out_channels
-        if self.has_shortcut:
-            self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
+        changes = in_channels != out_channels
+        self.nin_shortcut = Conv2d(in_channels, out_channels, 1) if changes else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x_BCHW)))
         h = self.conv2(silu(self.norm2(h)))
-        shortcut: Tensor = self.nin_shortcut(x_BCHW) if self.has_shortcut else x_BCHW
-        return h.add_(shortcut)
+        return h.add_(self.nin_shortcut(x_BCHW))
 
 
 class AttnBlock(nn.Module):
@@ -122,8 +118,7 @@ class AttnBlock(nn.Module):
         B, C, H, W = x_BCHW.shape
         q, k, v = self.qkv(self.norm(x_BCHW)).view(B, 3, 1, C, H * W).transpose(3, 4).unbind(1)
         h_B1LC = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = x_BCHW + self.proj_out(h_B1LC.transpose(2, 3).reshape(B, C, H, W))
-        return out
+        return x_BCHW + self.proj_out(h_B1LC.transpose(2, 3).reshape(B, C, H, W))
 
 
 class Downsample(nn.Module):
@@ -132,8 +127,7 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
-        return out
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -142,8 +136,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
-        return out
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"))
 
 
 class Middle(nn.Module):
@@ -154,8 +147,7 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.block_2(self.attn_1(self.block_1(x_BCHW)))
-        return out
+        return self.block_2(self.attn_1(self.block_1(x_BCHW)))
 
 
 class Level(nn.Module):
@@ -174,8 +166,7 @@ class Level(nn.Module):
             x_BCHW = block(x_BCHW)
             if len(self.attn):
                 x_BCHW = self.attn[i](x_BCHW)
-        out: Tensor = self.upsample(self.downsample(x_BCHW))
-        return out
+        return self.upsample(self.downsample(x_BCHW))
 
 
 class Encoder(nn.Module):
@@ -202,8 +193,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x_B3RR)
         for level in self.down:
             h = level(h)
-        out: Tensor = self.conv_out(silu(self.norm_out(self.mid(h))))
-        return out
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -230,8 +220,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z_BCHW))
         for level in reversed(self.up):
             h = level(h)
-        out: Tensor = self.conv_out(silu(self.norm_out(h)))
-        return out
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class VQVAE(nn.Module):
@@ -242,15 +231,10 @@ class VQVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = MultiScaleQuantizer(
-            config.vocab_size,
-            config.z_channels,
-            config.patch_nums,
-            config.beta,
-            config.num_phi,
-            config.phi_ratio,
-        )
         kernel, z = config.conv_kernel, config.z_channels
+        self.quantize = MultiScaleQuantizer(
+            config.vocab_size, z, config.patch_nums, config.beta, config.num_phi, config.phi_ratio
+        )
         self.quant_conv = Conv2d(z, z, kernel, padding=kernel // 2)
         self.post_quant_conv = Conv2d(z, z, kernel, padding=kernel // 2)
 
@@ -262,8 +246,7 @@ class VQVAE(nn.Module):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {shape}")
         if images_B3RR.is_floating_point():
             images_B3RR = images_B3RR.to(self.quant_conv.weight.dtype)
-        out: Tensor = self.quant_conv(self.encoder(images_B3RR))
-        return out
+        return self.quant_conv(self.encoder(images_B3RR))
 
     @torch.no_grad()
     def encode(self, images_B3RR: Tensor) -> list[Tensor]:

@@ -6,13 +6,12 @@ Legend: B batch, L tokens, C width, R router hidden width, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe_var.moe.experts import forget, native
-from dmoe_var.ops import Linear
+from dmoe_var.moe.experts import native
+from dmoe_var.ops import Linear, hooked
 
 PUBLISHED_HIDDEN = 128
 
@@ -43,21 +42,7 @@ class Router(nn.Module):
     def forward(self, x_BLC: Tensor) -> Tensor:
         """Predict the norms (B, L, E), which are non-negative."""
         fc1, fc2 = self.fc1, self.fc2
-        hooked = (
-            fc1._forward_hooks
-            or fc1._forward_pre_hooks
-            or fc2._forward_hooks
-            or fc2._forward_pre_hooks
-        )
-        if not hooked and x_BLC.numel():
-            weights = (fc1.weight, fc2.weight)
-            if native.knows(x_BLC, *weights):
-                return native.scores(x_BLC, *weights)
-        out: Tensor = fc2(F.gelu(fc1(x_BLC)))
-        return out.abs()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Drop the packed copy of the old weights; `.to`, `.half` and `.cuda` call this."""
-        forget((self.fc1.weight,))
-        super()._apply(fn, recurse)
-        return self
+        weights = (fc1.weight, fc2.weight)
+        if x_BLC.numel() and not hooked(fc1, fc2) and native.knows(x_BLC, *weights):
+            return native.scores(x_BLC, *weights)
+        return fc2(F.gelu(fc1(x_BLC))).abs()

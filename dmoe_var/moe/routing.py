@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import SelectionRule
 
@@ -29,9 +28,6 @@ class Routing:
     """Number of equal parts of the batch that all run the experts that the first one selects."""
     layer: int = 0
     """Set only if the rule differs by layer or somebody observes."""
-
-    def __post_init__(self) -> None:
-        check_impl(self.impl)
 
     def at(self, layer: int) -> Routing:
         """Return the routing of one layer."""

@@ -40,12 +40,11 @@ def resolve_rules(
     `tau` and `selection` are one value, or a list as in `by_scale`. Raises ValueError if both are
     given, the model has no experts, a list has another length, or a tau is outside [0, 1].
     """
-    if tau is None and selection is None:
-        selection = default
-    if tau is None and selection is None:
-        return {}
     if tau is not None and selection is not None:
         raise ValueError("tau and selection are both given; tau is short for Threshold(tau)")
+    selection = default if tau is None and selection is None else selection
+    if tau is None and selection is None:
+        return {}
     name = "selection" if tau is None else "tau"
     if not moe_scales:
         raise ValueError(f"{name} is given, but the model has no experts")

@@ -69,8 +69,7 @@ class SamplingConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)
 
 
 class Call(NamedTuple):

@@ -5,13 +5,14 @@ Legend: N tokens, C width, E experts, D neurons per expert.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dmoe_var import values
 from dmoe_var.moe.experts.dispatch import Dispatch
-from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.paths import (
     AUTO,
     FALLBACK,
@@ -33,7 +34,6 @@ __all__ = [
     "ExpertWeights",
     "Impl",
     "check_impl",
-    "forget",
     "paths_on",
     "run_experts",
 ]
@@ -79,29 +79,12 @@ def _name_of(act: nn.Module) -> str | None:
     schema="(Tensor x, Tensor mask, Tensor w1, Tensor b1, Tensor w2, Tensor b2, str act, str impl)"
     " -> Tensor",
 )
-def _as_operator(
-    x_NC: Tensor,
-    mask_NE: Tensor,
-    w1_EDC: Tensor,
-    b1_ED: Tensor,
-    w2_EDC: Tensor,
-    b2_C: Tensor,
-    act: str,
-    impl: str,
-) -> Tensor:
-    weights = ExpertWeights(w1_EDC, b1_ED, w2_EDC, b2_C)
-    return run_experts(x_NC, mask_NE, weights, activation(act), impl)
+def _as_operator(x_NC: Tensor, mask_NE: Tensor, *given: Any) -> Tensor:
+    *weights, act, impl = given
+    return run_experts(x_NC, mask_NE, ExpertWeights(*weights), activation(act), impl)
 
 
 @_as_operator.register_fake
-def _(
-    x_NC: Tensor,
-    mask_NE: Tensor,
-    w1_EDC: Tensor,
-    b1_ED: Tensor,
-    w2_EDC: Tensor,
-    b2_C: Tensor,
-    act: str,
-    impl: str,
-) -> Tensor:
+def _(x_NC: Tensor, mask_NE: Tensor, *given: Any) -> Tensor:
+    *_, b2_C, _act, _impl = given
     return torch.empty(x_NC.shape, dtype=b2_C.dtype, device=x_NC.device)

@@ -5,8 +5,9 @@ whole dense FFN and zeroes what was not selected, so nothing is ever much slower
 On a GPU the host would have to wait for the mask's density. There a shape takes the path that is
 fastest at the density ASSUMED.
 
-The table is in `c_library.cache_folder()`. The same inputs take the same path as long as it is
-there, or as long as the process lives if it cannot be written.
+The table is in `c_library.cache_folder()`; a process reads it once for each case that it meets. The
+same inputs take the same path as long as the table is there, or as long as the process lives if it
+cannot be written.
 Legend: N tokens, C width, E experts, D neurons per expert.
 """
 
@@ -16,8 +17,8 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ REPEATS = 3
 
 Seconds = dict[str, tuple[float, float]]
 """The seconds of each path at each of DENSITIES."""
-_tables: dict[Path, dict[str, Seconds]] = {}
+_known: dict[tuple[Any, ...], Seconds] = {}
+"""What this process has looked up or measured, by device, threads, paths and shape."""
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
@@ -53,7 +55,7 @@ def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Mo
     device = x_NC.device
     there = paths_on(device).items()
     paths = {name: each for name, each in there if each.can_run(x_NC, weights, act)}
-    *_, last = paths
+    last = next(reversed(paths))
     if last in PLAIN or dispatch.mask_NE.numel() == 0:
         return FALLBACK
     if device.type != "cuda":
@@ -75,23 +77,24 @@ def _at(density: float, times: tuple[float, float]) -> float:
 def _seconds(
     paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights, act: nn.Module
 ) -> Seconds:
-    """Look the times up in the table, or measure them now."""
-    E, D, C = weights.w1_EDC.shape
-    dtype = str(x_NC.dtype).removeprefix("torch.")
+    """Return the times of this case: known already, or from the table, or measured now."""
     if x_NC.is_cuda:
         products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "exact"
     else:
         products = "torch" if this_sampling() is None else "sampling"
-    names = ",".join(paths)
-    key = f"{dtype} C={C} D={D} E={E} N={_rounded(len(x_NC))} {products} {names}"
-    file = _file(x_NC.device)
-    table = _tables.setdefault(file, {})
-    if key not in table:
-        table |= _read(file)
-    if key not in table:
-        table[key] = _measured(paths, x_NC, weights, act)
-        _keep(file, key, table[key])
-    return table[key]
+    shape, tokens = weights.w1_EDC.shape, _rounded(len(x_NC))
+    case = (x_NC.device, torch.get_num_threads(), x_NC.dtype, shape, tokens, products, *paths)
+    if case not in _known:
+        E, D, C = shape
+        dtype, names = str(x_NC.dtype).removeprefix("torch."), ",".join(paths)
+        key = f"{dtype} C={C} D={D} E={E} N={tokens} {products} {names}"
+        file = _file(x_NC.device)
+        found = _read(file).get(key)
+        if found is None:
+            found = _measured(paths, x_NC, weights, act)
+            _keep(file, key, found)
+        _known[case] = found
+    return _known[case]
 
 
 def _rounded(tokens: int) -> int:
@@ -120,18 +123,13 @@ def _measured(
 
 def _file(device: torch.device) -> Path:
     """Name the table of this processor and thread count, or GPU, and of these code versions."""
-    return cache_folder() / f"experts-{_machine(device, torch.get_num_threads())}.json"
-
-
-@cache
-def _machine(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         machine = [torch.cuda.get_device_name(device)]
     else:
-        machine = [processor(), str(threads)]
+        machine = [processor(), str(torch.get_num_threads())]
     versions = [each.version() for each in paths_on(device).values()]
     text = "\0".join((torch.__version__, *machine, *versions))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return cache_folder() / f"experts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def _read(file: Path) -> dict[str, Seconds]:

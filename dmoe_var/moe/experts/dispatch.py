@@ -30,8 +30,7 @@ class Dispatch:
     @cached_property
     def counts(self) -> list[int]:
         """The number of tokens of each expert, E numbers."""
-        counts: list[int] = self.mask_NE.sum(0).tolist()
-        return counts
+        return self.mask_NE.sum(0).tolist()
 
     @cached_property
     def rows(self) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from dmoe_var import c_library
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.packed import Packed, packed_of
 from dmoe_var.moe.experts.weights import ExpertWeights
-from dmoe_var.ops import observed
+from dmoe_var.ops import hooked, kernels_may_take
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -66,36 +67,29 @@ class _Kernel:
     """Declares the functions of native.c."""
 
     def __init__(self, library: ctypes.CDLL):
-        layer, number, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
-        self.experts = library.dmoe_experts
-        self.experts.argtypes = (layer, memory, memory, memory, number, number, memory)
-        self.experts.restype = None
-        self.workspace = library.dmoe_workspace
-        self.workspace.argtypes = (layer, number, number)
-        self.workspace.restype = number
-        self._large_pages = library.dmoe_large_pages
-        self._large_pages.argtypes = (memory, number)
-        self._large_pages.restype = None
-        for function in (library.dmoe_lanes, library.dmoe_vectors, library.dmoe_amx):
-            function.restype = number
-        library.dmoe_tile.restype = number
-        self.tile: int | None = library.dmoe_tile() if library.dmoe_amx() else None
-        """Rows, columns and depth of an AMX tile for bfloat16; None if there is no AMX."""
-        self.lanes: int = library.dmoe_lanes()
-        """float32 values per register."""
-        self.vectors: int = library.dmoe_vectors()
-        """Registers per panel of fc2, and at most as many per panel of fc1."""
+        def function(name: str, result: Any, *arguments: Any) -> Any:
+            found = getattr(library, f"dmoe_{name}")
+            found.restype, found.argtypes = result, arguments
+            return found
 
-        router, real = ctypes.POINTER(_Router), ctypes.c_float
-        self.scores = library.dmoe_scores
-        self.scores.argtypes = (router, memory, memory, number, number)
-        self.scores.restype = None
-        self.threshold = library.dmoe_threshold
-        self.threshold.argtypes = (memory, memory, number, number, number, real, number)
-        self.threshold.restype = number
-        self._fingerprint = library.dmoe_fingerprint
-        self._fingerprint.argtypes = (memory, number, number)
-        self._fingerprint.restype = ctypes.c_uint64
+        number, real, memory = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+        layer, router = ctypes.POINTER(_Layer), ctypes.POINTER(_Router)
+        self.experts = function(
+            "experts", None, layer, memory, memory, memory, number, number, memory
+        )
+        self.workspace = function("workspace", number, layer, number, number)
+        self.scores = function("scores", None, router, memory, memory, number, number)
+        self.threshold = function(
+            "threshold", number, memory, memory, number, number, number, real, number
+        )
+        self._large_pages = function("large_pages", None, memory, number)
+        self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, number, number)
+        self.tile: int | None = function("tile", number)() if function("amx", number)() else None
+        """Rows, columns and depth of an AMX tile for bfloat16; None if there is no AMX."""
+        self.lanes: int = function("lanes", number)()
+        """float32 values per register."""
+        self.vectors: int = function("vectors", number)()
+        """Registers per panel of fc2, and at most as many per panel of fc1."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Allocate memory, on large pages if the system has them: the kernels stream through it."""
@@ -106,8 +100,7 @@ class _Kernel:
     def fingerprint(self, values: Tensor) -> int:
         """Hash the values in their order, to 64 bits."""
         values = values.contiguous()
-        found: int = self._fingerprint(values.data_ptr(), values.nbytes, torch.get_num_threads())
-        return found
+        return self._fingerprint(values.data_ptr(), values.nbytes, torch.get_num_threads())
 
 
 @cache
@@ -133,8 +126,7 @@ def runs_on(device: torch.device) -> bool:
 
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
     """Say whether these are ReLU experts that the kernel `knows`, with no hook on the ReLU."""
-    hooked = bool(act._forward_hooks or act._forward_pre_hooks)
-    return isinstance(act, nn.ReLU) and not hooked and knows(x_NC, *weights)
+    return isinstance(act, nn.ReLU) and not hooked(act) and knows(x_NC, *weights)
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
@@ -158,22 +150,14 @@ def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Ten
     if getattr(_memory, "bytes", None) is None or len(_memory.bytes) < size:
         _memory.bytes = None  # free the old one first
         _memory.bytes = loaded.empty((size,), torch.uint8)
-    found: Tensor = _memory.bytes
-    return found
+    return _memory.bytes
 
 
 def knows(x: Tensor, *weights: Tensor) -> bool:
     """Say whether the kernel is there and takes these tensors: on a CPU, all float32 or all
     bfloat16, without gradients, and with nobody watching operators."""
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    return (
-        x.is_cpu
-        and x.dtype in DTYPES
-        and all(weight.dtype == x.dtype for weight in weights)
-        and not learns
-        and not observed(x)
-        and kernel() is not None
-    )
+    given = x.is_cpu and x.dtype in DTYPES and kernels_may_take(x, *weights)
+    return given and kernel() is not None
 
 
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
@@ -203,7 +187,7 @@ def threshold(scores: Tensor, tau: float) -> Tensor | None:
 
 
 @torch.no_grad()
-def _pack_router(weights: Sequence[Tensor]) -> Packed[_Router]:
+def _pack_router(weights: Sequence[Tensor]) -> Packed:
     loaded = kernel()
     assert loaded is not None
     fc1_RC, fc2_ER = (weight.float() for weight in weights)
@@ -220,7 +204,7 @@ def _pack_router(weights: Sequence[Tensor]) -> Packed[_Router]:
 
 
 @torch.no_grad()
-def pack(weights: Sequence[Tensor]) -> Packed[_Layer]:
+def pack(weights: Sequence[Tensor]) -> Packed:
     """Pack experts in the layout that native.c reads."""
     loaded = kernel()
     assert loaded is not None

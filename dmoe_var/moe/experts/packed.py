@@ -7,10 +7,8 @@ uncounted. Within `sampling` nobody writes to weights, so their content is read 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,20 +18,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dmoe_var.sampling_time import Sampling, this_sampling
 
-Layout = TypeVar("Layout", bound=ctypes.Structure)
 
-
-@dataclass(frozen=True)
-class Packed(Generic[Layout]):
+class Packed(NamedTuple):
     """Holds weights as a kernel reads them."""
 
-    layer: Layout
+    layer: Any
+    """A ctypes.Structure."""
     tensors: tuple[Tensor, ...]
     """What `layer` points at."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 Place = tuple[int, int, tuple[int, ...], int]
@@ -48,22 +40,13 @@ def _place(tensor: Tensor) -> Place:
 Content = tuple[tuple[torch.Size, torch.dtype, int], ...]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Remembers where weights lay within one `sampling`."""
-
-    places: list[Place]
-    memory: list[StorageWeakRef]
-    """Weak references; while they live no other storage gets an id that is in `places`."""
-
-
-@dataclass(frozen=True)
-class _Kept(Generic[Layout]):
+class _Kept(NamedTuple):
     """Holds a copy, the content that it copies, and where that lay within each `sampling`."""
 
     content: Content
-    packed: Packed[Layout]
-    seen: WeakKeyDictionary[Sampling, _Seen] = field(default_factory=WeakKeyDictionary)
+    packed: Packed
+    seen: WeakKeyDictionary[Sampling, tuple[list[Place], list[StorageWeakRef]]]
+    """While the weak references live, no other storage gets an id that is in the places."""
 
 
 _kept = WeakTensorKeyDictionary()
@@ -72,28 +55,21 @@ _kept = WeakTensorKeyDictionary()
 
 def packed_of(
     weights: Sequence[Tensor],
-    pack: Callable[[Sequence[Tensor]], Packed[Layout]],
+    pack: Callable[[Sequence[Tensor]], Packed],
     fingerprint: Callable[[Tensor], int],
-) -> Packed[Layout]:
+) -> Packed:
     """Return the packed weights, packed anew if a value has changed by its `fingerprint`."""
     sampling, places = this_sampling(), [_place(weight) for weight in weights]
-    kept: _Kept[Layout] | None = _kept.get(weights[0])
+    kept: _Kept | None = _kept.get(weights[0])
     if kept is not None and sampling is not None:
         seen = kept.seen.get(sampling)
-        if seen is not None and seen.places == places:
+        if seen is not None and seen[0] == places:
             return kept.packed
     content = tuple((w.shape, w.dtype, fingerprint(w)) for w in weights)
     if kept is None or kept.content != content:
-        kept = None
-        forget(weights)  # free the old copy before the new one is made
-        kept = _Kept(content, pack(weights))
-        _kept[weights[0]] = kept
+        kept = _kept[weights[0]] = None  # free the old copy before the new one is made
+        kept = _kept[weights[0]] = _Kept(content, pack(weights), WeakKeyDictionary())
     if sampling is not None:
         memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
-        kept.seen[sampling] = _Seen(places, memory)
+        kept.seen[sampling] = (places, memory)
     return kept.packed
-
-
-def forget(weights: Sequence[Tensor]) -> None:
-    """Drop the packed copy of these weights."""
-    _kept.pop(weights[0], None)

@@ -62,5 +62,4 @@ def path(name: str) -> ComputePath:
 
 def paths_on(device: torch.device) -> dict[str, ComputePath]:
     """Load those of PATHS that run on a device."""
-    paths = {name: path(name) for name in PATHS}
-    return {name: each for name, each in paths.items() if each.runs_on(device)}
+    return {name: each for name in PATHS if (each := path(name)).runs_on(device)}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dmoe_var.errors import InputError
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.weights import ExpertWeights
-from dmoe_var.ops import observed
+from dmoe_var.ops import hooked, kernels_may_take
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER = "TRITON_INTERPRET"
@@ -112,27 +112,14 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and missing(device) is None
 
 
-def knows(x: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
-    """Say whether the kernels take these tensors: tokens and ReLU experts of one of DTYPES, without
-    gradients, and with nobody watching operators or the activation."""
-    hooked = bool(act._forward_hooks or act._forward_pre_hooks)
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    return (
-        isinstance(act, nn.ReLU)
-        and not hooked
-        and x.dtype in DTYPES
-        and all(weight.dtype == x.dtype for weight in weights)
-        and not learns
-        and not observed(x)
-    )
-
-
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
-    """Say whether the kernels take these tensors; InputError if they cannot run on the device."""
-    reason = missing(x_NC.device)
-    if reason is not None:
+    """Say whether the kernels take these tensors: tokens and ReLU experts of one of DTYPES, without
+    gradients, and with nobody watching operators or the activation. InputError if they cannot run
+    on the device."""
+    if reason := missing(x_NC.device):
         raise InputError(reason)
-    return knows(x_NC, weights, act)
+    relu = isinstance(act, nn.ReLU) and not hooked(act)
+    return relu and x_NC.dtype in DTYPES and kernels_may_take(x_NC, *weights)
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:

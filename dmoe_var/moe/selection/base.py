@@ -6,9 +6,9 @@ Legend: B batch, L tokens, C width, D neurons per expert, E experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -32,20 +32,6 @@ class Key:
     """The key's type if it holds a value per scale; a rule may have one such key."""
     name: str | None = None
     """The key's name if it is not the field's."""
-
-
-class ExpertFFN(Protocol):
-    """Declares what rules use of `moe.layer.MoEFFN`."""
-
-    num_experts: int
-
-    @property
-    def w1_EDC(self) -> Tensor: ...
-
-    @property
-    def router(self) -> Callable[[Tensor], Tensor]: ...
-
-    def true_norms(self, x_BLC: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -76,15 +62,15 @@ class SelectionRule(ABC):
     true_norms: ClassVar[bool] = False
     """Whether the scores are the experts' true norms; the pass for them is not counted."""
 
-    _declared: ClassVar[Mapping[str, Any]] = {}
+    declared: ClassVar[Mapping[str, Any]] = {}
     """The annotation of each field."""
     _limits: ClassVar[tuple[tuple[str, Limits], ...]] = ()
     """What each field may hold, read once: torch.compile traces constructors, not annotations."""
 
     def __init_subclass__(cls) -> None:
         hints = get_type_hints(cls, include_extras=True)
-        cls._declared = {n: hint for n, hint in hints.items() if get_origin(hint) is not ClassVar}
-        cls._limits = tuple((name, _limits(hint)) for name, hint in cls._declared.items())
+        cls.declared = {n: hint for n, hint in hints.items() if get_origin(hint) is not ClassVar}
+        cls._limits = tuple((name, _limits(hint)) for name, hint in cls.declared.items())
 
     def __post_init__(self) -> None:
         for name, limits in self._limits:
@@ -94,8 +80,8 @@ class SelectionRule(ABC):
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         """Select by scores (..., E), or by noise for a rule that reads none: a mask (..., E)."""
 
-    def scores(self, ffn: ExpertFFN, x_BLC: Tensor) -> Tensor:
-        """Compute the scores that the rule selects by, (B, L, E)."""
+    def scores(self, ffn: Any, x_BLC: Tensor) -> Tensor:
+        """Compute the scores that the rule selects by, (B, L, E), of a `moe.layer.MoEFFN`."""
         if self.true_norms:
             return ffn.true_norms(x_BLC)
         if self.needs_router:
@@ -126,16 +112,10 @@ Selection = SelectionRule | Sequence[SelectionRule] | None
 """One rule for all scales with experts, a list of rules (see `resolve_rules`), or no rule."""
 
 
-def declared_fields(rule: type[SelectionRule]) -> Mapping[str, Any]:
-    """Return the annotation of each field of a rule."""
-    return rule._declared
-
-
 def keys_of(rule: type[SelectionRule]) -> Mapping[str, Key]:
     """Return the key of each field that configurations set."""
-    marks = {name: get_args(declared) for name, declared in rule._declared.items()}
-    found = {name: [m for m in of if isinstance(m, Key)] for name, of in marks.items()}
-    return {name: keys[0] for name, keys in found.items() if keys}
+    marks = ((name, mark) for name, hint in rule.declared.items() for mark in get_args(hint))
+    return {name: mark for name, mark in marks if isinstance(mark, Key)}
 
 
 def _limits(declared: Any) -> Limits:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmoe_var.config_fields import STRICT
-from dmoe_var.moe.selection.base import Key, SelectionRule, declared_fields, keys_of, shown_values
+from dmoe_var.moe.selection.base import Key, SelectionRule, keys_of, shown_values
 from dmoe_var.moe.selection.rules import RULES
 from dmoe_var.moe.selection.threshold import LayerThreshold, Threshold
 
@@ -17,7 +17,7 @@ def _keys() -> dict[str, tuple[Any, Key]]:
     found: dict[str, tuple[Any, Key]] = {}
     for rule in RULES.values():
         for name, key in keys_of(rule).items():
-            kind = key.by_scale or declared_fields(rule)[name]
+            kind = key.by_scale or rule.declared[name]
             found.setdefault(key.name or name, (kind, key))
     return found
 
@@ -50,15 +50,13 @@ class _Section:
     def rules(self) -> SelectionRule | list[SelectionRule]:
         """Build what `generate(selection=...)` takes."""
         kind: Any = self.kind
-        keys = {n: (key, getattr(self, key.name or n)) for n, key in keys_of(kind).items()}
-        fixed = {name: value for name, (key, value) in keys.items() if not key.by_scale}
-        for name, (key, value) in keys.items():
-            if key.by_scale and len(value) > 1:
-                return [kind(**fixed, **{name: each}) for each in value]
-            if key.by_scale:
-                fixed[name] = value[0]
-        rule: SelectionRule = kind(**fixed)
-        return rule
+        keys = keys_of(kind)
+        given = {name: getattr(self, key.name or name) for name, key in keys.items()}
+        by_scale = next((name for name, key in keys.items() if key.by_scale), None)
+        if by_scale is None:
+            return kind(**given)
+        rules = [kind(**{**given, by_scale: each}) for each in given[by_scale]]
+        return rules if len(rules) > 1 else rules[0]
 
     @property
     def values(self) -> str:

@@ -6,12 +6,11 @@ Legend: B batch, L tokens, C width, D neurons per expert, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dmoe_var.moe.selection.base import ExpertFFN
 from dmoe_var.moe.selection.finite import check_finite
 from dmoe_var.moe.selection.threshold import Threshold
 from dmoe_var.ops import linear
@@ -37,7 +36,7 @@ class Keys(Threshold):
         largest = check_finite(scores).amax(-1, keepdim=True)
         return scores >= torch.where(largest > 0, self.tau * largest, largest)
 
-    def scores(self, ffn: ExpertFFN, x_BLC: Tensor) -> Tensor:
+    def scores(self, ffn: Any, x_BLC: Tensor) -> Tensor:
         return linear(x_BLC, ffn.w1_EDC.mean(1))
 
     def score_macs(self, width: int, num_experts: int) -> int:

@@ -17,17 +17,8 @@ from dmoe_var.moe.selection.keys import Keys
 from dmoe_var.moe.selection.threshold import LayerThreshold, Oracle, Threshold
 from dmoe_var.moe.selection.top_k import TopK
 
-_LISTED: tuple[type[SelectionRule], ...] = (
-    Threshold,
-    Oracle,
-    TopK,
-    Random,
-    Cumulative,
-    All,
-    LayerThreshold,
-    Keys,
-)
-RULES = {rule.name: rule for rule in _LISTED}
+_LISTED = (Threshold, Oracle, TopK, Random, Cumulative, All, LayerThreshold, Keys)
+RULES: dict[str, type[SelectionRule]] = {rule.name: rule for rule in _LISTED}
 """The rules by their names."""
 
 
@@ -40,10 +31,9 @@ def selection_to_json(selection: Selection) -> Any:
         return None
     if isinstance(selection, Sequence):
         return [selection_to_json(rule) for rule in selection]
-    name = next((name for name, rule in RULES.items() if type(selection) is rule), None)
-    if name is None:
+    if type(selection) not in RULES.values():
         raise ValueError(f"selection={selection!r}: its rule is none of {', '.join(RULES)}")
-    return {"rule": name, **asdict(selection)}  # type: ignore[call-overload]
+    return {"rule": selection.name, **asdict(selection)}
 
 
 def selection_from_json(content: Any) -> Selection:
