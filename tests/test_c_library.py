@@ -101,15 +101,14 @@ def test_a_broken_compiler(cache, source, monkeypatch, tmp_path):
     assert libraries(cache) == []
 
 
-def test_a_compiler_that_makes_nonsense(cache, source, monkeypatch, tmp_path):
+def test_a_compiler_that_makes_nonsense_or_a_folder_that_cannot_be_made(
+    cache, source, monkeypatch, tmp_path
+):
     says = 'for last; do :; done; case "$*" in *--version*) echo 1;; *) echo x > "$last";; esac'
     monkeypatch.setenv("CC", script(tmp_path / "wrong", says))
     with pytest.raises(CannotCompileError):
         load(source)
-
-
-def test_a_folder_that_cannot_be_made(source, monkeypatch, tmp_path):
-    monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path / "answer.c" / "cache"))
+    monkeypatch.setenv("DMOE_VAR_CACHE", str(source / "cache"))
     with pytest.raises(CannotCompileError):
         load(source)
 

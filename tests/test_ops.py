@@ -16,7 +16,6 @@ from dmoe_var.ops import (
     Conv2d,
     Linear,
     activated_linear,
-    at_least_float32,
     linear,
     unrounded_linear,
 )
@@ -74,22 +73,10 @@ def test_linear_is_exact_to_bfloat16(emulated, shape, with_bias):
     if not emulated or x[..., 0].numel() <= FEW_ROWS:
         assert torch.equal(found, F.linear(x, weight, bias))
         return
+    rounded = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert torch.equal(found, rounded.bfloat16())
     largest = exact_linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
     assert_rounded_once(found, exact, largest, terms=97)
-
-
-@torch.no_grad()
-def test_many_rows_are_computed_in_float32(monkeypatch):
-    """Rounded once, so bitwise the rounded product of float32; few rows are left to torch."""
-    monkeypatch.setattr(ops, "EMULATES_BFLOAT16", True)
-    dtypes, plain = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *rest: dtypes.append(x.dtype) or plain(x, *rest))
-    weight, bias = random(33, 96, seed=1), random(33, seed=2)
-    for rows in (FEW_ROWS, FEW_ROWS + 1):
-        found = linear(random(rows, 96), weight, bias)
-    expected = plain(random(rows, 96).float(), weight.float(), bias.float()).bfloat16()
-    assert dtypes == [torch.bfloat16, torch.float32]
-    assert torch.equal(found, expected)
 
 
 @torch.no_grad()
@@ -163,25 +150,12 @@ def test_gradients_in_bfloat16(emulated):
             assert_rounded_once(each, wanted, magnitude, most_terms)
 
 
-def test_at_least_float32():
-    wanted = {
-        torch.bfloat16: torch.float32,
-        torch.float16: torch.float32,
-        torch.float32: torch.float32,
-        torch.float64: torch.float64,
-    }
-    for dtype, expected in wanted.items():
-        assert at_least_float32(torch.ones(2, dtype=dtype)).dtype == expected
-
-
 @pytest.mark.parametrize(
     ("machine", "bf16", "amx", "emulates"),
     [
-        ("x86_64", False, False, True),
         ("AMD64", False, False, True),
         ("x86_64", True, False, False),
         ("x86_64", False, True, False),
-        ("aarch64", False, False, False),
         ("arm64", False, False, False),
     ],
 )
@@ -196,10 +170,10 @@ ACTIVATIONS = [nn.GELU(approximate="tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()]
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("shape", [(7, 33), (2, 5, 33), (1, 1, 33)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_sampling_products_against_float64(act, shape, with_bias):
-    x, weight = torch.randn(shape), torch.randn(65, 33)
+def test_sampling_products_against_float64(act, with_bias):
+    """Also of what does not lie in one piece."""
+    x, weight = torch.randn(2, 5, 66)[..., ::2], torch.randn(33, 65).T
     bias = torch.randn(65) if with_bias else None
     wide = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with sampling():
@@ -207,13 +181,6 @@ def test_sampling_products_against_float64(act, shape, with_bias):
         assert torch.allclose(linear(x, weight, bias, ragged=True).double(), wide, atol=1e-4)
         activated = activated_linear(act, x, weight, bias)
     assert torch.allclose(activated.double(), act(wide), atol=1e-4)
-
-
-def test_products_of_a_strided_input_and_weight():
-    x, weight = torch.randn(4, 6, 66)[..., ::2], torch.randn(33, 65).T
-    with sampling():
-        out = linear(x, weight)
-    assert torch.allclose(out.double(), x.double() @ weight.double().T, atol=1e-4)
 
 
 def test_a_hook_on_the_activation_sees_it():
@@ -228,12 +195,6 @@ def test_who_counts_operators_sees_the_common_ones():
     with sampling(), FlopCounterMode(display=False) as counter:
         activated_linear(nn.ReLU(), torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
     assert counter.get_total_flops() == 2 * 3 * 8 * 4
-
-
-def test_products_under_a_gradient_have_one():
-    x = torch.randn(3, 8, requires_grad=True)
-    activated_linear(nn.ReLU(), x, torch.randn(4, 8), None).sum().backward()
-    assert x.grad is not None
 
 
 def test_products_go_to_onednn_while_images_are_drawn_alone(monkeypatch):
@@ -256,5 +217,5 @@ def test_an_unrounded_product(dtype):
     x, weight = torch.randn(2, 40, 96).to(dtype), torch.randn(33, 96).to(dtype)
     exact, magnitude = exact_linear(x, weight, None), exact_linear(x.abs(), weight.abs(), None)
     found = unrounded_linear(x, weight)
-    assert found.dtype == at_least_float32(x).dtype
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert ((found.double() - exact).abs() <= 96 * HALF_ULP_32 * magnitude).all()

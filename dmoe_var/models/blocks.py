@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     total: int
 
 
+def whole(num_rows: int) -> Rows:
+    """Return the rows of a batch that is not cut."""
+    return Rows(0, num_rows)
+
+
 class Modulation(NamedTuple):
     """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C)."""
 
@@ -51,7 +56,7 @@ class DropPath(nn.Module):
     def forward(self, gamma_B1C: Tensor, rows: Rows | None) -> Tensor:
         if self.rate == 0 or not self.training:
             return gamma_B1C
-        start, total = rows or Rows(0, len(gamma_B1C))
+        start, total = rows or whole(len(gamma_B1C))
         keep = gamma_B1C.new_empty(total, 1, 1).bernoulli_(1 - self.rate)
         return gamma_B1C * keep[start : start + len(gamma_B1C)] / (1 - self.rate)
 

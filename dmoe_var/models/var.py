@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe_var import values
-from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows
+from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import Step, steps
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
@@ -286,7 +286,7 @@ class VAR(nn.Module):
         """Replace labels by the null class with probability `label_drop`, in train mode only."""
         if not self.training or self.config.label_drop == 0:
             return labels_B
-        start, total = rows or Rows(0, len(labels_B))
+        start, total = rows or whole(len(labels_B))
         drop = torch.rand(total, device=labels_B.device) < self.config.label_drop
         drop_B = drop[start : start + len(labels_B)]
         return torch.where(drop_B, self.config.num_classes, labels_B)

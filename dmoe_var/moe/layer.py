@@ -96,13 +96,14 @@ class MoEFFN(nn.Module):
 
     def select(self, x_BLC: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
         """Return the mask (B, L, E) of experts to run, and the scores (b, L, E) the rule read."""
-        rule, noise, x_BLC = routing.rule, None, routing.selecting(x_BLC)
+        rule, noise = routing.rule, None
         if routing.noise is not None and not rule.uses_scores:
             noise = routing.noise(x_BLC.shape[1], self.num_experts)
-        scores_BLE = rule.scores(self, x_BLC)
+        scores_bLE = rule.scores(self, x_BLC[: len(x_BLC) // routing.sharing])
         # Not rule(...): torch 2.11's compiler hashes the callee before its fields are set.
-        mask_BLE = routing.for_all(rule.__call__(scores_BLE, noise))
-        return mask_BLE, scores_BLE if rule.uses_scores else None
+        mask_bLE = rule.__call__(scores_bLE, noise)
+        mask_BLE = mask_bLE if routing.sharing == 1 else mask_bLE.repeat(routing.sharing, 1, 1)
+        return mask_BLE, scores_bLE if rule.uses_scores else None
 
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
         h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())

@@ -35,11 +35,3 @@ class Routing:
         if rule is self.rule and self.observer is None:
             return self
         return replace(self, rule=rule, layer=layer)
-
-    def selecting(self, x_BLC: Tensor) -> Tensor:
-        """Return the rows that select, (B / sharing, L, C)."""
-        return x_BLC if self.sharing == 1 else x_BLC[: len(x_BLC) // self.sharing]
-
-    def for_all(self, selected: Tensor) -> Tensor:
-        """Repeat what those rows selected, (B / sharing, L, E), for every row, (B, L, E)."""
-        return selected if self.sharing == 1 else selected.repeat(self.sharing, 1, 1)

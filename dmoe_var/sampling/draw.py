@@ -78,11 +78,6 @@ class Drawing:
     selection: Selection = None
     impl: str = "auto"
 
-    def __post_init__(self) -> None:
-        labels = np.array(values.whole_numbers("labels", self.labels), dtype=np.int64)
-        object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "seed", values.whole("seed", self.seed))
-
     @property
     def num_batches(self) -> int:
         return -(-len(self.labels) // self.sampling.batch_size)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -87,42 +89,27 @@ class Call(NamedTuple):
     adaln_every_scale: bool
 
     @classmethod
-    def of(
-        cls,
-        model: VAR | DynamicVAR,
-        vqvae: VQVAE,
-        labels: Labels,
-        cfg: Any = 1.5,
-        top_k: Any = 900,
-        top_p: Any = 0.96,
-        seed: Any = 0,
-        tau: Tau = None,
-        selection: Selection = None,
-        generator: torch.Generator | None = None,
-        start_index: Any = 0,
-        more_smooth: Any = False,
-        share_mask: Any = False,
-        impl: str = "auto",
-        adaln_every_scale: Any = False,
-        observer: Observer | None = None,
-    ) -> Call:
-        """Check the arguments; raise ValueError for the first one that is wrong."""
-        device = _check_models(model, vqvae)
-        check_impl(impl)
-        _check_generator(generator, device)
-        if observer is not None and not isinstance(observer, Observer):
-            raise ValueError(f"observer={values.shown(observer)} must be an Observer or None")
+    def of(cls, *args: Any, **named: Any) -> Call:
+        """Check arguments of `generate`; raise ValueError for the first one that is wrong."""
+        bound = signature(generate).bind(*args, **named)
+        bound.apply_defaults()
+        given = SimpleNamespace(**bound.arguments)
+        device = _check_models(given.model, given.vqvae)
+        check_impl(given.impl)
+        _check_generator(given.generator, device)
+        if given.observer is not None and not isinstance(given.observer, Observer):
+            raise ValueError(f"observer={values.shown(given.observer)} must be an Observer or None")
         return cls(
-            check_labels(labels, model.config.num_classes, device),
-            rules_of(model, tau, selection),
-            values.number("cfg", cfg, 0),
-            values.whole("top_k", top_k, 0),
-            values.number("top_p", top_p, 0, 1),
-            values.whole("seed", seed),
-            values.whole("start_index", start_index, 0, MAX_INDEX),
-            values.flag("more_smooth", more_smooth),
-            values.flag("share_mask", share_mask),
-            values.flag("adaln_every_scale", adaln_every_scale),
+            check_labels(given.labels, given.model.config.num_classes, device),
+            rules_of(given.model, given.tau, given.selection),
+            values.number("cfg", given.cfg, 0),
+            values.whole("top_k", given.top_k, 0),
+            values.number("top_p", given.top_p, 0, 1),
+            values.whole("seed", given.seed),
+            values.whole("start_index", given.start_index, 0, MAX_INDEX),
+            values.flag("more_smooth", given.more_smooth),
+            values.flag("share_mask", given.share_mask),
+            values.flag("adaln_every_scale", given.adaln_every_scale),
         )
 
 
@@ -189,10 +176,9 @@ def generate(
         more_smooth, share_mask, impl, adaln_every_scale, observer,
     )  # fmt: skip
     config, labels_B, rules = model.config, call.labels_B, call.rules
-    guided = call.cfg != 0
-    branches = 2 if guided else 1
+    branches = 2 if call.cfg else 1
     null_B = torch.full_like(labels_B, config.num_classes)
-    labels_R = torch.cat([labels_B, null_B]) if guided else labels_B
+    labels_R = torch.cat([labels_B, null_B][:branches])
 
     # Random streams, observers
     device = labels_B.device

@@ -105,34 +105,24 @@ class StoredDrawing:
         if self.format != "npz":
             self._write_pngs(number, batch.samples.images, replace=drawn)
         if drawn:
-            samples = batch.samples
-            write_npz(
-                self._part_path(number),
-                {
-                    "first": np.array(self._first(number)),
-                    "images": samples.images,
-                    "labels": samples.labels,
-                    "seeds": samples.seeds,
-                    **_arrays(batch.ran),
-                    "seconds": np.array(batch.seconds),
-                    "fingerprint": np.array(self.fingerprint),
-                },
-            )
+            about = {"first": np.array(self._first(number)), **vars(batch.samples)}
+            write_npz(self._part_path(number), about | self._about(batch))
+
+    def _about(self, drawn: Batch | Drawn) -> dict[str, np.ndarray]:
+        """Return what is stored of a batch or of the whole drawing, beside the images."""
+        ran, seconds = drawn.ran, np.array(drawn.seconds)
+        experts_run = (np.array(ran.scales, dtype=np.int64), ran.times_NSK)
+        named = dict(zip(EXPERTS_RUN, experts_run, strict=True))
+        return {**named, "seconds": seconds, "fingerprint": np.array(self.fingerprint)}
 
     def _read_part(self, number: int) -> Batch:
         """Read a stored part; DataError if it is missing, broken or of another drawing."""
         path, labels = self._part_path(number), self.drawing.labels_of(number)
         names = ("first", "images", "labels", "seeds", *EXPERTS_RUN, "seconds", "fingerprint")
-        first, images, found, seeds, *ran, seconds, print_ = read_npz(path, names)
-        size = self.drawing.image_size
-        shape = (len(labels), size, size, 3)
-        if (
-            str(print_) != self.fingerprint
-            or int(first) != self._first(number)  # sampled in batches of another size
-            or not np.array_equal(found, labels)
-            or images.shape != shape
-            or images.dtype != np.uint8
-        ):
+        first, images, found, seeds, *ran, seconds, fingerprint = read_npz(path, names)
+        # Batches of another size begin elsewhere, or end there.
+        same = int(first) == self._first(number) and np.array_equal(found, labels)
+        if not same or str(fingerprint) != self.fingerprint:
             raise DataError(f"{path}: belongs to other images")
         return Batch(Samples(images, found, seeds), _histogram(*ran), float(seconds))
 
@@ -170,12 +160,7 @@ class StoredDrawing:
             self._write_samples(images())
         self._clear()
         drawn = Drawn(ExpertHistogram.joined(ran), sum(seconds))
-        about = {
-            **_arrays(drawn.ran),
-            "seconds": np.array(drawn.seconds),
-            "fingerprint": np.array(self.fingerprint),
-        }
-        write_npz(self.folder / DRAWN_FILE, about)
+        write_npz(self.folder / DRAWN_FILE, self._about(drawn))
         shutil.rmtree(self.folder / PARTS_FOLDER)
         return drawn
 
@@ -200,17 +185,16 @@ class StoredDrawing:
     def _drawn_in(self, folder: Path) -> Drawn | None:
         """Read what is known of a folder's images; None if they are not those of this drawing."""
         try:
-            if str(read_npz(folder / DRAWN_FILE, ["fingerprint"])[0]) != self.fingerprint:
-                return None
-            names = (*EXPERTS_RUN, "seconds")
-            *ran, seconds = read_npz(folder / DRAWN_FILE, names)
+            names = (*EXPERTS_RUN, "seconds", "fingerprint")
+            *ran, seconds, fingerprint = read_npz(folder / DRAWN_FILE, names)
         except DataError:
             return None
-        return Drawn(_histogram(*ran), float(seconds))
+        same = str(fingerprint) == self.fingerprint
+        return Drawn(_histogram(*ran), float(seconds)) if same else None
 
     def _pngs_in(self, folder: Path) -> tuple[Path, ...]:
         """Return the paths of this drawing's PNG files in a folder that has them."""
-        names = (self.png_path(index).name for index in range(len(self.drawing.labels)))
+        names = [self.png_path(index).name for index in range(len(self.drawing.labels))]
         return tuple(folder / PNG_FOLDER / name for name in names)
 
     def _taken_over(self) -> Drawn | None:
@@ -242,7 +226,6 @@ class StoredDrawing:
 
     def _store(self, images: Pixels, folder: Path) -> None:
         """Store the images that lie in `folder` here, in this drawing's format."""
-        numbers = range(self.drawing.num_batches)
         indices = torch.arange(len(images)).split(self.drawing.sampling.batch_size)
         pieces = (images.pixels(indices_B) for indices_B in indices)
         if self.format != "png" and isinstance(images, ImageFolder):
@@ -250,7 +233,7 @@ class StoredDrawing:
         elif self.format != "png" and folder != self.folder:
             _link(folder / SAMPLES_FILE, self.folder / SAMPLES_FILE)
         if self.format != "npz":
-            for number, indices_B in zip(numbers, indices, strict=True):
+            for number, indices_B in enumerate(indices):
                 self._write_pngs(number, images.pixels(indices_B), replace=True)
         self._clear()
 
@@ -290,11 +273,6 @@ def _link(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-
-
-def _arrays(ran: ExpertHistogram) -> dict[str, np.ndarray]:
-    """Turn a histogram into the arrays that are stored."""
-    return {"scales": np.array(ran.scales, dtype=np.int64), "times": ran.times_NSK}
 
 
 def _histogram(scales: np.ndarray, times_NSK: np.ndarray) -> ExpertHistogram:

@@ -11,20 +11,11 @@ from dmoe_var.metrics.flops_fixed import fixed_cost
 LABELS = [1, 4]
 
 
-@pytest.fixture(scope="module")
-def dense(make_var):
-    return make_var()
-
-
-@pytest.fixture(scope="module")
-def relu(make_var):
-    return make_var(seed=1, activation="relu")
-
-
 @pytest.mark.parametrize("branches", [1, 2])
-def test_a_step_a_scale(dense, relu, branches):
+def test_a_step_a_scale(make_var, branches):
     """Every token once, in order; AdaLN once a backbone; one cache."""
-    model = DynamicVAR(dense, relu, (1, 3))
+    dense = make_var()
+    model = DynamicVAR(dense, make_var(seed=1, activation="relu"), (1, 3))
     plan = model.plan(branches)
     assert [step.si for step in plan] == [0, 1, 2, 3]
     names = {id(model.dense): "dense", id(model.moe): "moe"}
@@ -39,10 +30,12 @@ def test_a_step_a_scale(dense, relu, branches):
     assert [step.projects for step in alone] == [True, False, False, False]
 
 
-def test_everything_runs_the_plan(dense, relu, make_vqvae, make_teacher, monkeypatch):
+def test_everything_runs_the_plan(make_var, make_vqvae, make_teacher, monkeypatch):
     """A model with the plan of another does, and costs, what that one does."""
-    vqvae, teacher = make_vqvae(), make_teacher(dense)
-    model, other = (DynamicVAR(dense, relu, scales) for scales in ((3,), (0, 2)))
+    shape = {"patch_nums": (1, 2), "depth": 1}
+    vqvae, dense = make_vqvae(patch_nums=(1, 2)), make_var(**shape)
+    relu, teacher = make_var(seed=1, activation="relu", **shape), make_teacher(dense)
+    model, other = (DynamicVAR(dense, relu, scales) for scales in ((1,), (0, 1)))
     found = [runs(each, vqvae, teacher) for each in (model, other)]
     assert not any(same(*pair) for pair in zip(*found, strict=True))
     monkeypatch.setattr(model, "plan", other.plan)

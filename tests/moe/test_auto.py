@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import float64_experts
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from dmoe_var.moe.experts import (
     run_experts,
     triton,
 )
+from dmoe_var.sampling_time import sampling
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
 RELU, CPU = nn.ReLU(), torch.device("cpu")
@@ -30,16 +32,13 @@ N, C, E, D = 20, 12, 5, 4
 def cache(tmp_path, monkeypatch):
     """An empty table in an empty folder."""
     monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(auto, "_tables", {})
+    monkeypatch.setattr(auto, "_known", {})
     return tmp_path
 
 
 @pytest.fixture
 def layer():
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((E, D, C), (E, D), (E, D, C), (C,))
-    weights = ExpertWeights(*(torch.randn(s, generator=generator) for s in shapes))
-    return torch.randn(N, C, generator=generator), weights
+    return float64_experts.tokens(N, C), float64_experts.layer(C, E, D)
 
 
 def mask(density, tokens=N):
@@ -67,19 +66,38 @@ def test_the_fastest_at_the_density_of_the_mask(layer, monkeypatch, density, pat
 
 
 def test_measured_once_and_kept(layer, monkeypatch, cache):
+    """For each number of threads, and 16 to 23 tokens alike."""
     asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
     x, weights = layer
-    for _ in range(2):
-        run_experts(x, mask(0.5), weights, RELU, "auto")
-    assert len(asked) == 1
-    monkeypatch.setattr(auto, "_tables", {})  # as another process would begin
-    run_experts(x, mask(0.5), weights, RELU, "auto")
-    assert len(asked) == 1
-    run_experts(x[:17], mask(0.5, 17), weights, RELU, "auto")
-    assert len(asked) == 1  # 16 to 23 tokens are timed alike
-    run_experts(x[:15], mask(0.5, 15), weights, RELU, "auto")
-    assert len(asked) == 2
+
+    def times_asked(tokens=N):
+        run_experts(x[:tokens], mask(0.5, tokens), weights, RELU, "auto")
+        return len(asked)
+
+    assert [times_asked(), times_asked(), times_asked(17)] == [1, 1, 1]
+    monkeypatch.setattr(auto, "_known", {})  # as another process would begin
+    assert [times_asked(), times_asked(15)] == [1, 2]
+    with sampling():
+        assert times_asked() == 3
     assert len(list(cache.glob("experts-*.json"))) == 1
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert times_asked() == 4
+    finally:
+        torch.set_num_threads(threads)
+    assert times_asked() == 4
+    assert len(list(cache.glob("experts-*.json"))) == 2
+
+
+def test_a_known_case_is_looked_up_alone(layer, monkeypatch):
+    timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
+    given = (layer[0], Dispatch(mask(0.5)), layer[1], RELU)
+    assert auto.fastest(*given) == "native"
+    monkeypatch.setattr(auto, "_file", lambda device: pytest.fail("a file is looked for"))
+    assert auto.fastest(*given) == "native"
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert auto.fastest(*given) == "grouped"
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"format": "other"}', "nonsense"])
@@ -94,9 +112,8 @@ def test_a_broken_table_is_measured_again(layer, monkeypatch, cache, content):
 def test_the_first_who_measures_counts(layer, monkeypatch):
     """Two processes choose the same path."""
     timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0))
-    x, weights = layer
-    run_experts(x, mask(0.5), weights, RELU, "auto")
-    (key,) = auto._tables[auto._file(CPU)]
+    run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
+    (key,) = json.loads(auto._file(CPU).read_text())["seconds"]
     mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
     auto._keep(auto._file(CPU), key, mine)
     assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
@@ -131,11 +148,9 @@ def test_gradients_are_grouped_s(layer):
     assert x.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("tokens", "rounded"), [(1, 1), (2, 2), (3, 3), (5, 4), (6, 6), (338, 256), (512, 512)]
-)
-def test_tokens_are_rounded_down(tokens, rounded):
-    assert auto._rounded(tokens) == rounded
+def test_tokens_are_rounded_down():
+    given = (1, 2, 3, 5, 6, 338, 512)
+    assert [auto._rounded(tokens) for tokens in given] == [1, 2, 3, 4, 6, 256, 512]
 
 
 @pytest.fixture
@@ -160,13 +175,10 @@ def test_on_a_gpu_the_fastest_at_one_density(gpu, monkeypatch):
     assert len(asked) == 1
 
 
-def test_nothing_is_timed_while_a_cuda_graph_is_made(gpu, monkeypatch):
+def test_nothing_is_timed_while_a_cuda_graph_is_made_or_without_kernels(gpu, monkeypatch):
     asked = timed(monkeypatch, triton=(2.0, 2.0), reference=(1.0, 1.0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert auto.fastest(*gpu) == "triton"
-    assert not asked
-
-
-def test_on_a_gpu_without_kernels(gpu, monkeypatch):
     monkeypatch.setattr(triton, "missing", lambda device: "why")
     assert auto.fastest(*gpu) == "grouped"
+    assert not asked

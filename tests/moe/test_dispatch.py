@@ -1,4 +1,4 @@
-"""What compute paths read of a mask, and that it is made once."""
+"""What compute paths read of a mask."""
 
 from __future__ import annotations
 
@@ -23,9 +23,3 @@ def test_lists(mask_NE):
     assert dispatch.counts == [len(of) for of in rows]
     if chosen:
         assert dispatch.density == pytest.approx(sum(dispatch.counts) / (N * E))
-
-
-def test_made_once():
-    dispatch = Dispatch(HALF)
-    assert dispatch.rows is dispatch.rows
-    assert dispatch.tokens_P is dispatch.tokens_P

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
-import runpy
 from contextlib import nullcontext
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from float64_experts import in_float64, layer, tokens
 from torch import nn
 
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
@@ -21,13 +20,20 @@ from dmoe_var.ops import activation
 from dmoe_var.sampling_time import sampling
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
-HERE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("float64_experts.py"))))
-layer, tokens, in_float64 = HERE.layer, HERE.tokens, HERE.in_float64
 RELU = nn.ReLU()
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Relative error of the norm."""
 # C width, E experts, D neurons of an expert
-LAYERS = [(1, 1, 1), (12, 5, 3), (64, 4, 8), (130, 3, 16), (33, 7, 33), (96, 2, 48), (128, 4, 128)]
+LAYERS = [
+    (1, 1, 1),
+    (12, 5, 3),
+    (64, 4, 8),
+    (33, 7, 33),
+    (96, 2, 48),
+    (128, 4, 128),
+    (1060, 2, 160),
+]
+"""The last is wider, in both directions, than what AMX multiplies at once."""
 
 
 def masks(N, E):
@@ -45,6 +51,12 @@ def run(x, mask, weights):
     return run_experts(x, mask, weights, RELU, "native")
 
 
+def close_to_float64(x, mask, weights):
+    out, expected = run(x, mask, weights), in_float64(x, mask, weights)
+    assert out.dtype == x.dtype
+    assert (out - expected).norm() <= PRECISION[x.dtype] * expected.norm()
+
+
 @pytest.fixture(params=["as the processor has it", "without AMX"])
 def products(request, monkeypatch):
     """Both ways to multiply bfloat16, on processors that have both."""
@@ -58,21 +70,9 @@ def test_values(products, sizes, dtype):
     """Over ragged numbers of tokens, of tiles, tasks and passes."""
     C, E, D = sizes
     weights = layer(C, E, D, dtype)
-    for N in (1, 7, 9, 255, 256, 300, 2049):
+    for N in (1, 7, 256, 300) if C > 1000 else (1, 7, 9, 255, 256, 300, 2049):
         x = tokens(N, C, dtype)
         for mask in masks(N, E):
-            out, expected = run(x, mask, weights), in_float64(x, mask, weights)
-            assert out.dtype == dtype
-            assert (out - expected).norm() <= PRECISION[dtype] * expected.norm()
-
-
-@pytest.mark.parametrize("dtype", PRECISION)
-def test_values_of_wide_layers(products, dtype):
-    """Wider, in both directions, than what AMX multiplies at once."""
-    weights = layer(1060, 2, 160, dtype)
-    for N in (7, 300):
-        x = tokens(N, 1060, dtype)
-        for mask in masks(N, 2):
             close_to_float64(x, mask, weights)
 
 
@@ -139,26 +139,16 @@ def test_products_of_0_and_what_is_not_finite(value):
     assert out.isfinite().all()
 
 
-def test_what_is_not_finite_stays_so():
+def test_what_is_not_finite_stays_in_its_token():
     x, weights = tokens(9, 12), layer(12, 5, 3)
     x[4, 0] = torch.nan
     out = run(x, torch.ones(9, 5, dtype=torch.bool), weights)
-    assert out[4].isnan().all()
-    assert out[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
-
-
-def close_to_float64(x, mask, weights):
-    expected = in_float64(x, mask, weights)
-    assert (run(x, mask, weights) - expected).norm() <= PRECISION[x.dtype] * expected.norm()
+    assert out.isnan().all(1).tolist() == [token == 4 for token in range(9)]
 
 
 def written_in_place(ffn):
     with torch.no_grad():
         ffn.w2_EDC.mul_(2)
-
-
-def loaded(ffn):
-    ffn.load_state_dict({name: 2 * value for name, value in ffn.state_dict().items()})
 
 
 def through_another_dtype(ffn):
@@ -182,10 +172,6 @@ def trained(ffn):
     ffn.requires_grad_(False)
 
 
-def written_behind_torch(ffn):
-    ffn.b1_ED.data.add_(1)
-
-
 def written_by_numpy(ffn):
     ffn.w2_EDC.numpy()[:] *= 2
 
@@ -196,16 +182,9 @@ def two_neurons_swapped(ffn):
 
 
 CHANGES = [
-    written_in_place,
-    loaded,
-    through_another_dtype,
-    replaced_memory,
-    replaced_parameter,
-    trained,
-    written_behind_torch,
-    written_by_numpy,
-    two_neurons_swapped,
-]
+    written_in_place, through_another_dtype, replaced_memory, replaced_parameter, trained,
+    written_by_numpy, two_neurons_swapped,
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -250,11 +229,14 @@ def test_packed_weights_are_made_once_and_go_with_the_weights(ffn, monkeypatch):
             run(x, mask, ffn.weights)
             run(x, mask, ffn.weights)
     assert (len(made), len(read)) == (1, 8)
-    assert made[0].nbytes >= sum(w.nbytes for w in ffn.weights)
+    assert sum(t.nbytes for t in made[0].tensors) >= sum(w.nbytes for w in ffn.weights)
     run(x, mask, ffn.weights)
     assert (len(made), len(read)) == (1, 12)
-    before = len(packed._kept)
-    ffn.to(torch.bfloat16)
+    place, before = ffn.w1_EDC, len(packed._kept)
+    assert place in packed._kept
+    ffn.w1_EDC = nn.Parameter(torch.zeros_like(place), requires_grad=False)
+    del place
+    gc.collect()
     assert len(packed._kept) == before - 1
 
 
@@ -291,9 +273,7 @@ def through_pickle(ffn):
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
 def test_copies_pack_their_own(ffn, copied):
     x, mask = tokens(20, 32), masks(20, 4)[0]
-    expected = run(x, mask, ffn.weights)
-    other = copied(ffn)
-    assert other.state_dict().keys() == ffn.state_dict().keys()
+    expected, other = run(x, mask, ffn.weights), copied(ffn)
     assert torch.equal(run(x, mask, other.weights), expected)
     written_in_place(other)
     close_to_float64(x, mask, other.weights)
@@ -310,7 +290,7 @@ def test_weights_of_inference_mode_are_not_kept():
         close_to_float64(x, mask, weights)
 
 
-def test_what_the_kernel_does_not_know_is_run_by_grouped(ffn):
+def test_what_the_kernel_does_not_know_is_run_by_grouped(monkeypatch):
     x, mask, weights = tokens(9, 12), masks(9, 5)[0], layer(12, 5, 3)
     double = ExpertWeights(*(w.double() for w in weights))
     learning = weights._replace(w1_EDC=weights.w1_EDC.clone().requires_grad_())
@@ -331,10 +311,6 @@ def test_what_the_kernel_does_not_know_is_run_by_grouped(ffn):
         assert not native.can_run(x, weights, RELU)
     with torch.no_grad():
         assert native.can_run(x, learning, RELU)
-
-
-def test_switched_off(monkeypatch):
-    x, weights = tokens(9, 12), layer(12, 5, 3)
     monkeypatch.setenv(native.SWITCH, "0")
     assert not native.can_run(x, weights, RELU)
 

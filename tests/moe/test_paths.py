@@ -8,21 +8,19 @@ from types import ModuleType
 
 import pytest
 import torch
+from float64_experts import layer, tokens
 from pydantic import TypeAdapter
 from torch import nn
 
 from dmoe_var.config.root import MoEConfig
-from dmoe_var.moe.experts import RAN, Dispatch, ExpertWeights, auto, grouped, paths, run_experts
+from dmoe_var.moe.experts import RAN, auto, paths, run_experts
 
 CPU, RELU = torch.device("cpu"), nn.ReLU()
 
 
 def small_layer():
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((3, 2, 4), (3, 2), (3, 2, 4), (4,))
-    weights = ExpertWeights(*(torch.randn(s, generator=generator) for s in shapes))
-    x, draws = torch.randn(5, 4, generator=generator), torch.rand(5, 3, generator=generator)
-    return x, draws < 0.5, weights
+    draws = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    return tokens(5, 4), draws < 0.5, layer(C=4, E=3, D=2)
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def added(monkeypatch, tmp_path):
         monkeypatch.setattr(paths, "PATHS", (*paths.PATHS, "added"))
         monkeypatch.setattr("dmoe_var.moe.experts.IMPLEMENTATIONS", ("auto", *paths.PATHS))
         monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
-        monkeypatch.setattr(auto, "_tables", {})
+        monkeypatch.setattr(auto, "_known", {})
 
     return add
 
@@ -97,11 +95,3 @@ def test_a_file_that_cannot_be_loaded_breaks_no_other(monkeypatch, impl):
     run_experts(*small_layer(), RELU, impl)
     with pytest.raises(ImportError):
         run_experts(*small_layer(), RELU, "triton")
-
-
-def test_outputs_add_up_to_the_whole():
-    """Each expert's own, times its mask, plus the shared bias."""
-    x, mask, weights = small_layer()
-    found = torch.stack(list(grouped.outputs(x, weights, RELU)), 1)
-    expected = grouped.run(x, Dispatch(mask), weights, RELU)
-    torch.testing.assert_close((found * mask[..., None]).sum(1) + weights.b2_C, expected)

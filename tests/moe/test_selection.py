@@ -34,14 +34,7 @@ def with_ties(*shape):
     return torch.randint(0, 9, (*shape, E), generator=generator) / 8
 
 
-SCORES = torch.cat(
-    [
-        with_ties(200),
-        torch.zeros(1, E),
-        torch.full((1, E), 0.375),
-        torch.eye(E),
-    ]
-)
+SCORES = torch.cat([with_ties(100), torch.zeros(1, E), torch.full((1, E), 0.375), torch.eye(E)])
 
 
 def assert_largest(row, chosen):
@@ -102,22 +95,15 @@ def test_random_runs_k_experts_alike_often():
     assert (share - 3 / E).abs().max() < 0.015
 
 
-def test_random_ignores_scores_and_follows_its_seed():
+def test_random_ignores_scores_and_follows_its_seed_or_the_noise():
     assert torch.equal(Random(3)(SCORES), Random(3, seed=0)(SCORES.flip(-1)))
     assert not torch.equal(Random(3)(SCORES), Random(3, seed=1)(SCORES))
-
-
-def test_random_ranks_given_noise():
     noise = torch.rand(5, 7, E, generator=torch.Generator().manual_seed(0))
     assert torch.equal(Random(3)(torch.zeros(5, 7, E), noise), TopK(3)(noise))
 
 
-def test_all():
-    assert All()(SCORES).all()
-
-
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3, 4), (0, 3)])
+@pytest.mark.parametrize("shape", [(), (2, 1, 3, 4), (0, 3)])
 def test_any_leading_shape(rule, shape):
     scores = with_ties(*shape)
     mask = rule(scores)
@@ -131,6 +117,7 @@ def test_any_leading_shape(rule, shape):
 def test_rules_are_pure(rule):
     scores, state = SCORES.clone(), torch.random.get_rng_state()
     assert torch.equal(rule(scores), rule(scores))
+    assert rule(scores).all() == (rule == All())
     assert torch.equal(scores, SCORES)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -152,31 +139,18 @@ def test_what_a_rule_reads():
 
 
 @pytest.mark.parametrize(
-    ("rule_type", "value"),
+    ("rule", "value", "message"),
     [
-        *[(rule, tau) for rule in (Threshold, Oracle, Keys) for tau in (-0.01, 1.01, float("nan"))],
-        *[(Cumulative, share) for share in (-0.01, 1.01, float("nan"))],
-        *[(rule, k) for rule in (TopK, Random) for k in (0, -1)],
+        *[(Threshold, value, "is not within") for value in (-0.01, 1.01, float("nan"))],
+        (Cumulative, 1.01, "is not within"),
+        *[(TopK, value, "is not within") for value in (0, -1)],
+        *[(Oracle, value, "must be") for value in (True, "0.5", None, [0.5], 1j)],
+        *[(Random, value, "must be a whole number$") for value in (True, "2", None, 2.0)],
     ],
 )
-def test_values_out_of_range_raise(rule_type, value):
-    with pytest.raises(ValueError, match=rf"(tau|share|k)={value} is not within"):
-        rule_type(value)
-
-
-@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], 1j])
-@pytest.mark.parametrize("rule_type", [Threshold, Oracle, Cumulative, TopK, Random])
-def test_values_that_are_no_numbers_raise(rule_type, value):
-    with pytest.raises(ValueError, match=r"^(tau|share|k)=.* must be"):
-        rule_type(value)
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: TopK(2.5), lambda: TopK(2.0), lambda: Random(2, seed=0.5)]
-)
-def test_whole_numbers_alone(make):
-    with pytest.raises(ValueError, match=r"^(k|seed)=.* must be a whole number$"):
-        make()
+def test_wrong_values_raise(rule, value, message):
+    with pytest.raises(ValueError, match=rf"^(tau|share|k)=.* {message}"):
+        rule(value)
 
 
 def test_rules_hold_plain_numbers():
@@ -188,7 +162,7 @@ def test_rules_hold_plain_numbers():
             LayerThreshold(taus)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_scores_that_are_not_finite(value):
     """They decide nothing: tau 0 runs every expert, and any other rule of scores refuses."""
     scores = SCORES.clone()
@@ -214,11 +188,6 @@ GIVEN = [None, *RULES, RULES, [], Threshold(1 / 3), LayerThreshold((0.1, 0.2)), 
 def test_rules_come_back_from_json(given):
     stored = json.loads(json.dumps(selection_to_json(given)))
     assert selection_from_json(stored) == given
-
-
-def test_names_are_those_of_configurations():
-    names = [content["rule"] for content in selection_to_json(RULES)]
-    assert names == ["threshold", "oracle", "top_k", "cumulative", "random", "all", "keys"]
 
 
 @pytest.mark.parametrize("rule", [0.5, [0.5]], ids=str)
@@ -296,10 +265,6 @@ def test_configured_rules(given, rules, text, words):
     assert (found.text, describe(rules)) == (text, words)
     recorded = {f"selection.{key}": value for key, value in {"rule": "threshold", **given}.items()}
     assert recorded_selection(json.loads(json.dumps(recorded))) == found
-
-
-def test_keys_of_configurations_are_those_of_the_rules():
-    assert SelectionConfig() == SelectionConfig("threshold", (0.2,), 8, 0.9, ())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from float64_experts import layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -52,19 +53,9 @@ LAUNCHES = [
 def test_values_by_the_interpreter():
     """Triton reads its switch when it is loaded: in a process of its own."""
     script = Path(__file__).with_name("triton_values.py")
-    pytest_ = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-    ]
+    options = ("-q", "-n", "0", "-p", "no:cacheprovider", "--noconftest")
     done = subprocess.run(
-        [*pytest_, str(script)],
+        [sys.executable, "-m", "pytest", *options, str(script)],
         env={**os.environ, triton.INTERPRETER: "1"},
         capture_output=True,
         text=True,
@@ -231,12 +222,7 @@ def test_machine_code_of_row_lists(gpu, tmp_path, arch, tokens):
 
 
 def small_layer():
-    shapes = ((2, 3, 4), (2, 3), (2, 3, 4), (4,))
-    return (
-        torch.ones(5, 4),
-        torch.ones(5, 2, dtype=torch.bool),
-        ExpertWeights(*map(torch.ones, shapes)),
-    )
+    return torch.ones(5, 4), torch.ones(5, 2, dtype=torch.bool), layer(C=4, E=2, D=3)
 
 
 @needs_triton

@@ -6,18 +6,14 @@ bfloat16 is left out: the interpreter multiplies its bits as if they were whole 
 from __future__ import annotations
 
 import math
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from float64_experts import in_float64, layer, tokens
 from torch import nn
 
 from dmoe_var.moe.experts import RAN, ExpertWeights, run_experts, triton
 
-HERE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("float64_experts.py"))))
-layer, tokens, in_float64 = HERE.layer, HERE.tokens, HERE.in_float64
 RELU = nn.ReLU()
 PRECISION = {torch.float32: 1e-6, torch.float16: 1e-3}
 """Relative error of the norm."""

@@ -22,7 +22,7 @@ def drawing_of(models, batch_size, **options):
     return Drawing(*models, LABELS, 5, sampling, Threshold(0.3))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("batch_size", [3, 100])
 def test_images_are_the_samplers_whatever_the_batch(tiny_models, batch_size):
     drawing = drawing_of(tiny_models, batch_size)
     assert drawing.num_batches == -(-len(LABELS) // batch_size)
@@ -38,17 +38,12 @@ def test_images_are_the_samplers_whatever_the_batch(tiny_models, batch_size):
 
 
 @pytest.mark.parametrize("cfg", [0.0, 2.0])
-@pytest.mark.parametrize("batch_size", [3, 7])
-def test_experts_are_counted_by_image(tiny_models, batch_size, cfg):
+def test_experts_are_counted_by_image(tiny_models, cfg):
     """The same as what `count_flops` finds, with and without the unconditional rows."""
-    drawing = drawing_of(tiny_models, batch_size, cfg=cfg)
+    drawing = drawing_of(tiny_models, 3, cfg=cfg)
     batches = [drawing.batch(i) for i in range(drawing.num_batches)]
-    counted = count_flops(
-        *tiny_models, LABELS.tolist(), seed=5, tau=0.3, **{**SAMPLING, "cfg": cfg}
-    )
-    for si in (2, 3):
-        pairs = [n for batch in batches for n in batch.ran.pairs[si]]
-        assert tuple(pairs) == counted.pairs[si]
+    counted = count_flops(*tiny_models, LABELS, seed=5, tau=0.3, **{**SAMPLING, "cfg": cfg})
+    assert ExpertHistogram.joined(batch.ran for batch in batches) == counted.ran
     assert all(batch.seconds > 0 for batch in batches)
 
 
@@ -63,14 +58,7 @@ def test_one_image_can_be_drawn_again(tiny_models):
     assert np.abs(images[1] - (again[0] * 255).permute(1, 2, 0).numpy()).max() < 0.51
 
 
-@pytest.mark.parametrize("num_samples", [10, 13])
-def test_labels_are_balanced(num_samples):
-    counts = np.bincount(balanced_labels(num_samples, 5), minlength=5)
-    assert counts.sum() == num_samples
-    assert counts.max() - counts.min() <= 1
-
-
-@pytest.mark.parametrize(("num_samples", "num_classes"), [(5, 10), (500, 1000), (3, 10), (1, 7)])
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(500, 1000), (3, 10), (1, 7)])
 def test_few_images_lie_over_all_classes(num_samples, num_classes):
     """No class twice, and the classes left out between two neighbours as many but for one."""
     labels = balanced_labels(num_samples, num_classes)
@@ -81,9 +69,8 @@ def test_few_images_lie_over_all_classes(num_samples, num_classes):
     assert labels[0] == 0
 
 
-@pytest.mark.parametrize("num_samples", [10, 25])
-def test_classes_come_in_turn(num_samples):
-    assert balanced_labels(num_samples, 10).tolist() == [i % 10 for i in range(num_samples)]
+def test_classes_come_in_turn():
+    assert balanced_labels(25, 10).tolist() == [i % 10 for i in range(25)]
 
 
 STORED = {
@@ -99,17 +86,6 @@ def test_stored_samples_stay_on_the_disk(tmp_path):
     assert isinstance(samples.images, np.memmap)
     for found, stored in zip(vars(samples).values(), STORED.values(), strict=True):
         assert np.array_equal(found, stored)
-
-
-@pytest.mark.parametrize("left", [None, 0, 10, 200, -1], ids=str)
-def test_broken_files_are_one_line(tmp_path, left):
-    path = tmp_path / "samples.npz"
-    if left is not None:
-        write_npz(path, STORED)
-        path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(DataError, match=str(path)) as caught:
-        Samples.load(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from watching import Scales
 
-from dmoe_var import DynamicVAR, Random, Threshold, TopK, generate
+from dmoe_var import DynamicVAR, Random, Threshold, generate
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.moe.counts import ExpertCounts
 
@@ -90,8 +90,6 @@ def test_sampled_images_are_the_published_ones(parity, name, cfg, top_p, seed, m
     [
         {},
         {"tau": 0.5},
-        {"tau": 0.5, "impl": "reference"},
-        {"selection": Random(2)},
         {"more_smooth": True, "tau": 0.5},
         {"cfg": 0.0, "selection": Random(2)},
         {"selection": Random(2), "share_mask": True},
@@ -144,26 +142,6 @@ def test_a_call_repeats_and_leaves_the_global_generator_alone(dynamic, vqvae):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_modes_neither_change_an_image_nor_are_changed(make_var, vqvae):
-    """Nor where a call breaks off."""
-    var = make_var(drop_path=0.5)
-    expected = generate(var, vqvae, LABELS, **SMALL)
-    var.train().blocks[1].ffn.eval()
-    modes = [module.training for module in var.modules()]
-    assert_close(generate(var, vqvae, LABELS, **SMALL), expected, **TOLERANCE)
-    assert [module.training for module in var.modules()] == modes
-    with pytest.raises(ZeroDivisionError):
-        generate(var, vqvae, LABELS, observer=Scales(lambda si, _: 1 // (si - 1)))
-    assert [module.training for module in var.modules()] == modes
-
-
-def test_adaln_at_every_scale_gives_the_same_image(dynamic, vqvae):
-    once, every = (
-        generate(dynamic, vqvae, LABELS, tau=0.3, adaln_every_scale=b, **SMALL) for b in (0, 1)
-    )
-    assert_close(every, once, **TOLERANCE)
-
-
 def test_one_generator_serves_all_images(dynamic, vqvae):
     def images(generator_seed, **options):
         generator = torch.Generator().manual_seed(generator_seed)
@@ -208,15 +186,6 @@ def test_tau_0_is_the_unsplit_relu_model(dense, relu, dynamic, vqvae):
     assert differ(generate(dense, vqvae, LABELS, **SMALL), unsplit).any()
 
 
-def test_each_scale_has_its_own_rule(dynamic, vqvae):
-    counts = ExpertCounts()
-    generate(dynamic, vqvae, LABELS[:3], selection=[TopK(2), Threshold(0.0)], observer=counts)
-    assert counts.scales == [2, 3]
-    assert counts.per_token(2).shape == (2, 6, 9)
-    assert (counts.per_token(2) == 2).all()
-    assert (counts.per_token(3) == 8).all()
-
-
 def test_a_moe_var_alone_has_experts_at_every_scale(relu, make_moe, vqvae):
     counts = ExpertCounts()
     generate(make_moe(relu), vqvae, LABELS, tau=1.0, observer=counts)
@@ -241,47 +210,3 @@ def test_bfloat16_gives_images(dynamic, vqvae):
     model.float()
     assert images.dtype == torch.float32
     assert images.isfinite().all()
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([], "non-empty"),
-        ([[1]], "non-empty list"),
-        ([1.5], "whole numbers"),
-        ([-1], r"within 0\.\.5 .* got -1\.\.-1"),
-        ([0, 6], r"within 0\.\.5 .* got 0\.\.6"),
-    ],
-)
-def test_wrong_labels_raise(dense, vqvae, labels, message):
-    with pytest.raises(ValueError, match=message):
-        generate(dense, vqvae, labels)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tau": 0.1, "selection": TopK(1)}, "both given"),
-        ({"tau": 1.5}, "tau=1.5"),
-        ({"tau": [0.1] * 3}, "tau has 3 values"),
-        ({"selection": TopK(9)}, "k=9"),
-        ({"tau": 0.1, "impl": "fast"}, "impl='fast'"),
-    ],
-    ids=str,
-)
-def test_wrong_selections_raise(dynamic, vqvae, options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(dynamic, vqvae, LABELS, **options)
-
-
-def test_tau_without_experts_raises(dense, vqvae):
-    with pytest.raises(ValueError, match="no experts"):
-        generate(dense, vqvae, LABELS, tau=0.1)
-
-
-def test_another_models_vqvae_raises(dense, make_vqvae):
-    with pytest.raises(ValueError, match="patch_nums"):
-        generate(dense, make_vqvae(patch_nums=(1, 2, 4)), LABELS)

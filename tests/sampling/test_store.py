@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from PIL import Image
 
 from dmoe_var import Threshold
 from dmoe_var.arrays import write_npz
-from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.sampling import store
 from dmoe_var.sampling.draw import Drawing
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.sampling.store import StoredDrawing
@@ -45,6 +42,21 @@ def whole(tiny_models, tmp_path_factory):
 
 
 @pytest.fixture
+def left_by(whole, tmp_path):
+    """left_by(format) -> a folder as a drawing in that format leaves it, without drawing anew."""
+
+    def left_by(format):
+        folder = shutil.copytree(whole[0], tmp_path / "left")
+        if format == "png":
+            (folder / "samples.npz").unlink()
+        if format == "npz":
+            shutil.rmtree(folder / "png")
+        return folder
+
+    return left_by
+
+
+@pytest.fixture
 def drawn_batches(monkeypatch):
     """The numbers of the batches that were drawn."""
     numbers, batch = [], Drawing.batch
@@ -58,19 +70,22 @@ def drawn_batches(monkeypatch):
 
 
 @pytest.fixture
-def interrupt_at(monkeypatch):
-    """interrupt_at(n): batch n cannot be drawn; interrupt_at(None): all can."""
+def interrupted(monkeypatch):
+    """interrupted(stored, n): a run that ends before batch n is drawn."""
     batch = Drawing.batch
 
-    def interrupt_at(number):
-        def interrupted(self, wanted):
+    def interrupted(stored, number):
+        def until(self, wanted):
             if wanted == number:
                 raise KeyboardInterrupt
             return batch(self, wanted)
 
-        monkeypatch.setattr(Drawing, "batch", interrupted)
+        with monkeypatch.context() as patch:
+            patch.setattr(Drawing, "batch", until)
+            with pytest.raises(KeyboardInterrupt):
+                stored.draw()
 
-    return interrupt_at
+    return interrupted
 
 
 def files_of(folder):
@@ -110,95 +125,89 @@ def test_one_format_leaves_the_other_out(stored, whole, format, place):
     assert files_of(ours.folder) == {n: c for n, c in both.items() if n.startswith(place)}
 
 
-@pytest.mark.parametrize("number", range(NUM_PARTS))
-def test_an_interrupted_run_goes_on(stored, whole, interrupt_at, number):
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_interrupted_run_goes_on(stored, whole, interrupted, drawn_batches, number):
     """Bitwise what an uninterrupted one leaves; parts that are stored are not drawn again."""
     ours = stored(format="both")
-    interrupt_at(number)
-    with pytest.raises(KeyboardInterrupt):
-        ours.draw()
+    interrupted(ours, number)
     assert len(list(ours.folder.glob("parts/*"))) == number
     assert not (ours.folder / "samples.npz").exists()
-    interrupt_at(None)
-    drawn_again, batch = [], Drawing.batch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drawing, "batch", lambda d, n: drawn_again.append(n) or batch(d, n))
-        drawn = ours.draw()
-    assert drawn_again == list(range(number, NUM_PARTS))
+    drawn = ours.draw()
+    assert drawn_batches == list(range(number, NUM_PARTS))
     assert files_of(ours.folder) == files_of(whole[0])
     assert drawn.ran == whole[1].ran
 
 
-def test_what_is_finished_is_not_drawn_again(stored, drawn_batches):
+def test_processes_share_the_parts(stored, whole, drawn_batches, monkeypatch):
+    """In turn here; tests/scripts/test_torchrun.py starts two."""
+    monkeypatch.setattr(store, "world_size", lambda: 2)
+    for rank in (1, 0):
+        monkeypatch.setattr(store, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(store, "is_main", lambda rank=rank: rank == 0)
+        drawn = stored(format="both").draw()
+    assert drawn_batches == [1, 3, 0, 2]
+    assert files_of(stored().folder) == files_of(whole[0])
+    assert drawn.ran == whole[1].ran
+
+
+def test_what_is_finished_is_not_drawn_again(stored, whole, left_by, drawn_batches):
     """As where measuring the images failed."""
-    first = stored().draw()
-    before = files_of(stored().folder)
-    assert stored().draw() == first
-    assert drawn_batches == list(range(NUM_PARTS))
-    assert files_of(stored().folder) == before
+    folder = left_by("npz")
+    before = files_of(folder)
+    assert stored(folder).draw() == whole[1]
+    assert drawn_batches == []
+    assert files_of(folder) == before
 
 
-@pytest.mark.parametrize("broken", ["gone", "cut", "flipped"])
-def test_lost_samples_are_drawn_again(stored, whole, drawn_batches, broken):
-    stored().draw()
-    path = stored().folder / "samples.npz"
+def broken(path, how):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    if broken == "gone":
+    if how == "gone":
         path.unlink()
-    else:
-        path.write_bytes(content if broken == "flipped" else content[:-30])
-    stored().draw()
-    assert len(drawn_batches) == 2 * NUM_PARTS
-    assert path.read_bytes() == (whole[0] / "samples.npz").read_bytes()
-
-
-def test_a_lost_png_is_made_again(stored, whole):
-    ours = stored(format="png")
-    ours.draw()
-    ours.png_path(4).unlink()
-    ours.draw()
-    assert ours.png_path(4).read_bytes() == (whole[0] / "png" / "000004.png").read_bytes()
-
-
-@pytest.mark.parametrize("broken", ["gone", "empty", "cut", "flipped"])
-def test_a_broken_part_is_drawn_again(stored, whole, interrupt_at, broken):
-    ours = stored()
-    interrupt_at(3)
-    with pytest.raises(KeyboardInterrupt):
-        ours.draw()
-    path = ours.folder / "parts" / "part_00001.npz"
-    content = bytearray(path.read_bytes())
-    if broken == "gone":
-        path.unlink()
-    elif broken == "flipped":
+    elif how == "flipped":
         content[len(content) // 3] ^= 1
         path.write_bytes(content)
     else:
-        path.write_bytes(content[:-40] if broken == "cut" else b"")
-    interrupt_at(None)
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "flipped"])
+def test_lost_samples_are_drawn_again(stored, whole, left_by, drawn_batches, how):
+    folder = left_by("npz")
+    broken(folder / "samples.npz", how)
+    stored(folder).draw()
+    assert len(drawn_batches) == NUM_PARTS
+    assert files_of(folder)["samples.npz"] == files_of(whole[0])["samples.npz"]
+
+
+def test_a_lost_png_is_drawn_again(stored, whole, left_by):
+    folder = left_by("png")
+    (folder / "png" / "000004.png").unlink()
+    stored(folder, format="png").draw()
+    assert files_of(folder)["png/000004.png"] == files_of(whole[0])["png/000004.png"]
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "flipped"])
+def test_a_broken_part_is_drawn_again(stored, whole, interrupted, how):
+    ours = stored()
+    interrupted(ours, 3)
+    broken(ours.folder / "parts" / "part_00001.npz", how)
     ours.draw()
     assert files_of(ours.folder)["samples.npz"] == files_of(whole[0])["samples.npz"]
 
 
-def test_parts_of_other_images_are_drawn_again(stored, tiny_models, interrupt_at, whole):
+def test_parts_of_other_images_are_drawn_again(stored, tiny_models, interrupted, whole):
     """Another fingerprint in the same folder, with more images, cut off; its files do not stay."""
     ours = stored(format="both")
     others = Drawing(*tiny_models, np.arange(20) % 5, 6, SAMPLING, Threshold(0.3))
-    other = StoredDrawing(others, ours.folder, "other", "both")
-    interrupt_at(6)
-    with pytest.raises(KeyboardInterrupt):
-        other.draw()
-    interrupt_at(None)
+    interrupted(StoredDrawing(others, ours.folder, "other", "both"), 6)
     (ours.folder / "png" / ".3.tmp").touch()
     ours.draw()
     assert files_of(ours.folder) == files_of(whole[0])
 
 
-def test_a_run_between_two_of_another_fingerprint(stored, whole, monkeypatch):
+def test_a_run_between_two_of_another_fingerprint(stored, whole, left_by, monkeypatch):
     """Killed once its samples lay there: what the first run knew does not speak for them."""
-    ours = stored()
-    ours.draw()
+    ours = stored(left_by("npz"))
 
     def killed(path, arrays):
         if path.name == "drawn.npz":
@@ -241,74 +250,71 @@ def test_a_stored_part_never_outlives_its_pngs(stored, monkeypatch, whole):
     assert files_of(ours.folder) == files_of(whole[0])
 
 
-@pytest.mark.parametrize("theirs", ["npz", "png", "both"])
-@pytest.mark.parametrize("ours", ["npz", "png", "both"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("npz", "npz"), ("npz", "both"), ("npz", "png"), ("png", "npz"), ("both", "png")],
+)
 @pytest.mark.parametrize("same_folder", [False, True])
 def test_images_in_another_format_are_not_drawn_again(
-    stored, whole, tmp_path, drawn_batches, theirs, ours, same_folder
+    stored, whole, tmp_path, left_by, drawn_batches, theirs, ours, same_folder
 ):
     """From another folder or from its own, whole, and with what is known of them."""
-    first = stored(tmp_path / "theirs", format=theirs)
-    drawn = first.draw()
-    before = files_of(first.folder)
-    folder = first.folder if same_folder else tmp_path / "ours"
-    found = replace(stored(folder, format=ours), others=(tmp_path / "gone", first.folder))
-    assert found.draw() == drawn
-    assert drawn_batches == list(range(NUM_PARTS))
+    left = left_by(theirs)
+    before = files_of(left)
+    folder = left if same_folder else tmp_path / "ours"
+    found = replace(stored(folder, format=ours), others=(tmp_path / "gone", left))
+    assert found.draw() == whole[1]
+    assert drawn_batches == []
     expected = files_of(whole[0])
     kept = {"npz": "s", "png": "p", "both": ("s", "p")}[ours]
     of_format = {name: content for name, content in expected.items() if name.startswith(kept)}
     complete = same_folder and theirs == "both"  # nothing is missing, and nothing is deleted
     assert files_of(folder) == (expected if complete else of_format)
-    assert found.draw() == drawn
-    assert same_folder or files_of(first.folder) == before
+    assert found.draw() == whole[1]
+    assert same_folder or files_of(left) == before
 
 
-@pytest.mark.parametrize("place", ["samples.npz", "png/000004.png", "drawn.npz"])
-@pytest.mark.parametrize("broken", ["gone", "empty", "cut"])
-def test_broken_images_are_not_taken_over(stored, whole, tmp_path, drawn_batches, place, broken):
-    format = "png" if place.startswith("png") else "npz"
-    theirs = stored(tmp_path / "theirs", format=format)
-    theirs.draw()
-    path = theirs.folder / place
-    content = path.read_bytes()
-    path.write_bytes(b"" if broken == "empty" else content[: len(content) // 2])
-    if broken == "gone":
-        path.unlink()
-    replace(stored(tmp_path / "ours"), others=(theirs.folder,)).draw()
-    assert len(drawn_batches) == 2 * NUM_PARTS
-    samples = (tmp_path / "ours" / "samples.npz").read_bytes()
-    assert samples == (whole[0] / "samples.npz").read_bytes()
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [("samples.npz", "cut"), ("samples.npz", "gone"), ("png/000004.png", "cut"), ("drawn.npz", "")],
+)
+def test_broken_images_are_not_taken_over(
+    stored, whole, tmp_path, left_by, drawn_batches, place, how
+):
+    left = left_by("png" if place.startswith("png") else "npz")
+    broken(left / place, how)
+    replace(stored(tmp_path / "ours"), others=(left,)).draw()
+    assert len(drawn_batches) == NUM_PARTS
+    assert files_of(tmp_path / "ours")["samples.npz"] == files_of(whole[0])["samples.npz"]
 
 
 def test_images_that_are_being_replaced_are_not_taken_over(
-    stored, whole, tmp_path, drawn_batches, monkeypatch
+    stored, whole, tmp_path, left_by, drawn_batches, monkeypatch
 ):
     """Another process begins to draw in their folder while they are copied."""
-    theirs, link = stored(tmp_path / "theirs"), os.link
-    theirs.draw()
+    left, link = left_by("npz"), os.link
 
     def replaced_meanwhile(source, target):
         link(source, target)
-        (theirs.folder / "drawn.npz").unlink(missing_ok=True)
+        (left / "drawn.npz").unlink(missing_ok=True)
 
     monkeypatch.setattr(os, "link", replaced_meanwhile)
-    replace(stored(tmp_path / "ours"), others=(theirs.folder,)).draw()
-    assert len(drawn_batches) == 2 * NUM_PARTS
+    replace(stored(tmp_path / "ours"), others=(left,)).draw()
+    assert len(drawn_batches) == NUM_PARTS
     assert files_of(tmp_path / "ours") == {"samples.npz": files_of(whole[0])["samples.npz"]}
 
 
-def test_images_are_copied_where_files_have_one_name(stored, tmp_path, drawn_batches, monkeypatch):
+def test_images_are_copied_where_files_have_one_name(
+    stored, whole, tmp_path, left_by, drawn_batches, monkeypatch
+):
     def no_links(source, target):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    theirs = stored(tmp_path / "theirs")
-    drawn = theirs.draw()
-    ours = replace(stored(tmp_path / "ours"), others=(theirs.folder,))
-    assert ours.draw() == drawn
-    assert files_of(ours.folder) == files_of(theirs.folder)
-    assert len(drawn_batches) == NUM_PARTS
+    left = left_by("npz")
+    assert replace(stored(tmp_path / "ours"), others=(left,)).draw() == whole[1]
+    assert files_of(tmp_path / "ours") == files_of(left)
+    assert drawn_batches == []
 
 
 def test_parts_of_another_batch_size_are_drawn_again(stored):
@@ -325,81 +331,15 @@ def test_parts_of_another_batch_size_are_drawn_again(stored):
     assert not np.array_equal(found, four)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import numpy as np
-import torch
-from dmoe_var import DynamicVAR, Threshold, load_var, load_vqvae
-from dmoe_var.sampling.draw import Drawing
-from dmoe_var.sampling.store import StoredDrawing
-from dmoe_var.sampling.sampler import SamplingConfig
-from dmoe_var.distributed import start, stop
-
-models, folder = sys.argv[1:]
-torch.set_num_threads(1)
-start(torch.device("cpu"))
-model = DynamicVAR(load_var(models + "/dense"), load_var(models + "/moe"), (2, 3))
-sampling = SamplingConfig(cfg=2.0, top_k=20, batch_size=3)
-labels = np.arange(11) % 5
-drawing = Drawing(model, load_vqvae(models + "/vqvae"), labels, 5, sampling, Threshold(0.3))
-drawn = StoredDrawing(drawing, Path(folder), "f", "both").draw()
-print(drawn.ran.times_NSK.tolist())
-stop()
-"""
-
-
-def run_processes(tmp_path, models, folder, num_processes):
-    """The script under `num_processes` processes, as torchrun starts them; what they print."""
-    script = tmp_path / "draw.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = str(Path(__file__).resolve().parents[2])
-    common = {
-        **os.environ, "PYTHONPATH": root, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_processes), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(models), str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_processes)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * num_processes
-    return outputs
-
-
-def test_two_processes_leave_what_one_does(tmp_path, tiny_models, whole):
-    """Bitwise; and both know the experts that ran."""
-    model, vqvae = tiny_models
-    for name, each in (("dense", model.dense), ("moe", model.moe), ("vqvae", vqvae)):
-        save_checkpoint(tmp_path / "models" / name, each)
-    folder = tmp_path / "drawn"
-    outputs = run_processes(tmp_path, tmp_path / "models", folder, 2)
-    assert files_of(folder) == files_of(whole[0])
-    assert outputs == [f"{whole[1].ran.times_NSK.tolist()}\n"] * 2
-
-
-def test_counts_of_another_format_are_not_read(stored, drawn_batches):
+def test_counts_of_another_format_are_not_read(stored, interrupted, drawn_batches):
     """A part, and a finished drawing, as versions before this one left them: drawn again."""
     ours = stored()
-    ours._make_part(0)
+    interrupted(ours, 1)
     as_before(ours.folder / "parts/part_00000.npz")
     first = ours.draw()
-    assert drawn_batches == [0, 0, 1, 2, 3]
     as_before(ours.folder / "drawn.npz")
     assert ours.draw().ran == first.ran
-    assert drawn_batches == [0, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert drawn_batches == [*range(NUM_PARTS), *range(NUM_PARTS)]
 
 
 def as_before(path):

@@ -57,11 +57,12 @@ def test_guidance():
 # Filters
 
 
-@pytest.mark.parametrize("top_k", [0, 1, 2, 10, 40, 900])
-@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.7, 0.96, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 10, 900])
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.7, 1.0])
 def test_filters_by_loops(top_k, top_p):
     logits_BlV = random_logits(3, 20, 40)
-    filtered = filter_logits(logits_BlV, top_k, top_p)
+    before, filtered = logits_BlV.clone(), filter_logits(logits_BlV, top_k, top_p)
+    assert torch.equal(logits_BlV, before)
     for row, out in zip(logits_BlV.flatten(0, 1).tolist(), filtered.flatten(0, 1), strict=True):
         assert out.isfinite().nonzero().flatten().tolist() == naive_filter(row, top_k, top_p)
     kept = filtered.isfinite()
@@ -77,13 +78,6 @@ def test_top_k_keeps_what_ties_with_the_kth():
 def test_top_p_drops_at_exactly_the_limit(top_p, left):
     """Four tokens of probability 1/4: the running sums are exact."""
     assert filter_logits(torch.zeros(1, 1, 4), 0, top_p).isfinite().sum() == left
-
-
-def test_filters_leave_their_input_alone():
-    logits = random_logits(1, 2, 40)
-    before = logits.clone()
-    filter_logits(logits, 5, 0.5)
-    assert torch.equal(logits, before)
 
 
 # Draws
@@ -114,11 +108,6 @@ def test_one_generator_draws_what_multinomial_draws():
     probabilities = logits.flatten(0, 1).softmax(-1)
     expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(5))
     assert torch.equal(draw_tokens(logits, streams).flatten(), expected.flatten())
-
-
-def test_noise_is_exponential():
-    noise = ImageStreams(1, 0, 4, CPU).exponential(50, 100)
-    assert kstest(noise.flatten().numpy(), "expon").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
@@ -191,10 +180,12 @@ def test_an_image_has_its_own_stream(draw):
     assert not torch.equal(drawn(0, 4, seed=1), together)
 
 
-def test_routing_noise_is_uniform():
-    noise = ImageStreams(0, 0, 3, CPU).routing_noise(50, 20, branches=2)
-    assert noise.shape == (6, 50, 20)
-    assert kstest(noise.flatten().numpy(), "uniform").pvalue > 1e-3
+def test_noise_is_exponential_or_uniform():
+    streams = ImageStreams(0, 0, 3, CPU)
+    drawn = {"expon": streams.exponential(50, 40), "uniform": streams.routing_noise(50, 20, 2)}
+    assert drawn["uniform"].shape == (6, 50, 20)
+    for name, noise in drawn.items():
+        assert kstest(noise.flatten().numpy(), name).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("digits", [0, 1, 4])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,11 @@ class _Kernel:
         made = torch.empty(shape, dtype=dtype)
         self._large_pages(made.data_ptr(), made.nbytes)
         return made
+
+    def packed(self, kind: Any, numbers: Sequence[int], views: Iterable[Tensor]) -> Packed:
+        """Copy tensors, and make a structure of numbers and pointers to the copies."""
+        tensors = tuple(self.empty(x.shape, x.dtype).copy_(x) for x in views)
+        return Packed(kind(*numbers, *(tensor.data_ptr() for tensor in tensors)), tensors)
 
     def fingerprint(self, values: Tensor) -> int:
         """Hash the values in their order, to 64 bits."""
@@ -190,17 +195,15 @@ def threshold(scores: Tensor, tau: float) -> Tensor | None:
 def _pack_router(weights: Sequence[Tensor]) -> Packed:
     loaded = kernel()
     assert loaded is not None
-    fc1_RC, fc2_ER = (weight.float() for weight in weights)
+    fc1_RC, fc2_ER = weights
     vectors = [_vectors(loaded, len(weight)) for weight in weights]
     views = (
-        _in_panels(weight.T, count * loaded.lanes).transpose(0, 1)
-        for weight, count in zip((fc1_RC, fc2_ER), vectors, strict=True)
+        _in_panels(weight.float().T, count * loaded.lanes).transpose(0, 1)
+        for weight, count in zip(weights, vectors, strict=True)
     )
-    tensors = tuple(loaded.empty(x.shape, torch.float32).copy_(x) for x in views)
     half = int(weights[0].dtype == torch.bfloat16)
-    pointers = (tensor.data_ptr() for tensor in tensors)
     (R, C), E = fc1_RC.shape, len(fc2_ER)
-    return Packed(_Router(C, R, E, *vectors, half, *pointers), tensors)
+    return loaded.packed(_Router, (C, R, E, *vectors, half), views)
 
 
 @torch.no_grad()
@@ -222,11 +225,8 @@ def pack(weights: Sequence[Tensor]) -> Packed:
         w1 = _in_panels(w1_EDC.mT, columns).transpose(1, 2)
         w2 = _in_panels(w2_EDC, widest).permute(2, 0, 1, 3)
     b1, b2 = _in_panels(b1_ED, columns).float(), _in_panels(b2_C, widest).float()
-    tensors = tuple(loaded.empty(x.shape, x.dtype).copy_(x) for x in (w1, w2, b1, b2))
-    amx = int(half and loaded.tile is not None)
-    pointers = (tensor.data_ptr() for tensor in tensors)
-    finite = int(w2_EDC.isfinite().all())
-    return Packed(_Layer(C, E, D, vectors, int(half), amx, finite, *pointers), tensors)
+    amx, finite = int(half and loaded.tile is not None), int(w2_EDC.isfinite().all())
+    return loaded.packed(_Layer, (C, E, D, vectors, int(half), amx, finite), (w1, w2, b1, b2))
 
 
 def _vectors(loaded: _Kernel, columns: int) -> int:
