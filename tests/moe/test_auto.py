@@ -65,7 +65,7 @@ def test_the_fastest_at_the_density_of_the_mask(layer, monkeypatch, density, pat
     torch.testing.assert_close(out, expected)
 
 
-def test_measured_once_and_kept(layer, monkeypatch, cache):
+def test_measured_once_and_kept(layer, monkeypatch, cache, set_threads):
     """For each number of threads, and 16 to 23 tokens alike."""
     asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
     x, weights = layer
@@ -81,11 +81,9 @@ def test_measured_once_and_kept(layer, monkeypatch, cache):
         assert times_asked() == 3
     assert len(list(cache.glob("experts-*.json"))) == 1
     threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        assert times_asked() == 4
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(threads + 1)
+    assert times_asked() == 4
+    set_threads(threads)
     assert times_asked() == 4
     assert len(list(cache.glob("experts-*.json"))) == 2
 

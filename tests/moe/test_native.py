@@ -88,17 +88,13 @@ def test_tokens_that_do_not_lie_beside_each_other():
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype):
+def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype, set_threads):
     N, (C, E, D) = 700, (130, 6, 40)
     x, mask, weights = tokens(N, C, dtype), masks(N, E)[0], layer(C, E, D, dtype)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for number in (1, 2, 3, 7):
-            torch.set_num_threads(number)
-            found += [run(x, mask, weights) for _ in range(3)]
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for number in (1, 2, 3, 7):
+        set_threads(number)
+        found += [run(x, mask, weights) for _ in range(3)]
     assert all(torch.equal(out, found[0]) for out in found)
     some = torch.arange(3, N, 5)
     assert torch.equal(run(x[some], mask[some], weights), found[0][some])
@@ -241,17 +237,14 @@ def test_packed_weights_are_made_once_and_go_with_the_weights(ffn, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 16, 17, 1 << 14, (1 << 16) + 5, 300_001])
-def test_a_fingerprint_is_of_every_value_and_of_their_order(number):
+def test_a_fingerprint_is_of_every_value_and_of_their_order(number, set_threads):
     """Whatever the number of threads."""
-    fingerprint, threads = native.kernel().fingerprint, torch.get_num_threads()
+    fingerprint = native.kernel().fingerprint
     values = torch.randn(number, generator=torch.Generator().manual_seed(0))
     found = {fingerprint(values)}
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert {fingerprint(values.clone())} == found
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        assert {fingerprint(values.clone())} == found
     places = {0, number // 3, number // 2, number - 1}
     for place in places:
         changed = values.clone()
