@@ -169,7 +169,7 @@ def activated_linear(
 
 def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
     """Compute act(layer(x)). Hooks of both modules are called."""
-    if hooked(layer) or not _by_onednn(x):
+    if not _by_onednn(x) or hooked(layer):
         return act(layer(x))
     return activated_linear(act, x, layer.weight, layer.bias)
 

@@ -20,7 +20,7 @@ from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import Step, steps
-from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, VQVAEConfig
+from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, PatchNums, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
 from dmoe_var.ops import Linear, at_least_float32
@@ -47,9 +47,7 @@ class VARConfig:
     """Attention heads; null means one per 64 channels."""
     num_classes: Annotated[int, Field(gt=0)] = 1000
     """Number of classes, without guidance's null class."""
-    patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
-        PATCH_NUMS_256
-    )
+    patch_nums: PatchNums = PATCH_NUMS_256
     """Side of each scale's token map, coarse to fine; must be the VQ-VAE's."""
     vocab_size: Annotated[int, Field(gt=1)] = 4096
     """Codes that a token can take; must be the VQ-VAE's."""

@@ -22,6 +22,7 @@ from dmoe_var.ops import Conv2d, at_least_float32
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # as published
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+PatchNums = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)]
 GROUPS = 32
 DECODED_TOGETHER = 1 << 27
 """Most values of the largest feature map in one pass: 12 images of 256 px as published."""
@@ -47,9 +48,7 @@ class VQVAEConfig:
     """Channels per code."""
     vocab_size: Annotated[int, Field(gt=1)] = 4096
     """Codes in the codebook."""
-    patch_nums: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)] = (
-        PATCH_NUMS_256
-    )
+    patch_nums: PatchNums = PATCH_NUMS_256
     """Side of each scale's token map, coarse to fine."""
     num_phi: Annotated[int, Field(ge=0)] = 4
     """Number of convolutions phi after upsampling: 0 means one per scale, 1 one for all scales."""

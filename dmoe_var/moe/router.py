@@ -43,6 +43,6 @@ class Router(nn.Module):
         """Predict the norms (B, L, E), which are non-negative."""
         fc1, fc2 = self.fc1, self.fc2
         weights = (fc1.weight, fc2.weight)
-        if x_BLC.numel() and not hooked(fc1, fc2) and native.knows(x_BLC, *weights):
+        if x_BLC.numel() and native.knows(x_BLC, *weights) and not hooked(fc1, fc2):
             return native.scores(x_BLC, *weights)
         return fc2(F.gelu(fc1(x_BLC))).abs()

@@ -70,8 +70,8 @@ def test_moe_scales_are_whole_numbers_that_rise(dense, moe, scales):
 @pytest.fixture(scope="module")
 def small(make_var, make_moe):
     """small(experts, selection) -> a model of two scales, compiled soon; the second has experts."""
-    dense, relu = make_var(patch_nums=(1, 2)), make_var(patch_nums=(1, 2), activation="relu")
-    moe = make_moe(relu)
+    shape = {"patch_nums": (1, 2)}
+    dense, moe = make_var(**shape), make_moe(make_var(seed=1, activation="relu", **shape))
     return lambda of=moe, selection=None: DynamicVAR(dense, of, (1,), selection)
 
 

@@ -114,7 +114,7 @@ def test_the_first_who_measures_counts(layer, monkeypatch):
     (key,) = json.loads(auto._file(CPU).read_text())["seconds"]
     mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
     auto._keep(auto._file(CPU), key, mine)
-    assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
+    assert mine == {"native": [1.0, 1.0], "reference": [2.0, 2.0]}
 
 
 def test_a_table_that_cannot_be_written(layer, monkeypatch, cache, capfd):

@@ -232,6 +232,7 @@ def test_packed_weights_are_made_once_and_go_with_the_weights(ffn, monkeypatch):
     assert place in packed._kept
     ffn.w1_EDC = nn.Parameter(torch.zeros_like(place), requires_grad=False)
     del place
+    read.clear()
     gc.collect()
     assert len(packed._kept) == before - 1
 

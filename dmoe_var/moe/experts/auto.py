@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ ASSUMED = 0.5  # instead of a mask's density on a GPU
 REPEATS = 3
 """Timed calls; the fastest counts. One call before them warms up."""
 
-Seconds = dict[str, tuple[float, float]]
+Seconds = dict[str, Sequence[float]]
 """The seconds of each path at each of DENSITIES."""
 _known: dict[tuple[Any, ...], Seconds] = {}
 """What this process has looked up or measured, by device, threads, paths and shape."""
@@ -68,7 +68,7 @@ def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Mo
     return min(seconds, key=lambda name: _at(density, seconds[name]))
 
 
-def _at(density: float, times: tuple[float, float]) -> float:
+def _at(density: float, times: Sequence[float]) -> float:
     """Return the time at a density, on the line through both measured times."""
     low, high = DENSITIES
     return times[0] + (times[1] - times[0]) * (density - low) / (high - low)
@@ -136,13 +136,8 @@ def _read(file: Path) -> dict[str, Seconds]:
     """Read a table; a missing or broken file gives an empty one, and all is measured again."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            return {}
-        return {
-            str(key): {str(name): (float(low), float(high)) for name, (low, high) in times.items()}
-            for key, times in content["seconds"].items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return content["seconds"] if content["format"] == FORMAT else {}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 

@@ -131,7 +131,7 @@ def runs_on(device: torch.device) -> bool:
 
 def can_run(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> bool:
     """Say whether these are ReLU experts that the kernel `knows`, with no hook on the ReLU."""
-    return isinstance(act, nn.ReLU) and not hooked(act) and knows(x_NC, *weights)
+    return isinstance(act, nn.ReLU) and knows(x_NC, *weights) and not hooked(act)
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
