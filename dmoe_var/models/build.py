@@ -17,6 +17,10 @@ Model = TypeVar("Model", bound=nn.Module)
 WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def check_fit(wanted: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Raise CheckpointError if a state dict does not fit a module; one line names what does not."""
     wants = wanted.state_dict()
@@ -86,8 +90,7 @@ def build_strictly(
         with torch.device("meta"), _WithoutInitialValues():
             model = build()
     except (ValueError, ArithmeticError, RuntimeError, TypeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{source}: no model has its shape: {reason}") from error
+        raise CheckpointError(f"{source}: no model has its shape: {_first_line(error)}") from error
     check_fit(model, tensors, source)
     check_constants(model, tensors, source)
     model.load_state_dict(tensors, assign=True)
