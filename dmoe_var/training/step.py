@@ -101,15 +101,12 @@ class Objective(Protocol):
 
         rows: where they lie in the step's batch, for what is drawn at random.
         """
-        ...
 
     def after_step(self, step: int, num_steps: int) -> None:
         """Act after each optimiser step (e.g. restart dead codes)."""
-        ...
 
     def validate(self) -> dict[str, float]:
         """Measure metrics on held-out data, without randomness."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class StepGradients:
             if exact:
                 self._set_aside()
         self._sum_gradients(torch.float64 if exact else None)
-        return _summed(logged)
+        return summed(logged)
 
     def add(self, part: Tensor, step: int, rows: Rows, share: float) -> dict[str, float]:
         """Add one micro-batch's gradient, times its share of the step."""
@@ -183,14 +180,9 @@ class StepGradients:
     def _set_aside(self) -> None:
         """Add the gradients to the float64 sums, and clear them."""
         for parameter in trainable(self.objective.module).values():
-            if parameter.grad is None:
-                continue
-            wide = parameter.grad.double()
-            if parameter in self._sums:
-                self._sums[parameter] += wide
-            else:
-                self._sums[parameter] = wide
-            parameter.grad = None
+            if parameter.grad is not None:
+                self._sums[parameter] = self._sums.get(parameter, 0) + parameter.grad.double()
+                parameter.grad = None
 
     def _sum_gradients(self, dtype: torch.dtype | None) -> None:
         """Sum over the processes, in `dtype`; what has a gradient in none of them stays without."""
@@ -208,7 +200,7 @@ class StepGradients:
         self._sums = {}
 
 
-def _summed(logged: dict[str, float]) -> dict[str, float]:
-    """Sum over the processes, by name; the first process always has a micro-batch."""
-    by_process = gathered(logged)
+def summed(numbers: dict[str, float]) -> dict[str, float]:
+    """Sum over the processes, by name; the first process, which always has a share, has all."""
+    by_process = gathered(numbers)
     return {name: sum(values.get(name, 0.0) for values in by_process) for name in by_process[0]}

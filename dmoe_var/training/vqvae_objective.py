@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.objectives import Mean
+from dmoe_var.training.objectives import VALIDATION_BATCH, Mean
 from dmoe_var.training.step import OptimConfig
 
 HIT_MOMENTUM = 0.9
 PERCEPTUAL_BLOCKS = (0, 2, 4)
-VALIDATION_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False).eval()
 
     def _features(self, images_B3RR: Tensor) -> list[Tensor]:
-        size = (self.input_size, self.input_size)
-        x = F.interpolate(images_B3RR, size=size, mode="bilinear", antialias=True)
+        x = F.interpolate(images_B3RR, self.input_size, mode="bilinear", antialias=True)
         x = self.stem(x)
         features = []
         for i, block in enumerate(self.blocks):
