@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from dmoe_var.conversion.hoyer import (
-    ActivationProbe,
-    hoyer,
-    inactive_share,
-    shifted_pre_activation,
-)
+from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
@@ -223,11 +218,11 @@ class SparsifyObjective(VARObjective):
         mean = Mean()
 
         def see(layer: int, a_BLH: Tensor) -> None:
-            rows = len(a_BLH)
+            rows, inactive_BLH = len(a_BLH), (a_BLH <= 0).float()
             mean.add("val_hoyer", self._hoyer(a_BLH), rows)
-            mean.add("val_inactive", inactive_share(a_BLH, slice(None)), rows)
+            mean.add("val_inactive", inactive_BLH.mean(), rows)
             for si, scale in enumerate(self.var.config.scale_slices):
-                share = inactive_share(a_BLH, scale)
+                share = inactive_BLH[:, scale].mean()
                 mean.add(f"val_inactive_layer{layer}_scale{si}", share, rows)
 
         self.probe.see = see

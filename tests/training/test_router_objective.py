@@ -64,7 +64,7 @@ def test_loss_is_the_mean_over_layers_of_the_squared_error(build, batch, scales)
     assert loss.item() == pytest.approx(naive, rel=1e-5)
 
 
-@pytest.mark.parametrize(("share", "num_null"), [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
+@pytest.mark.parametrize(("share", "num_null"), [(0.0, 0), (0.25, 5), (1.0, 20)])
 def test_a_share_of_the_batch_runs_with_the_null_class(build, batch, share, num_null):
     objective, _ = build("router", null_share=share)
     _, labels_B = labels_seen(objective, ALL)
@@ -75,7 +75,7 @@ def test_a_share_of_the_batch_runs_with_the_null_class(build, batch, share, num_
 
 def test_no_label_is_dropped_beside_the_share(build, run_in, tmp_path):
     """The experts' model stays in eval mode while the routers train."""
-    objective, config = build("router")
+    objective, config = build("router", steps=1)
     run_in(tmp_path, objective, config)
     assert not objective.var.training
     objective.module.train()
@@ -110,7 +110,8 @@ def test_the_constant_is_that_of_images_all_over_the_set(build, monkeypatch):
         return batch(tokens, indices_B)
 
     monkeypatch.setattr(objective, "batch", noted)
-    objective.mean_norms(num_images=4)
+    monkeypatch.setattr("dmoe_var.training.router_objective.CONSTANT_IMAGES", 4)
+    assert len(objective.constants_LE) == 2
     quarter = objective.num_examples // 4
     assert [index // quarter for index in seen] == [0, 1, 2, 3]
 

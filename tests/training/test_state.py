@@ -57,15 +57,7 @@ def test_a_write_that_is_cut_short_changes_nothing(stored, monkeypatch):
     assert stored.load(*trained()) == 6
 
 
-KEYS = [
-    "model/weight",
-    "optimizer/bias/step",
-    "optimizer/weight/exp_avg",
-    "optimizer/weight/exp_avg_sq",
-]
-
-
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ["model/weight", "optimizer/bias/step"])
 def test_missing_key(stored, key):
     tensors, metadata = read_tensors(stored.path)
     del tensors[key]
@@ -91,7 +83,7 @@ def no_longer_a_state(path):
     [
         (cut_short, "cut short"),
         (emptied, "cut short"),
-        (no_longer_a_state, "not a training state"),
+        (no_longer_a_state, "belongs to another configuration"),
     ],
 )
 def test_broken_file(stored, harm, message):
