@@ -37,14 +37,10 @@ KILLED = "sparsify-killed"
 
 
 @pytest.fixture(scope="module")
-def var(make_var):
-    return make_var(num_classes=10, activation="relu", drop_path=0.2, label_drop=0.3)
-
-
-@pytest.fixture(scope="module")
-def folder(var, vqvae, tokens, make_moe, tmp_path_factory):
+def folder(vqvae, tokens, make_var, make_moe, tmp_path_factory):
     """What every case left behind, after all ran in two processes of their own."""
     folder = tmp_path_factory.mktemp("processes")
+    var = make_var(num_classes=10, activation="relu", drop_path=0.2, label_drop=0.3)
     for name, model in (("vqvae", vqvae), ("var", var), ("moe", make_moe(var))):
         save_checkpoint(folder / name, model)
     stored = {}
