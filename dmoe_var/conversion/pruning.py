@@ -12,10 +12,11 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from dmoe_var import values
+from dmoe_var.config_fields import STRICT
 from dmoe_var.conversion.hoyer import ActivationProbe
 from dmoe_var.conversion.to_moe import dense_ffns
 from dmoe_var.distributed import sum_over_processes
@@ -28,7 +29,7 @@ from dmoe_var.ops import widest_float
 class PruningConfig:
     """Which neurons the pruned baseline drops (read if evaluate.model is pruned)."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of each FFN's neurons that are dropped at moe.scales, lowest mean activation first."""

@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import STRICT, Scales, Share
 from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.distributed import rank, world_size
@@ -118,15 +119,11 @@ class VARObjective(TokenObjective):
         return mean.result()
 
 
-Scales = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-"""A list of scales, numbered from 0."""
-
-
 @dataclass(frozen=True)
 class ConversionConfig:
     """What sparse fine-tuning changes in the model, and for which scales."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     train: Literal["blocks+head", "ffn"] = "blocks+head"
     """blocks+head as in the paper, or ffn: the dynamic model then shares all else with the
@@ -148,7 +145,7 @@ class SparsifyConfig(VARTrainingConfig):
 
     alpha: Annotated[float, Field(ge=0)] = 1e-4
     """Weight of the Hoyer loss."""
-    alpha_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    alpha_warmup: Share = 0.0
     """Share of the steps over which alpha rises from 0."""
     activation: Literal["relu", "gelu"] = "relu"
     """relu, or gelu: the ablation without ReLUfication, Hoyer on clamped and shifted

@@ -9,20 +9,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import Scales, Share
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.ops import widest_float
-from dmoe_var.training.objectives import Mean, Scales, TokenObjective, tokens_of
+from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
 from dmoe_var.training.step import OptimConfig
 
 BRANCHES = ("cond", "null")
@@ -34,7 +33,7 @@ CONSTANT_IMAGES = 256
 class RouterConfig(OptimConfig):
     """Training of the routers."""
 
-    null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    null_share: Share = 0.5
     """Share of a batch that runs with the null class, like the unconditional half of guidance."""
     scales: Scales | None = None
     """Scales whose tokens the routers learn from; null takes all, as in the paper."""

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import STRICT, Share
 from dmoe_var.distributed import gathered, rank, sum_over_processes, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.training.state import trainable
 from dmoe_var.training.tracking import OFF, Tracking
 
 Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -27,7 +27,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig:
     """Optimiser, schedule and length of a training stage."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     steps: Annotated[int, Field(gt=0)] | None = None
     """Optimiser steps; null if epochs is given."""
@@ -43,7 +43,7 @@ class OptimConfig:
     """Learning rate at the end."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate goes from lr to lr_end: constant, linear or cosine."""
-    warmup: Fraction = 0.0
+    warmup: Share = 0.0
     """Share of the steps over which the learning rate rises."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Momenta of AdamW."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import Share
 from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
@@ -40,7 +41,7 @@ class VQVAETrainingConfig(OptimConfig):
     """Side in pixels of the images that this network sees."""
     restart_every: Annotated[int, Field(gt=0)] = 25
     """Steps from one restart of dead codes to the next."""
-    restart_until: Annotated[float, Field(ge=0, le=1)] = 0.8
+    restart_until: Share = 0.8
     """Share of the steps after which codes are restarted no more."""
     dead_below: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """A code is dead if it is hit less than this times the mean, in a running count over scales."""
