@@ -139,8 +139,7 @@ def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
     """Average over training images spread evenly over the set, which may be sorted by class."""
     vqvae, pruning = loaded.vqvae(work), work.config.pruning
     tokens, _ = token_sets(work, vqvae)
-    num_images = min(pruning.images, len(tokens))
-    indices = torch.arange(num_images) * len(tokens) // num_images
+    indices = tokens.spread(pruning.images)
     batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
     inputs = _teacher_inputs(tokens, batches, vqvae, work.device)
     return mean_activations(var, inputs, work.config.moe.scales, pruning.rule == "mean_signed")

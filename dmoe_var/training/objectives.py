@@ -49,11 +49,8 @@ class TokenObjective:
 
     def batch(self, tokens: TokenSet, indices_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens (B, L), labels (B,) and teacher input (B, L - 1, Cvae)."""
-        tokens_BL, labels_B = tokens.batch(indices_B)
-        tokens_BL, labels_B = tokens_BL.to(self.device), labels_B.to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # as in validation and sampling
-            teacher_BLC = self.vqvae.teacher_input(tokens.by_scale(tokens_BL))
-        return tokens_BL, labels_B, teacher_BLC
+            return tokens.teacher_forced(indices_B, self.vqvae)
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield all held-out images in order; every process gets its share of the batches."""

@@ -127,12 +127,10 @@ class RouterObjective(TokenObjective):
     def constants_LE(self) -> list[Tensor]:
         """Average the true norm of each expert, (E,) per layer: the constant prediction to beat.
 
-        Both branches count equally. The training images are spread evenly over the set, because a
-        folder's are sorted by class.
+        Both branches count equally.
         """
         totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
-        count = min(CONSTANT_IMAGES, self.num_examples)
-        indices = torch.arange(count) * self.num_examples // count
+        indices = self.training.spread(CONSTANT_IMAGES)
 
         def add(layer: int, x_BLC: Tensor) -> None:
             norms_BlE = self.ffns[layer].true_norms(x_BLC[:, self.learnt_tokens])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +124,10 @@ def run_in():
 @pytest.fixture
 def batch(tokens, vqvae):
     """Tokens (B, L), labels (B,) and teacher input of the whole training set."""
-    tokens_BL, labels_B = tokens[0].batch(torch.arange(NUM_TRAINING))
-    teacher_BLC = vqvae.teacher_input(tokens[0].by_scale(tokens_BL))
-    return SimpleNamespace(tokens_BL=tokens_BL, labels_B=labels_B, teacher_BLC=teacher_BLC)
+    return tokens[0].teacher_forced(torch.arange(NUM_TRAINING), vqvae)
+
+
+@pytest.fixture
+def held_out(tokens, vqvae):
+    """The same of all held-out images."""
+    return tokens[1].teacher_forced(torch.arange(NUM_HELD_OUT), vqvae)

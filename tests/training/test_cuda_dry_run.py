@@ -11,7 +11,7 @@ from dmoe_var.training.state import StateFile
 LOOP = {"training/step.py:add", "training/loop.py:train", "training/objectives.py:add"}
 """Who waits for the GPU: the loop for the loss and for the gradient's norm, and each mean of a
 validation."""
-TOKENS = {"training/objectives.py:batch", "models/var.py:check_labels", "values.py:_python"}
+TOKENS = {"data/token_cache.py:teacher_forced", "models/var.py:check_labels", "values.py:_python"}
 VQVAE = {f"training/vqvae_objective.py:{name}" for name in ("loss", "_restart", "validate")}
 WAITS = {
     "vqvae": LOOP | VQVAE,

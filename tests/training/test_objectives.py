@@ -47,18 +47,11 @@ def pre_activations(var):
         hook.remove()
 
 
-@pytest.fixture
-def held_out(tokens, vqvae):
-    """Tokens, labels and teacher input of all held-out images."""
-    tokens_BL, labels_B = tokens[1].batch(torch.arange(len(tokens[1])))
-    return tokens_BL, labels_B, vqvae.teacher_input(tokens[1].by_scale(tokens_BL))
-
-
 def test_cross_entropy_weighs_all_tokens_alike(build, batch):
     objective, _ = build("var")
     loss, _ = objective.loss(ALL, 0, 6, whole(20))
-    logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
-    naive = naive_cross_entropy(logits_BLV, batch.tokens_BL).sum() / batch.tokens_BL.numel()
+    tokens_BL, *inputs = batch
+    naive = naive_cross_entropy(objective.var(*inputs), tokens_BL).sum() / tokens_BL.numel()
     torch.testing.assert_close(loss.detach(), naive)
 
 
@@ -102,11 +95,11 @@ def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activatio
     objective, _ = build("sparsify", conversion={"scales": scales}, **fields)
     with torch.no_grad(), pre_activations(objective.var) as layers:
         loss, logged = objective.loss(ALL, 0, 6, whole(20))
-        logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
+        logits_BLV = objective.var(*batch[1:])
     z = [z_BLH[:, list(learnt)] for z_BLH in layers[: objective.var.config.depth]]
     made_sparse = [a.clamp(min=0) if activation == "relu" else a.clamp(min=-10) + 10 for a in z]
     hoyer = sum(map(naive_hoyer, made_sparse)) / len(made_sparse)
-    cross_entropy_BL = naive_cross_entropy(logits_BLV, batch.tokens_BL)
+    cross_entropy_BL = naive_cross_entropy(logits_BLV, batch[0])
     cross_entropy = float(cross_entropy_BL[:, list(learnt)].mean())
     assert logged == pytest.approx({"ce": cross_entropy, "hoyer": hoyer, "alpha": 0.1}, rel=1e-4)
     assert loss.item() == pytest.approx(cross_entropy + 0.1 * hoyer, rel=1e-4)

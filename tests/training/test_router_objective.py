@@ -58,7 +58,7 @@ def test_loss_is_the_mean_over_layers_of_the_squared_error(build, batch, scales)
     slices = objective.var.config.scale_slices
     learnt = [i for si in scales or range(4) for i in range(slices[si].start, slices[si].stop)]
     naive = mean_over_layers(
-        norms_by_layer(objective.var, labels_B, batch.teacher_BLC),
+        norms_by_layer(objective.var, labels_B, batch[2]),
         lambda true, predicted: (true - predicted)[:, learnt].square().mean(),
     )
     assert loss.item() == pytest.approx(naive, rel=1e-5)
@@ -67,10 +67,10 @@ def test_loss_is_the_mean_over_layers_of_the_squared_error(build, batch, scales)
 @pytest.mark.parametrize(("share", "num_null"), [(0.0, 0), (0.25, 5), (1.0, 20)])
 def test_a_share_of_the_batch_runs_with_the_null_class(build, batch, share, num_null):
     objective, _ = build("router", null_share=share)
-    _, labels_B = labels_seen(objective, ALL)
-    null_B = labels_B == objective.var.config.num_classes
+    _, seen_B = labels_seen(objective, ALL)
+    null_B = seen_B == objective.var.config.num_classes
     assert int(null_B.sum()) == num_null
-    assert torch.equal(labels_B[~null_B], batch.labels_B[~null_B])
+    assert torch.equal(seen_B[~null_B], batch[1][~null_B])
 
 
 def test_no_label_is_dropped_beside_the_share(build, run_in, tmp_path):
@@ -89,10 +89,9 @@ def test_constant_prediction_is_off_by_the_variance(build, vqvae, tokens, batch)
     objective = RouterObjective(moe, vqvae, tokens[0], tokens[0], RouterConfig(steps=1))
     with torch.no_grad():
         metrics = objective.validate()
-    null_B = torch.full_like(batch.labels_B, moe.config.num_classes)
-    branches = [
-        norms_by_layer(moe, labels, batch.teacher_BLC) for labels in (batch.labels_B, null_B)
-    ]
+    _, labels_B, teacher_BLC = batch
+    null_B = torch.full_like(labels_B, moe.config.num_classes)
+    branches = [norms_by_layer(moe, labels, teacher_BLC) for labels in (labels_B, null_B)]
     variances = [
         torch.cat([cond[0], null[0]]).flatten(0, 1).var(0, correction=0).mean()
         for cond, null in zip(*branches, strict=True)
@@ -116,13 +115,12 @@ def test_the_constant_is_that_of_images_all_over_the_set(build, monkeypatch):
     assert [index // quarter for index in seen] == [0, 1, 2, 3]
 
 
-def test_validation_by_branch_layer_and_scale(build, tokens, vqvae, monkeypatch):
+def test_validation_by_branch_layer_and_scale(build, held_out, monkeypatch):
     monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)
     objective, _ = build("router")
     with torch.no_grad():
         metrics = objective.validate()
-    tokens_BL, labels_B = tokens[1].batch(torch.arange(len(tokens[1])))
-    teacher_BLC = vqvae.teacher_input(tokens[1].by_scale(tokens_BL))
+    _, labels_B, teacher_BLC = held_out
     null_B = torch.full_like(labels_B, objective.var.config.num_classes)
     both = []
     for branch, labels in (("cond", labels_B), ("null", null_B)):
