@@ -22,7 +22,9 @@ from dmoe_var.training.state import STATE_FILE
 from dmoe_var.training.step import OptimConfig, Run, StepGradients, step_seed
 
 STEPS = 3
-LENGTH = {"dtype": torch.float64, "steps": STEPS, "validate_every": 9, "checkpoint_every": 9}
+LENGTH = {
+    "dtype": torch.float64, "steps": STEPS, "validate_every": 9, "checkpoint_every": 9, "clip": 0.01
+}  # fmt: skip
 RUN = Run(folder=None, fingerprint="ours", name="train_var", seed=3)
 FFN_ALONE = {
     "alpha": 0.1, "alpha_warmup": 0.5, "conversion": {"train": "ffn", "scales": "last3"}
@@ -46,6 +48,7 @@ def plain_run(objective, config):
         loss.backward()
         trained = [p for group in groups for p in group["params"] if p.grad is not None]
         norm = sum(float(p.grad.square().sum()) for p in trained) ** 0.5
+        assert norm > config.clip
         for parameter in trained:
             parameter.grad *= min(1.0, config.clip / (norm + 1e-6))
         for group in optimizer.param_groups:
