@@ -16,6 +16,7 @@ from statistics import fmean
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.files import write_text
 from dmoe_var.models.dynamic_var import DynamicVAR
@@ -31,7 +32,7 @@ class TeacherForced:
     def __init__(self, tokens: TokenSet, vqvae: VQVAE, num_images: int, batch_size: int):
         """Pick images that lie evenly over the set, which may be sorted by class."""
         self.tokens, self.vqvae = tokens, vqvae
-        self.indices = tokens.spread(num_images).split(batch_size)
+        self.indices = evenly_strided(len(tokens), num_images).split(batch_size)
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """List labels (B,), teacher input (B, L - 1, Cvae) and the tokens to predict (B, L)."""

@@ -124,11 +124,6 @@ class TokenSet:
         tokens_BL, labels_B = (t.to(device) for t in self.batch(indices_B))
         return tokens_BL, labels_B, vqvae.teacher_input(self.by_scale(tokens_BL))
 
-    def spread(self, num_images: int) -> Tensor:
-        """Index `num_images` (or all) evenly over the set, which may be sorted by class."""
-        num_images = min(num_images, len(self))
-        return torch.arange(num_images) * len(self) // num_images
-
 
 def tokenize(
     images: Images,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.config_fields import Scales, Share
+from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR
@@ -127,10 +128,11 @@ class RouterObjective(TokenObjective):
     def constants_LE(self) -> list[Tensor]:
         """Average the true norm of each expert, (E,) per layer: the constant prediction to beat.
 
-        Both branches count equally.
+        Both branches count equally. The training images are spread evenly over the set, because a
+        folder's are sorted by class.
         """
         totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
-        indices = self.training.spread(CONSTANT_IMAGES)
+        indices = evenly_strided(self.num_examples, CONSTANT_IMAGES)
 
         def add(layer: int, x_BLC: Tensor) -> None:
             norms_BlE = self.ffns[layer].true_norms(x_BLC[:, self.learnt_tokens])

@@ -169,5 +169,5 @@ def _parsed(line: bytes, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[s
     try:
         content = json.loads(line.decode("utf-8"))
         return content if all(isinstance(content[key], kinds[key]) for key in kinds) else None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
