@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dmoe_var.config.root import Config
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
-from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.distributed import rank, world_size
 from dmoe_var.experiment.stage import Keys
@@ -140,7 +139,8 @@ def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
     """Average over training images spread evenly over the set, which may be sorted by class."""
     vqvae, pruning = loaded.vqvae(work), work.config.pruning
     tokens, _ = token_sets(work, vqvae)
-    indices = evenly_strided(len(tokens), pruning.images)
+    num_images = min(pruning.images, len(tokens))
+    indices = torch.arange(num_images) * len(tokens) // num_images
     batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
     inputs = _teacher_inputs(tokens, batches, vqvae, work.device)
     return mean_activations(var, inputs, work.config.moe.scales, pruning.rule == "mean_signed")
