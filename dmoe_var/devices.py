@@ -26,13 +26,13 @@ def chosen_device(name: str) -> torch.device:
     Raises InputError if this machine lacks it, or if several processes cannot share it."""
     kind, _, number = name.partition(":")
     processes = launched_processes()
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = "mps" if kind == "cpu" and torch.backends.mps.is_available() else kind
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device={name}: this machine has no CUDA device; allowed: auto, cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device=mps: this machine has no MPS device; allowed: auto, cpu")
+        kind = next(each for each in has if has[each])
+    if not has[kind]:
+        raise InputError(
+            f"device={name}: this machine has no {kind.upper()} device; allowed: auto, cpu"
+        )
     if kind == "mps" and processes > 1:
         raise InputError(f"device={name}: one process alone; several may share device=cpu")
     if number and processes > 1:
@@ -61,24 +61,13 @@ def peak_memory(device: torch.device) -> int:
         return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def total_memory(device: torch.device) -> int | None:
-    """Return the bytes that a GPU has; None for other devices."""
-    if device.type != "cuda":
-        return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
-
-
 def device_name(device: torch.device) -> str:
-    """Name a device in words."""
+    """Name a device in words: a processor by its model if the system tells it, else by its
+    architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return _cpu_name()
-    return device.type
-
-
-def _cpu_name() -> str:
-    """Return the processor's model if the system tells it, else its architecture."""
+    if device.type != "cpu":
+        return device.type
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import timedelta
 from threading import Timer
 from typing import TypeVar
@@ -91,15 +90,20 @@ def start(device: torch.device) -> None:
         return
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     about = f"WORLD_SIZE={processes}, RANK={os.environ['RANK']}"
+    waiting = f"waiting for {processes} processes at {place} ({about})"
+    timer = Timer(SILENCE, print, (waiting,), {"file": sys.stderr, "flush": True})
+    if launched_as_main():
+        timer.start()
     try:
-        with _not_silent(f"waiting for {processes} processes at {place} ({about})"):
-            store, number, _ = next(rendezvous("env://", timeout=MEETING))
+        store, number, _ = next(rendezvous("env://", timeout=MEETING))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{about}: the {processes} processes did not meet at {place} ({reason}); to run "
             "without torchrun, unset WORLD_SIZE"
         ) from error
+    finally:
+        timer.cancel()
     store.set_timeout(PATIENCE)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -108,19 +112,6 @@ def start(device: torch.device) -> None:
         world_size=processes,
         timeout=PATIENCE,
     )
-
-
-@contextmanager
-def _not_silent(text: str) -> Iterator[None]:
-    """Print `text` in the main process if the block takes longer than SILENCE."""
-    timer = Timer(SILENCE, print, (text,), {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    if launched_as_main():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def stop() -> None:

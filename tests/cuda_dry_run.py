@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dmoe_var
 
@@ -54,7 +55,7 @@ class CudaDryRun(FakeTensorMode):
         if func is torch.ops.prim.device.default:
             return META
         kwargs = kwargs or {}
-        leaves = list(_leaves((args, kwargs)))
+        leaves = tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         on_gpu = any(isinstance(x, OnGPU) for x in tensors)
         named = next((x for x in leaves if isinstance(x, torch.device)), None)
@@ -63,9 +64,9 @@ class CudaDryRun(FakeTensorMode):
             _check_devices(func, args, tensors)
         if _waits(func, args, tensors, device):
             self.waits[_place()] += 1
-        made = ON_CPU.get(func, func)(*_mapped(_value, args), **_mapped(_value, kwargs))
+        made = ON_CPU.get(func, func)(*tree_map(_value, args), **tree_map(_value, kwargs))
         given = {id(_value(x)): x for x in tensors}
-        return _mapped(lambda x: given[id(x)] if id(x) in given else self._on(device, x), made)
+        return tree_map(lambda x: given[id(x)] if id(x) in given else self._on(device, x), made)
 
     def _on(self, device, value):
         """A tensor on a device; whatever else an operator gives as it is."""
@@ -75,23 +76,6 @@ class CudaDryRun(FakeTensorMode):
         fake = OnGPU(self, shape, CUDA)
         fake.value = value
         return fake
-
-
-def _mapped(function, x):
-    """x with the function of each of its leaves."""
-    if isinstance(x, dict):
-        return {key: _mapped(function, item) for key, item in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_mapped(function, item) for item in x)
-    return function(x)
-
-
-def _leaves(x):
-    if isinstance(x, dict | tuple | list):
-        for item in x.values() if isinstance(x, dict) else x:
-            yield from _leaves(item)
-    else:
-        yield x
 
 
 def _value(x):
@@ -119,7 +103,7 @@ def _waits(func, args, tensors, device):
     if func in COPIES:
         return len({*on_gpu, device.type == "cuda"}) > 1
     if func in INDEXING and any(on_gpu):
-        indices = [x for x in _leaves(args[1]) if isinstance(x, torch.Tensor) and x.ndim]
+        indices = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor) and x.ndim]
         return any(not isinstance(x, OnGPU) or x.dtype == torch.bool for x in indices)
     return any(on_gpu) and not READS_VALUES.isdisjoint(func.tags)
 

@@ -41,8 +41,6 @@ def port():
     "variables",
     [
         {},
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": ""},
         {"WORLD_SIZE": "two"},
         {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
         {"RANK": "1", "LOCAL_RANK": "x"},
@@ -70,11 +68,8 @@ def test_what_torchrun_sets_counts(environment):
     [
         ("WORLD_SIZE", "two"),
         ("WORLD_SIZE", "0"),
-        ("WORLD_SIZE", "-1"),
-        ("WORLD_SIZE", "2.0"),
         ("RANK", "-1"),
         ("RANK", "2"),
-        ("RANK", "x"),
         ("MASTER_PORT", "x"),
         ("LOCAL_RANK", "x"),
     ],

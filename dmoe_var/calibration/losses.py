@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.files import write_text
 from dmoe_var.models.dynamic_var import DynamicVAR
@@ -32,18 +32,12 @@ class TeacherForced:
     def __init__(self, tokens: TokenSet, vqvae: VQVAE, num_images: int, batch_size: int):
         """Pick images that lie evenly over the set, which may be sorted by class."""
         self.tokens, self.vqvae = tokens, vqvae
-        count = min(num_images, len(tokens))
-        self.indices = (torch.arange(count) * len(tokens) // count).split(batch_size)
+        self.indices = evenly_strided(len(tokens), num_images).split(batch_size)
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """List labels (B,), teacher input (B, L - 1, Cvae) and the tokens to predict (B, L)."""
-        device = self.vqvae.quantize.embedding.weight.device
-        found = []
-        for indices_B in self.indices:
-            tokens_BL, labels_B = (t.to(device) for t in self.tokens.batch(indices_B))
-            teacher_BLC = self.vqvae.teacher_input(self.tokens.by_scale(tokens_BL))
-            found.append((labels_B, teacher_BLC, tokens_BL))
-        return found
+        of_batches = (self.tokens.teacher_forced(each, self.vqvae) for each in self.indices)
+        return [(labels_B, teacher, tokens) for tokens, labels_B, teacher in of_batches]
 
 
 class CrossEntropy:

@@ -1,4 +1,4 @@
-"""Measure how sparse FFN activations are, by Hoyer's measure and by their inactive share.
+"""Measure how sparse FFN activations are, by Hoyer's measure, as the model computes them.
 
 Legend: B batch, L tokens, H neurons of the hidden layer.
 """
@@ -27,11 +27,6 @@ def hoyer(a_BLH: Tensor) -> Tensor:
 def shifted_pre_activation(z_BLH: Tensor) -> Tensor:
     """Clamp pre-activations at -10 and add 10; the ablation without ReLU makes these sparse."""
     return z_BLH.clamp_min(-CLAMP) + CLAMP
-
-
-def inactive_share(a_BLH: Tensor, tokens: slice) -> Tensor:
-    """Compute the share of activations that are not positive, over the given tokens."""
-    return (a_BLH[:, tokens] <= 0).float().mean()
 
 
 class ActivationProbe:

@@ -6,19 +6,20 @@ layer, K neurons that stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from dmoe_var import values
+from dmoe_var.config_fields import STRICT
+from dmoe_var.conversion.hoyer import ActivationProbe
+from dmoe_var.conversion.to_moe import dense_ffns
 from dmoe_var.distributed import sum_over_processes
-from dmoe_var.models.blocks import FFN
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.var import VAR
 from dmoe_var.ops import widest_float
@@ -28,7 +29,7 @@ from dmoe_var.ops import widest_float
 class PruningConfig:
     """Which neurons the pruned baseline drops (read if evaluate.model is pruned)."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of each FFN's neurons that are dropped at moe.scales, lowest mean activation first."""
@@ -68,13 +69,14 @@ def mean_activations(
             a_BlH = a_BLH[:, tokens] if signed else a_BLH[:, tokens].abs()
             sums[layer] += a_BlH.sum((0, 1), dtype=sums[layer].dtype)
 
+    dense_ffns(var)  # raises for a model with experts
     # A second model over the same memory, in eval mode: `var` keeps its mode and its hooks.
     quiet = build_strictly(lambda: VAR(var.config), dict(var.state_dict()), "the model")
-    with _shown_activations(quiet, add):
-        for labels_B, teacher_BLC in batches:
-            for labels in (labels_B, torch.full_like(labels_B, var.config.num_classes)):
-                quiet(labels, teacher_BLC)
-                num_tokens += len(labels) * sum(tokens.stop - tokens.start for tokens in slices)
+    ActivationProbe(quiet).see = add
+    for labels_B, teacher_BLC in batches:
+        for labels in (labels_B, torch.full_like(labels_B, var.config.num_classes)):
+            quiet(labels, teacher_BLC)
+            num_tokens += len(labels) * sum(tokens.stop - tokens.start for tokens in slices)
     sum_over_processes([*sums, num_tokens])
     if not num_tokens:
         raise ValueError("mean activations need at least one token")
@@ -105,7 +107,7 @@ def prune(var: VAR, share: float, means: Sequence[Tensor]) -> VAR:
     if shapes != [(var.config.hidden,)] * var.config.depth:
         raise ValueError(f"means of shapes {shapes} are not one for each neuron of each layer")
     tensors = dict(var.state_dict())
-    for i, (ffn, means_H) in enumerate(zip(_dense_ffns(var), means, strict=True)):
+    for i, (ffn, means_H) in enumerate(zip(dense_ffns(var), means, strict=True)):
         kept_K = kept_neurons(means_H, share).to(ffn.fc1.weight.device)
         tensors |= {
             f"blocks.{i}.ffn.fc1.weight": ffn.fc1.weight[kept_K],
@@ -115,28 +117,3 @@ def prune(var: VAR, share: float, means: Sequence[Tensor]) -> VAR:
     num_kept = len(tensors["blocks.0.ffn.fc1.bias"])
     config = replace(var.config, mlp_ratio=num_kept / var.config.C)
     return build_strictly(lambda: VAR(config), tensors, "the pruned model").train(var.training)
-
-
-@contextmanager
-def _shown_activations(var: VAR, see: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Call see(layer, a_BLH) with the output of each FFN's activation, as it is computed."""
-
-    def show(layer: int, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        see(layer, output)
-
-    handles = [
-        ffn.act.register_forward_hook(partial(show, layer))
-        for layer, ffn in enumerate(_dense_ffns(var))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dense_ffns(var: VAR) -> list[FFN]:
-    ffns = [block.ffn for block in var.blocks]
-    if not all(isinstance(ffn, FFN) for ffn in ffns):
-        raise ValueError("a model with experts cannot be pruned; give the one that is not split")
-    return ffns  # type: ignore[return-value]

@@ -25,23 +25,29 @@ def fill_experts(experts: MoEFFN, ffn: FFN, labels_H: Tensor) -> None:
     If every expert runs, the two layers agree whatever the labels are. Raises ValueError unless
     each label occurs exactly `expert_size` times.
     """
-    wanted_E = torch.full((experts.num_experts,), experts.expert_size)
-    sizes_E = torch.bincount(labels_H.clamp_min(0).cpu(), minlength=experts.num_experts)
-    if bool((labels_H < 0).any()) or sizes_E.tolist() != wanted_E.tolist():
-        raise ValueError(f"experts have {sizes_E.tolist()} neurons, not {experts.expert_size} each")
-    order_ED = torch.argsort(labels_H, stable=True).view(experts.num_experts, experts.expert_size)
+    wanted_H = torch.arange(experts.num_experts).repeat_interleave(experts.expert_size)
+    sorted_H, order_H = labels_H.sort(stable=True)
+    if not torch.equal(sorted_H.cpu(), wanted_H):
+        sizes = labels_H.unique(return_counts=True)[1].tolist()
+        raise ValueError(f"experts have {sizes} neurons, not {experts.expert_size} each")
+    order_ED = order_H.view(experts.num_experts, experts.expert_size)
     experts.w1_EDC.copy_(ffn.fc1.weight[order_ED])
     experts.b1_ED.copy_(ffn.fc1.bias[order_ED])
     experts.w2_EDC.copy_(ffn.fc2.weight.T[order_ED])
     experts.b2_C.copy_(ffn.fc2.bias)
 
 
+def dense_ffns(var: VAR) -> list[FFN]:
+    """Return the FFN of every block; raise ValueError for a model that is split."""
+    ffns = [block.ffn for block in var.blocks]
+    if not all(isinstance(ffn, FFN) for ffn in ffns):
+        raise ValueError("the model has experts already; give the one that is not split")
+    return ffns  # type: ignore[return-value]
+
+
 def cluster_layer(var: VAR, layer: int, expert_size: int, seed: int = 0) -> Tensor:
     """Choose the expert of each FFN neuron of a layer, LongTensor (H,), by balanced k-means."""
-    ffn = var.blocks[layer].ffn
-    if not isinstance(ffn, FFN):
-        raise ValueError("the model has experts already")
-    return balanced_labels(ffn.fc1.weight, expert_size, seed)
+    return balanced_labels(dense_ffns(var)[layer].fc1.weight, expert_size, seed)
 
 
 @torch.no_grad()
@@ -59,6 +65,7 @@ def convert_to_moe(
     """
     experts = ExpertConfig(expert_size, router_hidden)
     config, seed = replace(var.config, experts=experts), values.whole("seed", seed, 0, 2**32 - 1)
+    ffns = dense_ffns(var)
     if labels is None:
         labels = [
             cluster_layer(var, layer, experts.expert_size, seed)
@@ -72,10 +79,7 @@ def convert_to_moe(
         moe = VAR(config).to(var.pos_start)
     rest = {k: v for k, v in var.state_dict().items() if ".ffn." not in k}
     moe.load_state_dict({**moe.state_dict(), **rest})
-    for i, (dense_block, moe_block) in enumerate(zip(var.blocks, moe.blocks, strict=True)):
-        ffn, target = dense_block.ffn, moe_block.ffn
-        if not isinstance(ffn, FFN) or not isinstance(target, MoEFFN):
-            raise ValueError("the model has experts already")
-        labels_H = torch.tensor(values.whole_numbers("labels", labels[i]))
-        fill_experts(target, ffn, labels_H.to(ffn.fc1.weight.device))
+    for block, ffn, given in zip(moe.blocks, ffns, labels, strict=True):
+        labels_H = torch.tensor(values.whole_numbers("labels", given))
+        fill_experts(block.ffn, ffn, labels_H.to(ffn.fc1.weight.device))  # type: ignore[arg-type]
     return moe.train(var.training)

@@ -117,6 +117,13 @@ class TokenSet:
         """Split tokens by scale, into (B, p*p) each."""
         return list(tokens_BL.split([p * p for p in self.patch_nums], dim=1))
 
+    def teacher_forced(self, indices_B: Tensor, vqvae: VQVAE) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens (B, L), labels (B,) and teacher input (B, L - 1, Cvae), where the VQ-VAE
+        is."""
+        device = vqvae.quantize.embedding.weight.device
+        tokens_BL, labels_B = (t.to(device) for t in self.batch(indices_B))
+        return tokens_BL, labels_B, vqvae.teacher_input(self.by_scale(tokens_BL))
+
 
 def tokenize(
     images: Images,

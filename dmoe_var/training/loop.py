@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmoe_var.distributed import (
-    gathered,
-    is_main,
-)
+from dmoe_var.distributed import gathered, is_main
 from dmoe_var.errors import CheckpointError, TrainingDiverged
 from dmoe_var.training.rehearsal import rehearse
 from dmoe_var.training.state import STATE_FILE, StateFile, trainable
@@ -54,13 +51,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     AdaLN offsets and attention temperatures."""
     exempt = ("pos_", "lvl_embed", "ada_gss", "scale_mul", "bias", "b1_ED")
     decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in trainable(module).items():
-        spared = parameter.ndim <= 1 or any(part in name for part in exempt)
-        (kept if spared else decayed).append(parameter)
+        is_spared = parameter.ndim <= 1 or any(part in name for part in exempt)
+        (spared if is_spared else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": spared, "weight_decay": 0.0},
     ]
 
 
@@ -89,27 +86,28 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
         module.train()
         estimate = rehearse(step_gradients, order.batch_size, first, run.name)
         if run.progress:
-            tqdm.write(str(estimate), file=sys.stderr)
+            tqdm.write(estimate, file=sys.stderr)
     metrics: dict[str, float] = {}
     started = time.perf_counter()
     with (
-        MetricsLog(run.folder, first, run.tracking, run.config, is_main()) as log,
+        MetricsLog(run.folder, first, run.tracking, run.config) as log,
         tqdm(total=num_steps, initial=first, desc=run.name, disable=not run.progress) as bar,
     ):
         for step in range(first, num_steps):
             # Take one step
+            done, last = step + 1, step + 1 == num_steps
             module.train()
             lr = config.lr_at(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
             logged = step_gradients.compute(order.batch(step), step)
-            _update(logged["loss"], module, optimizer, config.clip, step, run)
+            norm = nn.utils.clip_grad_norm_(trainable(module).values(), config.clip).item()
+            _check_finite({"loss": logged["loss"], "gradient norm": norm}, done, run)
+            optimizer.step()
             objective.after_step(step, num_steps)
             # Log, validate, save
-            done = step + 1
             bar.update()
-            last = done == num_steps
             if done % config.log_every == 0 or last:
                 seconds = (time.perf_counter() - started) / (done - first)
                 loss, *others = logged.items()
@@ -130,33 +128,11 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
     return metrics
 
 
-def _check_finite(metrics: Mapping[str, float], done: int, run: Run) -> None:
-    """Raise TrainingDiverged if a validation metric is not finite, before the state is saved."""
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if broken:
-        raise TrainingDiverged(
-            f"{run.name}: {broken[0]} is not finite after step {done}; {kept(run)}"
-        )
-
-
-def kept(run: Run) -> str:
-    """Say where the last good state is."""
-    path = run.folder / STATE_FILE
-    return f"the last good state is {path}" if path.exists() else "no state was saved yet"
-
-
-def _update(
-    loss: float,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    clip: float,
-    step: int,
-    run: Run,
-) -> None:
-    """Take one optimiser step; raise TrainingDiverged if the loss or gradient is not finite."""
-    norm = nn.utils.clip_grad_norm_(trainable(module).values(), clip).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingDiverged(
-            f"{run.name}: loss {loss}, gradient norm {norm} at step {step + 1}; {kept(run)}"
-        )
-    optimizer.step()
+def _check_finite(numbers: Mapping[str, float], step: int, run: Run) -> None:
+    """Raise TrainingDiverged if a number of a step, counted from 1, is not finite. This comes
+    before the step's state is saved."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            path = run.folder / STATE_FILE
+            state = f"the last good state is {path}" if path.exists() else "no state was saved yet"
+            raise TrainingDiverged(f"{run.name}: {name} is {value} at step {step}; {state}")

@@ -5,27 +5,24 @@ Legend: B batch, L tokens of all scales, V vocabulary, H neurons of an FFN.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from dmoe_var.conversion.hoyer import (
-    ActivationProbe,
-    hoyer,
-    inactive_share,
-    shifted_pre_activation,
-)
+from dmoe_var.config_fields import STRICT, Scales, Share
+from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
 from dmoe_var.data.token_cache import TokenSet
-from dmoe_var.distributed import gathered, rank, world_size
+from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.step import OptimConfig
+from dmoe_var.training.step import OptimConfig, summed
 
 VALIDATION_BATCH = 128
 """Held-out images per batch, if `micro_batch_size` does not say how many fit."""
@@ -37,29 +34,23 @@ class TokenObjective:
     repeatable = True
 
     def __init__(
-        self,
-        var: VAR,
-        vqvae: VQVAE,
-        training: TokenSet,
-        held_out: TokenSet,
-        config: OptimConfig,
+        self, var: VAR, vqvae: VQVAE, training: TokenSet, held_out: TokenSet, config: OptimConfig
     ):
         self.module: nn.Module = var
         self.var = var
         self.vqvae = vqvae
         self.training = training
         self.held_out = held_out
+        self.config = config
         self.num_examples = len(training)
         self.device = var.pos_start.device
         self.validation_batch = config.micro_batch_size or VALIDATION_BATCH
+        self.learnt_tokens: Tensor | slice = slice(None)
 
     def batch(self, tokens: TokenSet, indices_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens (B, L), labels (B,) and teacher input (B, L - 1, Cvae)."""
-        tokens_BL, labels_B = tokens.batch(indices_B)
-        tokens_BL, labels_B = tokens_BL.to(self.device), labels_B.to(self.device)
         with torch.autocast(self.device.type, enabled=False):  # as in validation and sampling
-            teacher_BLC = self.vqvae.teacher_input(tokens.by_scale(tokens_BL))
-        return tokens_BL, labels_B, teacher_BLC
+            return tokens.teacher_forced(indices_B, self.vqvae)
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield all held-out images in order; every process gets its share of the batches."""
@@ -75,21 +66,16 @@ class Mean:
     """Running means by name, weighted by a count, over all processes."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._weights: defaultdict[str, float] = defaultdict(float)
 
     def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
-        self._weights[name] = self._weights.get(name, 0.0) + weight
+        self._sums[name] += float(value) * weight
+        self._weights[name] += weight
 
     def result(self) -> dict[str, float]:
         """Return the means; every process has to ask for them."""
-        sums: dict[str, float] = {}
-        weights: dict[str, float] = {}
-        for of_process in gathered((self._sums, self._weights)):
-            for target, given in zip((sums, weights), of_process, strict=True):
-                for name, value in given.items():
-                    target[name] = target.get(name, 0.0) + value
+        sums, weights = summed(self._sums), summed(self._weights)
         return {name: total / weights[name] for name, total in sums.items()}
 
 
@@ -104,23 +90,13 @@ class VARTrainingConfig(OptimConfig):
 class VARObjective(TokenObjective):
     """Cross-entropy of the next scale's tokens, each token weighted 1 / L (base training)."""
 
-    def __init__(
-        self,
-        var: VAR,
-        vqvae: VQVAE,
-        training: TokenSet,
-        held_out: TokenSet,
-        config: VARTrainingConfig,
-    ):
-        super().__init__(var, vqvae, training, held_out, config)
-        self.activation_checkpointing = config.activation_checkpointing
-        self.learnt_tokens: Tensor | slice = slice(None)
+    config: VARTrainingConfig
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
         tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        logits_BLV = self.var(labels_B, teacher_BLC, rows, self.activation_checkpointing)
+        logits_BLV = self.var(labels_B, teacher_BLC, rows, self.config.activation_checkpointing)
         logits_BlV, tokens_Bl = logits_BLV[:, self.learnt_tokens], tokens_BL[:, self.learnt_tokens]
         return F.cross_entropy(logits_BlV.flatten(0, 1), tokens_Bl.flatten()), {}
 
@@ -129,42 +105,35 @@ class VARObjective(TokenObjective):
         mean = Mean()
         for tokens_BL, labels_B, teacher_BLC in self.held_out_batches():
             logits_BLV = self.var(labels_B, teacher_BLC)
-            self._add_scores(mean, logits_BLV, tokens_BL)
+            loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
+            hit_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
+            rows = len(tokens_BL)
+            mean.add("val_ce", loss_BL.mean(), rows)
+            mean.add("val_accuracy", hit_BL.mean(), rows)
+            for si, scale in enumerate(self.var.config.scale_slices):
+                mean.add(f"val_ce_scale{si}", loss_BL[:, scale].mean(), rows)
+                mean.add(f"val_accuracy_scale{si}", hit_BL[:, scale].mean(), rows)
         return mean.result()
-
-    def _add_scores(self, mean: Mean, logits_BLV: Tensor, tokens_BL: Tensor) -> None:
-        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
-        hit_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
-        rows = len(tokens_BL)
-        mean.add("val_ce", loss_BL.mean(), rows)
-        mean.add("val_accuracy", hit_BL.mean(), rows)
-        for si, scale in enumerate(self.var.config.scale_slices):
-            mean.add(f"val_ce_scale{si}", loss_BL[:, scale].mean(), rows)
-            mean.add(f"val_accuracy_scale{si}", hit_BL[:, scale].mean(), rows)
-
-
-Scale = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class ConversionConfig:
     """What sparse fine-tuning changes in the model, and for which scales."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     train: Literal["blocks+head", "ffn"] = "blocks+head"
     """blocks+head as in the paper, or ffn: the dynamic model then shares all else with the
     dense one."""
-    scales: Literal["all", "last3"] | Annotated[tuple[Scale, ...], Field(min_length=1)] = "all"
+    scales: Literal["all", "last3"] | Scales = "all"
     """Scales whose tokens enter the loss: all as in the paper, last3, or a list."""
 
     def scale_numbers(self, num_scales: int) -> tuple[int, ...]:
         """List the scales whose tokens enter the loss."""
-        if self.scales == "all":
-            return tuple(range(num_scales))
-        if self.scales == "last3":
-            return tuple(range(num_scales))[-3:]
-        return tuple(self.scales)
+        every = tuple(range(num_scales))
+        if isinstance(self.scales, tuple):
+            return self.scales
+        return every if self.scales == "all" else every[-3:]
 
 
 @dataclass(frozen=True)
@@ -173,7 +142,7 @@ class SparsifyConfig(VARTrainingConfig):
 
     alpha: Annotated[float, Field(ge=0)] = 1e-4
     """Weight of the Hoyer loss."""
-    alpha_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    alpha_warmup: Share = 0.0
     """Share of the steps over which alpha rises from 0."""
     activation: Literal["relu", "gelu"] = "relu"
     """relu, or gelu: the ablation without ReLUfication, Hoyer on clamped and shifted
@@ -188,9 +157,8 @@ class SparsifyConfig(VARTrainingConfig):
 def select_trainable(var: VAR, what: str) -> None:
     """Set requires_grad for `ConversionConfig.train`."""
     for name, parameter in var.named_parameters():
-        in_ffn = ".ffn." in name
         in_blocks_or_head = name.startswith(("blocks.", "head"))
-        parameter.requires_grad_(in_ffn if what == "ffn" else in_blocks_or_head)
+        parameter.requires_grad_(".ffn." in name if what == "ffn" else in_blocks_or_head)
 
 
 def tokens_of(config: VARConfig, scales: Sequence[int], device: torch.device) -> Tensor | slice:
@@ -205,6 +173,8 @@ def tokens_of(config: VARConfig, scales: Sequence[int], device: torch.device) ->
 class SparsifyObjective(VARObjective):
     """Cross-entropy plus alpha times the mean over layers of the FFN activations' Hoyer measure."""
 
+    config: SparsifyConfig
+
     def __init__(
         self,
         var: VAR,
@@ -215,7 +185,6 @@ class SparsifyObjective(VARObjective):
         conversion: ConversionConfig,
     ):
         super().__init__(var, vqvae, training, held_out, config)
-        self.config = config
         learnt = conversion.scale_numbers(var.config.num_scales)
         self.learnt_tokens = tokens_of(var.config, learnt, self.device)
         self.probe = ActivationProbe(var, pre_activation=config.activation == "gelu")
@@ -243,15 +212,14 @@ class SparsifyObjective(VARObjective):
         mean = Mean()
 
         def see(layer: int, a_BLH: Tensor) -> None:
-            rows = len(a_BLH)
+            rows, inactive_BLH = len(a_BLH), (a_BLH <= 0).float()
             mean.add("val_hoyer", self._hoyer(a_BLH), rows)
-            mean.add("val_inactive", inactive_share(a_BLH, slice(None)), rows)
+            mean.add("val_inactive", inactive_BLH.mean(), rows)
             for si, scale in enumerate(self.var.config.scale_slices):
-                share = inactive_share(a_BLH, scale)
+                share = inactive_BLH[:, scale].mean()
                 mean.add(f"val_inactive_layer{layer}_scale{si}", share, rows)
 
         self.probe.see = see
-        for tokens_BL, labels_B, teacher_BLC in self.held_out_batches():
-            self._add_scores(mean, self.var(labels_B, teacher_BLC), tokens_BL)
+        scores = super().validate()
         self.probe.see = None
-        return mean.result()
+        return {**mean.result(), **scores}

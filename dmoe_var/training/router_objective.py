@@ -5,17 +5,17 @@ Legend: B batch, L tokens of all scales, C width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import Scales, Share
+from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR
@@ -26,15 +26,17 @@ from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
 from dmoe_var.training.step import OptimConfig
 
 BRANCHES = ("cond", "null")
+CONSTANT_IMAGES = 256
+"""Most training images that the constant prediction is averaged over."""
 
 
 @dataclass(frozen=True)
 class RouterConfig(OptimConfig):
     """Training of the routers."""
 
-    null_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    null_share: Share = 0.5
     """Share of a batch that runs with the null class, like the unconditional half of guidance."""
-    scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    scales: Scales | None = None
     """Scales whose tokens the routers learn from; null takes all, as in the paper."""
 
 
@@ -59,25 +61,6 @@ def spearman(predicted_BLE: Tensor, true_BLE: Tensor) -> Tensor:
     return torch.where(scale_BL > 0, covariance_BL / scale_BL.clamp_min(1e-30), 0.0)
 
 
-@contextmanager
-def shown_ffn_inputs(var: VAR, see: Callable[[int, Tensor], object]) -> Iterator[None]:
-    """Call see(layer, x_BLC) with what enters each expert FFN (the hidden state after AdaLN), as it
-    is computed: nobody has to keep the inputs of all layers."""
-
-    def show(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        see(layer, inputs[0])
-
-    handles = [
-        ffn.register_forward_pre_hook(partial(show, layer))
-        for layer, ffn in enumerate(expert_ffns(var))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def expert_ffns(var: VAR) -> list[MoEFFN]:
     """Return the expert FFN of every block; raise ValueError for a dense model."""
     ffns = [block.ffn for block in var.blocks]
@@ -92,24 +75,17 @@ class RouterObjective(TokenObjective):
     The labels come from running all experts on teacher-forced tokens; only routers train.
     """
 
+    config: RouterConfig
+
     def __init__(
-        self,
-        moe: VAR,
-        vqvae: VQVAE,
-        training: TokenSet,
-        held_out: TokenSet,
-        config: RouterConfig,
+        self, moe: VAR, vqvae: VQVAE, training: TokenSet, held_out: TokenSet, config: RouterConfig
     ):
         super().__init__(moe, vqvae, training, held_out, config)
         self.ffns = expert_ffns(moe)
-        self.routers = nn.ModuleList(ffn.router for ffn in self.ffns)
-        self.module = self.routers
-        self.config = config
-        self.constants_LE: list[Tensor] | None = None
         learnt = config.scales or range(moe.config.num_scales)
         self.learnt_tokens = tokens_of(moe.config, learnt, self.device)
         moe.requires_grad_(False).eval()
-        self.routers.requires_grad_(True)
+        self.module = nn.ModuleList(ffn.router for ffn in self.ffns).requires_grad_(True)
 
     def _null(self, labels_B: Tensor) -> Tensor:
         return torch.full_like(labels_B, self.var.config.num_classes)
@@ -118,8 +94,15 @@ class RouterObjective(TokenObjective):
     def _run(
         self, labels_B: Tensor, teacher_BLC: Tensor, see: Callable[[int, Tensor], object]
     ) -> None:
-        """Run all experts, to see what enters them."""
-        with shown_ffn_inputs(self.var, see):
+        """Run all experts, and call see(layer, x_BLC) with what enters each FFN (the hidden state
+        after AdaLN), as it is computed: nobody has to keep the inputs of all layers."""
+
+        def show(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            see(layer, inputs[0])
+
+        with ExitStack() as stack:
+            for layer, ffn in enumerate(self.ffns):
+                stack.enter_context(ffn.register_forward_pre_hook(partial(show, layer)))
             self.var(labels_B, teacher_BLC)
 
     def loss(
@@ -140,16 +123,16 @@ class RouterObjective(TokenObjective):
         self._run(labels_B, teacher_BLC, learn)
         return torch.stack(losses).mean(), {}
 
+    @cached_property
     @torch.no_grad()
-    def mean_norms(self, num_images: int = 256) -> list[Tensor]:
+    def constants_LE(self) -> list[Tensor]:
         """Average the true norm of each expert, (E,) per layer: the constant prediction to beat.
 
         Both branches count equally. The training images are spread evenly over the set, because a
         folder's are sorted by class.
         """
         totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
-        count = min(num_images, self.num_examples)
-        indices = torch.arange(count) * self.num_examples // count
+        indices = evenly_strided(self.num_examples, CONSTANT_IMAGES)
 
         def add(layer: int, x_BLC: Tensor) -> None:
             norms_BlE = self.ffns[layer].true_norms(x_BLC[:, self.learnt_tokens])
@@ -164,17 +147,17 @@ class RouterObjective(TokenObjective):
     def validate(self) -> dict[str, float]:
         """Measure on held-out images, by branch: the routers' error, the constant's, and how well
         the order of experts is predicted (Spearman), in all and by layer and scale."""
-        if self.constants_LE is None:
-            self.constants_LE = self.mean_norms()
         mean = Mean()
         for _, labels_B, teacher_BLC in self.held_out_batches():
             for branch, labels in zip(BRANCHES, (labels_B, self._null(labels_B)), strict=True):
-                self._run(labels, teacher_BLC, partial(self._add_layer, mean, branch))
+                add = partial(self._add_layer, mean, branch, self.constants_LE)
+                self._run(labels, teacher_BLC, add)
         return mean.result()
 
-    def _add_layer(self, mean: Mean, branch: str, layer: int, x_BLC: Tensor) -> None:
-        assert self.constants_LE is not None
-        ffn, constant_E = self.ffns[layer], self.constants_LE[layer]
+    def _add_layer(
+        self, mean: Mean, branch: str, constants_LE: list[Tensor], layer: int, x_BLC: Tensor
+    ) -> None:
+        ffn, constant_E = self.ffns[layer], constants_LE[layer]
         true_BLE, predicted_BLE = ffn.true_norms(x_BLC), ffn.router(x_BLC)
         error = F.mse_loss(predicted_BLE, true_BLE)
         constant_error = F.mse_loss(constant_E.expand_as(true_BLE), true_BLE)

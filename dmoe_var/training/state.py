@@ -42,47 +42,35 @@ class StateFile:
         if not self.path.exists():
             return 0
         # Read the file
+        afresh = "remove it to start afresh"
         try:
             tensors, metadata = read_tensors(self.path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; remove it to start afresh") from error
-        try:
-            header = json.loads(metadata["state"])
-            step, fingerprint = int(header["step"]), str(header["fingerprint"])
-            keys = {str(key) for key in header["keys"]}
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.path}: not a training state; remove it to start afresh"
-            ) from error
+            raise CheckpointError(f"{error}; {afresh}") from error
+        header = json.loads(metadata.get("state", "{}"))
         # Check it fits
-        if fingerprint != self.fingerprint:
+        if header.get("fingerprint") != self.fingerprint:
             raise CheckpointError(
-                f"{self.path}: belongs to another configuration (fingerprint {fingerprint}, this "
-                f"run has {self.fingerprint}); remove it to start afresh"
+                f"{self.path}: belongs to another configuration (fingerprint "
+                f"{header.get('fingerprint')}, this run has {self.fingerprint}); {afresh}"
             )
-        parameters = trainable(module)
-        keys |= {f"model/{name}" for name in changing(module)}
-        missing = sorted(keys - tensors.keys())
-        if missing:
+        keys = {*header["keys"], *(f"model/{name}" for name in changing(module))}
+        if missing := sorted(keys - tensors.keys()):
             raise CheckpointError(
-                f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}; remove it to "
-                "start afresh"
+                f"{self.path}: missing {len(missing)} keys: {', '.join(missing)}; {afresh}"
             )
         # Put it back
         with torch.no_grad():
             for name, tensor in changing(module).items():
                 tensor.copy_(tensors[f"model/{name}"])
-        for name, parameter in parameters.items():
+        for name, parameter in trainable(module).items():
             prefix = f"optimizer/{name}/"
             optimizer.state[parameter] = {
                 key.removeprefix(prefix): value.to(parameter.device)
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
-        return step
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        return int(header["step"])
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

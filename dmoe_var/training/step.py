@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import STRICT, Share
 from dmoe_var.distributed import gathered, rank, sum_over_processes, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.training.state import trainable
 from dmoe_var.training.tracking import OFF, Tracking
 
 Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -27,7 +27,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig:
     """Optimiser, schedule and length of a training stage."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     steps: Annotated[int, Field(gt=0)] | None = None
     """Optimiser steps; null if epochs is given."""
@@ -43,7 +43,7 @@ class OptimConfig:
     """Learning rate at the end."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate goes from lr to lr_end: constant, linear or cosine."""
-    warmup: Fraction = 0.0
+    warmup: Share = 0.0
     """Share of the steps over which the learning rate rises."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     """Momenta of AdamW."""
@@ -101,15 +101,12 @@ class Objective(Protocol):
 
         rows: where they lie in the step's batch, for what is drawn at random.
         """
-        ...
 
     def after_step(self, step: int, num_steps: int) -> None:
         """Act after each optimiser step (e.g. restart dead codes)."""
-        ...
 
     def validate(self) -> dict[str, float]:
         """Measure metrics on held-out data, without randomness."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class StepGradients:
             if exact:
                 self._set_aside()
         self._sum_gradients(torch.float64 if exact else None)
-        return _summed(logged)
+        return summed(logged)
 
     def add(self, part: Tensor, step: int, rows: Rows, share: float) -> dict[str, float]:
         """Add one micro-batch's gradient, times its share of the step."""
@@ -183,14 +180,9 @@ class StepGradients:
     def _set_aside(self) -> None:
         """Add the gradients to the float64 sums, and clear them."""
         for parameter in trainable(self.objective.module).values():
-            if parameter.grad is None:
-                continue
-            wide = parameter.grad.double()
-            if parameter in self._sums:
-                self._sums[parameter] += wide
-            else:
-                self._sums[parameter] = wide
-            parameter.grad = None
+            if parameter.grad is not None:
+                self._sums[parameter] = self._sums.get(parameter, 0) + parameter.grad.double()
+                parameter.grad = None
 
     def _sum_gradients(self, dtype: torch.dtype | None) -> None:
         """Sum over the processes, in `dtype`; what has a gradient in none of them stays without."""
@@ -208,7 +200,7 @@ class StepGradients:
         self._sums = {}
 
 
-def _summed(logged: dict[str, float]) -> dict[str, float]:
-    """Sum over the processes, by name; the first process always has a micro-batch."""
-    by_process = gathered(logged)
+def summed(numbers: dict[str, float]) -> dict[str, float]:
+    """Sum over the processes, by name; the first process, which always has a share, has all."""
+    by_process = gathered(numbers)
     return {name: sum(values.get(name, 0.0) for values in by_process) for name in by_process[0]}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dmoe_var.distributed import is_main
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.files import note, write_text
 
@@ -70,8 +71,6 @@ class Tracking:
             return None
         import wandb
 
-        # Offline there is no run to go on with: wandb sync joins what has the same id.
-        further: dict[str, Any] = {"resume": "allow"} if again and self.mode == "online" else {}
         try:
             return wandb.init(
                 project="dmoe-var",
@@ -82,7 +81,8 @@ class Tracking:
                 mode=self.mode,
                 config=dict(config),
                 id=run_id,
-                **further,
+                # Offline there is no run to go on with: wandb sync joins what has the same id.
+                resume="allow" if again and self.mode == "online" else None,
             )
         except Exception as error:  # of the network, the server, its own service process
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -97,10 +97,8 @@ class Tracking:
         """Log the numbers of a point of a sweep, which has no steps, once as a run of wandb."""
         run = self.start(folder, config)
         if run is not None:
-            try:
-                run.log(dict(metrics))
-            finally:
-                run.finish()
+            run.log(dict(metrics))
+            run.finish()
 
 
 OFF = Tracking()
@@ -110,10 +108,8 @@ RUN_ID_FILE = "wandb_run.txt"
 
 
 class MetricsLog:
-    """Appends a JSON line per logged step; a resumed run first drops the lines it will write again.
-
-    Use as a context manager.
-    """
+    """Appends a JSON line per logged step, in the main process alone; a resumed run first drops the
+    lines it will write again. Use as a context manager."""
 
     def __init__(
         self,
@@ -121,13 +117,10 @@ class MetricsLog:
         resume_step: int = 0,
         tracking: Tracking = OFF,
         config: Mapping[str, Any] | None = None,
-        enabled: bool = True,
     ):
-        """`enabled` is False for the processes of a run that do not log."""
-        self.enabled = enabled
         self._wandb = None
         self.path = folder / "metrics.jsonl"
-        if not enabled:
+        if not is_main():
             return
         kept = [line for line in read_lines(self.path, step=int) if line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -141,7 +134,7 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics of a step; step counts finished steps, from 1."""
-        if not self.enabled:
+        if not is_main():
             return
         line = {"step": step, **metrics}
         with self.path.open("a", encoding="utf-8") as file:
@@ -154,7 +147,7 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._wandb is not None:
-            self._wandb.finish(*(() if kind is None else (1,)))
+            self._wandb.finish(0 if kind is None else 1)
 
 
 def read_lines(path: Path, **kinds: type | tuple[type, ...]) -> list[dict[str, Any]]:
@@ -175,9 +168,6 @@ def _parsed(line: bytes, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[s
     """Parse a JSON object with these keys; return None for anything else."""
     try:
         content = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        return content if all(isinstance(content[key], kinds[key]) for key in kinds) else None
+    except (ValueError, TypeError, KeyError):
         return None
-    if not isinstance(content, dict):
-        return None
-    fits = all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-    return content if fits else None

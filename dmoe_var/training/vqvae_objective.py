@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dmoe_var.config_fields import Share
 from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.objectives import Mean
+from dmoe_var.training.objectives import VALIDATION_BATCH, Mean
 from dmoe_var.training.step import OptimConfig
 
 HIT_MOMENTUM = 0.9
 PERCEPTUAL_BLOCKS = (0, 2, 4)
-VALIDATION_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class VQVAETrainingConfig(OptimConfig):
     """Side in pixels of the images that this network sees."""
     restart_every: Annotated[int, Field(gt=0)] = 25
     """Steps from one restart of dead codes to the next."""
-    restart_until: Annotated[float, Field(ge=0, le=1)] = 0.8
+    restart_until: Share = 0.8
     """Share of the steps after which codes are restarted no more."""
     dead_below: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """A code is dead if it is hit less than this times the mean, in a running count over scales."""
@@ -72,8 +72,7 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False).eval()
 
     def _features(self, images_B3RR: Tensor) -> list[Tensor]:
-        size = (self.input_size, self.input_size)
-        x = F.interpolate(images_B3RR, size=size, mode="bilinear", antialias=True)
+        x = F.interpolate(images_B3RR, self.input_size, mode="bilinear", antialias=True)
         x = self.stem(x)
         features = []
         for i, block in enumerate(self.blocks):

@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var.conversion.hoyer import (
-    ActivationProbe,
-    hoyer,
-    inactive_share,
-    shifted_pre_activation,
-)
+from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
 
 H = 12
 
@@ -22,14 +17,14 @@ def random_activations(*shape):
 
 
 def naive_hoyer(a_BLH):
-    values = []
-    for row in a_BLH.flatten(0, 1).tolist():
-        values.append(sum(map(abs, row)) ** 2 / (sum(v * v for v in row) + 1e-15))
+    values = [
+        sum(map(abs, row)) ** 2 / (sum(v * v for v in row) + 1e-15)
+        for row in a_BLH.flatten(0, 1).tolist()
+    ]
     return torch.tensor(sum(values) / len(values), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("active", [0, 1, 5, H])
-@pytest.mark.parametrize("value", [1e-3, 1.0, -50.0])
+@pytest.mark.parametrize(("active", "value"), [(0, 1.0), (1, -50.0), (5, 1e-3), (H, 1.0)])
 def test_equal_activations_count_the_active_neurons(active, value):
     a_BLH = torch.zeros(2, 3, H, dtype=torch.float64)
     a_BLH[..., :active] = value
@@ -44,7 +39,7 @@ def test_mean_over_tokens_by_loops():
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2],
+    [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
 )
 def test_half_precisions_are_measured_in_float32(dtype, expected):
     a_BLH = random_activations(2, 5, H).to(dtype)
@@ -63,17 +58,11 @@ def test_shifted_pre_activation():
     assert shifted_pre_activation(z).tolist() == [0.0, 0.0, 0.5, 10.0, 14.0]
 
 
-def test_inactive_share_counts_the_given_tokens():
-    a_BLH = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [2.0, 3.0]]])
-    shares = [inactive_share(a_BLH, s).item() for s in (slice(0, 1), slice(1, 3), slice(None))]
-    assert shares == [0.5, 0.5, 0.5]
-    assert inactive_share(a_BLH, slice(1, 2)).item() == 1.0
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("pre_activation", [False, True])
 def test_the_probe_shows_activations(make_var, make_teacher, pre_activation):
-    """Layer by layer, as they are computed, until nobody looks."""
+    """Layer by layer, as they are computed, until nobody looks. What `see` gives back, which a hook
+    would put in the place of the activation, changes nothing."""
     var, entering, shown = make_var(activation="relu"), [], []
     inputs = torch.tensor([1, 2]), make_teacher(var)
     for block in var.blocks:
@@ -82,7 +71,7 @@ def test_the_probe_shows_activations(make_var, make_teacher, pre_activation):
     unseen = var(*inputs)
     assert shown == []
     entering.clear()
-    probe.see = lambda layer, a_BLH: shown.append((layer, a_BLH))
+    probe.see = lambda layer, a_BLH: shown.append((layer, a_BLH)) or torch.zeros_like(a_BLH)
     assert torch.equal(var(*inputs), unseen)
     assert [layer for layer, _ in shown] == [0, 1]
     for block, x_BLC, (_, found) in zip(var.blocks, entering, shown, strict=True):
@@ -91,20 +80,3 @@ def test_the_probe_shows_activations(make_var, make_teacher, pre_activation):
     probe.see = None
     var(*inputs)
     assert len(shown) == 2
-
-
-def test_what_the_probe_is_given_back_changes_nothing(make_var, make_teacher):
-    """A hook that returned something would replace the activation."""
-    var = make_var()
-    inputs = torch.tensor([1, 2]), make_teacher(var)
-    expected = var(*inputs)
-    ActivationProbe(var).see = lambda layer, a_BLH: torch.zeros_like(a_BLH)
-    assert torch.equal(var(*inputs), expected)
-
-
-def test_gradient_flows_through_shown_activations(make_var, make_teacher):
-    var, measures = make_var(activation="relu"), []
-    ActivationProbe(var).see = lambda layer, a_BLH: measures.append(hoyer(a_BLH))
-    var(torch.tensor([1, 2]), make_teacher(var))
-    torch.stack(measures).mean().backward()
-    assert all(block.ffn.fc1.weight.grad.any() for block in var.blocks)

@@ -40,19 +40,13 @@ def hidden_activations(var, labels, teacher, scales):
     ]
 
 
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("act", ["gelu", "relu"])
+@pytest.mark.parametrize(("act", "signed"), [("relu", False), ("gelu", False), ("gelu", True)])
 def test_means_are_over_tokens_of_the_scales_and_both_branches(make_var, make_teacher, act, signed):
     var = make_var(activation=act).double()
     labels, teacher = inputs(var, make_teacher)
     null = torch.full_like(labels, var.config.num_classes)
-    expected = [
-        torch.cat(branches)
-        for branches in zip(
-            *(hidden_activations(var, each, teacher, SCALES) for each in (labels, null)),
-            strict=True,
-        )
-    ]
+    branches = [hidden_activations(var, each, teacher, SCALES) for each in (labels, null)]
+    expected = map(torch.cat, zip(*branches, strict=True))
     batches = [(labels[:3], teacher[:3]), (labels[3:], teacher[3:])]
 
     means = mean_activations(var, batches, SCALES, signed)
@@ -91,15 +85,15 @@ def test_processes_add_up_sums_and_tokens(make_var, make_teacher, monkeypatch):
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.5, 0.7, 0.99, 1 - 2**-53])
+@pytest.mark.parametrize(
+    ("share", "dropped"), [(0, 0), (0.1, 3), (0.3, 11), (0.7, 25), (1 - 2**-53, 36)]
+)
 @pytest.mark.parametrize("num_values", [3, 10**6], ids=["ties", "no ties"])
-def test_neurons_of_lowest_mean_go(share, num_values):
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        means = torch.randint(num_values, (37,), generator=generator).double() - 1
-        order = sorted(range(37), key=lambda h: (means[h].item(), h))
-        dropped = {0: 0, 0.1: 3, 0.3: 11, 0.5: 18, 0.7: 25}.get(share, 36)
-        assert kept_neurons(means, share).tolist() == sorted(order[dropped:])
+def test_neurons_of_lowest_mean_go(share, dropped, num_values):
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randint(num_values, (37,), generator=generator).double() - 1
+    order = sorted(range(37), key=lambda h: (means[h].item(), h))
+    assert kept_neurons(means, share).tolist() == sorted(order[dropped:])
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
@@ -124,8 +118,7 @@ def test_the_rules_differ(make_var, make_teacher):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share", [0, 0.3, 0.75, 0.999])
-@pytest.mark.parametrize("act", ["gelu", "relu"])
+@pytest.mark.parametrize(("act", "share"), [("gelu", 0), ("gelu", 0.3), ("relu", 0.999)])
 def test_a_pruned_model_is_the_dense_one_with_activations_zeroed(
     make_var, make_teacher, head_inputs, act, share
 ):
@@ -167,7 +160,7 @@ def test_the_dense_model_is_left_as_it_is_and_shares_the_rest(make_var):
 
 def test_every_whole_hidden_width_is_exact():
     """mlp_ratio is all that a configuration holds of it."""
-    for width in (1, 7, 64, 100, 1280, 1920):
+    for width in (7, 64, 1920):
         config = VARConfig(depth=1, width=width, num_heads=1)
         for hidden in range(1, 4 * width + 1, max(1, width // 60)):
             assert replace(config, mlp_ratio=hidden / width).hidden == hidden
@@ -180,7 +173,7 @@ def test_what_cannot_be_pruned_raises(make_var, make_moe, make_teacher):
         lambda: prune(moe, 0.5, means),
         lambda: mean_activations(moe, [inputs(var, make_teacher)], SCALES),
     ):
-        with pytest.raises(ValueError, match="a model with experts cannot be pruned"):
+        with pytest.raises(ValueError, match="the model has experts already"):
             call()
     for wrong in (means[:1], [torch.ones(7)] * 2):
         with pytest.raises(ValueError, match="one for each neuron of each layer"):

@@ -13,12 +13,7 @@ from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
 
 C, H = 16, 48
-ALL_ON = [
-    None,
-    Routing(All()),
-    Routing(Threshold(0), impl="grouped"),
-    Routing(Threshold(0), impl="reference"),
-]
+ALL_ON = [None, Routing(All()), *(Routing(Threshold(0), impl=i) for i in ("grouped", "reference"))]
 
 
 def random_labels(num_neurons, expert_size, seed):
@@ -26,12 +21,12 @@ def random_labels(num_neurons, expert_size, seed):
     return torch.randperm(num_neurons, generator=generator) // expert_size
 
 
-def split_ffn(dtype, act="relu", expert_size=8, seed=0):
-    """An FFN with biases, and its experts under random labels."""
-    torch.manual_seed(seed)
-    ffn = FFN(C, H, act).to(dtype)
-    experts = MoEFFN(C, H, act, ExpertConfig(expert_size)).to(dtype)
-    labels = random_labels(H, expert_size, seed)
+def split_ffn(act="relu", expert_size=8):
+    """An FFN with biases in float64, and its experts under random labels."""
+    torch.manual_seed(0)
+    ffn = FFN(C, H, act).double()
+    experts = MoEFFN(C, H, act, ExpertConfig(expert_size)).double()
+    labels = random_labels(H, expert_size, seed=0)
     fill_experts(experts, ffn, labels)
     return ffn, experts, labels
 
@@ -39,19 +34,17 @@ def split_ffn(dtype, act="relu", expert_size=8, seed=0):
 @torch.no_grad()
 @pytest.mark.parametrize("routing", ALL_ON, ids=str)
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-@pytest.mark.parametrize("expert_size", [1, 8, H])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_every_expert_on_is_the_ffn(routing, act, expert_size, dtype, tolerance):
-    for seed in range(3):
-        ffn, experts, _ = split_ffn(dtype, act, expert_size, seed)
-        x_BLC = torch.randn(2, 7, C, dtype=dtype)
+def test_every_expert_on_is_the_ffn(routing, act):
+    for expert_size in (1, 8, H):
+        ffn, experts, _ = split_ffn(act, expert_size)
+        x_BLC = torch.randn(2, 7, C, dtype=torch.float64)
         expected = ffn(x_BLC)
-        assert (experts(x_BLC, routing) - expected).norm() <= tolerance * expected.norm()
+        assert (experts(x_BLC, routing) - expected).norm() <= 1e-12 * expected.norm()
 
 
 @torch.no_grad()
 def test_neurons_go_where_the_labels_say():
-    ffn, experts, labels = split_ffn(torch.float64)
+    ffn, experts, labels = split_ffn()
     x_BLC = torch.randn(1, 3, C, dtype=torch.float64)
     h_BLH = ffn.fc1(x_BLC).clamp_min(0)
     norms = experts.true_norms(x_BLC)
@@ -79,49 +72,39 @@ def test_split_model_is_the_relu_model(make_var, make_teacher, head_inputs):
 def test_the_split_is_a_copy_and_leaves_the_global_generator_alone(make_var):
     var = make_var().train()
     before, state = {k: t.clone() for k, t in var.state_dict().items()}, torch.get_rng_state()
-    moe = convert_to_moe(var, 128)
+    labels = [random_labels(256, 128, seed=0)] * 2
+    moe = convert_to_moe(var, router_hidden=5, labels=labels)
     assert torch.equal(torch.get_rng_state(), state)
     assert moe.training
+    assert moe.blocks[0].ffn.router.fc1.weight.shape == (5, 64)
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.zero_()
     assert all(torch.equal(t, before[k]) for k, t in var.state_dict().items())
 
 
-def test_the_seed_decides(make_var):
-    var = make_var()
-    first, again, other = (convert_to_moe(var, 64, seed=s).state_dict() for s in (0, 0, 1))
-    assert all(torch.equal(again[k], t) for k, t in first.items())
-    assert not torch.equal(
-        first["blocks.0.ffn.router.fc1.weight"], other["blocks.0.ffn.router.fc1.weight"]
-    )
-
-
 def test_layers_are_clustered_one_by_one(make_var):
-    """As the whole model is: whoever clusters a layer, its experts are the same."""
+    """As the whole model is: whoever clusters a layer, its experts are the same. The seed decides,
+    of the routers too."""
     var = make_var()
     labels = [cluster_layer(var, layer, 64, seed=1) for layer in (1, 0)][::-1]
     assert not torch.equal(labels[0], labels[1])
     ours = convert_to_moe(var, 64, seed=1, labels=labels).state_dict()
     theirs = convert_to_moe(var, 64, seed=1).state_dict()
     assert all(torch.equal(ours[k], t) for k, t in theirs.items())
-
-
-def test_router_width(make_var):
-    moe = convert_to_moe(make_var(), 128, router_hidden=5)
-    assert moe.blocks[0].ffn.router.fc1.weight.shape == (5, 64)
+    other = convert_to_moe(var, 64, seed=2, labels=labels).state_dict()
+    router = "blocks.0.ffn.router.fc1.weight"
+    assert not torch.equal(ours[router], other[router])
 
 
 @pytest.mark.parametrize(
     "labels",
     [
         torch.zeros(H, dtype=torch.long),
-        torch.arange(H) // 8 + 1,
         torch.arange(H) // 8 - 1,
-        torch.arange(H) // 4,
         torch.arange(H - 8) // 8,
     ],
-    ids=["one expert", "an expert too many", "negative", "half the size", "neurons left over"],
+    ids=["one expert", "negative", "neurons left over"],
 )
 def test_labels_that_are_no_balanced_split_raise(labels):
     ffn, experts = FFN(C, H, "relu"), MoEFFN(C, H, "relu", ExpertConfig(8))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.token_cache import tokenize
-from dmoe_var.models.blocks import whole
-from dmoe_var.training.loop import BatchOrder, parameter_groups, train
+from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import (
     ConversionConfig,
     SparsifyConfig,
@@ -21,7 +19,7 @@ from dmoe_var.training.objectives import (
     VARTrainingConfig,
 )
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective
-from dmoe_var.training.step import Run, step_seed
+from dmoe_var.training.step import Run
 from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
 
 NUM_TRAINING, NUM_HELD_OUT = 20, 10
@@ -123,39 +121,13 @@ def run_in():
     return run_in
 
 
-@pytest.fixture(scope="session")
-def plain_run():
-    """plain_run(objective, config): the same training in a few lines, on whole batches, with the
-    optimiser that torch implements tensor by tensor."""
-
-    def plain_run(objective, config):
-        module = objective.module
-        groups = parameter_groups(module, config.weight_decay)
-        options = {"betas": config.betas, "fused": False, "foreach": False}
-        optimizer = torch.optim.AdamW(groups, **options)
-        order = BatchOrder(objective.num_examples, config.batch_size, SEED)
-        for step in range(config.steps):
-            module.train()
-            torch.manual_seed(step_seed(SEED, step))
-            indices_B = order.batch(step)
-            optimizer.zero_grad()
-            loss, _ = objective.loss(indices_B, step, config.steps, whole(len(indices_B)))
-            loss.backward()
-            trained = [p for group in groups for p in group["params"] if p.grad is not None]
-            norm = sum(float(p.grad.square().sum()) for p in trained) ** 0.5
-            for parameter in trained:
-                parameter.grad *= min(1.0, config.clip / (norm + 1e-6))
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(step, config.steps)
-            optimizer.step()
-        return module
-
-    return plain_run
-
-
 @pytest.fixture
 def batch(tokens, vqvae):
     """Tokens (B, L), labels (B,) and teacher input of the whole training set."""
-    tokens_BL, labels_B = tokens[0].batch(torch.arange(NUM_TRAINING))
-    teacher_BLC = vqvae.teacher_input(tokens[0].by_scale(tokens_BL))
-    return SimpleNamespace(tokens_BL=tokens_BL, labels_B=labels_B, teacher_BLC=teacher_BLC)
+    return tokens[0].teacher_forced(torch.arange(NUM_TRAINING), vqvae)
+
+
+@pytest.fixture
+def held_out(tokens, vqvae):
+    """The same of all held-out images."""
+    return tokens[1].teacher_forced(torch.arange(NUM_HELD_OUT), vqvae)

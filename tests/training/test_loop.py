@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from dmoe_var.errors import TrainingDiverged
-from dmoe_var.models.blocks import whole
 from dmoe_var.training.loop import BatchOrder, parameter_groups
 from dmoe_var.training.state import STATE_FILE, StateFile
-from dmoe_var.training.step import OptimConfig, step_seed
-
-KINDS = ("vqvae", "var", "sparsify", "router")
-SEED = 3
-"""Of every run here."""
+from dmoe_var.training.step import OptimConfig
 
 
 class Interrupted(Exception):
@@ -46,15 +41,12 @@ def assert_same_weights(a, b):
     torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
 
 
-COSINE = [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
-
-
 @pytest.mark.parametrize(
     ("schedule", "high"),
     [
-        ("constant", [1, 1, 1, 1, 1, 1]),
-        ("linear", [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
-        ("cosine", COSINE),
+        ("constant", [1] * 6),
+        ("linear", [1 - k / 6 for k in range(6)]),
+        ("cosine", [(1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]),
     ],
 )
 def test_learning_rate(schedule, high):
@@ -64,22 +56,11 @@ def test_learning_rate(schedule, high):
     assert rates == pytest.approx([1.0, 2.0, *(3 * h + 1 * (1 - h) for h in high)])
 
 
-def test_the_optimiser_gets_the_schedule(toy, run_in, tmp_path):
-    """AdamW's first step moves every weight by its rate, here half of lr (nothing decays)."""
-    config = OptimConfig(steps=1, lr=0.5, warmup=1.0, weight_decay=0.0)
-    objective = toy()
-    before = objective.module.weight.clone()
-    run_in(tmp_path, objective, config)
-    moved = (objective.module.weight - before).abs()
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.25), rtol=1e-3, atol=0)
-
-
 @pytest.mark.parametrize(
     ("length", "batch_size", "expected"),
     [
         ({"steps": 7}, 4, 7),
         ({"epochs": 2}, 4, 5),
-        ({"epochs": 1}, 4, 3),
         ({"epochs": 1.3}, 4, 4),
         ({"epochs": 0.01}, 4, 1),
         ({"epochs": 2}, 64, 2),
@@ -88,25 +69,6 @@ def test_the_optimiser_gets_the_schedule(toy, run_in, tmp_path):
 def test_number_of_steps(length, batch_size, expected):
     """Of ten examples; a batch is never larger than the set, and every epoch is finished."""
     assert OptimConfig(**length, batch_size=batch_size).num_steps(10) == expected
-
-
-@pytest.mark.parametrize("clip", [1e-8, 1e-6, 1e3])
-def test_the_gradient_is_clipped(toy, run_in, tmp_path, clip):
-    """AdamW's first step is lr * g / (|g| + 1e-8): a gradient as small as that shows in it."""
-    objective, plain = toy(), toy()
-    torch.manual_seed(step_seed(SEED, 0))
-    indices = BatchOrder(plain.num_examples, 8, SEED).batch(0)
-    loss, _ = plain.loss(indices, 0, 1, whole(8))
-    gradients = [g.double() for g in torch.autograd.grad(loss, list(plain.module.parameters()))]
-    norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
-    assert 1e-3 < norm < 1e3
-    config = OptimConfig(steps=1, batch_size=8, lr=0.5, clip=clip, weight_decay=0.0)
-    run_in(tmp_path, objective, config)
-    parameters = zip(objective.module.parameters(), plain.module.parameters(), strict=True)
-    for (after, before), gradient in zip(parameters, gradients, strict=True):
-        clipped = gradient * min(1.0, clip / norm)
-        expected = before.double() - 0.5 * clipped / (clipped.abs() + 1e-8)
-        torch.testing.assert_close(after.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_training_goes_on_in_train_mode_after_a_validation(toy, run_in, tmp_path):
@@ -135,21 +97,13 @@ def test_batches_are_shuffled_epochs_and_follow_from_the_step(num, size):
     assert not torch.equal(torch.cat(others), torch.cat(batches[:4]))
 
 
-DENSE_FFN = {"blocks.0.ffn.fc1.weight", "blocks.0.ffn.fc2.weight"}
-EXPERT_FFN = {f"blocks.0.ffn.{n}" for n in ("w1_EDC", "w2_EDC")} | {
-    f"blocks.0.ffn.router.{n}.weight" for n in ("fc1", "fc2")
+DENSE_FFN = {f"blocks.0.ffn.{name}" for name in ("fc1.weight", "fc2.weight")}
+EXPERT_FFN = {
+    f"blocks.0.ffn.{name}"
+    for name in ("w1_EDC", "w2_EDC", "router.fc1.weight", "router.fc2.weight")
 }
-VAR_MATRICES = {
-    f"{name}.weight"
-    for name in (
-        "word_embed",
-        "class_emb",
-        "blocks.0.attn.mat_qkv",
-        "blocks.0.attn.proj",
-        "head_nm.ada_lin.1",
-        "head",
-    )
-}
+ATTENTION = {f"blocks.0.attn.{name}.weight" for name in ("mat_qkv", "proj")}
+OTHERS = {f"{name}.weight" for name in ("word_embed", "class_emb", "head_nm.ada_lin.1", "head")}
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -162,76 +116,62 @@ def test_what_decays(experts, shared, make_var, make_moe):
     decayed, spared = parameter_groups(module, 0.1)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     adaln = "shared_ada_lin.1.weight" if shared else "blocks.0.ada_lin.1.weight"
-    expected = VAR_MATRICES | {adaln} | (EXPERT_FFN if experts else DENSE_FFN)
+    expected = OTHERS | ATTENTION | {adaln} | (EXPERT_FFN if experts else DENSE_FFN)
     assert {names[p] for p in decayed["params"]} == expected
     assert {names[p] for p in spared["params"]} == set(names.values()) - expected
 
 
-def test_frozen_parameters_are_in_no_group(make_var):
-    var = make_var()
-    var.head.requires_grad_(False)
-    ours = {id(p) for group in parameter_groups(var, 0.1) for p in group["params"]}
-    assert ours == {id(p) for p in var.parameters()} - {id(p) for p in var.head.parameters()}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_three_and_three_steps_are_six(kind, build, run_in, tmp_path):
-    """Stopped after step 4, where only step 3 is stored, and started again: bitwise the same."""
-    whole, config = build(kind)
+@pytest.mark.parametrize("kind", ["vqvae", "sparsify", "router"])
+def test_two_and_two_steps_are_four(kind, build, run_in, tmp_path):
+    """Stopped after step 3, where only step 2 is stored, and started again: bitwise the same.
+    Started once more, nothing trains again, as where a kill came after the last step."""
+    whole, config = build(kind, steps=4, checkpoint_every=2)
     metrics = run_in(tmp_path / "whole", whole, config)
+    written = lines(tmp_path / "whole")
+    assert [line["step"] for line in written] == [1, 2, 2, 3, 4, 4]
     parts = tmp_path / "parts"
     with pytest.raises(Interrupted):
-        run_in(parts, stop_before(build(kind)[0], 4), config)
-    assert lines(parts) == lines(tmp_path / "whole")[: len(lines(parts))]
-    rest = build(kind)[0]
-    assert run_in(parts, rest, config) == metrics
-    assert_same_weights(rest.module, whole.module)
-    assert lines(parts) == lines(tmp_path / "whole")
-    assert [line["step"] for line in lines(parts)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+        run_in(parts, stop_before(build(kind)[0], 3), config)
+    assert lines(parts) == written[:4]
+    for stop in (None, 0):
+        rest = stop_before(build(kind)[0], stop)
+        assert run_in(parts, rest, config) == metrics
+        assert_same_weights(rest.module, whole.module)
+        assert lines(parts) == written
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stopped_after_its_last_step(kind, build, run_in, tmp_path):
-    """All is trained, but the stage was not finished: nothing trains again."""
-    whole, config = build(kind)
-    metrics = run_in(tmp_path, whole, config)
-    written = lines(tmp_path)
-    again = stop_before(build(kind)[0], 0)
-    assert run_in(tmp_path, again, config) == metrics
-    assert_same_weights(again.module, whole.module)
-    assert lines(tmp_path) == written
-
-
-def test_unused_parameters_do_not_keep_a_run_from_resuming(make_vqvae, digits, run_in, tmp_path):
-    """Three scales reach three of four phi: the other never gets a gradient."""
-    from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
-
-    config = VQVAETrainingConfig(steps=2, batch_size=4, checkpoint_every=1)
-    vqvae = make_vqvae(patch_nums=(1, 2, 4), num_phi=4)
+def test_unused_parameters_do_not_keep_a_run_from_resuming(toy, run_in, tmp_path):
+    """They never get a gradient, as a phi that no scale reaches."""
+    config = OptimConfig(steps=2, checkpoint_every=1)
+    first, rest = toy(), toy()
+    for objective in (first, rest):
+        objective.module.unused = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(Interrupted):
-        run_in(tmp_path, stop_before(VQVAEObjective(vqvae, *digits, config), 1), config)
-    run_in(tmp_path, VQVAEObjective(vqvae, *digits, config), config)
+        run_in(tmp_path, stop_before(first, 1), config)
+    run_in(tmp_path, rest, config)
+    assert rest.module.unused.item() == 1
 
 
 def spoilt_value(loss, module):
     return loss * torch.nan
 
 
-def infinite_value(loss, module):
-    return loss / 0
-
-
 def spoilt_gradient(loss, module):
     return loss + (module.weight * 0).sum().sqrt()
 
 
-@pytest.mark.parametrize("spoil", [spoilt_value, infinite_value, spoilt_gradient])
-def test_divergence_names_the_step_and_keeps_the_last_good_state(spoil, toy, run_in, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(spoilt_value, "loss is nan"), (spoilt_gradient, "gradient norm is nan")],
+)
+def test_divergence_names_the_step_and_keeps_the_last_good_state(
+    spoil, said, toy, run_in, tmp_path
+):
     config = OptimConfig(steps=6, batch_size=4, checkpoint_every=3)
     state, good = tmp_path / "bad" / STATE_FILE, tmp_path / "good"
-    with pytest.raises(TrainingDiverged, match=f"at step 5; the last good state is {state}") as e:
+    said = f"^test: {said} at step 5; the last good state is {state}$"
+    with pytest.raises(TrainingDiverged, match=said):
         run_in(tmp_path / "bad", toy(bad_step=4, spoil=spoil), config)
-    assert "\n" not in str(e.value)
     with pytest.raises(Interrupted):
         run_in(good, stop_before(toy(), 4), config)
     assert state.read_bytes() == (good / STATE_FILE).read_bytes()
@@ -260,7 +200,7 @@ def within_blocks_and_head(name):
     ],
 )
 def test_what_is_frozen_stays(kind, fields, trains, build, run_in, tmp_path):
-    objective, config = build(kind, weight_decay=0.1, **fields)
+    objective, config = build(kind, steps=1, weight_decay=0.1, **fields)
     before = {name: p.detach().clone() for name, p in objective.var.named_parameters()}
     run_in(tmp_path, objective, config)
     after = dict(objective.var.named_parameters())

@@ -47,35 +47,17 @@ def pre_activations(var):
         hook.remove()
 
 
-@pytest.fixture
-def held_out(tokens, vqvae):
-    """Tokens, labels and teacher input of all held-out images."""
-    tokens_BL, labels_B = tokens[1].batch(torch.arange(len(tokens[1])))
-    return tokens_BL, labels_B, vqvae.teacher_input(tokens[1].by_scale(tokens_BL))
-
-
 def test_cross_entropy_weighs_all_tokens_alike(build, batch):
     objective, _ = build("var")
     loss, _ = objective.loss(ALL, 0, 6, whole(20))
-    logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
-    naive = naive_cross_entropy(logits_BLV, batch.tokens_BL).sum() / batch.tokens_BL.numel()
+    tokens_BL, *inputs = batch
+    naive = naive_cross_entropy(objective.var(*inputs), tokens_BL).sum() / tokens_BL.numel()
     torch.testing.assert_close(loss.detach(), naive)
 
 
-def test_labels_drop_in_training_alone(build, batch):
-    objective, _ = build("var")
-    var = objective.var
-    null = torch.full_like(batch.labels_B, var.config.num_classes)
-    assert torch.equal(var.drop_labels(batch.labels_B), batch.labels_B)
-    torch.manual_seed(0)
-    dropped = var.train().drop_labels(batch.labels_B.repeat(100)) == null[0]
-    assert float(dropped.float().mean()) == pytest.approx(var.config.label_drop, abs=0.03)
-
-
-@pytest.mark.parametrize("batch_size", [128, 4])
-def test_validation_by_scale(build, held_out, monkeypatch, batch_size):
-    """Whatever the batch; the last one is smaller."""
-    monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", batch_size)
+def test_validation_by_scale(build, held_out, monkeypatch):
+    """By batches of which the last one is smaller."""
+    monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)
     objective, _ = build("var")
     tokens_BL, *inputs = held_out
     with torch.no_grad():
@@ -102,60 +84,53 @@ def test_alpha_warms_up(warmup, expected):
     assert [config.alpha_at(step, 4) for step in range(4)] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("scales", ["all", "last3", (0, 2)])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(
+    ("activation", "scales"), [("relu", "all"), ("relu", "last3"), ("gelu", (0, 2))]
+)
 def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activation, scales):
     """Of the tokens of some scales (1, 4, 9 and 16 tokens there are). Hoyer on ReLU's output;
     without ReLU on the clamped and shifted pre-activations."""
     learnt = {"all": range(30), "last3": range(1, 30), (0, 2): [0, *range(5, 14)]}[scales]
-    objective, _ = build(
-        "sparsify",
-        alpha=0.3,
-        alpha_warmup=0.5,
-        activation=activation,
-        conversion={"scales": scales},
-    )
+    fields = {"alpha": 0.3, "alpha_warmup": 0.5, "activation": activation}
+    objective, _ = build("sparsify", conversion={"scales": scales}, **fields)
     with torch.no_grad(), pre_activations(objective.var) as layers:
         loss, logged = objective.loss(ALL, 0, 6, whole(20))
-        logits_BLV = objective.var(batch.labels_B, batch.teacher_BLC)
+        logits_BLV = objective.var(*batch[1:])
     z = [z_BLH[:, list(learnt)] for z_BLH in layers[: objective.var.config.depth]]
     made_sparse = [a.clamp(min=0) if activation == "relu" else a.clamp(min=-10) + 10 for a in z]
     hoyer = sum(map(naive_hoyer, made_sparse)) / len(made_sparse)
-    cross_entropy_BL = naive_cross_entropy(logits_BLV, batch.tokens_BL)
+    cross_entropy_BL = naive_cross_entropy(logits_BLV, batch[0])
     cross_entropy = float(cross_entropy_BL[:, list(learnt)].mean())
     assert logged == pytest.approx({"ce": cross_entropy, "hoyer": hoyer, "alpha": 0.1}, rel=1e-4)
     assert loss.item() == pytest.approx(cross_entropy + 0.1 * hoyer, rel=1e-4)
 
 
-@pytest.mark.parametrize("num_scales", [2, 3, 10])
-def test_names_of_scales(num_scales):
-    every = tuple(range(num_scales))
-    assert ConversionConfig(scales="all").scale_numbers(num_scales) == every
-    last = tuple(si for si in every if si >= num_scales - 3)
-    assert ConversionConfig(scales="last3").scale_numbers(num_scales) == last
-    assert ConversionConfig(scales=(1,)).scale_numbers(num_scales) == (1,)
+@pytest.mark.parametrize(
+    ("scales", "num_scales", "expected"),
+    [("all", 4, (0, 1, 2, 3)), ("last3", 4, (1, 2, 3)), ("last3", 2, (0, 1)), ((1,), 4, (1,))],
+)
+def test_names_of_scales(scales, num_scales, expected):
+    assert ConversionConfig(scales=scales).scale_numbers(num_scales) == expected
 
 
 def test_fine_tuning_drops_labels_and_validation_does_not(build, run_in, tmp_path):
-    objective, config = build("sparsify", var={"label_drop": 0.5})
+    objective, config = build("sparsify", steps=2, var={"label_drop": 0.5})
     var, seen = objective.var, {True: [], False: []}
     var.class_emb.register_forward_pre_hook(lambda _, args: seen[var.training].append(args[0]))
     run_in(tmp_path, objective, config)
     share = {mode: float((torch.cat(s) == 10).float().mean()) for mode, s in seen.items()}
-    assert share[True] == pytest.approx(0.5, abs=0.2)
+    assert share[True] == pytest.approx(0.5, abs=0.3)
     assert share[False] == 0
 
 
-CHECKPOINTED = [
-    ("var", {}),
-    ("sparsify", {"alpha": 0.5}),
-    ("sparsify", {"alpha": 0.5, "activation": "gelu", "conversion": {"scales": "last3"}}),
-    ("sparsify", {"alpha": 0.5, "conversion": {"train": "ffn"}}),
-]
-
-
-@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "fields"), CHECKPOINTED)
+@pytest.mark.parametrize(
+    ("kind", "fields", "amp_dtype"),
+    [
+        ("var", {}, torch.bfloat16),
+        ("sparsify", {"alpha": 0.5, "conversion": {"scales": "last3"}}, torch.bfloat16),
+        ("sparsify", {"alpha": 0.5, "conversion": {"train": "ffn"}}, torch.float32),
+    ],
+)
 def test_activation_checkpointing_gives_the_same_gradients(kind, fields, amp_dtype, build):
     """Bitwise; half of the residual branches and of the labels are dropped."""
     found = []
@@ -166,13 +141,12 @@ def test_activation_checkpointing_gives_the_same_gradients(kind, fields, amp_dty
         torch.manual_seed(7)
         with torch.autocast("cpu", amp_dtype, enabled=amp_dtype != torch.float32):
             loss, _ = objective.loss(ALL[:8], 0, 6, whole(8))
-        (loss * 0.25).backward()
+        loss.backward()
         named = objective.module.named_parameters()
-        found.append({name: p.grad for name, p in named if p.grad is not None})
-        found.append(loss.detach())
-    assert found[0]
-    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
-    assert torch.equal(found[3], found[1])
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
+        found.append({"loss": loss.detach(), **gradients})
+    assert len(found[0]) > 1
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def bytes_kept(objective):
@@ -222,7 +196,7 @@ def test_inactive_share_by_layer_and_scale(build, held_out):
     assert metrics["val_hoyer"] == pytest.approx(hoyer, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["vqvae", "var", "sparsify", "router"])
+@pytest.mark.parametrize("kind", ["vqvae", "sparsify", "router"])
 def test_validation_has_no_chance_and_no_effect(build, kind):
     objective, _ = build(kind)
     before = {name: t.clone() for name, t in objective.module.state_dict().items()}

@@ -23,55 +23,24 @@ SECONDS = 300
 REHEARSED = 2
 """Micro-batches that the main process tries before a run."""
 LENGTH = {
-    "steps": 4,
-    "batch_size": 8,
-    "log_every": 1,
-    "validate_every": 2,
-    "checkpoint_every": 2,
-}
+    "steps": 4, "batch_size": 8, "log_every": 1, "validate_every": 2, "checkpoint_every": 2
+}  # fmt: skip
 FINE_TUNING = {"alpha": 0.1, "alpha_warmup": 0.5}
 CASES = {
-    "sparsify-halves": ("sparsify", {**FINE_TUNING}),
-    "sparsify-3": ("sparsify", {**FINE_TUNING, "micro_batch_size": 3}),
-    "sparsify-8": ("sparsify", {**FINE_TUNING, "micro_batch_size": 8}),
-    "sparsify-1": ("sparsify", {**FINE_TUNING, "batch_size": 1}),
-    "sparsify-ffn": (
-        "sparsify",
-        {
-            **FINE_TUNING,
-            "micro_batch_size": 3,
-            "activation_checkpointing": True,
-            "conversion": {"train": "ffn", "scales": "last3"},
-        },
-    ),
-    "router-halves": ("router", {"batch_size": 7}),
-    "router-3": ("router", {"micro_batch_size": 3}),
-    "router-8": ("router", {"micro_batch_size": 8}),
+    "sparsify-3": ("sparsify", {**FINE_TUNING, "micro_batch_size": 3}, (2, 1)),
+    "sparsify-1": ("sparsify", {**FINE_TUNING, "batch_size": 1}, (1, 0)),
+    "router-halves": ("router", {"batch_size": 7}, (1, 1)),
 }
+"""Kind, fields of its configuration, and the micro-batches of each process in a step."""
 KILLED = "sparsify-killed"
-"""Before its fourth step, when two are stored; its micro-batches are those of sparsify-3."""
-MICRO_BATCHES = {
-    "sparsify-halves": (1, 1),
-    "sparsify-3": (2, 1),
-    "sparsify-8": (1, 1),
-    "sparsify-1": (1, 0),
-    "sparsify-ffn": (2, 1),
-    "router-halves": (1, 1),
-    "router-3": (2, 1),
-    "router-8": (1, 1),
-}
-"""Of each process in a step."""
+"""Before its fourth step, when two are stored; else it is sparsify-3."""
 
 
 @pytest.fixture(scope="module")
-def var(make_var):
-    return make_var(num_classes=10, activation="relu", drop_path=0.2, label_drop=0.3)
-
-
-@pytest.fixture(scope="module")
-def folder(var, vqvae, tokens, make_moe, tmp_path_factory):
+def folder(vqvae, tokens, make_var, make_moe, tmp_path_factory):
     """What every case left behind, after all ran in two processes of their own."""
     folder = tmp_path_factory.mktemp("processes")
+    var = make_var(num_classes=10, activation="relu", drop_path=0.2, label_drop=0.3)
     for name, model in (("vqvae", vqvae), ("var", var), ("moe", make_moe(var))):
         save_checkpoint(folder / name, model)
     stored = {}
@@ -81,10 +50,9 @@ def folder(var, vqvae, tokens, make_moe, tmp_path_factory):
     save_file(stored, folder / "tokens.safetensors")
     cases = [
         {"name": name, "kind": kind, "fields": {**LENGTH, **fields}, "stop": None}
-        for name, (kind, fields) in CASES.items()
+        for name, (kind, fields, _) in CASES.items()
     ]
-    kind, fields = CASES["sparsify-3"]
-    cases.append({"name": KILLED, "kind": kind, "fields": {**LENGTH, **fields}, "stop": 3})
+    cases.append({**cases[0], "name": KILLED, "stop": 3})
     (folder / "cases.json").write_text(json.dumps(cases))
     run_processes(folder)
     return folder
@@ -122,30 +90,23 @@ def left(folder):
     return left
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Runs of one process by case, made once."""
-    return {}
-
-
 @pytest.fixture
-def in_one(alone, build, run_in, tmp_path):
-    """in_one(case) -> weights, metrics and lines of the same run in one process, whole batches."""
+def run_case(build, run_in):
+    """run_case(case, folder, micro_batch_size) -> weights and metrics of one process, and the steps
+    that it made."""
 
-    def in_one(case):
-        kind, fields = CASES[case]
-        config = {**LENGTH, **fields, "micro_batch_size": None, "activation_checkpointing": False}
-        if kind == "router":
-            del config["activation_checkpointing"]
-        key = json.dumps([kind, config], sort_keys=True)
-        if key not in alone:
-            objective, config = build(kind, dtype=torch.float64, **config)
-            metrics = run_in(tmp_path, objective, config)
-            weights = {n: t.clone() for n, t in objective.module.state_dict().items()}
-            alone[key] = SimpleNamespace(weights=weights, metrics=metrics, lines=lines(tmp_path))
-        return alone[key]
+    def run_case(case, folder, micro_batch_size=None):
+        kind, fields, _ = CASES[case]
+        given = {**LENGTH, **fields, "micro_batch_size": micro_batch_size}
+        objective, config = build(kind, dtype=torch.float64, **given)
+        steps, loss = [], objective.loss
+        objective.loss = lambda *args: steps.append(args[1]) or loss(*args)
+        metrics = run_in(folder, objective, config)
+        return SimpleNamespace(
+            weights=objective.module.state_dict(), metrics=metrics, steps=set(steps)
+        )
 
-    return in_one
+    return run_case
 
 
 def lines(folder):
@@ -156,46 +117,30 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_end_with_the_weights_of_one(case, left, in_one):
-    """Also where one has more micro-batches than the other, or the other none at all."""
-    first, second = left(case, 0), left(case, 1)
-    num = [LENGTH["steps"] * of_step for of_step in MICRO_BATCHES[case]]
+def test_two_processes_do_what_one_does(case, left, run_case, tmp_path):
+    """Same weights, logged values and validation, also where one process has more micro-batches
+    than the other, or the other none at all, and none to validate. The main one alone writes."""
+    first, second, expected = left(case, 0), left(case, 1), run_case(case, tmp_path)
+    num = [LENGTH["steps"] * of_step for of_step in CASES[case][2]]
     assert [first.num, second.num] == [REHEARSED + num[0], num[1]]
     assert_close(second.weights, first.weights, rtol=0, atol=0)
-    assert_close(first.weights, in_one(case).weights, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_measure_what_one_does(case, left, in_one):
-    """In validation, of which one process may have no share, and at every logged step."""
-    first, second, expected = left(case, 0), left(case, 1), in_one(case)
+    assert_close(first.weights, expected.weights, rtol=0, atol=1e-9)
     assert first.metrics == second.metrics
     assert first.metrics == pytest.approx(expected.metrics, rel=1e-6)
     written = lines(first.run)
     assert [line["step"] for line in written] == [1, 2, 2, 3, 4, 4]
-    for ours, theirs in zip(written, expected.lines, strict=True):
+    for ours, theirs in zip(written, lines(tmp_path), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
+    assert sorted(path.name for path in first.run.iterdir()) == ["metrics.jsonl", STATE_FILE]
+    assert list(second.run.iterdir()) == []
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_main_process_alone_writes(case, left):
-    names = sorted(path.name for path in left(case, 0).run.iterdir())
-    assert names == ["metrics.jsonl", STATE_FILE]
-    assert list(left(case, 1).run.iterdir()) == []
-
-
-def test_two_killed_processes_go_on_in_one(folder, in_one, build, run_in):
+def test_two_killed_processes_go_on_in_one(folder, left, run_case):
     """From the second of four steps, though three were made, with other micro-batches."""
     run = folder / KILLED / "0" / "run"
     assert lines(run)[-1]["step"] == 3
-    kind, fields = CASES["sparsify-3"]
-    given = {**LENGTH, **fields, "micro_batch_size": 5}
-    objective, config = build(kind, dtype=torch.float64, **given)
-    steps, loss = [], objective.loss
-    objective.loss = lambda *args: steps.append(args[1]) or loss(*args)
-    metrics = run_in(run, objective, config)
-    expected = in_one("sparsify-3")
-    assert sorted(set(steps)) == [2, 3]
-    assert_close(objective.module.state_dict(), expected.weights, rtol=0, atol=1e-9)
-    assert metrics == pytest.approx(expected.metrics, rel=1e-6)
+    rest, expected = run_case("sparsify-3", run, micro_batch_size=5), left("sparsify-3", 0)
+    assert rest.steps == {2, 3}
+    assert_close(rest.weights, expected.weights, rtol=0, atol=1e-9)
+    assert rest.metrics == pytest.approx(expected.metrics, rel=1e-6)
     assert [line["step"] for line in lines(run)] == [1, 2, 2, 3, 4, 4]

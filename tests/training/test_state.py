@@ -28,10 +28,6 @@ def stored(tmp_path):
     return file
 
 
-def test_nothing_stored_is_step_0(tmp_path):
-    assert StateFile(tmp_path / "state.safetensors", "ours").load(*trained()) == 0
-
-
 def test_round_trip(stored):
     module = torch.nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(module.parameters())
@@ -42,30 +38,7 @@ def test_round_trip(stored):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_a_write_that_is_cut_short_changes_nothing(stored, monkeypatch):
-    def half(tensors, path, metadata):
-        save_file(tensors, path, metadata)
-        cut_short(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dmoe_var.checkpoints.safetensors_io.save_file", half)
-    with pytest.raises(KeyboardInterrupt):
-        stored.save(6, *trained())
-    assert stored.load(*trained()) == 5
-    monkeypatch.undo()
-    stored.save(6, *trained())
-    assert stored.load(*trained()) == 6
-
-
-KEYS = [
-    "model/weight",
-    "optimizer/bias/step",
-    "optimizer/weight/exp_avg",
-    "optimizer/weight/exp_avg_sq",
-]
-
-
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ["model/weight", "optimizer/bias/step"])
 def test_missing_key(stored, key):
     tensors, metadata = read_tensors(stored.path)
     del tensors[key]
@@ -91,7 +64,7 @@ def no_longer_a_state(path):
     [
         (cut_short, "cut short"),
         (emptied, "cut short"),
-        (no_longer_a_state, "not a training state"),
+        (no_longer_a_state, "belongs to another configuration"),
     ],
 )
 def test_broken_file(stored, harm, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,9 +84,7 @@ def test_dead_codes_move_and_live_ones_do_not(objective, digits):
     assert are_among(after[dead], candidates)
 
 
-@pytest.mark.parametrize(
-    ("step", "restarts"), [(0, False), (1, True), (2, False), (4, False), (5, False), (3, True)]
-)
+@pytest.mark.parametrize(("step", "restarts"), [(0, False), (1, True), (3, True), (5, False)])
 def test_restarts_are_due_every_so_often_until_a_share_of_the_steps(objective, step, restarts):
     objective.loss(ALL, 1, 10, whole(20))
     objective.vqvae.quantize.ema_vocab_hit_SV.zero_()[0, 0] = 1.0
@@ -114,9 +114,7 @@ def test_perceptual_term(objective, digits):
     assert float(distance(images, images)) == 0
     assert float(distance(images, -images)) > 0.01
     plain, _ = objective.loss(ALL[:4], 1, 10, whole(4))
-    config = type(objective.config)(
-        **{**vars(objective.config), "perceptual": 3.0, "perceptual_size": 32}
-    )
+    config = replace(objective.config, perceptual=3.0, perceptual_size=32)
     sets = objective.training, objective.held_out
     loss, logged = VQVAEObjective(objective.vqvae, *sets, config).loss(ALL[:4], 1, 10, whole(4))
     assert float(loss - plain) == pytest.approx(3 * logged["perceptual"], rel=1e-4)

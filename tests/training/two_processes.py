@@ -38,40 +38,30 @@ def build(folder, kind, fields):
         about = About(len(labels), 0, Seconds())
         sets.append(TokenSet(rows_NL, labels, vqvae.config.patch_nums, about))
     model = load_var(folder / ("moe" if kind == "router" else "var")).double()
-    conversion = ConversionConfig(**fields.pop("conversion", {}))
     if kind == "router":
         config = RouterConfig(**fields)
         return RouterObjective(model, vqvae, *sets, config), config
     config = SparsifyConfig(**fields)
-    return SparsifyObjective(model, vqvae, *sets, config, conversion), config
-
-
-def killed_before(objective, stop):
-    """A kill that nothing in the process can answer, as that step begins."""
-    loss = objective.loss
-
-    def until(indices_B, step, num_steps, rows):
-        if step == stop:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return loss(indices_B, step, num_steps, rows)
-
-    objective.loss = until
-    return objective
+    return SparsifyObjective(model, vqvae, *sets, config, ConversionConfig()), config
 
 
 def run_case(folder, name, kind, fields, stop):
-    """Train, and write weights, metrics and how many micro-batches this process had."""
+    """Train, and write weights, metrics and how many micro-batches this process had. As step `stop`
+    begins, a kill comes that nothing in the process can answer."""
     objective, config = build(folder, kind, fields)
     ran, loss = [], objective.loss
-    objective.loss = lambda *args: ran.append(args[1]) or loss(*args)
-    if stop is not None:
-        objective = killed_before(objective, stop)
+
+    def noted(indices_B, step, num_steps, rows):
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ran.append(step)
+        return loss(indices_B, step, num_steps, rows)
+
+    objective.loss = noted
     mine = folder / name / str(distributed.rank())
     (mine / "run").mkdir(parents=True)
-    progress = distributed.is_main()
-    metrics = train(
-        objective, config, Run(mine / "run", "ours", name="test", seed=3, progress=progress)
-    )
+    run = Run(mine / "run", "ours", name="test", seed=3, progress=distributed.is_main())
+    metrics = train(objective, config, run)
     save_file(objective.module.state_dict(), mine / "weights.safetensors")
     (mine / "metrics.json").write_text(json.dumps([len(ran), metrics]))
 
