@@ -12,10 +12,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from dmoe_var.data.imagenet_wnids import WNIDS
 from dmoe_var.data.pictures import EXTENSIONS
 from dmoe_var.errors import DataError
 
+WNIDS = tuple((Path(__file__).parent / "imagenet_wnids.txt").read_text().split())
+"""WordNet ids of ImageNet's 1,000 classes: a class's label is the place of its id."""
 SHOWN = 3
 """Most names that an error lists."""
 SHOWN_LABELS = 10

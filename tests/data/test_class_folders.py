@@ -10,9 +10,14 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dmoe_var.data import load_data
-from dmoe_var.data.class_folders import balanced, labels_of, list_pictures, sorted_classes
+from dmoe_var.data.class_folders import (
+    WNIDS,
+    balanced,
+    labels_of,
+    list_pictures,
+    sorted_classes,
+)
 from dmoe_var.data.config import DataConfig
-from dmoe_var.data.imagenet_wnids import WNIDS
 from dmoe_var.errors import DataError
 
 
