@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import struct
 import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,6 @@ from dmoe_var.files import whole_file
 
 Array = npt.NDArray[Any]
 
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    RuntimeError,  # encrypted, or compressed by a method that Python lacks
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""Errors that reading a broken .npz file raises."""
 LOCAL_HEADER = 30
 """Bytes before a zip member's name, which ends with the lengths of the name and the extra field."""
 
@@ -82,11 +70,8 @@ def read_npz(path: Path, names: Iterable[str]) -> list[Array]:
 
     Raises DataError, naming the file, if it is missing or broken, or lacks one of them.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in names]
-    except UNREADABLE as error:
-        raise _broken(path, error) from error
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+        return [file[name] for name in names]
 
 
 def map_npz(path: Path, name: str) -> Array:
@@ -94,13 +79,11 @@ def map_npz(path: Path, name: str) -> Array:
 
     Raises DataError, naming the file, if it is missing or broken, or lacks the array.
     """
-    try:
+    with _reading(path):
         layout = _layout(path, name)
         if layout is not None and 0 not in layout[0]:
             shape, fortran, dtype, start = layout
             return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
-    except UNREADABLE as error:
-        raise _broken(path, error) from error
     return read_npz(path, [name])[0]
 
 
@@ -124,22 +107,23 @@ def _layout(path: Path, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 def names_in(path: Path) -> list[str]:
     """List the names of the arrays in an .npz file; DataError if it is missing or broken."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except UNREADABLE as error:
-        raise _broken(path, error) from error
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def is_intact(path: Path) -> bool:
     """Say whether every array of an .npz file is there and matches its checksum."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _reading(path), zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except UNREADABLE:
+    except DataError:
         return False
 
 
-def _broken(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return DataError(f"{path}: missing or no readable .npz file ({reason})")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a broken archive makes the readers raise nearly anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{path}: missing or no readable .npz file ({reason})") from error

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -65,12 +66,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     On an error (a full disk, an interrupt) the temporary file is removed. Its content is on the
     disk before it gets its name; otherwise a crash of the machine could leave an empty file.
     """
-    prefix = f".{path.name}."
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        if _abandoned(leftover, leftover.name[len(prefix) :].removesuffix(".tmp")):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _abandoned(leftover):
             leftover.unlink(missing_ok=True)
     owner = f"{platform.node()}-{os.getpid()}.{next(_writers)}"
-    temporary = path.with_name(f"{prefix}{owner}.tmp")
+    temporary = path.with_name(f".{path.name}.{owner}.tmp")
     try:
         yield temporary
         _write_through(temporary)
@@ -93,20 +93,16 @@ def _write_through(path: Path) -> None:
                 raise
 
 
-def _abandoned(temporary: Path, owner: str) -> bool:
+def _abandoned(temporary: Path) -> bool:
     """Say whether a temporary file is of a killed process, here or, by its age, elsewhere."""
-    node, _, number = owner.rpartition("-")
-    pid = number.partition(".")[0]
-    if node == platform.node() and pid.isdecimal():
-        try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, OverflowError):
-            return True
-        except PermissionError:
-            return False
+    owner = re.search(rf"\.{re.escape(platform.node())}-(\d+)\.\d+\.tmp$", temporary.name)
     try:
+        if owner:
+            os.kill(int(owner[1]), 0)
         return time.time() - temporary.stat().st_mtime > ABANDONED
-    except FileNotFoundError:
+    except ProcessLookupError:
+        return True
+    except (PermissionError, FileNotFoundError):  # of another user, or just removed by another
         return False
 
 
@@ -203,17 +199,19 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_all(
-    folder: Path, names: Sequence[str], ledger: Path | None, *, progress: bool = False
+    folder: Path, names: Sequence[str], hashes: Path | None, *, progress: bool = False
 ) -> list[str]:
     """Compute the SHA-256 of each named file in a folder; "" for one that cannot be read.
 
-    ledger: a file that keeps the hashes, so that a later call reads only what has changed. Size and
-    time of writing alone do not prove that a file is the same: a time of writing can be set back,
-    but the inode's time of change cannot. An interrupted call keeps what it has hashed.
+    hashes: a folder that keeps the hashes, so that a later call reads only what has changed. Size
+    and time of writing alone do not prove that a file is the same: a time of writing can be set
+    back, but the inode's time of change cannot. An interrupted call keeps what it has hashed.
     """
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    ledger = hashes / f"{place}.json" if hashes is not None else None
     kept = _read_ledger(ledger) if ledger is not None else {}
     parts = [names[i : i + HASHED_AT_ONCE] for i in range(0, len(names), HASHED_AT_ONCE)]
-    hashes: list[str] = []
+    digests: list[str] = []
     fresh: dict[str, str] = {}
     saved = time.monotonic()
     bar = tqdm(total=len(names), desc="hash", unit="file", disable=not progress, delay=BAR_DELAY)
@@ -222,7 +220,7 @@ def sha256_of_all(
             found = pool.map(lambda part: [_hashed(folder, name, kept) for name in part], parts)
             for part, entries in zip(parts, found, strict=True):
                 bar.update(len(part))
-                hashes += [entry.rpartition(" ")[2] for entry in entries]
+                digests += [entry.rpartition(" ")[2] for entry in entries]
                 new = zip(part, entries, strict=True)
                 fresh |= {name: entry for name, entry in new if kept.get(name, "") != entry}
                 if ledger is not None and time.monotonic() - saved > SAVED_EVERY:
@@ -232,7 +230,7 @@ def sha256_of_all(
             pool.shutdown(cancel_futures=True)
             if ledger is not None and fresh:
                 _write_ledger(ledger, kept | fresh)
-    return hashes
+    return digests
 
 
 def _hashed(folder: Path, name: str, kept: Mapping[str, str]) -> str:

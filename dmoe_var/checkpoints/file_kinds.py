@@ -15,23 +15,9 @@ HEAD = 512
 """Bytes read of a file. The farthest mark with a fixed place, a tar archive's, ends at byte 262."""
 LARGEST_HEADER = 10**8
 """Most bytes of a safetensors file's header, by its specification."""
-PAGE = "a web page instead of weights; download the file itself (on the hub /resolve/, not /blob/)"
-COMPRESSED = "compressed; unpack it first"
-OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a git-lfs pointer instead of weights; `git lfs pull` gets them"),
-    (b"GGUF", "a GGUF file, which holds other models than these"),
-    (b"\x89HDF", "an HDF5 file (Keras), which holds other models than these"),
-    (b"\x93NUMPY", "a numpy array, no weights"),
-    (b"\x89PNG", "a picture, no weights"),
-    (b"\xff\xd8\xff", "a picture, no weights"),
-    (b"\x1f\x8b", COMPRESSED),
-    (b"BZh", COMPRESSED),
-    (b"\xfd7zXZ", COMPRESSED),
-    (b"\x28\xb5\x2f\xfd", COMPRESSED),
-    (b"7z\xbc\xaf", COMPRESSED),
-    (b"Rar!", COMPRESSED),
-)
-"""First bytes of files that people take for weights, and what to say about each."""
+POINTER = b"version https://git-lfs"
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
+"""First bytes of files that gzip, bzip2, xz, zstd, 7z and rar leave."""
 
 
 def kind_of_file(path: Path) -> Literal["safetensors", "torch"]:
@@ -40,21 +26,17 @@ def kind_of_file(path: Path) -> Literal["safetensors", "torch"]:
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
-        if _is_safetensors(head):
-            return "safetensors"
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    # The size of the header, in eight bytes, and the header's brace
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LARGEST_HEADER:
+        return "safetensors"
     if head.startswith(b"PK"):
         _check_archive(path)
         return "torch"
     if head.startswith(b"\x80"):  # before torch 1.6
         return "torch"
     raise CheckpointError(f"{path}: {_said_of(head)}")
-
-
-def _is_safetensors(head: bytes) -> bool:
-    """Tell whether a file begins with the size of its header, in eight bytes, and a brace."""
-    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LARGEST_HEADER
 
 
 def _check_archive(path: Path) -> None:
@@ -64,35 +46,24 @@ def _check_archive(path: Path) -> None:
             names = archive.namelist()
     except Exception as error:  # a broken archive makes the reader raise nearly anything
         raise CheckpointError(f"{path}: cut short, or a broken archive ({error})") from error
-    last = {name.rpartition("/")[2] for name in names}
-    if "constants.pkl" in last:
-        raise CheckpointError(f"{path}: a TorchScript program; weights are model.state_dict()")
-    if "data.pkl" in last:
-        return
-    if names and all(name.endswith(".npy") for name in names):
-        raise CheckpointError(f"{path}: numpy arrays (.npz), no weights")
-    shown = ", ".join(names[:3]) or "nothing"
-    raise CheckpointError(
-        f"{path}: a zip archive of {shown}; unpack it and give the file or folder in it"
-    )
+    if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        shown = ", ".join(names[:3]) or "nothing"
+        raise CheckpointError(
+            f"{path}: a zip archive of {shown}; unpack it and give the file or folder in it"
+        )
 
 
 def _said_of(head: bytes) -> str:
     """Say what a file without weights is."""
-    if head[257:262] == b"ustar":
-        return "a tar archive; unpack it first"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        return "cut short (empty): it was not copied or downloaded to the end"
-    for beginning, said in OTHERS:
-        if head.startswith(beginning):
-            return said
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not any(head):
+        return "cut short (empty, or begins with zeros): it was not copied or downloaded to the end"
+    if head.startswith(POINTER):
+        return "a git-lfs pointer instead of weights; `git lfs pull` gets them"
+    if head.startswith(PACKED) or head[257:262] == b"ustar":
+        return "packed or compressed; unpack it first"
     if text.startswith(b"<"):
-        return PAGE
+        return "a web page; download the file itself (on the hub /resolve/, not /blob/)"
     if text.startswith((b"{", b"[")):
         return "a JSON text, no weights; give the .safetensors or .pth file, or its folder"
-    if head[:1] == b"\x08" and (b"onnx" in text or b"torch" in text or head[2:3] == b"\x12"):
-        return "an ONNX file, a program; weights are model.state_dict()"
-    if not any(head):
-        return "cut short (begins with zeros): it was not copied or downloaded to the end"
     return f"cut short, or no state dict of safetensors or torch (begins with {head[:16]!r})"

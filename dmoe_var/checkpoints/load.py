@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmoe_var import values
 from dmoe_var.checkpoints import hub, var_adapter
@@ -29,6 +29,8 @@ PACKAGED = Path(__file__).parent / "packaged"
 """Base models that this package carries, NAME/vqvae and NAME/var."""
 CHECKPOINT = "checkpoint"
 """Folder of the model within the folder of a finished stage."""
+OFFERED = (f"*/{CHECKPOINT}", "*.pth", "*.pt", "*.safetensors", "snapshots/*")
+"""What an error offers instead of a folder around it: stages, files, what the hub's cache holds."""
 
 
 def _packaged() -> list[str]:
@@ -38,11 +40,9 @@ def _packaged() -> list[str]:
 
 def _locate(source: str | Path, kind: str) -> Path:
     """Find the file or folder that a name ("digits") or a path ("./digits") stands for."""
-    packaged = _packaged()
-    if isinstance(source, str) and source in packaged:
-        return PACKAGED / source / kind
-    if isinstance(source, str) and source in hub.PUBLISHED:
-        return hub.fetch(source)
+    if is_name(source):
+        name = str(source)
+        return hub.fetch(name) if name in hub.PUBLISHED else PACKAGED / name / kind
     try:
         path = Path(source).expanduser()
         there = source != "" and path.exists()
@@ -50,7 +50,7 @@ def _locate(source: str | Path, kind: str) -> Path:
         there = False
     if there:
         return _within(path)
-    names = ", ".join([*packaged, *hub.PUBLISHED])
+    names = ", ".join([*_packaged(), *hub.PUBLISHED])
     raise CheckpointError(
         f"{str(source)[:200] or repr(source)}: no such file or folder; names are {names}"
     )
@@ -66,14 +66,8 @@ def _within(path: Path) -> Path:
         return path
     if (path / CHECKPOINT / CONFIG_FILE).is_file():
         return path / CHECKPOINT
-    try:
-        inside = sorted(path.iterdir())
-        stages = [each for each in inside if (each / CHECKPOINT).is_dir()]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    files = [each for each in inside if each.suffix in (".pth", ".pt", ".safetensors")]
-    snapshots = list(path.glob("snapshots/*")) if not stages and not files else []
-    choice = ", ".join(str(each) for each in (stages or files or snapshots)[:8])
+    inside = [found for pattern in OFFERED for found in sorted(path.glob(pattern))]
+    choice = ", ".join(map(str, inside[:8]))
     raise CheckpointError(
         f"{path}: no checkpoint, it has no {CONFIG_FILE} and {MODEL_FILE}"
         + (f"; give one of {choice}" if choice else "")
@@ -88,13 +82,13 @@ def weights_file(source: str | Path, kind: str) -> Path:
 
 def is_name(source: str | Path) -> bool:
     """Tell whether a source is a name, of a published or packaged model, and not a path."""
-    return isinstance(source, str) and (source in _packaged() or source in hub.PUBLISHED)
+    return source in (*_packaged(), *hub.PUBLISHED)
 
 
 def cached_file(source: str | Path, kind: str) -> Path | None:
     """Do as `weights_file` without fetching; return None for what is not on this machine."""
-    if isinstance(source, str) and source in hub.PUBLISHED and source not in _packaged():
-        return hub.cached(source)
+    if source in hub.PUBLISHED:
+        return hub.cached(str(source))
     return weights_file(source, kind)
 
 
@@ -144,7 +138,7 @@ def load_vqvae(source: str | Path, patch_nums: Sequence[int] | None = None) -> V
             config = var_adapter.vqvae_config(tensors, patch_nums, str(path))
             tensors = var_adapter.fit_counter(tensors, config.patch_nums)
             return build_strictly(lambda: VQVAE(config), tensors, path)
-    model = _load_ours(path, "vqvae")
+    model = load_checkpoint(path, "vqvae")
     assert isinstance(model, VQVAE)
     if patch_nums is not None and tuple(patch_nums) != model.config.patch_nums:
         ours, theirs = tuple(patch_nums), model.config.patch_nums
@@ -161,7 +155,7 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
     """
     path = _locate(source, "var")
     if _is_ours(path):
-        model = _load_ours(path, "var")
+        model = load_checkpoint(path, "var")
         assert isinstance(model, VAR)
     else:
         tensors = _read(path, "var")
@@ -177,12 +171,3 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
 def _is_ours(path: Path) -> bool:
     """Tell whether a config.json of ours says what the weights are; a folder counts as such."""
     return path.is_dir() or (kind_of_file(path) == "safetensors" and is_described(path))
-
-
-def _load_ours(path: Path, kind: str) -> nn.Module:
-    """Load a model from a checkpoint folder, or from the file in it."""
-    return (
-        load_checkpoint(path, kind)
-        if path.is_dir()
-        else load_checkpoint(path.parent, kind, path.name)
-    )

@@ -7,36 +7,28 @@ The file's metadata names each left-out tensor's twin, as safetensors' own save_
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from pydantic import ConfigDict
+from torch import nn
 
-from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.hub import network_errors
 from dmoe_var.checkpoints.safetensors_io import (
     CONFIG_FILE,
-    FORMAT,
     MODEL_FILE,
-    READ_BY,
+    read_config,
     read_tensors,
-    recover,
+    whole_folder,
+    write_config,
     write_tensors,
 )
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
-from dmoe_var.files import read_json
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, VARConfig
@@ -69,7 +61,23 @@ def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
     In an existing folder only the files of a saved model are replaced: hidden and other files stay.
     Raise CheckpointError if there are other files and no saved model, or if writing fails.
     """
-    _write_folder(model, Path(folder).resolve(), str(folder), card)
+    folder = Path(folder)
+    try:
+        selection = selection_to_json(model.selection)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    scales = model.replaced_scales
+    config = DynamicVARConfig(model.dense.config, model.moe.config, scales, selection)
+    twins = {f"moe.{name}": f"dense.{name}" for name in model.shared_names}
+    tensors = {name: t for name, t in model.state_dict().items() if name not in twins}
+    try:
+        _check_replaceable(folder)
+        with whole_folder(folder) as temporary:
+            write_tensors(temporary / MODEL_FILE, tensors, FRAMEWORK | twins)
+            write_config(temporary, KIND, asdict(config), library_version=_version())
+            (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def from_pretrained(
@@ -111,18 +119,14 @@ def _local(source: str | Path) -> Path | None:
     """Find the folder that a path stands for; return None for what is no path here."""
     try:
         path = Path(source).expanduser()
-        if path.name:
-            recover(path)
-        if path.is_file():
-            if path.name not in FILES:
-                what = kind_of_file(path)
-                raise CheckpointError(f"{source}: a file ({what}); a saved DynamicVAR is a folder")
-            return path.parent
-        if not path.is_dir():
-            return None
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (ValueError, OSError, RuntimeError):  # too long, with a null byte, of no such user
+        return None
+    if is_file:
+        if path.name not in FILES:
+            raise CheckpointError(f"{source}: a file; a saved DynamicVAR is a folder")
+        return path.parent
+    if not is_folder:
         return None
     inner = path / EXPORTED
     return inner if (inner / CONFIG_FILE).is_file() and not (path / CONFIG_FILE).exists() else path
@@ -147,50 +151,12 @@ def upload(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_model(model, folder, card)
-        with _hub_errors(f"{repo_id}: cannot be uploaded"):
+        with network_errors(f"{repo_id}: cannot be uploaded"):
             made = api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=made.repo_id, folder_path=folder, commit_message=commit_message
             )
     return str(commit.commit_url)
-
-
-def _write_folder(model: DynamicVAR, folder: Path, shown: str, card: str) -> None:
-    """Write beside `folder`, then rename. shown: its name in messages."""
-    config = json.dumps(_config(model), indent=2, allow_nan=False) + "\n"
-    replaced = recover(folder)
-    _keep_foreign(replaced, folder)
-    _check_replaceable(folder, shown)
-    temporary = folder.with_name(f".{folder.name}.{platform.node()}-{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tensors, twins = _without_twins(model.state_dict())
-        write_tensors(temporary / MODEL_FILE, tensors, FRAMEWORK | twins)
-        (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
-        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(temporary, folder)
-        _keep_foreign(replaced, folder)
-    except OSError as error:
-        raise CheckpointError(f"{shown}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _config(model: DynamicVAR) -> dict[str, Any]:
-    try:
-        selection = selection_to_json(model.selection)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    scales = model.replaced_scales
-    stored = DynamicVARConfig(model.dense.config, model.moe.config, scales, selection)
-    about = {"format": FORMAT, "kind": KIND, "library_version": _version()}
-    return {**about, "config": asdict(stored)}
 
 
 def _version() -> str:
@@ -201,67 +167,27 @@ def _version() -> str:
         return "unknown"
 
 
-def _check_replaceable(folder: Path, shown: str) -> None:
-    """Raise CheckpointError for a file, and for a folder with files but without the config.json of
-    a saved model. Hidden files are no obstacle."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{shown}: is a file; a model needs a folder")
-    inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if CONFIG_FILE not in inside and inside:
-        raise CheckpointError(
-            f"{shown}: not replaced, it holds other files than a saved model's: {inside[0]}"
-            + (f" and {len(inside) - 1} more" if len(inside) > 1 else "")
-        )
-    if inside:
+def _check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError for a folder with files but without the config.json of a saved model.
+    Hidden files are no obstacle."""
+    inside = sorted(path.name for path in folder.glob("[!.]*"))
+    if CONFIG_FILE in inside:
         try:
-            _read_config(folder)
+            read_config(folder, KIND, DynamicVARConfig)
         except CheckpointError as error:
-            raise CheckpointError(f"{shown}: not replaced, no saved model ({error})") from error
-
-
-def _keep_foreign(replaced: Path, folder: Path) -> None:
-    """Move what is no file of a saved model from the folder's older state to the newer one. After a
-    kill in between, the next save does it."""
-    if not replaced.is_dir() or not folder.is_dir():
-        return
-    for path in replaced.iterdir():
-        if path.name not in FILES and not (folder / path.name).exists():
-            os.replace(path, folder / path.name)
-
-
-def _without_twins(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Keep each tensor under its first name alone; also return that name by every other one."""
-    first: dict[object, str] = {}
-    twins: dict[str, str] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        kept = first.setdefault(memory if tensor.numel() else name, name)
-        if kept != name:
-            twins[name] = kept
-    return {name: tensor for name, tensor in tensors.items() if name not in twins}, twins
-
-
-def _with_twins(
-    tensors: Mapping[str, Tensor], about: Mapping[str, str], path: Path
-) -> dict[str, Tensor]:
-    """Undo `_without_twins`; a name whose twin is not there stays missing."""
-    twins = {name: kept for name, kept in about.items() if name not in FRAMEWORK}
-    both = sorted(twins.keys() & tensors.keys())
-    if both:
-        raise CheckpointError(f"{path}: {', '.join(both)}: there, and said to be left out")
-    found = {name: tensors[kept] for name, kept in twins.items() if kept in tensors}
-    return {**tensors, **found}
+            raise CheckpointError(f"{folder}: not replaced, no saved model ({error})") from error
+    elif inside:
+        raise CheckpointError(
+            f"{folder}: not replaced, it holds other files than a saved model's: {inside[0]}"
+        )
 
 
 def _load_folder(folder: Path) -> DynamicVAR:
-    config = _read_config(folder)
+    config = read_config(folder, KIND, DynamicVARConfig)
     path = folder / MODEL_FILE
-    tensors = _with_twins(*read_tensors(path), path)
+    tensors, about = read_tensors(path)
+    # A name whose twin is not there stays missing
+    tensors |= {name: tensors[kept] for name, kept in about.items() if kept in tensors}
     for name, shape in (("dense", config.dense), ("moe", config.moe)):
         prefix = f"{name}."
         own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
@@ -279,29 +205,6 @@ def _load_folder(folder: Path) -> DynamicVAR:
         raise CheckpointError(f"{folder / CONFIG_FILE}: config: {error}") from error
 
 
-def _read_config(folder: Path) -> DynamicVARConfig:
-    path = folder / CONFIG_FILE
-    content = read_json(path, CheckpointError)
-    about = content if isinstance(content, dict) else {}
-    if (about.get("format"), about.get("kind")) != (FORMAT, KIND):
-        kind = about.get("kind")
-        advice = f": {READ_BY[kind]} take it" if kind in READ_BY and kind != KIND else ""
-        raise CheckpointError(
-            f"{path}: format={about.get('format')!r}, kind={kind!r}; expected {FORMAT!r} and "
-            f"{KIND!r}{advice}"
-        )
-    try:
-        # As JSON text, for which strict still takes a list for a tuple
-        stored: DynamicVARConfig = TypeAdapter(DynamicVARConfig).validate_json(
-            json.dumps(about.get("config")), strict=True
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("config", *first["loc"]))
-        raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
-    return stored
-
-
 def _download(
     repo_id: str,
     revision: str | None,
@@ -312,7 +215,7 @@ def _download(
     """Fetch one commit's weights and configuration, nothing else; return their cache folder."""
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(f"{repo_id}: no such folder, and cannot be fetched from the hub"):
+    with network_errors(f"{repo_id}: no such folder, and cannot be fetched from the hub"):
         return Path(
             snapshot_download(
                 repo_id,
@@ -323,16 +226,3 @@ def _download(
                 allow_patterns=[MODEL_FILE, CONFIG_FILE],
             )
         )
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Do as `network_errors`, and raise CheckpointError for an impossible repository name too."""
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        with network_errors(what):
-            yield
-    except HFValidationError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{what} ({reason})") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -24,11 +24,10 @@ from dmoe_var.models.build import _first_line, build_strictly
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 
+T = TypeVar("T")
 FORMAT = "dmoe-var/1"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-RENAMES = 10
-"""Tries at replacing a checkpoint that others are reading."""
 READ_BY = {
     "vqvae": "load_vqvae, base.vqvae",
     "var": "load_var, base.var",
@@ -56,109 +55,104 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file's tensors (memory-mapped) and metadata, or raise CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
     if kind_of_file(path) != "safetensors":
         raise CheckpointError(f"{path}: a file of torch (.pth), no safetensors file")
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = _first_line(error)
-        raise CheckpointError(f"{path}: cut short or no safetensors file ({reason})") from error
-
-
-def recover(folder: Path) -> Path:
-    """Put the older folder back if a kill came between the two renames of `save_checkpoint`.
-
-    Return the path that an older checkpoint has while it is being replaced.
-    """
-    replaced = folder.with_name(f".{folder.name}.old")
-    if replaced.exists() and not folder.exists():
-        os.replace(replaced, folder)
-    return replaced
-
-
-def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
-    """Write a model's checkpoint folder, whole or not at all; replace an older one of that name.
-
-    fingerprint: of the configuration that made it (`read_fingerprint`). Raise CheckpointError if
-    the disk refuses, or if something else is in the way.
-    """
-    folder = folder.resolve()  # a link stays, and what it points to is replaced
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: a file is where a checkpoint folder should go")
-    kind = next(name for name, (cls, _) in KINDS.items() if isinstance(model, cls))
-    config = {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(model.config)}
-    about = {"fingerprint": fingerprint}  # one entry: safetensors writes several in any order
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for leftover in (temporary, recover(folder)):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
-        write_text(temporary / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename over an older folder; try again if a reader put the older one back in between."""
-    for _ in range(RENAMES):
-        replaced = recover(folder)
-        if folder.exists():
-            os.replace(folder, replaced)
-        try:
-            os.replace(temporary, folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            continue
-        shutil.rmtree(replaced, ignore_errors=True)
-        return
-    raise CheckpointError(f"{folder}: is being read all the time, and could not be replaced")
-
-
-def read_fingerprint(folder: Path) -> str:
-    """Read the fingerprint of a saved checkpoint. Raise CheckpointError if it is not whole."""
-    path = folder / MODEL_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("fingerprint", "")
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: missing, cut short or no safetensors file ({_first_line(error)})"
         ) from error
 
 
-def read_config(folder: Path, kind: str) -> Any:
-    """Read the model configuration of a checkpoint folder (a VQVAEConfig or VARConfig)."""
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write into; once the block ends without an error, its files replace
+    those of `folder`, in which others stay.
+
+    config.json is taken away first and put back last, so that no kill leaves a mixture that loads.
+    """
+    folder = folder.resolve()  # a link stays, and what it points to is filled
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
+    """Write a model's checkpoint folder, whole or not at all; replace an older one of that name.
+
+    fingerprint: of the configuration that made it (`read_fingerprint`). Raise CheckpointError or
+    OSError if the disk refuses, or if something else is in the way.
+    """
+    kind = next(name for name, (cls, _) in KINDS.items() if isinstance(model, cls))
+    about = {"fingerprint": fingerprint}  # one entry: safetensors writes several in any order
+    with whole_folder(folder) as temporary:
+        write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
+        write_config(temporary, kind, dataclasses.asdict(model.config))
+
+
+def write_config(folder: Path, kind: str, config: Mapping[str, Any], **about: str) -> None:
+    """Write the config.json of a checkpoint. about: what else it says beside the configuration."""
+    content = {"format": FORMAT, "kind": kind, **about, "config": config}
+    text = json.dumps(content, indent=2, allow_nan=False)
+    write_text(folder / CONFIG_FILE, text + "\n")
+
+
+def read_fingerprint(folder: Path) -> str:
+    """Read the fingerprint of a saved checkpoint. Raise CheckpointError if it is not whole."""
+    with _opened(folder / MODEL_FILE) as file:
+        return (file.metadata() or {}).get("fingerprint", "")
+
+
+def read_config(folder: Path, kind: str, cls: type[T]) -> T:
+    """Read the configuration, of class `cls`, in the config.json of a checkpoint of a kind."""
     path = folder / CONFIG_FILE
     content = read_json(path, CheckpointError)
-    found = content.get("kind") if isinstance(content, dict) else None
-    if found != kind or content.get("format") != FORMAT:
-        advice = f": {READ_BY[found]} take it" if found in READ_BY else ""
+    about = content if isinstance(content, dict) else {}
+    found = about.get("kind")
+    if (about.get("format"), found) != (FORMAT, kind):
+        others = {name: reads for name, reads in READ_BY.items() if name != kind}
+        advice = f": {others[str(found)]} take it" if str(found) in others else ""
         raise CheckpointError(
-            f"{path}: kind={found!r}, expected a {FORMAT} checkpoint of {kind!r}{advice}"
+            f"{path}: format={about.get('format')!r}, kind={found!r}; expected {FORMAT!r} and "
+            f"{kind!r}{advice}"
         )
     try:
-        return TypeAdapter(KINDS[kind][1]).validate_python(content.get("config"))
+        # As JSON text, for which strict still takes a list for a tuple
+        text = json.dumps(about.get("config"))
+        config: T = TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: config.{where}: {first['msg']}") from error
+        where = ".".join(str(part) for part in ("config", *first["loc"]))
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
+    return config
 
 
-def load_checkpoint(folder: Path, kind: str, name: str = MODEL_FILE) -> nn.Module:
-    """Load a model from a checkpoint folder, strictly, on the CPU, in eval mode. name: the file
-    there that holds the weights."""
-    if folder.absolute().name:  # "/" has none, and no place beside it
-        recover(folder.absolute())
-    config, path = read_config(folder, kind), folder / name
+def load_checkpoint(source: Path, kind: str) -> nn.Module:
+    """Load a model from a checkpoint folder, or from the file of weights in one, strictly, on the
+    CPU, in eval mode."""
+    path = source / MODEL_FILE if source.is_dir() else source
+    model, config_class = KINDS[kind]
+    config = read_config(path.parent, kind, config_class)
     tensors, _ = read_tensors(path)
-    check_size(config, tensors, str(path))
-    return build_strictly(lambda: KINDS[kind][0](config), tensors, path)
+    if kind == "var":
+        check_size(config, tensors, str(path))
+    return build_strictly(lambda: model(config), tensors, path)
 
 
 def is_described(path: Path) -> bool:

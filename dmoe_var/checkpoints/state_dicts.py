@@ -12,7 +12,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ LANDMARKS = {
 }
 """Names in state dicts of that kind, and in none of the other kind."""
 TITLES = {"vqvae": "VQ-VAE", "var": "VAR"}
-SEVERAL = 3
-"""Most state dicts to look at in one dictionary; more than one is refused."""
 DEEPEST = 4
 """Levels of nested dictionaries to look into."""
 
@@ -55,9 +52,7 @@ def read_pth(path: Path, kind: str) -> dict[str, Tensor]:
     except Exception as error:  # a broken file makes the readers raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path}: cut short or no state dict ({reason})") from error
-    tensors = {name: _in_order(t.detach()) for name, t in meant(content, kind, path).items()}
-    _check_storage(tensors, path)
-    return tensors
+    return _plain(meant(content, kind, path), path)
 
 
 def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
@@ -68,7 +63,7 @@ def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
     found: dict[str, dict[str, Any]] = {}
     others: set[str] = set()
     for place, candidate in _mappings(content):
-        names = _unwrapped(candidate, path)
+        names = {_unwrapped(name): value for name, value in candidate.items()}
         if any(n.startswith("dense.") for n in names) and any(n.startswith("moe.") for n in names):
             raise CheckpointError(
                 f"{path}: both models of a DynamicVAR: {READ_BY['dynamic_var']} take its folder"
@@ -93,29 +88,21 @@ def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _mappings(content: object) -> Iterator[tuple[str, dict[str, Any]]]:
+def _mappings(
+    content: object, place: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every dictionary with names in a file's content, with its place ("trainer.var.")."""
-    todo: list[tuple[str, object, int]] = [("", content, 0)]
-    seen: set[int] = set()
-    while todo:
-        place, item, depth = todo.pop(0)
-        if not isinstance(item, Mapping) or id(item) in seen or depth > DEEPEST:
-            continue
-        seen.add(id(item))
-        named = {key: value for key, value in item.items() if isinstance(key, str)}
-        yield place, named
-        todo += [(f"{place}{key}.", value, depth + 1) for key, value in named.items()]
+    if not isinstance(content, Mapping) or depth > DEEPEST:
+        return
+    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    yield place, named
+    for key, value in named.items():
+        yield from _mappings(value, f"{place}{key}.", depth + 1)
 
 
-def _unwrapped(names: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Drop the words of torch's wrappers from names; raise CheckpointError if two become one."""
-    plain: dict[str, Any] = {}
-    for name, value in names.items():
-        short = ".".join(word for word in name.split(".") if word not in WRAPPERS) or name
-        if short in plain and isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {short} is there twice, wrapped and not")
-        plain[short] = value
-    return plain
+def _unwrapped(name: str) -> str:
+    """Drop the words of torch's wrappers from a name."""
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
 def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -126,7 +113,7 @@ def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[st
         for name, value in names.items()
         if isinstance(value, Tensor) and (name == landmark or name.endswith(f".{landmark}"))
     }
-    for prefix in list(prefixes)[:SEVERAL]:
+    for prefix in prefixes:
         own = {n.removeprefix(prefix): t for n, t in names.items() if n.startswith(prefix)}
         yield prefix, own
 
@@ -134,24 +121,29 @@ def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[st
 def _without(content: object, kind: str, others: set[str]) -> str:
     """Say what a file is that has no state dict of the kind."""
     wanted = f"a {TITLES[kind]}"
-    if others:
-        (other,) = others
+    for other in others:
         return f"holds a {TITLES[other]}, not {wanted}: {READ_BY[other]} take it"
-    if not isinstance(content, Mapping):
-        return f"not a state dict of {wanted} (found {type(content).__name__})"
-    names = [str(name) for name in content]
-    if any("lora" in name.lower() for name in names):
-        return f"LoRA weights alone, not a state dict of {wanted}: merge them into the model first"
-    if {"state", "param_groups"} <= set(names):
-        return f"an optimiser's state, not a state dict of {wanted}"
-    shown = ", ".join(names[:8])[:120] or "nothing"
-    return f"not a state dict of {wanted} (found {shown})"
+    found = type(content).__name__
+    if isinstance(content, Mapping):
+        found = ", ".join(map(str, content))[:120] or "nothing"
+    return f"not a state dict of {wanted} (found {found})"
 
 
-def _in_order(tensor: Tensor) -> Tensor:
-    """Bring channels-last weights of convolutions into the usual order; leave all else as it is."""
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous() if last else tensor
+def _plain(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Bring tensors into the usual order of memory (channels-last weights are in another). Raise
+    CheckpointError for one that is sparse, quantised or without values, or that repeats its
+    numbers: a file of a few kilobytes could claim to hold any size."""
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.is_meta
+        or tensor.nbytes > tensor.untyped_storage().nbytes()
+    ]
+    if odd:
+        raise CheckpointError(f"{path}: no plain numbers in {', '.join(odd)}")
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -160,21 +152,3 @@ def _can_be_mapped(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-
-
-def _check_storage(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise CheckpointError for tensors that are not plain numbers in memory of their own."""
-    problems: list[str] = []
-    places: list[tuple[int, int, str]] = []
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            problems.append(f"{name} holds no plain numbers")
-        elif not tensor.is_contiguous():
-            problems.append(f"{name} has gaps or repeats in memory")
-        elif tensor.numel():
-            places.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
-    for (_, end, name), (start, _, other) in pairwise(sorted(places)):
-        if start < end:
-            problems.append(f"{name} and {other} share memory")
-    if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}")

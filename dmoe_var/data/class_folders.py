@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
-from dmoe_var.data.imagenet_wnids import WNIDS
 from dmoe_var.data.pictures import EXTENSIONS
 from dmoe_var.errors import DataError
 
+WNIDS = tuple((Path(__file__).parent / "imagenet_wnids.txt").read_text().split())
+"""WordNet ids of ImageNet's 1,000 classes: a class's label is the place of its id."""
 SHOWN = 3
 """Most names that an error lists."""
 SHOWN_LABELS = 10
@@ -23,7 +24,6 @@ SHOWN_LABELS = 10
 
 Pictures: TypeAlias = dict[str, list[str]]
 """Pictures of each class folder, both in order, as paths relative to that folder."""
-Identity: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ def list_pictures(folder: Path) -> Listing:
     try:
         names, files = _entries(folder, passed_over)
         passed_over.update("outside class folders" for _ in files)
-        above = (_identity(folder),)
         pictures = {
-            name: _pictures_in(folder / name, above, passed_over)
-            for name in sorted_classes(names, folder)
+            name: _pictures_in(folder, name, passed_over) for name in sorted_classes(names, folder)
         }
     except OSError as error:
         raise DataError(
@@ -79,58 +77,46 @@ def list_pictures(folder: Path) -> Listing:
     return Listing(folder, pictures, passed_over)
 
 
-def _pictures_in(
-    class_folder: Path, above: tuple[Identity, ...], passed_over: Counter[str]
-) -> list[str]:
+def _pictures_in(folder: Path, name: str, passed_over: Counter[str]) -> list[str]:
     """List paths relative to a class folder, by the text of the folder's path, then by name."""
-    by_folder: dict[str, list[str]] = {}
-    waiting = [("", above)]
-    while waiting:
-        within, above = waiting.pop()
-        here = class_folder / within
-        identity = _identity(here)
-        if identity in above:
-            passed_over["links to a folder that they are in"] += 1
-            continue
-        folders, files = _entries(here, passed_over)
-        waiting += [(os.path.join(within, name), (*above, identity)) for name in folders]
-        by_folder[within] = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
-        passed_over.update(
-            f"{os.path.splitext(name)[1].lower() or 'without extension'}"
-            for name in files
-            if not name.lower().endswith(EXTENSIONS)
-        )
-    return [
-        os.path.join(within, name) for within in sorted(by_folder) for name in by_folder[within]
-    ]
+    found, start = [], len(os.path.join(folder, name, ""))
+    for path in visible_files(folder / name, passed_over, (os.path.realpath(folder),)):
+        if path.lower().endswith(EXTENSIONS):
+            found.append(path[start:])
+        else:
+            passed_over[os.path.splitext(path)[1].lower() or "without extension"] += 1
+    return sorted(found, key=os.path.split)
 
 
-def _entries(folder: Path, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
+def visible_files(
+    folder: Path | str, passed_over: Counter[str], above: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yield the paths of the files under a folder, links followed, and count by kind what is passed
+    over. above: real paths of the folders that it is in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        passed_over["links to a folder that they are in"] += 1
+        return
+    folders, files = _entries(folder, passed_over)
+    yield from (os.path.join(folder, name) for name in files)
+    for name in folders:
+        yield from visible_files(os.path.join(folder, name), passed_over, (*above, real))
+
+
+def _entries(folder: Path | str, passed_over: Counter[str]) -> tuple[list[str], list[str]]:
     """List the names of the folders and of the files in a folder."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] == ".":
                 passed_over["hidden"] += 1
-            elif _is(os.DirEntry.is_dir, entry):
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.name)
-            elif _is(os.DirEntry.is_file, entry) or not os.path.exists(entry.path):
+            elif entry.is_symlink() or entry.is_file():
                 files.append(entry.name)  # a link to nothing too: it will be found unreadable
             else:
                 passed_over["no regular file"] += 1
     return folders, files
-
-
-def _is(test: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bool:
-    try:
-        return test(entry)
-    except OSError:  # a link to itself
-        return False
-
-
-def _identity(folder: Path) -> Identity:
-    about = os.stat(folder)
-    return about.st_dev, about.st_ino
 
 
 def sorted_classes(names: Sequence[str], folder: Path) -> list[str]:

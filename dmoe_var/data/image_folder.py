@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ import torch
 from PIL import Image
 from PIL.Image import Image as Picture
 from torch import Tensor
-from tqdm import tqdm
 
 from dmoe_var.data.class_folders import (
     SHOWN_LABELS,
@@ -40,7 +38,7 @@ from dmoe_var.data.images import Decoded, Indices, Unreadable, scaled
 from dmoe_var.data.pictures import UnreadablePictureError, open_rgb
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import ConfigError, DataError
-from dmoe_var.files import sha256_of_all
+from dmoe_var.files import note, sha256_of_all
 
 if TYPE_CHECKING:
     from dmoe_var.data.config import DataConfig
@@ -95,10 +93,8 @@ class FolderImages:
     """The pictures of one folder. Image p * K + k is augmentation k of picture p."""
 
     folder: Path
-    classes: tuple[str, ...]
-    """Names of the class folders, in order."""
-    class_labels: tuple[int, ...]
-    """Their labels."""
+    classes: Mapping[str, int]
+    """Label of each class folder, in order."""
     num_classes: int
     """Classes of the model; some may have no folder."""
     paths_P: np.ndarray
@@ -120,10 +116,8 @@ class FolderImages:
     def key(self) -> str:
         """Hash of the files' contents in order, their labels and the cut. Reads every file that
         the ledger does not know, once."""
-        place = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
-        ledger = self.hashes / f"{place}.json" if self.hashes is not None else None
         paths = [os.fsdecode(path) for path in self.paths_P]
-        files = sha256_of_all(self.folder, paths, ledger, progress=self.progress)
+        files = sha256_of_all(self.folder, paths, self.hashes, progress=self.progress)
         content = hashlib.sha256(json.dumps([asdict(self.cut), files]).encode())
         content.update(self.labels.tobytes())
         crop = "random" if self.cut.random else "centre"
@@ -132,7 +126,7 @@ class FolderImages:
     def about(self) -> dict[str, Any]:
         return {
             "content": self.key,
-            "classes": dict(zip(self.classes, self.class_labels, strict=True)),
+            "classes": dict(self.classes),
             "passed_over": dict(self.passed_over),
         }
 
@@ -160,14 +154,10 @@ class FolderImages:
 
     def pixels(self, indices: Indices) -> np.ndarray:
         """Return images, uint8 (B, R, R, 3). Raise DataError, naming a file that is unreadable."""
-        chosen = np.asarray(indices, dtype=np.int64)
         threads = max(1, self.workers)
-        parts = [part.tolist() for part in np.array_split(chosen, threads)]
-        if threads == 1:
-            decoded = [self.decode(parts[0])]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                decoded = list(pool.map(self.decode, parts))
+        parts = np.array_split(np.asarray(indices, dtype=np.int64), threads)
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = list(pool.map(lambda part: self.decode(part.tolist()), parts))
         for part in decoded:
             for broken in part.unreadable:
                 raise UnreadablePictureError(Path(broken.path), broken.reason)
@@ -198,9 +188,10 @@ def load_image_folders(
     listings.append(listings[0] if held_out == training else list_pictures(held_out))
     # Label the classes
     classes, num_classes = _classes(listings[0], listings[1], config.num_classes, num_classes)
-    _tell(_labels_line(root, classes, num_classes))
-    for listing in listings:
-        _tell(listing.line())
+    if is_main():
+        note(_labels_line(root, classes, num_classes))
+        for line in filter(None, (listing.line() for listing in listings)):
+            note(line)
     # Build both sets
     cut = Cut(config.image_size, config.resize_ratio, True, config.augmentations, config.seed)
     central = replace(cut, random=False, augmentations=1, seed=0)
@@ -214,8 +205,7 @@ def load_image_folders(
         sets.append(
             FolderImages(
                 folder=listing.folder,
-                classes=tuple(classes),
-                class_labels=tuple(classes.values()),
+                classes=classes,
                 num_classes=num_classes,
                 paths_P=np.array(paths),
                 labels=labels_P.repeat(how.augmentations).astype(np.int64),
@@ -264,10 +254,3 @@ def _labels_line(root: Path, classes: Mapping[str, int], num_classes: int) -> st
         pairs = [*pairs[:SHOWN_LABELS], "...", pairs[-1]]
     count = len(classes) if len(classes) == num_classes else f"{len(classes)} of {num_classes}"
     return f"{root}: {count} classes, folder = label: {', '.join(pairs)}"
-
-
-@cache
-def _tell(line: str) -> None:
-    """Print a line to stderr, once per process and only in the main one."""
-    if line and is_main():
-        tqdm.write(line, file=sys.stderr)

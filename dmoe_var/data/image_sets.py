@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dmoe_var.data.class_folders import visible_files
 from dmoe_var.data.images import check_images
 from dmoe_var.data.pictures import EXTENSIONS, UnreadablePictureError, open_rgb
 from dmoe_var.errors import DataError, InputError
-from dmoe_var.files import note, sha256_of, sha256_of_all
+from dmoe_var.files import note, sha256_of_all
 
 
 @runtime_checkable
@@ -80,7 +80,10 @@ class ImageFolder:
     def open(cls, folder: Path, image_size: int, hashes: Path | None = None) -> ImageFolder:
         """List the files, in subfolders and behind links too, but not what is hidden. Other files
         than images are passed over, with a note. Raise DataError if there are no images."""
-        found = sorted(_visible_files(folder))
+        try:
+            found = sorted(filter(Path.is_file, map(Path, visible_files(folder, Counter()))))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
         files = tuple(path for path in found if path.name.lower().endswith(EXTENSIONS))
         others = [path.name for path in found if not path.name.lower().endswith(EXTENSIONS)]
         if not files:
@@ -96,11 +99,7 @@ class ImageFolder:
         """Hash of the files' places and content, taken when first asked for. Raises DataError for a
         file that is unreadable."""
         places = [path.relative_to(self.folder).as_posix() for path in self.files]
-        if self.hashes is None:
-            found = [sha256_of(path) for path in self.files]
-        else:
-            name = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16]
-            found = sha256_of_all(self.folder, places, self.hashes / f"{name}.json")
+        found = sha256_of_all(self.folder, places, self.hashes)
         for place, digest in zip(places, found, strict=True):
             if not digest:
                 raise DataError(f"{self.folder / place}: no readable image")
@@ -128,23 +127,6 @@ class ImageFolder:
             found = f"{pixels.shape[1]} x {pixels.shape[0]}"
             raise DataError(f"{path}: {found} pixels; expected {size}")
         return pixels
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Yield the files under a folder, but nothing hidden: no name that begins with a dot."""
-
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(real)
-        paths = (Path(place, name) for name in names if name[0] != ".")
-        yield from (path for path in paths if path.is_file())
 
 
 def as_pixels(images: Pixels | npt.NDArray[np.uint8], at_least: int = 1) -> Pixels:

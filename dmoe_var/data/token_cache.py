@@ -152,7 +152,7 @@ def tokenize(
     folder.mkdir(parents=True, exist_ok=True)
     store = _Store(folder, images, vqvae.config.patch_nums)
     with alone(folder) if is_main() else nullcontext():
-        written = store.written()
+        written = _from_main(store.written)  # the others need not read all rows for it
         kept = [each for each in written if unreadable == "skip" or not each.unreadable]
         done = {each.first for each in kept}
         missing = [block for block in store.blocks if block.start not in done]
@@ -225,20 +225,19 @@ class _Store:
         return tokens_NL if found == (self.shape, np.uint16, True) else None
 
     def written(self) -> list[_Written]:
-        """List the blocks that are there, in order. Each checksum is verified by one of the
-        processes; a note says how many blocks are not as they were written."""
-        found, tokens_NL = _from_main(self._journalled), self.tokens()
-        ours = [
-            each.first
-            for each in found[rank() :: world_size()]
+        """List the blocks that are there as they were written, in order; a note says how many are
+        not."""
+        found, tokens_NL = self._journalled(), self.tokens()
+        intact = [
+            each
+            for each in found
             if tokens_NL is not None
             and each.checksum == _checksum(tokens_NL[each.first : each.last], each.unreadable)
         ]
-        intact = {first for of_process in gathered(ours) for first in of_process}
-        if is_main() and len(intact) < len(found):
+        if len(intact) < len(found):
             damaged = f"{len(found) - len(intact)} of {len(self.blocks)} blocks"
             note(f"{self.folder}: damaged; {damaged} are made anew")
-        return [each for each in found if each.first in intact]
+        return intact
 
     def _journalled(self) -> list[_Written]:
         found = {}

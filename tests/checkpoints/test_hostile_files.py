@@ -14,6 +14,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import checking
 import pytest
 import torch
 
@@ -55,12 +56,8 @@ def soon():
 
 def assert_refused(load, path, *said):
     beside = sorted(os.listdir(path.parent))
-    with soon(), pytest.raises(CheckpointError) as caught:
-        load(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 5000
-    assert all(text in message for text in (str(path), *said)), message
+    with soon():
+        checking.assert_refused(load, path, *said)
     assert sorted(os.listdir(path.parent)) == beside
 
 
@@ -90,16 +87,12 @@ def with_pickle(path, model, content):
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"\x80\x02.",
-        b"no pickle",
         b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
         b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + bytes(7) + b"\x10\x85R.",
-        b"\x80\x02cbuiltins\nbytearray\n\x8a\x0a" + bytes(9) + b"\x10\x85R.",
-        b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",
         b"\x80\x02cdmoe_var.models.var\nVAR\n)R.",
     ],
-    ids=["empty", "stops", "text", "deep", "exbibytes", "more", "eval", "class"],
+    ids=["stops", "deep", "exbibytes", "class"],
 )
 def test_pickles(make_var, tmp_path, content):
     assert_refused(load_var, with_pickle(tmp_path / "var.pth", make_var(), content))
@@ -118,48 +111,23 @@ class Shell:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_command_is_never_run(make_var, tmp_path, zipped):
     path, made = tmp_path / "evil.pth", tmp_path / "made"
-    content = {"evil": Shell(f"touch {made}")}
+    content = {**make_var().state_dict(), "evil": Shell(f"touch {made}")}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert_refused(load_var, path)
-    assert_refused(vqvae_of, path)
+    assert_refused(load_var, path, "which may be code")
+    assert_refused(vqvae_of, path, "which may be code")
     assert not made.exists()
-
-
-def test_a_whole_model_is_refused(make_var, tmp_path):
-    torch.save(make_var(), tmp_path / "model.pth")
-    assert_refused(load_var, tmp_path / "model.pth")
-
-
-@pytest.mark.parametrize(
-    "content", [{"a\nb": 3}, {"model": {}}, {"epoch": 3, "trainer": {}}], ids=str
-)
-def test_no_state_dicts(tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    assert_refused(load_var, tmp_path / "other.pth", "state dict")
 
 
 # Archives
 
 
-@pytest.mark.parametrize(
-    "names", [(), ("hello",), ("archive/hello",), ("archive/version",)], ids=str
-)
-def test_archives_without_a_pickle(tmp_path, names):
-    path = tmp_path / "var.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            archive.writestr(name, "3\n")
-    assert_refused(load_var, path)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("chunk", range(2))
-def test_any_bytes_are_refused_or_load(tmp_path, zipped, chunk):
+def test_any_bytes_are_refused_or_load(tmp_path, zipped):
     """Random damage, always the same, raises no error but ours."""
-    path, draw = tmp_path / "var.pth", random.Random(chunk)
+    path, draw = tmp_path / "var.pth", random.Random(0)
     torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    for _ in range(100):
+    for _ in range(60):
         content = bytearray(whole)
         for _ in range(draw.choice((1, 1, 2, 8))):
             content[draw.randrange(len(content))] = draw.randrange(256)
@@ -172,35 +140,25 @@ def test_any_bytes_are_refused_or_load(tmp_path, zipped, chunk):
 # Tensors
 
 
-FP16, FP64, FP8 = torch.float16, torch.float64, torch.float8_e4m3fn
 ODD = {
     "sparse": ("head.weight", lambda t: t.to_sparse()),
-    "csr": ("head.weight", lambda t: t.to_sparse_csr()),
     "complex": ("head.weight", lambda t: t.to(torch.complex64)),
     "integers": ("head.weight", lambda t: t.long()),
     "quantised": ("head.weight", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
     "without data": ("head.weight", lambda t: t.to("meta")),
     "one number": ("head.weight", lambda t: t[:1, :1].clone().expand(t.shape)),
     "transposed": ("head.weight", lambda t: t.T.contiguous().T),
-    "one half": ("blocks.0.ffn.fc1.weight", lambda t: t.to(FP16)),
-    "one double": ("blocks.0.ffn.fc1.weight", lambda t: t.to(FP64)),
-    "float8": ("blocks.0.ffn.fc1.weight", lambda t: t.to(FP8)),
-    "scales sparse": ("lvl_1L", lambda t: t.to_sparse()),
-    "scales complex": ("lvl_1L", lambda t: t.to(torch.complex64)),
+    "one half": ("blocks.0.ffn.fc1.weight", lambda t: t.to(torch.float16)),
+    "float8": ("blocks.0.ffn.fc1.weight", lambda t: t.to(torch.float8_e4m3fn)),
     "scales bool": ("lvl_1L", lambda t: t.bool()),
     "scales float": ("lvl_1L", lambda t: t.float()),
-    "scales int16": ("lvl_1L", lambda t: t.to(torch.int16)),
-    "scales uint8": ("lvl_1L", lambda t: t.to(torch.uint8)),
-    "scales int32": ("lvl_1L", lambda t: t.int()),
     "scales without data": ("lvl_1L", lambda t: t.to("meta")),
     "scales none": ("lvl_1L", lambda t: t[:, :0].clone()),
     "scales huge": ("lvl_1L", lambda t: t + 2**40),
-    "scales negative": ("lvl_1L", lambda t: t - 1),
     "scales backwards": ("lvl_1L", lambda t: t.flip(1)),
     "scales skipped": ("lvl_1L", lambda t: t * 2),
     "mask open": ("attn_bias_for_masking", torch.zeros_like),
     "a trainable buffer": ("blocks.0.attn.zero_k_bias", torch.nn.Parameter),
-    "a buffer with a gradient": ("blocks.0.attn.zero_k_bias", lambda t: t.clone().requires_grad_()),
 }
 
 
@@ -228,21 +186,6 @@ def test_odd_tensors_are_refused_or_work(make_var, make_teacher, tmp_path, name)
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("start", [0, 36])
-def test_tensors_in_one_place_are_refused_or_apart(make_var, tmp_path, start):
-    """Two names for one memory, or for parts that overlap: a step on one would move the other."""
-    ones = torch.ones(100)
-    shared = {"blocks.0.attn.q_bias": ones[:64], "blocks.0.attn.v_bias": ones[start : start + 64]}
-    path = save_changed(tmp_path / "var.pth", make_var(), **shared)
-    try:
-        attention = load_var(path).blocks[0].attn
-    except CheckpointError:
-        return
-    with torch.no_grad():
-        attention.q_bias.zero_()
-    assert attention.v_bias.min() == 1
-
-
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_the_mask_is_not_built_for_scales_that_the_file_has_none_for(make_var, tmp_path, as_folder):
     """66,100 tokens take 0.5 MB to name, and a mask of them 22 GB: it has to be in the file."""
@@ -264,21 +207,9 @@ def test_the_mask_is_not_built_for_scales_that_the_file_has_none_for(make_var, t
     assert "allocate" not in str(caught.value)
 
 
-@pytest.mark.parametrize("precision", [FP16, torch.bfloat16, FP64], ids=str)
-def test_a_file_of_one_precision_loads_in_one(make_var, make_teacher, tmp_path, precision):
-    var = make_var()
-    half = {n: t.to(precision) for n, t in var.state_dict().items() if t.is_floating_point()}
-    loaded = load_var(save_changed(tmp_path / "var.pth", var, **half))
-    assert len({parameter.dtype for parameter in loaded.parameters()}) == 1
-    with torch.no_grad():
-        assert loaded(torch.tensor([0]), make_teacher(loaded, 1)).isfinite().all()
-
-
-@pytest.mark.parametrize("key", ["a\nb", "blocks.0.a\rb"])
-def test_a_key_of_several_lines(make_var, make_vqvae, tmp_path, key):
-    one = {key: torch.zeros(1)}
+def test_a_key_of_several_lines(make_var, tmp_path):
+    one = {"blocks.0.a\r\nb": torch.zeros(1)}
     assert_refused(load_var, save_changed(tmp_path / "var.pth", make_var(), **one))
-    assert_refused(vqvae_of, save_changed(tmp_path / "vae.pth", make_vqvae(), **one))
 
 
 def test_a_model_claimed_to_be_endless(make_var, tmp_path):
@@ -289,23 +220,10 @@ def test_a_model_claimed_to_be_endless(make_var, tmp_path):
     )
 
 
-@pytest.mark.parametrize("number", [2 * 10**9, 10**30, int("9" * 4000)], ids=["e9", "e30", "e4000"])
-def test_a_number_in_a_var_s_key(make_var, tmp_path, number):
+@pytest.mark.parametrize("number", [2 * 10**9, int("9" * 4000)], ids=["e9", "e4000"])
+def test_a_number_in_a_key(make_var, tmp_path, number):
     one = {f"blocks.{number}.x": torch.zeros(1)}
     assert_refused(load_var, save_changed(tmp_path / "var.pth", make_var(), **one))
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "encoder.down.{}.block.0.conv1.weight",
-        "encoder.down.0.block.{}.x",
-        "quantize.quant_resi.qresi_ls.{}.x",
-    ],
-)
-def test_a_number_in_a_vqvae_s_key(make_vqvae, tmp_path, key):
-    one = {key.format(2 * 10**9): torch.zeros(1)}
-    assert_refused(vqvae_of, save_changed(tmp_path / "vae.pth", make_vqvae(), **one))
 
 
 # Folders
@@ -321,20 +239,12 @@ def folder(make_var, tmp_path):
     "change",
     [
         {"depth": 2 * 10**9},
-        {"depth": 10**30},
-        {"width": 2**62},
         {"width": 10**30, "num_heads": 1},
         {"num_classes": 10**18},
-        {"vocab_size": 10**30},
         {"mlp_ratio": 1e300},
-        {"mlp_ratio": 1e-300},
-        {"num_heads": 10**30},
         {"patch_nums": [1, 10**6]},
-        {"patch_nums": [1, 10**12]},
-        {"drop_path": float("nan")},
         {"norm_eps": float("inf")},
         {"experts": {"expert_size": 10**30}},
-        {"experts": {"expert_size": 1, "router_hidden": 10**30}},
         {"a\nb": 1},
     ],
     ids=str,
@@ -347,9 +257,7 @@ def test_absurd_configurations(folder, change):
     assert_refused(load_var, folder)
 
 
-@pytest.mark.parametrize(
-    "content", ["[" * 200_000, '{"a":' * 200_000, '{"kind": "a\\nb"}', "9" * 5000]
-)
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"kind": "a\\nb"}', "9" * 5000])
 def test_absurd_json(folder, content):
     (folder / "config.json").write_text(content)
     assert_refused(load_var, folder, "config.json")
@@ -362,30 +270,22 @@ def test_a_folder_for_a_file(folder, name):
     assert_refused(load_var, folder, name)
 
 
-def test_an_empty_folder(tmp_path):
-    (tmp_path / "var").mkdir()
-    assert_refused(load_var, tmp_path / "var", "config.json")
-    assert_refused(vqvae_of, tmp_path / "var", "config.json")
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "var.pth"])
-def test_what_may_not_be_read_says_so(folder, make_var, name):
-    path = folder / name if name != "var.pth" else save_changed(folder.parent / name, make_var())
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_may_not_be_read_says_so(folder, name):
+    path = folder / name
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
-    source = path if name == "var.pth" else folder
-    assert_refused(load_var, source, name, "denied")
+    assert_refused(load_var, folder, name, "denied")
 
 
-@pytest.mark.parametrize("chunk", range(2))
-def test_any_bytes_of_a_folder_are_refused_or_load(folder, chunk):
-    draw = random.Random(chunk)
+def test_any_bytes_of_a_folder_are_refused_or_load(folder):
+    draw = random.Random(0)
     for name in ("model.safetensors", "config.json"):
         path = folder / name
         whole = path.read_bytes()
         header = min(len(whole), 3000)
-        for _ in range(40):
+        for _ in range(30):
             content = bytearray(whole)
             content[draw.randrange(header)] = draw.randrange(256)
             path.write_bytes(content)

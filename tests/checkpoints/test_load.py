@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from checking import assert_refused, same
 from safetensors.torch import save_file
 
 from dmoe_var import DynamicVAR, load_var, load_vqvae
@@ -22,34 +21,11 @@ from dmoe_var.errors import CheckpointError
 PATCH_NUMS = (1, 2, 3, 4)
 
 
-class RunsCode:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def save_pth(path, model, **changes):
     """As the published code saves: an OrderedDict of tensors. None removes a key."""
     state = OrderedDict(model.state_dict(), **changes)
     torch.save(OrderedDict((k, t) for k, t in state.items() if t is not None), path)
     return path
-
-
-def same(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-def assert_refused(load, path, *said):
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(text in message for text in (str(path), *said)), message
 
 
 def vqvae_of(path):
@@ -62,9 +38,6 @@ def forgotten():
     hub.fetch.cache_clear()
     yield
     hub.fetch.cache_clear()
-
-
-LOADERS = pytest.mark.parametrize("load", [load_var, vqvae_of], ids=["var", "vqvae"])
 
 
 # Published files
@@ -89,8 +62,7 @@ def test_shapes_of_the_parity_models(parity):
     [
         {},
         {"attn_l2_norm": False, "width": 192, "num_heads": 3},
-        {"shared_adaln": True},
-        {"num_heads": 4},
+        {"shared_adaln": True, "num_heads": 4},
         {"depth": 11, "width": 32},
         {"mlp_ratio": 2.0, "patch_nums": (2, 3, 5), "num_classes": 1},
     ],
@@ -107,10 +79,10 @@ def test_any_var(make_var, tmp_path, fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"num_phi": num_phi} for num_phi in (0, 1, 2, 4)),
-        {"attention": False},
-        {"conv_kernel": 1, "num_res_blocks": 2},
-        {"ch_mult": (1, 2, 2), "z_channels": 4, "vocab_size": 7},
+        {},
+        {"num_phi": 0, "attention": False},
+        {"num_phi": 1, "conv_kernel": 1, "num_res_blocks": 2},
+        {"num_phi": 2, "ch_mult": (1, 2, 2), "z_channels": 4, "vocab_size": 7},
     ],
     ids=str,
 )
@@ -136,25 +108,20 @@ def test_patch_nums_default_to_the_256_px_schedule(make_vqvae, tmp_path):
 )
 def test_patch_nums_that_cannot_be(make_vqvae, tmp_path, patch_nums, said):
     path = save_pth(tmp_path / "vae.pth", make_vqvae())
-    assert_refused(lambda p: load_vqvae(p, patch_nums), path, *said)
+    assert_refused(load_vqvae, path, *said, patch_nums=patch_nums)
 
 
-@pytest.mark.parametrize("patch_nums", [(1, 2, 3), (1, 2, 3, 4, 5), (1, 4), (2, 3, 4, 6)])
+@pytest.mark.parametrize("patch_nums", [(1, 4), (1, 2, 3, 4, 5)])
 def test_a_vqvae_serves_any_scales(make_vqvae, tmp_path, patch_nums):
     """The counter of code use alone is of the scales of its training, and nothing reads it."""
-    vqvae = make_vqvae()
+    vqvae, counter = make_vqvae(), "quantize.ema_vocab_hit_SV"
     loaded = load_vqvae(save_pth(tmp_path / "vae.pth", vqvae), patch_nums)
     assert loaded.config.patch_nums == patch_nums
-    other = make_vqvae(patch_nums=patch_nums)
-    ours, theirs, given = loaded.state_dict(), other.state_dict(), vqvae.state_dict()
-    counter = "quantize.ema_vocab_hit_SV"
-    assert ours[counter].shape == (len(patch_nums), 32)
-    assert all(torch.equal(ours[k], given[k]) for k in ours if k != counter)
-    other.load_state_dict({**given, counter: theirs[counter]})
+    ours, given = loaded.state_dict(), vqvae.state_dict()
+    assert ours.pop(counter).shape == (len(patch_nums), 32)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in ours.items())
     size = loaded.config.image_size
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    tokens = loaded.encode(images)
-    assert all(map(torch.equal, tokens, other.encode(images)))
+    tokens = loaded.encode(torch.zeros(2, 3, size, size))
     assert [t.shape[1] for t in tokens] == [p * p for p in patch_nums]
 
 
@@ -215,9 +182,9 @@ def test_a_training_state_is_no_model(make_var, tmp_path):
 
 def test_a_saved_dynamic_model_is_no_base(make_var, make_moe, tmp_path):
     DynamicVAR(make_var(), make_moe(make_var()), (2, 3)).save_pretrained(tmp_path / "both")
-    for name in (".", "model.safetensors"):
-        load = lambda folder, name=name: load_var(folder / name)  # noqa: E731
-        assert_refused(load, tmp_path / "both", "DynamicVAR.from_pretrained")
+    assert_refused(load_var, tmp_path / "both", "DynamicVAR.from_pretrained")
+    with pytest.raises(CheckpointError, match=r"DynamicVAR\.from_pretrained"):
+        load_var(tmp_path / "both" / "model.safetensors")
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((tmp_path / "both" / "model.safetensors").read_bytes())
     assert_refused(load_var, alone, "DynamicVAR.from_pretrained")
@@ -248,7 +215,7 @@ def test_a_folder_of_published_files(make_var, tmp_path):
 # Precision
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_has_the_precision_of_its_file(make_var, tmp_path, dtype):
     path = save_pth(tmp_path / "var.pth", make_var().to(dtype))
     assert {p.dtype for p in load_var(path).parameters()} == {dtype}
@@ -265,41 +232,14 @@ def test_several_precisions_become_the_one_that_loses_nothing(make_var, tmp_path
     assert file_dtype(tmp_path / "var.pth", "var") == "bfloat16, float32"
 
 
-@LOADERS
-def test_a_pickle_with_code_is_refused_and_not_run(make_var, tmp_path, load):
-    path, made = tmp_path / "evil.pth", tmp_path / "made"
-    torch.save({**make_var().state_dict(), "evil": RunsCode(made)}, path)
-    assert_refused(load, path)
-    assert not made.exists()
-    torch.load(path, weights_only=False)
-    assert made.exists()
-
-
-@LOADERS
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("left", [0, 1, 60, 0.5, -1])
-def test_truncated_files(make_var, tmp_path, load, zipped, left):
+@pytest.mark.parametrize("left", [1, 0.5, -1])
+def test_truncated_files(make_var, tmp_path, zipped, left):
     path = tmp_path / "cut.pth"
     torch.save(make_var().state_dict(), path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(left * len(content)) if left == 0.5 else left])
-    assert_refused(load, path)
-
-
-@LOADERS
-@pytest.mark.parametrize("content", [b"hello world", b"<html></html>", b"{}\n", bytes(64)])
-def test_other_files(tmp_path, load, content):
-    path = tmp_path / "other.pth"
-    path.write_bytes(content)
-    assert_refused(load, path)
-
-
-@LOADERS
-@pytest.mark.parametrize("content", [[1, 2], {}, {"model": {}}, {"epoch": 3}], ids=str)
-def test_pickles_that_are_no_state_dict(tmp_path, load, content):
-    path = tmp_path / "other.pth"
-    torch.save(content, path)
-    assert_refused(load, path)
+    assert_refused(load_var, path)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +247,9 @@ def test_pickles_that_are_no_state_dict(tmp_path, load, content):
     [
         ("head.weight", None, ["missing", "head.weight"]),
         ("blocks.1.ffn.fc1.bias", None, ["missing", "blocks.1.ffn.fc1.bias"]),
-        ("lvl_1L", None, ["missing", "lvl_1L"]),
         ("extra", torch.zeros(1), ["unexpected", "extra"]),
         ("blocks.1.ffn.fc1.bias", torch.zeros(3), ["blocks.1.ffn.fc1.bias", "(3,)", "(256,)"]),
-        ("pos_start", torch.zeros(3), []),
-        ("lvl_1L", torch.zeros(1, 30), []),
+        ("pos_start", torch.zeros(3), ["pos_start is (3,), should have 3 dimensions"]),
         ("blocks.0.attn.scale_mul_1H11", torch.zeros(1, 3, 1, 1), []),
     ],
 )
@@ -320,24 +258,10 @@ def test_var_files_that_do_not_fit(make_var, tmp_path, key, value, said):
     assert_refused(load_var, path, *said)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("quantize.embedding.weight", None, ["missing", "quantize.embedding.weight"]),
-        ("decoder.conv_out.bias", None, ["missing", "decoder.conv_out.bias"]),
-        ("extra", torch.zeros(1), ["unexpected", "extra"]),
-        ("decoder.conv_out.bias", torch.zeros(4), ["decoder.conv_out.bias", "(4,)", "(3,)"]),
-        ("quantize.embedding.weight", torch.zeros(3), []),
-    ],
-)
-def test_vqvae_files_that_do_not_fit(make_vqvae, tmp_path, key, value, said):
-    path = save_pth(tmp_path / "vae.pth", make_vqvae(), **{key: value})
-    assert_refused(vqvae_of, path, *said)
-
-
-def test_var_and_vqvae_files_are_not_mixed_up(make_vqvae, make_var, tmp_path):
-    assert_refused(load_var, save_pth(tmp_path / "vae.pth", make_vqvae()))
-    assert_refused(vqvae_of, save_pth(tmp_path / "var.pth", make_var()))
+@pytest.mark.parametrize("key", ["quantize.embedding.weight", "decoder.conv_out.bias"])
+def test_vqvae_files_that_do_not_fit(make_vqvae, tmp_path, key):
+    path = save_pth(tmp_path / "vae.pth", make_vqvae(), **{key: None})
+    assert_refused(vqvae_of, path, "missing", key)
 
 
 # Files that are whole, in another form
@@ -353,27 +277,17 @@ def repacked(path, compression):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_file_that_a_zip_tool_wrote(make_vqvae, make_var, tmp_path, compression):
+def test_a_file_that_a_zip_tool_wrote(make_var, tmp_path, compression):
     """A compressed entry mapped into memory as it is would be other weights, silently."""
-    vqvae, var = make_vqvae(), make_var()
-    assert same(vqvae_of(repacked(save_pth(tmp_path / "vae.pth", vqvae), compression)), vqvae)
+    var = make_var()
     assert same(load_var(repacked(save_pth(tmp_path / "var.pth", var), compression)), var)
 
 
-def test_files_in_the_format_before_1_6(make_vqvae, make_var, tmp_path):
-    for load, model in ((vqvae_of, make_vqvae()), (load_var, make_var())):
-        path = tmp_path / "old.pth"
-        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
-        assert not zipfile.is_zipfile(path)
-        assert same(load(path), model)
-
-
-@pytest.mark.parametrize("trainable", [True, False])
-def test_a_state_dict_of_parameters(make_var, tmp_path, trainable):
+def test_a_state_dict_of_parameters(make_var, tmp_path):
     """As `dict(model.named_parameters())` leaves them: what trains is the model's own matter."""
     var = make_var()
     tensors = {
-        name: torch.nn.Parameter(tensor, trainable)
+        name: torch.nn.Parameter(tensor, requires_grad="bias" in name)
         for name, tensor in var.state_dict().items()
         if tensor.is_floating_point()
     }
@@ -382,18 +296,6 @@ def test_a_state_dict_of_parameters(make_var, tmp_path, trainable):
     assert [name for name, _ in loaded.named_parameters()] == [n for n, _ in var.named_parameters()]
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert not any(buffer.requires_grad for buffer in loaded.buffers())
-
-
-def test_nan_loads_as_it_is(make_var, tmp_path):
-    """A model that diverged can be looked at."""
-    path = save_pth(tmp_path / "var.pth", make_var(), **{"head.bias": torch.full((32,), torch.nan)})
-    assert load_var(path).head.bias.isnan().all()
-
-
-def test_a_loaded_file_can_be_saved_as_a_folder(make_var, tmp_path):
-    var = make_var()
-    save_checkpoint(tmp_path / "ours", load_var(save_pth(tmp_path / "var.pth", var)))
-    assert same(load_var(tmp_path / "ours"), var)
 
 
 # Our folders
@@ -406,20 +308,19 @@ def test_folders(make_vqvae, make_var, make_moe, tmp_path):
     assert same(load_vqvae(str(tmp_path / "vqvae")), vqvae)
     assert same(load_vqvae(tmp_path / "vqvae", list(PATCH_NUMS)), vqvae)
     assert same(load_var(tmp_path / "moe", vqvae), moe)
-    assert_refused(lambda p: load_vqvae(p, (1, 2, 3, 5)), tmp_path / "vqvae", "patch_nums")
+    assert_refused(load_vqvae, tmp_path / "vqvae", "patch_nums", patch_nums=(1, 2, 3, 5))
     assert_refused(load_var, tmp_path / "vqvae", "kind='vqvae'")
     assert_refused(load_vqvae, tmp_path / "moe", "kind='var'")
 
 
-@pytest.mark.parametrize("as_folder", [True, False])
 @pytest.mark.parametrize(
-    ("name", "value"), [("vocab_size", 64), ("z_channels", 4), ("patch_nums", (1, 2, 3, 5))]
+    ("save", "name", "value"),
+    [(save_checkpoint, "vocab_size", 64), (save_pth, "patch_nums", (1, 2, 3, 5))],
 )
-def test_a_var_of_another_vqvae(make_vqvae, make_var, tmp_path, as_folder, name, value):
-    path = tmp_path / "var"
-    (save_checkpoint if as_folder else save_pth)(path, make_var())
+def test_a_var_of_another_vqvae(make_vqvae, make_var, tmp_path, save, name, value):
+    save(tmp_path / "var", make_var())
     other = make_vqvae(**{name: value})
-    assert_refused(lambda p: load_var(p, other), path, name, str(value))
+    assert_refused(load_var, tmp_path / "var", name, str(value), vqvae=other)
 
 
 def test_no_such_source():
@@ -444,33 +345,16 @@ def test_a_name_is_the_packaged_model_and_a_path_the_folder(make_var, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert load_var("digits").config.num_classes == 10
     assert weights_file("digits", "var").is_relative_to(Path(hub.__file__).parent)
-    for path in (
-        "./digits",
-        f"{tmp_path}/digits",
-        tmp_path / "digits",
-        "../" + tmp_path.name + "/digits",
-    ):
+    for path in ("./digits", tmp_path / "digits"):
         assert same(load_var(path), var), path
         assert weights_file(path, "var").samefile("digits/model.safetensors")
 
 
-def test_the_current_folder(make_var, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "var", make_var())
-    monkeypatch.chdir(tmp_path / "var")
-    assert same(load_var("."), make_var())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        load_var(".")
-
-
-@pytest.mark.parametrize("source", ["", "/", "a\0b", "x" * 5000, "digits/digits", "var_d16.pth"])
-@LOADERS
-def test_sources_that_are_nothing(tmp_path, monkeypatch, load, source):
+@pytest.mark.parametrize("source", ["", ".", "/", "a\0b", "x" * 5000, "digits/digits"])
+def test_sources_that_are_nothing(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        load(source)
+        load_var(source)
     assert "\n" not in str(caught.value)
 
 
@@ -488,11 +372,3 @@ def test_published_names_come_through_the_hub(parity, monkeypatch, forgotten):
         ("FoundationVision/var", "vae_ch160v4096z32.pth"),
         ("FoundationVision/var", "var_d16.pth"),
     ]
-
-
-def test_no_network_is_one_line(monkeypatch, forgotten):
-    def download(*_):
-        raise LocalEntryNotFoundError("no connection\nand no file in the cache")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert_refused(load_var, "var_d16", "no connection")

@@ -4,7 +4,6 @@ a loaded model is independent of its file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,8 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from checking import same
 
-from dmoe_var import VAR, VARConfig, load_var, load_vqvae
+from dmoe_var import VAR, VARConfig, load_var
 from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, save_checkpoint
 
 ALLOWED = 1.15
@@ -66,11 +66,11 @@ def measured(*paths):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def write_both(folder, depth, **fields):
-    """A VAR of published width as a .pth file and as a folder of ours; every weight is 2**-10."""
+def write_both(folder, **fields):
+    """A VAR as a .pth file and as a folder of ours; every weight is 2**-10."""
     path = folder / "var.pth"
     with torch.device("meta"), patch.object(VAR, "_init_weights"):
-        skeleton = VAR(VARConfig(depth=depth, **fields))
+        skeleton = VAR(VARConfig(**fields))
     weights = {name for name, _ in skeleton.named_parameters()}
     levels = torch.cat([torch.full((p * p,), i) for i, p in enumerate(skeleton.config.patch_nums)])
     mask = torch.where(levels[:, None] >= levels, 0.0, -torch.inf)
@@ -89,9 +89,9 @@ def write_both(folder, depth, **fields):
 
 @pytest.fixture(scope="module")
 def loading(tmp_path_factory, make_var):
-    """Measurements of a 260 MB file and folder (published width, 3 layers), and of tiny ones."""
+    """Measurements of a 180 MB file and folder (published width, 2 layers), and of tiny ones."""
     folder = tmp_path_factory.mktemp("memory")
-    path, ours = write_both(folder, 3, width=1024, num_heads=16)
+    path, ours = write_both(folder, depth=2, width=1024, num_heads=16)
     save_checkpoint(folder / "shared", make_var(shared_adaln=True))
     found = measured(path, ours, folder / "shared")
     for file in (path, ours / MODEL_FILE):
@@ -102,7 +102,7 @@ def loading(tmp_path_factory, make_var):
 @needs_proc
 def test_weights_are_held_once(loading):
     for found in loading[:2]:
-        assert found["bytes"] > 250e6
+        assert found["bytes"] > 150e6
         assert found["sum"] == pytest.approx(found["bytes"] / 4 * 2**-10, rel=0.02)
         assert found["peak"] / found["bytes"] <= ALLOWED, found
         # Below 1 the weights would not have been read, or not been counted.
@@ -115,20 +115,7 @@ def test_loading_imports_no_compiler(loading):
     assert [found["imported"] for found in loading] == [[], [], []]
 
 
-@needs_proc
-@pytest.mark.slow
-@pytest.mark.parametrize("shared_adaln", [False, True])
-def test_d16_weights_are_held_once(tmp_path, shared_adaln):
-    for found in measured(*write_both(tmp_path, 16, shared_adaln=shared_adaln)):
-        assert found["bytes"] > 800e6
-        assert found["peak"] / found["bytes"] <= 1.06, found
-
-
 # Independent of the file
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(params=["zip", "legacy", "folder"])
@@ -142,31 +129,12 @@ def stored(request, make_var, tmp_path):
     return path, path
 
 
-def test_writing_into_a_model_does_not_change_its_file(stored, make_var):
-    source, file = stored
-    before = digest(file)
-    var, fresh = load_var(source), make_var()
-    with torch.no_grad():
-        for tensor in (*var.parameters(), *var.buffers()):
-            tensor.add_(1)
-    assert digest(file) == before
-    for name, tensor in load_var(source).state_dict().items():
-        assert torch.equal(tensor, fresh.state_dict()[name])
-        assert torch.equal(var.state_dict()[name], tensor + 1)
-
-
-def test_two_loads_of_a_file_are_independent(stored):
-    one, other = load_var(stored[0]), load_var(stored[0])
-    with torch.no_grad():
-        one.head.weight.zero_()
-    assert other.head.weight.abs().min() > 0
-
-
 def test_training_steps_on_a_loaded_model(stored, make_var, make_teacher):
-    """The same losses and weights as from a model in plain memory, and the file stays."""
+    """The same losses and weights as from a model in plain memory. The file stays, and so does
+    another model loaded from it."""
     source, file = stored
-    before = digest(file)
-    mapped, plain = load_var(source), make_var()
+    before = file.read_bytes()
+    mapped, other, plain, fresh = load_var(source), load_var(source), make_var(), make_var()
     labels, teacher = torch.tensor([0, 3]), make_teacher(plain)
     losses = {}
     for name, var in (("mapped", mapped), ("plain", plain)):
@@ -180,28 +148,24 @@ def test_training_steps_on_a_loaded_model(stored, make_var, make_teacher):
             losses[name].append(loss.item())
     assert losses["mapped"] == losses["plain"]
     assert losses["mapped"][-1] < losses["mapped"][0]
-    for name, tensor in mapped.state_dict().items():
-        assert torch.equal(tensor, plain.state_dict()[name]), name
-    assert digest(file) == before
+    assert same(mapped, plain)
+    assert same(other, fresh)
+    assert file.read_bytes() == before
 
 
-def test_a_model_outlives_its_file(stored):
+def test_a_model_outlives_its_file(stored, make_var):
     source, file = stored
     var = load_var(source)
-    weight = var.head.weight.detach().clone()
     file.unlink()
-    assert torch.equal(var.head.weight, weight)
+    assert same(var, make_var())
 
 
-def test_a_model_outlives_a_save_over_it(make_var, make_vqvae, tmp_path):
+def test_a_model_outlives_a_save_over_it(make_var, tmp_path):
     save_checkpoint(tmp_path / "var", make_var())
     var = load_var(tmp_path / "var")
     save_checkpoint(tmp_path / "var", make_var(seed=1))
-    assert torch.equal(var.head.weight, make_var().head.weight)
-    assert torch.equal(load_var(tmp_path / "var").head.weight, make_var(seed=1).head.weight)
-    save_checkpoint(tmp_path / "vqvae", make_vqvae())
-    vqvae = load_vqvae(tmp_path / "vqvae")
+    assert same(var, make_var())
     with torch.no_grad():
-        vqvae.quant_conv.weight.zero_()
-    save_checkpoint(tmp_path / "vqvae", vqvae)
-    assert load_vqvae(tmp_path / "vqvae").quant_conv.weight.abs().max() == 0
+        var.head.weight.zero_()
+    save_checkpoint(tmp_path / "var", var)
+    assert load_var(tmp_path / "var").head.weight.abs().max() == 0

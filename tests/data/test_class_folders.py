@@ -10,9 +10,14 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dmoe_var.data import load_data
-from dmoe_var.data.class_folders import balanced, labels_of, list_pictures, sorted_classes
+from dmoe_var.data.class_folders import (
+    WNIDS,
+    balanced,
+    labels_of,
+    list_pictures,
+    sorted_classes,
+)
 from dmoe_var.data.config import DataConfig
-from dmoe_var.data.imagenet_wnids import WNIDS
 from dmoe_var.errors import DataError
 
 
@@ -81,7 +86,6 @@ def test_links_to_nothing_are_listed(tmp_path):
         (("10", "9", "0", "1"), ["0", "1", "9", "10"]),
         (("002", "10", "-1"), ["-1", "002", "10"]),
         (("10", "9", "x"), ["10", "9", "x"]),
-        (("1.5", "10", "9"), ["1.5", "10", "9"]),
         (("²", "10", "9"), ["10", "9", "²"]),
     ],
 )
@@ -107,17 +111,14 @@ def test_wnids_are_torchvisions_classes(tmp_path):
     ("names", "num_classes", "expected"),
     [
         (["cats", "dogs"], 2, [0, 1]),
-        (["1", "2", "3"], 3, [0, 1, 2]),
         (["1", "4", "9"], 10, [1, 4, 9]),
         (["01", "04"], 10, [1, 4]),
         (["n02123045", "n15075141"], 1000, [281, 999]),
         (["n02123045", "n15075141"], 2, [0, 1]),
         (["cats", "dogs"], 10, None),
-        (["n02123045", "n15075141"], 10, None),
         (["n02123045", "n00000000"], 1000, None),
         (["n02123045", "5"], 1000, None),
         (["1", "10"], 10, None),
-        (["-1", "1"], 10, None),
         (["0", "1", "2"], 2, None),
     ],
 )
@@ -158,20 +159,10 @@ def test_a_limit_takes_some_of_each(set_of):
     assert held_out.labels.tolist() == [2, 7]
 
 
-def test_labels_are_part_of_the_key(set_of):
-    """The same pictures in the same order, of other classes of a model."""
-    keys = {set_of("1", "2", num_classes=number)[0].key for number in (None, 10)}
-    assert len(keys) == 2
-
-
 def test_unknown_labels(set_of):
-    with pytest.raises(DataError) as caught:
+    said = "train: found 2 class folders, expected var.num_classes=10; .*0..9.*wnids.*num_classes=2"
+    with pytest.raises(DataError, match=said):
         set_of("cats", "dogs", num_classes=10)
-    message = str(caught.value)
-    assert "train: found 2 class folders, expected var.num_classes=10" in message
-    assert "0..9" in message
-    assert "wnids" in message
-    assert "var.num_classes=2" in message
 
 
 def test_neither_the_folders_nor_the_model_s_number(set_of):

@@ -1,9 +1,7 @@
-"""Decoding beside the encoder: in order, not too far ahead, and without shared memory."""
+"""Decoding beside the encoder: in order, and not too far ahead."""
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 import time
 
 import numpy as np
@@ -19,12 +17,10 @@ class Numbers:
     """Images that are their own indices; later batches are decoded sooner."""
 
     def __init__(self, fails_at=None):
-        self.fails_at, self.started, self.children, self.names = fails_at, 0, [], set()
+        self.fails_at, self.started = fails_at, 0
 
     def decode(self, indices):
         self.started += 1
-        self.names.add(threading.current_thread().name)
-        self.children += multiprocessing.active_children()
         if self.fails_at in indices:
             raise MemoryError
         time.sleep(0.002 * (20 - indices[0]) / 20)
@@ -41,15 +37,6 @@ def test_batches_come_in_order(workers):
         (first, False), (first, False), (first, True), (second, False), (second, True),
     ]  # fmt: skip
     assert all(batch.busy_s > 0 for _, _, batch in found)
-
-
-def test_nothing_is_shared_between_processes():
-    """Threads of this process alone: shared memory may be as small as it likes."""
-    images = Numbers()
-    for _, _, batch in decoded(images, BLOCKS, 1, 3):
-        assert not batch.pixels_BRR3.is_shared()
-    assert images.children == []
-    assert threading.current_thread().name not in images.names
 
 
 def test_decoders_do_not_run_far_ahead():

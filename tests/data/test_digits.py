@@ -54,18 +54,6 @@ def test_split_is_fixed(sets):
     assert sets[1].labels[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
 
 
-def test_originals_at_their_own_size():
-    greys, _ = sklearn_digits(return_X_y=True)
-    levels = {round(level * 255 / 16) for level in np.unique(greys)}
-    assert set(np.unique(load_digits(8)[0].images)) == levels
-
-
-def test_keys_name_the_content(sets):
-    keys = {s.key for size in (8, 16) for s in load_digits(size)}
-    assert len(keys) == 4
-    assert sets[0].key in keys
-
-
 def test_tensors_lie_in_minus_one_to_one(sets):
     indices = torch.tensor([5, 0])
     x_B3RR = sets[0].tensors(indices)

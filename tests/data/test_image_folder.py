@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from checking import assert_refused
 from PIL import Image
 
 from dmoe_var.data import load_data
@@ -57,29 +58,20 @@ def by_hand(path, size=36, side=32):
 
 
 def saved_as(kind, path):
-    """A picture of an unusual kind."""
+    """A picture of an unusual kind (test_pictures.py has more of them)."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned: the published transform does not turn it
     pictures = {
         "tall.png": lambda: Image.fromarray(noise(1, 41, 97, 3)).save(path),
-        "wide.bmp": lambda: Image.fromarray(noise(2, 111, 37, 3)).save(path),
         "small.webp": lambda: Image.fromarray(noise(3, 20, 9, 3)).save(path),
-        "as_resized.png": lambda: Image.fromarray(noise(4, 36, 45, 3)).save(path),
-        "grey.JPEG": lambda: Image.fromarray(noise(5, 50, 41, 1)).save(path),
         "cmyk.jpg": lambda: Image.fromarray(noise(6, 50, 41, 4), "CMYK").save(path),
-        "palette.png": lambda: Image.fromarray(noise(7, 50, 41, 3)).quantize(9).save(path),
-        "alpha.png": lambda: Image.fromarray(noise(8, 50, 41, 4), "RGBA").save(path),
         "turned.jpg": lambda: Image.fromarray(noise(9, 50, 41, 3)).save(path, exif=exif),
     }
     pictures[kind]()
 
 
-KINDS = ["tall.png", "wide.bmp", "small.webp", "as_resized.png", "grey.JPEG", "cmyk.jpg"]
-KINDS += ["palette.png", "alpha.png", "turned.jpg"]
-
-
 @pytest.mark.filterwarnings("ignore:'mode' parameter")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tall.png", "small.webp", "cmyk.jpg", "turned.jpg"])
 def test_centre_crop_is_the_published_one(tmp_path, kind):
     saved_as(kind, tmp_path / kind)
     ours = CENTRE.cropped(CENTRE.opened(tmp_path / kind), 0, 0)
@@ -144,7 +136,7 @@ def test_images_are_crops_of_their_pictures(root, folder_images):
     assert (len(training), len(held_out)) == (18, 7)
     for index, pixels in enumerate(training.pixels(torch.arange(18))):
         path = training.path(index)
-        assert path == root / "train" / training.classes[training.labels[index]] / path.name
+        assert path == root / "train" / "abc"[training.labels[index]] / path.name
         picture, k = training.cut.opened(path), index % 3
         assert np.array_equal(pixels, training.cut.cropped(picture, index // 3, k))
     ours = held_out.pixels(torch.tensor([4]))[0]
@@ -152,10 +144,9 @@ def test_images_are_crops_of_their_pictures(root, folder_images):
     assert len({pixels.tobytes() for pixels in training.pixels(np.arange(18))}) > 12
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_neither_batches_nor_threads_matter(root, folder_images, workers):
+def test_neither_batches_nor_threads_matter(root, folder_images):
     whole = folder_images(root, augmentations=2)[0].pixels(torch.arange(12))
-    images = folder_images(root, augmentations=2, workers=workers)[0]
+    images = folder_images(root, augmentations=2, workers=3)[0]
     order = torch.tensor([11, 0, 5, 4, 4])
     assert np.array_equal(images.pixels(order), whole[order.numpy()])
     assert np.array_equal(images.decode(range(3, 9)).pixels_BRR3, whole[3:9])
@@ -169,20 +160,12 @@ def test_augmentations_of_a_picture_cost_one_decoding(root, folder_images, monke
     assert len(times) == 6
 
 
-def test_tensors_lie_in_minus_one_to_one(root, folder_images):
-    images, indices = folder_images(root)[1], torch.tensor([3, 0])
-    x_B3RR = images.tensors(indices)
-    assert (x_B3RR.dtype, x_B3RR.shape) == (torch.float32, (2, 3, 8, 8))
-    expected = images.pixels(indices).transpose(0, 3, 1, 2) / 255 * 2 - 1
-    assert np.allclose(x_B3RR, expected, atol=1e-6, rtol=0)
-
-
 # Which pictures
 
 
 def test_labels_are_places_of_sorted_names(root, folder_images):
     training, held_out = folder_images(root, augmentations=2, num_classes=3)
-    assert training.classes == held_out.classes == ("a", "b", "c")
+    assert training.classes == held_out.classes == {"a": 0, "b": 1, "c": 2}
     assert training.labels.tolist() == [0] * 4 + [1] * 2 + [2] * 6
     assert held_out.labels.tolist() == [0, 0, 1, 1, 1, 1, 2]
     assert training.labels.dtype == np.int64
@@ -195,7 +178,7 @@ def test_one_folder_may_be_both(root, folder_images):
     assert training.key != held_out.key
 
 
-@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("number", [1, 5, 7])
 def test_held_out_pictures_are_balanced(root, folder_images, number):
     """Turn by turn, by brute force: a class gets its next picture where it still has one."""
     left, taken = {"a": 2, "b": 4, "c": 1}, Counter()
@@ -234,11 +217,10 @@ def bmp(path, seed):
     Image.fromarray(noise(seed, 12, 10, 3)).save(path)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_keys_see_content_of_the_same_size_and_time(tmp_path, make_folder, monkeypatch, kept):
-    """Another folder, and the same one overwritten in place; with and without a ledger."""
+def test_keys_see_content_of_the_same_size_and_time(tmp_path, make_folder, monkeypatch):
+    """Another folder, and the same one overwritten in place."""
     monkeypatch.setattr("dmoe_var.files.SETTLED_NS", -(10**12))  # new files are kept too
-    hashes, keys = tmp_path / "hashes" if kept else None, []
+    hashes, keys = tmp_path / "hashes", []
     root, other = make_folder(tmp_path / "x", train=(2,), val=(2,)), tmp_path / "y"
     config = DataConfig("image_folder", image_size=8, root=str(root))
     for path in list(root.glob("*/*/*.png")):
@@ -261,18 +243,10 @@ def test_nothing_is_read_before_the_key_is_asked_for(root, folder_images, monkey
     assert len(folder_images(root)[0].pixels(torch.arange(3))) == 3
 
 
-def one_line(caught, *parts):
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text
-
-
 def test_root_is_needed_where_it_is_used(folder_images):
     config = DataConfig(kind="image_folder", train="a", val="b")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"data.root=null.*holds a/ and b/"):
         load_data(config)
-    one_line(caught, "data.root=null", "holds a/ and b/")
 
 
 @pytest.mark.parametrize(
@@ -289,32 +263,27 @@ def test_root_is_needed_where_it_is_used(folder_images):
     ],
 )
 def test_wrong_folders(root, folder_images, fields, parts):
-    with pytest.raises(DataError) as caught:
-        folder_images(root, **fields)
-    one_line(caught, *parts)
+    assert_refused(folder_images, root, *parts, **fields)
 
 
 def test_classes_must_be_the_same(copy, folder_images):
     shutil.rmtree(copy / "train" / "b")
     for name in "vwxyz":
         shutil.copytree(copy / "train" / "a", copy / "train" / name)
-    with pytest.raises(DataError) as caught:
-        folder_images(copy)
-    one_line(caught, f"{copy}/train alone has v, w, x, ... (5 in all)", f"{copy}/val alone has b")
+    said = f"{copy}/train alone has v, w, x, ... (5 in all)"
+    assert_refused(folder_images, copy, said, f"{copy}/val alone has b")
 
 
 def test_empty_class(copy, folder_images):
     shutil.rmtree(copy / "val" / "b")
     (copy / "val" / "b").mkdir()
-    with pytest.raises(DataError) as caught:
-        folder_images(copy)
-    one_line(caught, f"{copy}/val: 1 class folders hold no picture", ": b")
+    assert_refused(folder_images, copy, f"{copy}/val: 1 class folders hold no picture", ": b")
 
 
 # Very long pictures
 
 
-@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_001), (960, 4), (4, 131), (33, 1)])
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_001), (4, 131)])
 def test_long_pictures_are_cut_before_they_are_enlarged(tmp_path, size):
     """The centre is the one of the whole picture enlarged; its height is a divisor, so that both
     scales are the same."""
@@ -336,16 +305,8 @@ def test_pictures_that_are_not_very_long_stay_whole(tmp_path):
 # Broken pictures
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-60])
-
-
 def no_picture(path):
     path.write_text("<html>Not Found</html>")
-
-
-def emptied(path):
-    path.write_bytes(b"")
 
 
 def link_to_nothing(path):
@@ -353,22 +314,13 @@ def link_to_nothing(path):
     path.symlink_to("gone")
 
 
-def bad_header(path):
-    """A PNG whose first chunk is broken: Pillow raises a SyntaxError of sorts."""
-    content = bytearray(path.read_bytes())
-    content[16:24] = b"\0" * 8
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("harm", [cut_short, no_picture, emptied, link_to_nothing, bad_header])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("harm", "workers"), [(no_picture, 0), (link_to_nothing, 2)])
 def test_unreadable_pictures(copy, folder_images, harm, workers):
     path = copy / "train" / "c" / "01.png"
     harm(path)
     images = folder_images(copy, augmentations=2, workers=workers)[0]
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=f"{path}: unreadable picture"):
         images.pixels(torch.arange(12))
-    one_line(caught, f"{path}: unreadable picture (")
     with pytest.raises(DataError):
         images.tensors(torch.tensor([9]))
     decoded = images.decode(range(12))
@@ -399,7 +351,7 @@ def test_real_imagenet(real_pictures, folder_images):
         "imagenet-one-per-class-288.tar", lambda name: name.split("/")[1] in wnids, len(wnids)
     )
     training, held_out = folder_images(root, train="val", image_size=256, num_classes=4)
-    assert training.classes == wnids
+    assert tuple(training.classes) == wnids
     for index, pixels in enumerate(held_out.pixels(torch.arange(4))):
         assert min(rgb(held_out.path(index)).size) == 288
         assert np.array_equal(pixels, by_hand(held_out.path(index), 288, 256))
