@@ -121,10 +121,10 @@ def runs(trained, tmp_path):
 def no_work(monkeypatch):
     """Fails the test where a stage runs."""
 
-    def function(stage):
+    def run(work, stage, *rest):
         raise AssertionError(f"{stage} runs")
 
-    monkeypatch.setattr("dmoe_var.experiment.graph._function", function)
+    monkeypatch.setattr("dmoe_var.experiment.graph._run", run)
 
 
 @pytest.fixture(scope="session")
