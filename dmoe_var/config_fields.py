@@ -39,7 +39,8 @@ Distinct = AfterValidator(_distinct)
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Taus = Annotated[tuple[Share, ...], BeforeValidator(_as_taus), Several]
-Indices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several]
+Index = Annotated[int, Field(ge=0)]
+Scales = Annotated[tuple[Index, ...], Several]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 PathOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """Where something lies: a path (`~` is the home folder), or a name that stands for one."""

@@ -12,10 +12,10 @@ from pydantic import BeforeValidator, Field
 from dmoe_var.config_fields import (
     STRICT,
     Distinct,
-    Indices,
     PathOrName,
     Positive,
     PositiveShare,
+    Scales,
     Several,
     Share,
 )
@@ -84,8 +84,8 @@ class FiguresConfig:
     """Alpha of the fine-tuning without ReLUfication (figure 7)."""
     expert_sizes: Annotated[tuple[Positive, ...], Several] = (8, 16, 32, 64, 128, 256)
     """Neurons per expert."""
-    single_scales: Indices = (5, 6, 7, 8, 9)
-    """Indices that run experts alone."""
+    single_scales: Scales = (5, 6, 7, 8, 9)
+    """Scales that run experts alone."""
     depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], PathOrName | None] = field(
         default_factory=dict
     )

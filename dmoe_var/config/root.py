@@ -24,7 +24,7 @@ from dmoe_var.config.stages import (
     SampleConfig,
     SweepConfig,
 )
-from dmoe_var.config_fields import STRICT, Indices, PathOrName, Seed
+from dmoe_var.config_fields import STRICT, PathOrName, Scales, Seed
 from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data.class_names import class_index
 from dmoe_var.data.config import DataConfig
@@ -62,8 +62,8 @@ class MoEConfig:
 
     __pydantic_config__ = STRICT
 
-    scales: Indices = (7, 8, 9)
-    """Indices at which experts run, from 0, rising; the dense model runs at the others."""
+    scales: Scales = (7, 8, 9)
+    """Scales at which experts run, from 0, rising; the dense model runs at the others."""
     impl: Impl = "auto"
     """Compute path of the experts: auto (the fastest here), native, triton, grouped or
     reference."""

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from dmoe_var.config_fields import (
     STRICT,
     Distinct,
-    Indices,
+    Index,
     Listed,
     PathOrName,
     Positive,
@@ -237,7 +237,7 @@ class ReportConfig:
 
     __pydantic_config__ = STRICT
 
-    labels: Indices | None = None
+    labels: Annotated[tuple[Index, ...], Several] | None = None
     """Classes under the router microscope, one picture each; null takes the first four."""
     seed: Seed = 0
     """Seed of these pictures."""
