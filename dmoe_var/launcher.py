@@ -28,11 +28,6 @@ GRACE_S = 120
 """Seconds between SLURM's warning and its kill; a job that is warned is sent again."""
 
 
-OURS = {
-    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint",
-    "time": "hours",
-}  # fmt: skip
-"""Options of sbatch, and the launcher's key for each."""
 INSTEAD = {
     "mem": "mem_gb", "mem_per_cpu": "mem_gb", "mem_per_gpu": "mem_gb",
     "cpus_per_task": "cpus", "cpus_per_gpu": "cpus",
@@ -82,14 +77,8 @@ class LauncherConfig:
     setup: tuple[Word, ...] = ()
     """Lines of shell that run before the job, such as "module load cuda"."""
     more: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    """More options of sbatch by name, such as {mail-type: END}; mem-per-gpu, cpus-per-gpu and gres
-    replace mem_gb, cpus and gpus."""
-
-    def __post_init__(self) -> None:
-        for name in self.more:
-            ours = OURS.get(name.replace("-", "_"))
-            if ours is not None:
-                raise ValueError(f"more.{name}: this option is launcher.{ours}")
+    """More options of sbatch by name, such as {mail-type: END}, which stand above the keys here;
+    mem-per-gpu, cpus-per-gpu and gres replace mem_gb, cpus and gpus."""
 
     def command(self, script: str, overrides: Sequence[str]) -> list[str]:
         """Build the command line of one point."""

@@ -110,12 +110,6 @@ def test_one_option_for_each_thing(script, slurm, tmp_path, settings, gone, sent
     assert text.count("#SBATCH --gpus-per-node") <= 1
 
 
-@pytest.mark.parametrize("name", ["time", "partition"])
-def test_an_option_that_has_a_key(name):
-    with pytest.raises(ValueError, match=rf"more.{name}: this option is launcher\."):
-        LauncherConfig("slurm", more={name: "1"})
-
-
 OUTER = {
     "SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_PER_TASK": "1",
     "SBATCH_MEM_BIND": "local", "SRUN_CPUS_PER_TASK": "1", "SUBMITIT_EXECUTOR": "slurm",
@@ -172,14 +166,15 @@ def test_jobs_of_slurm(slurm, script, tmp_path):
     """Each is the script with its own overrides; sbatch is told what the configuration says."""
     config = LauncherConfig(
         "slurm", partition="big", account="us", qos="high", constraint="a100", gpus=1, cpus=12,
-        mem_gb=100, hours=1.5, parallel=2, setup=("export SEEN=1",), more={"mail-type": "END"},
+        mem_gb=100, hours=1.5, parallel=2, setup=("export SEEN=1",),
+        more={"mail-type": "END", "qos": "low"},
     )  # fmt: skip
     points = [["a=1", "x=[1,2] 3"], FAILS]
     first, second = run_jobs(config, script, points, tmp_path / "logs")
     assert first == Finished(0, "a=1 x=[1,2] 3\n", "")
     assert_failed(second)
     asked = {
-        "array": "0-1%2", "partition": "big", "account": "us", "qos": "high", "constraint": "a100",
+        "array": "0-1%2", "partition": "big", "account": "us", "qos": "low", "constraint": "a100",
         "gpus-per-node": "1", "cpus-per-task": "12", "mem": "100GB", "time": "90",
         "job-name": "some", "mail-type": "END", "signal": "USR2@120",
     }  # fmt: skip
