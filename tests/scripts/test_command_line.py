@@ -22,7 +22,7 @@ WRONG = [
     ("sweep", ["sweep.seeds=["], ("sweep.seeds",)),
     ("train_router", ["lr"], ("lr: no setting", "key=value")),
     ("train_router", ["seed=1", "--steps=5"], ("arguments: --steps=5", "key=value", "--help")),
-    ("train_var", ["--cfg", "nonsense"], ("--cfg", "nonsense", "'job'", "key=value")),
+    ("train_var", ["--cfg", "nonsense"], ("--cfg", "nonsense", "job", "key=value")),
     ("evaluate", ["tau=0.3"], ("tau=0.3: unknown key", "data, vqvae")),
     ("sample", ["tau=1.5"], ("selection.tau", "1.5", "less than or equal to 1")),
     ("sample", ["seeds=[1,1]"], ("sample.seeds: [1, 1] must be distinct",)),
