@@ -58,9 +58,7 @@ class Point:
     work: Work
 
 
-def main(
-    run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] | None = None
-) -> None:
+def main(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] = list) -> None:
     """Run a script's function for each composed configuration.
 
     in_full: writes out the short forms of a script's settings.
@@ -68,7 +66,7 @@ def main(
     open_streams()
     try:
         with stopped_in_order():
-            status = _run(run, in_full or list)
+            status = _run(run, in_full)
     except (KeyboardInterrupt, Terminated) as error:
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         if distributed.launched_as_main():
