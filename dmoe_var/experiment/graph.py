@@ -82,8 +82,6 @@ def require(work: Work, stage: str) -> Record:
         found = Record.read(path)
     except DataError as error:
         raise DataError(f"{error}; {again}") from error
-    if found.fingerprint == work.fingerprint(stage, found.weights):
-        raise InputError(f"{path.parent}: {found.about.get('samples')} is not there; {again}")
     differs = work.differing(stage, found)
     raise InputError(
         f"{path.parent}: made with another configuration "
