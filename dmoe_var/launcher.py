@@ -18,8 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
+from dmoe_var.config_fields import STRICT, Positive
 from dmoe_var.errors import ConfigError
 
 Word = Annotated[str, Field(min_length=1)]
@@ -27,11 +28,6 @@ GRACE_S = 120
 """Seconds between SLURM's warning and its kill; a job that is warned is sent again."""
 
 
-OURS = {
-    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint",
-    "time": "hours",
-}  # fmt: skip
-"""Options of sbatch, and the launcher's key for each."""
 INSTEAD = {
     "mem": "mem_gb", "mem_per_cpu": "mem_gb", "mem_per_gpu": "mem_gb",
     "cpus_per_task": "cpus", "cpus_per_gpu": "cpus",
@@ -54,7 +50,7 @@ OF_THE_CLUSTER = (
 class LauncherConfig:
     """What a job asks for; each point of a multirun (-m) is a job."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     cluster: Literal["slurm", "local"] | None = None
     """slurm; local: all jobs as processes of this machine; null: no jobs, points run one by one."""
@@ -68,27 +64,21 @@ class LauncherConfig:
     """SLURM constraint on nodes; null leaves it to the cluster."""
     gpus: Annotated[int, Field(ge=0)] = 1
     """GPUs per job; with several, torchrun starts a process on each."""
-    cpus: Annotated[int, Field(gt=0)] | None = 8
+    cpus: Positive | None = 8
     """CPUs per job; null leaves them to the cluster."""
-    mem_gb: Annotated[int, Field(gt=0)] | None = 64
+    mem_gb: Positive | None = 64
     """Gigabytes of memory per job; null leaves it to the cluster."""
     hours: Annotated[float, Field(gt=0)] = 24.0
     """Time limit of a job, in hours."""
-    parallel: Annotated[int, Field(gt=0)] = 8
+    parallel: Positive = 8
     """Most jobs of an array that run at once."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often a job that ran out of time is sent again, to go on where it was."""
     setup: tuple[Word, ...] = ()
     """Lines of shell that run before the job, such as "module load cuda"."""
     more: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    """More options of sbatch by name, such as {mail-type: END}; mem-per-gpu, cpus-per-gpu and gres
-    replace mem_gb, cpus and gpus."""
-
-    def __post_init__(self) -> None:
-        for name in self.more:
-            ours = OURS.get(name.replace("-", "_"))
-            if ours is not None:
-                raise ValueError(f"more.{name}: this option is launcher.{ours}")
+    """More options of sbatch by name, such as {mail-type: END}, which stand above the keys here;
+    mem-per-gpu, cpus-per-gpu and gres replace mem_gb, cpus and gpus."""
 
     def command(self, script: str, overrides: Sequence[str]) -> list[str]:
         """Build the command line of one point."""
@@ -193,24 +183,20 @@ def run_jobs(
     interrupt from the keyboard cancels the jobs; they survive a lost connection.
     """
     import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     logs = folder.resolve() / f"{script.stem}-{started}-{os.getpid()}"
     logs.mkdir(parents=True)
+    commands = [config.command(str(script.resolve()), overrides) for overrides in points]
+    streams = [logs / f"{number:03d}" for number in range(len(points))]
     try:
         executor = submitit.AutoExecutor(
             logs / "%j", cluster=config.cluster, slurm_max_num_timeout=config.restarts
         )
-    except RuntimeError as error:
-        raise ConfigError(f"launcher.cluster={config.cluster}: {error}") from error
-    executor.update_parameters(**config.parameters(script.stem))
-    commands = [config.command(str(script.resolve()), overrides) for overrides in points]
-    streams = [logs / f"{number:03d}" for number in range(len(points))]
-    try:
+        executor.update_parameters(**config.parameters(script.stem))
         with _outside_of_jobs():
             jobs = executor.map_array(Job(), commands, [str(path) for path in streams])
-    except (FailedJobError, FailedSubmissionError) as error:  # sbatch refused
+    except RuntimeError as error:  # there is no such cluster, or sbatch refused
         raise ConfigError(f"launcher.cluster={config.cluster}: {error}") from error
     try:
         return [_finished(*each) for each in zip(jobs, points, streams, strict=True)]

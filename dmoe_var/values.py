@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -134,12 +134,7 @@ def _adapters(cls: type) -> Mapping[str, TypeAdapter[Any]]:
     return {name: TypeAdapter(hints[name], config=finite) for name in names}
 
 
-class _Array(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-def _is_array(value: Any) -> typing.TypeGuard[_Array]:
+def _is_array(value: Any) -> bool:
     """Say whether a value is a tensor or speaks numpy's protocol (numpy's scalars, jax, pandas)."""
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 

@@ -31,16 +31,13 @@ def parser() -> ArgumentParser:
     add = options.add_argument
     add("overrides", nargs="*", help="settings, key=value; dots for what lies within a section")
     add("--help", "-h", action="store_true", help="this text")
-    add("--hydra-help", action="store_true", help="Hydra's own configuration")
     add("--cfg", "-c", choices=SHOWN, help="show the configuration and do nothing")
     add("--resolve", action="store_true", help="with --cfg: interpolations resolved")
     add("--package", "-p", help="with --cfg: this section alone")
     add("--info", "-i", nargs="?", const="all", choices=INFO, help="show where it comes from")
-    add("--run", "-r", action="store_true", help="one run, which is what happens anyway")
     add("--multirun", "-m", action="store_true", help="a run for each combination of a,b,c")
     add("--config-dir", "-cd", help="a folder of your own, beside configs/: FOLDER/experiment/NAME")
     add("--config-name", "-cn", help="another root than the script's own")
-    add("--config-path", "-cp", help="a folder in the place of configs/")
     return options
 
 
@@ -57,43 +54,34 @@ def read(in_full: Callable[[list[str]], list[str]]) -> Namespace:
             )
     options = parser()
     options.error = _refuse  # type: ignore[method-assign]
-    arguments, unknown = options.parse_known_intermixed_args()
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: unknown option; {USE}")
-    if arguments.run and arguments.multirun:
-        raise ConfigError("--run (-r) and --multirun (-m): give one of them")
+    arguments = options.parse_intermixed_args()
     for override in arguments.overrides:
         if "=" not in override and not override.startswith("~"):
             raise ConfigError(f"{override}: no setting; {USE}")
-        if override.startswith(("hydra.", "hydra/")) and not is_searchpath(override):
+        if override.startswith(("hydra.", "hydra/")):
             raise ConfigError(
-                f"{override}: not read here; of Hydra's own settings hydra.searchpath alone is. "
-                "Results go to run_dir, and `launcher` says where the points of a multirun run"
+                f"{override}: Hydra's own settings are not read here. Results go to run_dir, "
+                "`launcher` says where the points of a multirun run, and configurations of your "
+                "own lie in the folder of -cd"
             )
-    for option in ("config_dir", "config_path"):
-        folder = getattr(arguments, option)
-        if folder is not None and not Path(folder).expanduser().is_dir():
-            raise ConfigError(f"--{option.replace('_', '-')}={folder}: no such folder")
-        setattr(arguments, option, folder and str(Path(folder).expanduser().resolve()))
+    if arguments.config_dir is not None:
+        folder = Path(arguments.config_dir).expanduser().resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir={arguments.config_dir}: no such folder")
+        arguments.config_dir = str(folder)
     written = in_full(arguments.overrides)
     arguments.overrides = [written_out(each, arguments.multirun) for each in written]
     return arguments
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ConfigError(message)
-
-
-def is_searchpath(override: str) -> bool:
-    """Tell whether a setting says where further configurations lie."""
-    return override.startswith("hydra.searchpath=")
+    raise ConfigError(f"{message}; {USE}")
 
 
 def options_of(arguments: Namespace) -> list[str]:
     """Return the options that a job needs to compose the same configuration."""
-    given = {option: getattr(arguments, option) for option in ("config_dir", "config_path")}
-    given["config_name"] = arguments.config_name
-    return [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
+    given = {"--config-dir": arguments.config_dir, "--config-name": arguments.config_name}
+    return [f"{option}={value}" for option, value in given.items() if value is not None]
 
 
 def written_out(override: str, multirun: bool) -> str:

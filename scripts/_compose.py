@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from _command_line import is_searchpath, parser
+from _command_line import parser
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -47,7 +46,7 @@ ConfigStore.instance().store("declared", declared())  # configs/root.yaml begins
 def composing(script: str, arguments: Namespace) -> Iterator[None]:
     """Let Hydra find configurations within the block, in the command line's folders too."""
     version.setbase("1.3")
-    path = create_config_search_path(arguments.config_path or str(CONFIGS))
+    path = create_config_search_path(str(CONFIGS))
     if arguments.config_dir is not None:
         folder = f"file://{arguments.config_dir}"
         path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
@@ -62,21 +61,18 @@ def composing(script: str, arguments: Namespace) -> Iterator[None]:
 def show(script: str, arguments: Namespace) -> bool:
     """Print what an option asks for in place of a run; tell whether there is such an option."""
     hydra, name = GlobalHydra.instance().hydra, arguments.config_name or script
-    assert hydra is not None
     with _one_line_errors(arguments.overrides):
         if arguments.help:
             hydra.app_help(config_name=name, args_parser=parser(), args=arguments)
             content = hydra.compose_config(name, arguments.overrides, RunMode.RUN, from_shell=False)
             print(_help(script, _plain(content)))
-        elif arguments.hydra_help:
-            hydra.hydra_help(config_name=name, args_parser=parser(), args=arguments)
         elif arguments.cfg:
             hydra.show_cfg(
                 name, arguments.overrides, arguments.cfg, arguments.package, arguments.resolve
             )
         elif arguments.info:
             hydra.show_info(arguments.info, config_name=name, overrides=arguments.overrides)
-    return bool(arguments.help or arguments.hydra_help or arguments.cfg or arguments.info)
+    return bool(arguments.help or arguments.cfg or arguments.info)
 
 
 def _help(script: str, values: Mapping[str, Any]) -> str:
@@ -97,46 +93,29 @@ def own_experiment(overrides: Sequence[str]) -> list[str]:
     """
     if any(EXPERIMENT.match(override) for override in overrides):
         return list(overrides)
-    there = _experiments(overrides) if any(o.startswith("model=") for o in overrides) else []
+    there = GlobalHydra.instance().config_loader().get_group_options("experiment")
     found = []
     for override in overrides:
         key, _, value = override.partition("=")
-        models = value.split(",") if key == "model" else []
-        own = [f"imagenet_{model}" for model in models]
-        exist = [name in there for name in own]
-        if any(exist) and not all(exist):
-            with_own = ", ".join(m for m, known in zip(models, exist, strict=True) if known)
+        own = [f"imagenet_{model}" for model in value.split(",")] if key == "model" else []
+        known = [name for name in own if name in there]
+        if known and known != own:
             raise ConfigError(
-                f"{override}: of these only {with_own} have an experiment of their own; give "
-                "experiment= too"
+                f"{override}: of these only {', '.join(known)} are experiments; give experiment= "
+                "too"
             )
-        found.append(f"experiment={','.join(own)}" if any(exist) else override)
+        found.append(f"experiment={','.join(own)}" if known else override)
     return found
-
-
-def _experiments(overrides: Sequence[str]) -> list[str]:
-    """List the names of all experiments, in configs/ and in the folders of the command line."""
-    loader = GlobalHydra.instance().config_loader()
-    searched = [override for override in overrides if is_searchpath(override)]
-    with _one_line_errors(searched):
-        return loader.get_group_options("experiment", overrides=searched)
 
 
 def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
     """List the overrides of each point; hydra.sweeper.params of a configuration come first."""
     hydra = GlobalHydra.instance().hydra
-    assert hydra is not None
     with _one_line_errors(overrides):
         content = hydra.compose_config(name, list(overrides), RunMode.MULTIRUN, from_shell=False)
         params = OmegaConf.select(content, "hydra.sweeper.params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         parsed = OverridesParser.create(hydra.config_loader).parse_overrides(given)
-        for each in parsed:
-            if each.is_interval_sweep():
-                raise ConfigError(
-                    f"{each.input_line}: an interval has no points; allowed: choices (a,b), "
-                    "range(1,5), glob(*)"
-                )
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(point) for batch in batches for point in batch]
 
@@ -144,9 +123,7 @@ def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
 def work_of(script: str, name: str, overrides: Sequence[str]) -> Work:
     """Compose the configuration, beside that of its experiment alone, which names what differs."""
     config, experiment = _compose(name, overrides)
-    alone = [override for override in overrides if is_searchpath(override)]
-    if experiment is not None:
-        alone.append(f"experiment={experiment}")
+    alone = [] if experiment is None else [f"experiment={experiment}"]
     return Work(config, baseline=_compose(script, alone)[0])
 
 
@@ -167,25 +144,21 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:
 def _plain(content: DictConfig, throw_on_missing: bool = False) -> dict[str, Any]:
     """Turn what was composed, without Hydra's own settings, into plain values."""
     ours = OmegaConf.masked_copy(content, [key for key in content if key != "hydra"])
-    plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=throw_on_missing)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return OmegaConf.to_container(ours, resolve=True, throw_on_missing=throw_on_missing)
 
 
 @contextmanager
 def _one_line_errors(overrides: Sequence[str]) -> Iterator[None]:
     """Raise as ConfigError what Hydra and the files it reads may raise."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=r"(?s).*is not available")
-            yield
+        yield
+    except InputError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error, overrides)) from error
     except OSError as error:
         raise ConfigError(sentence(error)) from error
-    except (yaml.YAMLError, ValueError, UserWarning) as error:
-        if isinstance(error, InputError):
-            raise
+    except (yaml.YAMLError, ValueError) as error:
         given = " ".join(overrides)
         raise ConfigError(f"a configuration file cannot be read ({given}): {error}") from error
 

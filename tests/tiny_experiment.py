@@ -42,17 +42,22 @@ CONTENT = {
 }
 
 
-@cache
-def config(run_dir, changes):
-    """The tiny configuration with dotted keys changed; `changes` as JSON."""
-    content = {**copy.deepcopy(CONTENT), "run_dir": run_dir}
-    for key, value in json.loads(changes).items():
+def changed(content, changes):
+    """A copy with dotted keys set."""
+    content = copy.deepcopy(content)
+    for key, value in changes.items():
         *path, last = key.split(".")
         section = content
         for part in path:
             section = section.setdefault(part, {})
         section[last] = value
-    return parse_config(content)
+    return content
+
+
+@cache
+def config(run_dir, changes):
+    """The tiny configuration with dotted keys changed; `changes` as JSON."""
+    return parse_config(changed(CONTENT, {"run_dir": run_dir, **json.loads(changes)}))
 
 
 @pytest.fixture(scope="session")
@@ -121,10 +126,10 @@ def runs(trained, tmp_path):
 def no_work(monkeypatch):
     """Fails the test where a stage runs."""
 
-    def function(stage):
+    def run(work, stage, *rest):
         raise AssertionError(f"{stage} runs")
 
-    monkeypatch.setattr("dmoe_var.experiment.graph._function", function)
+    monkeypatch.setattr("dmoe_var.experiment.graph._run", run)
 
 
 @pytest.fixture(scope="session")

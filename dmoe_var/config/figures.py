@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from dmoe_var.config_fields import STRICT, PathOrName, Several, Share
+from dmoe_var.config_fields import (
+    STRICT,
+    Distinct,
+    PathOrName,
+    Positive,
+    PositiveShare,
+    Scales,
+    Several,
+    Share,
+)
 
 PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
 """The figures of the paper (2a and 11: samples; 2b and 12: experts over the picture)."""
@@ -36,6 +45,8 @@ def _named(name: str) -> tuple[str, ...]:
     return (name,) if name in OURS else tuple(p for p in PAPER if name in (p, p.rstrip("ab")))
 
 
+Alpha = Annotated[float, Field(ge=0)]
+NotAll = Annotated[float, Field(ge=0, lt=1)]
 Figures = Annotated[tuple[str, ...], BeforeValidator(_given), Field(min_length=1)]
 
 
@@ -55,49 +66,37 @@ class FiguresConfig:
     """Use one seed, quick_samples images per point and four values per curve; figures say so."""
     quick_samples: Annotated[int, Field(ge=2)] = 500
     """Images per point of a quick figure."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several, Distinct] = (0, 1, 2)
     """Seeds of the points."""
     tau: Annotated[tuple[Share, ...], Several] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
     """Tau of every curve over tau."""
-    pruned_shares: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Several] = (
-        0.1, 0.3, 0.5, 0.7, 0.9,
-    )  # fmt: skip
+    pruned_shares: Annotated[tuple[NotAll, ...], Several] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Shares of the neurons that pruning drops."""
-    k_shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (
-        0.25, 0.375, 0.5, 0.75,
-    )  # fmt: skip
+    k_shares: Annotated[tuple[PositiveShare, ...], Several] = (0.25, 0.375, 0.5, 0.75)
     """Densities (shares of experts) of top-k and random."""
     cumulative_shares: Annotated[tuple[Share, ...], Several] = (0.7, 0.8, 0.9, 0.95)
     """Shares of the cumulative rule."""
-    alphas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] = (0, 1e-3, 1e-2, 1e-1)
+    alphas: Annotated[tuple[Alpha, ...], Several] = (0, 1e-3, 1e-2, 1e-1)
     """Weights of the Hoyer loss."""
-    router_alphas: tuple[
-        Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
-    ] = (1e-3, 1e-1)  # fmt: skip
+    router_alphas: tuple[Alpha, Alpha] = (1e-3, 1e-1)
     """A low and a high alpha, for figure 10."""
-    gelu_alpha: Annotated[float, Field(ge=0)] = 2e-4
+    gelu_alpha: Alpha = 2e-4
     """Alpha of the fine-tuning without ReLUfication (figure 7)."""
-    expert_sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Several] = (
-        8, 16, 32, 64, 128, 256,
-    )  # fmt: skip
+    expert_sizes: Annotated[tuple[Positive, ...], Several] = (8, 16, 32, 64, 128, 256)
     """Neurons per expert."""
-    single_scales: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several] = (5, 6, 7, 8, 9)
+    single_scales: Scales = (5, 6, 7, 8, 9)
     """Scales that run experts alone."""
     depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], PathOrName | None] = field(
         default_factory=dict
     )
     """Sources of dense VARs by depth, as base.var, beside the experiment's own (figures 3 and 5);
     null trains one."""
-    budgets: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Several] = (0.8, 0.9)
+    budgets: Annotated[tuple[PositiveShare, ...], Several] = (0.8, 0.9)
     """Shares of the dense FLOPs at which ways to choose tau are compared (figure calibration)."""
-    batch_size: Annotated[int, Field(gt=0)] = 8
+    batch_size: Positive = 8
     """Images per batch in timings (figures 8b and 9)."""
-    time_tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.4)
+    time_tau: Annotated[tuple[Share, ...], Several, Distinct] = (0.0, 0.1, 0.2, 0.4)
     """Tau that are timed (figure 9)."""
-
-    def __post_init__(self) -> None:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)} must be distinct")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -41,7 +41,9 @@ def describe(error: ValidationError) -> str:
 
 def is_text(key: str) -> bool:
     """Tell whether the value of a dotted key is text alone (a path, a name), or null."""
-    return set(_kinds(_type_of(key.split(".")))) == {str}
+    type_ = _type_of(key.split("."))
+    union = typing.get_origin(type_) in (typing.Union, types.UnionType)
+    return {*(typing.get_args(type_) if union else [type_])} - {types.NoneType} == {str}
 
 
 def is_declared(key: str) -> bool:
@@ -66,13 +68,6 @@ def _type_of(path: Sequence[Any]) -> Any:
         else:
             return None
     return found
-
-
-def _kinds(type_: Any) -> tuple[Any, ...]:
-    """List the members of a union without None."""
-    union = typing.get_origin(type_) in (typing.Union, types.UnionType)
-    members = typing.get_args(type_) if union else (type_,)
-    return tuple(member for member in members if member is not types.NoneType)
 
 
 def known_keys(path: tuple[Any, ...], wrong: str) -> str:

@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dmoe_var.config.calibrate import CalibrateConfig
 from dmoe_var.config.figures import FiguresConfig
-from dmoe_var.config.report import ReportConfig
 from dmoe_var.config.stages import (
     BenchmarkConfig,
+    CalibrateConfig,
     EvaluateConfig,
     ExportConfig,
     MapsConfig,
+    ReportConfig,
     SampleConfig,
     SweepConfig,
 )
@@ -144,12 +144,11 @@ class Config:
             )
         if self.var.experts is not None:
             raise ValueError("var.experts must be null: experts come from the split stage")
-        if self.var.hidden % self.split.expert_size:
-            size, hidden = self.split.expert_size, self.var.hidden
-            raise ValueError(f"split.expert_size={size} must divide the FFN's {hidden} neurons")
-        if self.split.expert_size == self.var.hidden:
-            size = self.split.expert_size
-            raise ValueError(f"split.expert_size={size} makes one expert; at least 2 are needed")
+        size, hidden = self.split.expert_size, self.var.hidden
+        if hidden % size or size == hidden:
+            raise ValueError(
+                f"split.expert_size={size} must divide the FFN's {hidden} neurons into at least two"
+            )
         if not self.data.suits(self.var.num_classes):
             more = " or more" if self.data.kind == "image_folder" else ""
             raise ValueError(

@@ -8,17 +8,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from dmoe_var.config_fields import STRICT, PathOrName, Seed, Share, Taus, as_tuple
+from dmoe_var.config_fields import (
+    STRICT,
+    Distinct,
+    Index,
+    Listed,
+    PathOrName,
+    Positive,
+    PositiveShare,
+    Seed,
+    Several,
+    Share,
+    Taus,
+    as_tuple,
+)
 from dmoe_var.sampling.store import ImageFormat
 
 
 def _as_classes(value: Any) -> Any:
     classes = as_tuple((value,) if isinstance(value, str) else value)
-    if not isinstance(classes, tuple) or not classes:
-        raise ValueError(f"{value!r} must be a class or a list of classes")
-    for each in classes:
-        if isinstance(each, bool) or not isinstance(each, int | str):
-            raise ValueError(f"{each!r} must be the index or the name of a class")
+    types = {type(each) for each in classes} if isinstance(classes, tuple) else set()
+    if not types or not types <= {int, str}:
+        raise ValueError(f"{value!r} must be a class or a list of classes, by index or name")
     return classes
 
 
@@ -33,9 +44,9 @@ class SampleConfig:
 
     classes: Classes | None = None
     """Classes by index or name; null samples all, at most ten."""
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Listed, Several, Distinct] = (0,)
     """Seeds under which each class is sampled."""
-    per_class: Annotated[int, Field(gt=0)] = 1
+    per_class: Positive = 1
     """Pictures of each class under each seed."""
     single_pngs: bool = False
     """Whether each picture is also written as a PNG file of its own."""
@@ -45,10 +56,6 @@ class SampleConfig:
     """Source of both models: a DynamicVAR of save_pretrained, as a folder or a name on the hub."""
     selection: Literal["stored", "given"] = "stored"
     """With pretrained: the rule that is stored with it, or the one given under `selection`."""
-
-    def __post_init__(self) -> None:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)} must be distinct")
 
 
 @dataclass(frozen=True)
@@ -88,19 +95,15 @@ class BenchmarkConfig:
 
     __pydantic_config__ = STRICT
 
-    batch_size: Annotated[int, Field(gt=0)] = 1
+    batch_size: Positive = 1
     """Images per batch."""
-    batch_sizes: Annotated[
-        tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple)
-    ] = ()  # fmt: skip
+    batch_sizes: Annotated[tuple[Positive, ...], Listed, Distinct] = ()
     """Several batch sizes, timed one by one in place of batch_size."""
-    repeats: Annotated[int, Field(gt=0)] = 5
+    repeats: Positive = 5
     """Rounds that count; each times every model once."""
     warmup: Annotated[int, Field(ge=0)] = 1
     """Rounds before those, which do not count."""
-    tau: Annotated[
-        tuple[Share, ...], BeforeValidator(as_tuple)
-    ] = ()  # fmt: skip
+    tau: Annotated[tuple[Share, ...], Listed, Distinct] = ()
     """Tau on all of moe.scales; a dynamic model is timed for each."""
     chosen: bool = False
     """Whether the dynamic model under `selection` is timed too."""
@@ -118,22 +121,14 @@ class BenchmarkConfig:
     """Whether a layer's FFN, with random weights, is timed by every path in place of samplers."""
     real_masks: bool = False
     """With kernels: also time the experiment's layers, on tokens and masks of sampled images."""
-    expert_sizes: Annotated[
-        tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = (32, 128)  # fmt: skip
+    expert_sizes: Annotated[tuple[Positive, ...], Listed, Several, Distinct] = (32, 128)
     """With kernels: neurons per expert."""
-    densities: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...],
-        BeforeValidator(as_tuple),
-        Field(min_length=1),
-    ] = (1.0, 0.6, 0.3, 0.1)
+    densities: Annotated[tuple[PositiveShare, ...], Listed, Several, Distinct] = (
+        1.0, 0.6, 0.3, 0.1,
+    )  # fmt: skip
     """With kernels: densities, the shares of experts that run."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "tau", "expert_sizes", "densities"):
-            values = getattr(self, name)
-            if len({f"{value:g}" for value in values}) != len(values):
-                raise ValueError(f"{name}={list(values)} must be distinct to six digits")
         if self.real_masks and not (self.kernels and self.dynamic):
             raise ValueError("real_masks=true needs kernels=true, and tau or chosen to draw by")
         if self.random_masks and not (self.kernels or self.dynamic):
@@ -156,7 +151,7 @@ class MapsConfig:
 
     __pydantic_config__ = STRICT
 
-    images: Annotated[int, Field(gt=0)] = 4
+    images: Positive = 4
     """Number of classes, from the first on, with one image each."""
     seed: Seed = 0
     """Seed of the images."""
@@ -170,19 +165,19 @@ class SweepConfig:
 
     __pydantic_config__ = STRICT
 
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Several, Distinct] = (0,)
     """Seeds with which each point is measured."""
-    last: tuple[Share, ...] = ()
+    last: Annotated[tuple[Share, ...], Distinct] = ()
     """Tau on all of moe.scales, one point each."""
-    all: tuple[Share, ...] = ()
+    all: Annotated[tuple[Share, ...], Distinct] = ()
     """Tau on all scales, one point each."""
     lists: Mapping[str, Taus] = field(default_factory=dict)
     """Tau lists by name, one point each: a tau for each of moe.scales."""
     chosen: str | None = None
     """Name of the list that is the operating point."""
-    part: Annotated[int, Field(gt=0)] | None = None
+    part: Positive | None = None
     """Shard of the points that is measured, from 1; null joins them all."""
-    parts: Annotated[int, Field(gt=0)] = 1
+    parts: Positive = 1
     """Shards that the points are cut into."""
 
     def __post_init__(self) -> None:
@@ -192,10 +187,71 @@ class SweepConfig:
             )
         if self.part is not None and self.part > self.parts:
             raise ValueError(f"part={self.part} must be at most parts={self.parts}")
-        for name in ("seeds", "last", "all"):
-            values = getattr(self, name)
-            if len({f"{value:g}" for value in values}) != len(values):
-                raise ValueError(f"{name}={list(values)} must be distinct to six digits")
         if self.chosen is not None and self.chosen not in self.lists:
             known = ", ".join(self.lists) or "none"
             raise ValueError(f"chosen={self.chosen!r} is not among the lists ({known})")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """What a calibration of tau aims at, and what it may take."""
+
+    __pydantic_config__ = STRICT
+
+    budget: PositiveShare = 0.81
+    """FLOPs of an image as a share of the dense model's, decoder left out."""
+    budget_ms: Annotated[float, Field(gt=0)] | None = None
+    """In place of budget: milliseconds of a batch of time_batch images here, decoder included."""
+    budgets: tuple[PositiveShare, ...] = ()
+    """Budgets at which all ways to choose tau are compared; an empty list compares nothing."""
+    loss: Literal["ce", "ce_tokens", "norm"] = "ce"
+    """Loss made equal per saved FLOP: ce (teacher-forced, sparse scales weigh the same), ce_tokens
+    (tokens weigh the same) or norm (predicted norms that are dropped)."""
+    by_layer: bool = False
+    """Whether each layer of a scale gets a tau of its own."""
+    densities: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Several] = (
+        0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1,
+    )  # fmt: skip
+    """Densities (shares of experts) at which the losses of a group are measured."""
+    refinements: Annotated[int, Field(ge=0)] = 3
+    """Rounds that measure the losses of all groups together; 0 trusts those of each alone."""
+    images: Positive = 256
+    """Training images on which losses are measured."""
+    held_out: Positive = 256
+    """Held-out images on which the result is verified."""
+    drawn: Annotated[int, Field(ge=2)] = 200
+    """Sampled images that correct and verify the FLOPs."""
+    batch_size: Positive = 64
+    """Images per batch."""
+    time_batch: Positive = 8
+    """Images per timed batch."""
+    time_repeats: Positive = 5
+    """Times that the batch is timed."""
+    seed: Annotated[int, Field(ge=0, lt=2**30)] = 1000
+    """Seed of the sampled images that correct the FLOPs; those that verify take the next one."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What the HTML report shows, and how large it may grow."""
+
+    __pydantic_config__ = STRICT
+
+    labels: Annotated[tuple[Index, ...], Several] | None = None
+    """Classes under the router microscope, one picture each; null takes the first four."""
+    seed: Seed = 0
+    """Seed of these pictures."""
+    tau: Annotated[tuple[Share, ...], Several] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+    """Tau on all of moe.scales at which each picture is sampled."""
+    grid_images: Positive = 20
+    """First pictures that are shown per point of a curve, dense beside dynamic."""
+    picture_side: Annotated[int, Field(ge=8)] = 256
+    """Pixels per side of a picture under the microscope; larger ones are scaled down."""
+    grid_side: Annotated[int, Field(ge=8)] = 96
+    """Pixels per side of a picture in a grid; larger ones are scaled down, as JPEG."""
+    max_mb: Annotated[float, Field(gt=0)] = 20.0
+    """Largest page in MB; microscope pictures beyond it are left out, and the page says so."""
+
+    def __post_init__(self) -> None:
+        if list(self.tau) != sorted(set(self.tau)):
+            raise ValueError(f"tau={list(self.tau)} must be distinct and rising")

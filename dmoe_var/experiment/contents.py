@@ -79,7 +79,8 @@ def content(given: Given, cache: Path) -> str | None:
         return held[at]
     try:
         if isinstance(given, DataSet):
-            found = _key(given, cache / HASHES)
+            sets = load_data(given.config, given.num_classes, hashes=cache / HASHES)
+            found = " ".join(images.key for images in (sets if given.held_out else sets[:1]))
         else:
             found = content_sha256(given, cache / HASHES)
     except (InputError, OSError):
@@ -87,11 +88,6 @@ def content(given: Given, cache: Path) -> str | None:
     if held is not None:
         held[at] = found
     return found
-
-
-def _key(given: DataSet, hashes: Path) -> str:
-    sets = load_data(given.config, given.num_classes, hashes=hashes)
-    return " ".join(images.key for images in (sets if given.held_out else sets[:1]))
 
 
 def contents_of_files(key: str, source: str) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -82,8 +82,6 @@ def require(work: Work, stage: str) -> Record:
         found = Record.read(path)
     except DataError as error:
         raise DataError(f"{error}; {again}") from error
-    if found.fingerprint == work.fingerprint(stage, found.weights):
-        raise InputError(f"{path.parent}: {found.about.get('samples')} is not there; {again}")
     differs = work.differing(stage, found)
     raise InputError(
         f"{path.parent}: made with another configuration "
@@ -142,11 +140,11 @@ def _done(work: Work, stage: str) -> Record | None:
 def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -> Record:
     if is_main():
         (folder / RESULT_FILE).unlink(missing_ok=True)
-        settings = yaml.safe_dump(_plain(asdict(work.whole)), sort_keys=False)
-        write_text(folder / "config.yaml", settings)
+        plain = json.loads(json.dumps(asdict(work.whole)))  # tuples as lists
+        write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     barrier()
     started, ran_before = now(), RAN.copy()
-    result = (function or _function(stage))(work.read_by(stage))
+    result = (function or find(stage).run)(work.read_by(stage))
     if ran := RAN - ran_before:
         result = replace(result, about={**result.about, "experts_ran_by": sorted(ran)})
         RAN.subtract(ran)  # told once: a sweep's points have their own records
@@ -210,13 +208,3 @@ def order(work: Work, last: str) -> list[str]:
     for upstream in work.needs(last):
         stages += [name for name in order(work, upstream) if name not in stages]
     return [*stages, last]
-
-
-def _function(stage: str) -> StageFunction:
-    return find(stage).run
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

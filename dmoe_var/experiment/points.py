@@ -7,7 +7,7 @@ Legend: a row is a point as JSON has it, with its numbers joined over the seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,15 +38,8 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
     """
     if "selection.tau" in changes or "selection.rule" in changes:
         changes = {"selection.layer_tau": (), **changes}
-    nested: dict[str, Any] = {}
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        section = nested
-        for name in path:
-            section = section.setdefault(name, {})
-        section[last] = value
     try:
-        return replace(work, whole=_with(work.whole, nested, ""))
+        return replace(work, whole=_with(work.whole, changes, ""))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -61,15 +54,19 @@ def operating_point(work: Work) -> dict[str, Any]:
 
 
 def _with(section: Any, changes: Mapping[str, Any], place: str) -> Any:
-    """Change a dataclass by nested keys, all at once: what belongs together is checked together."""
-    known = {f.name for f in fields(section)}
-    values = {}
-    for name, value in changes.items():
-        if name not in known:
-            raise ValueError(f"{place}{name}: unknown key")
-        old = getattr(section, name)
-        inner = is_dataclass(old) and isinstance(value, Mapping)
-        values[name] = _with(old, value, f"{place}{name}.") if inner else value
+    """Change a dataclass by dotted keys, all at once: what belongs together is checked together."""
+    values: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        if name not in getattr(section, "__dataclass_fields__", ()):
+            raise ValueError(f"{place}{key}: unknown key")
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            values[name] = value
+    for name, below in inner.items():
+        values[name] = _with(getattr(section, name), below, f"{place}{name}.")
     return replace(section, **values)
 
 
@@ -107,9 +104,7 @@ def single(
 
 
 def dense_curve(
-    name: str = LABELS["dense"],
-    changes: Mapping[str, Any] = {},
-    shade: float | None = None,
+    name: str = LABELS["dense"], changes: Mapping[str, Any] = {}, shade: float | None = None
 ) -> Curve:
     """Make the curve of a dense model."""
     return single(name, "dense", name, {**changes, "evaluate.model": "dense"}, shade)
@@ -148,17 +143,11 @@ def read_curves(work: Work, curves: Sequence[Curve], seeds: Sequence[int]) -> di
 
 def curves_of(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Sort a sweep's record (`about["settings"]`) into curves, as `read_curves` gives them."""
-    curves = [
-        {
-            "name": label,
-            "method": group,
-            "shade": None,
-            "line": group not in ALONE,
-            "rows": [row for row in settings if row["group"] == group],
-        }
+    return [
+        {"name": label, "method": group, "shade": None, "line": group not in ALONE, "rows": rows}
         for group, label in LABELS.items()
+        if (rows := [row for row in settings if row["group"] == group])
     ]
-    return [curve for curve in curves if curve["rows"]]
 
 
 def joined(records: Sequence[Record]) -> dict[str, Any]:

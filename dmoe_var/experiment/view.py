@@ -14,14 +14,12 @@ from dmoe_var.config.root import Config
 HOUSEKEEPING = (
     "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
     "data.root", "data.workers", "data.encode_batch",
-    "train_vqvae.log_every", "train_vqvae.validate_every", "train_vqvae.checkpoint_every",
-    "train_vqvae.micro_batch_size",
-    "train_var.log_every", "train_var.validate_every", "train_var.checkpoint_every",
-    "train_var.micro_batch_size", "train_var.activation_checkpointing",
-    "sparsify.log_every", "sparsify.validate_every", "sparsify.checkpoint_every",
-    "sparsify.micro_batch_size", "sparsify.activation_checkpointing",
-    "train_router.log_every", "train_router.validate_every", "train_router.checkpoint_every",
-    "train_router.micro_batch_size",
+    *(
+        f"{stage}.{key}"
+        for stage in ("train_vqvae", "train_var", "sparsify", "train_router")
+        for key in ("log_every", "validate_every", "checkpoint_every", "micro_batch_size")
+    ),
+    "train_var.activation_checkpointing", "sparsify.activation_checkpointing",
     "sampling.batch_size", "fidelity.batch_size",
     "sweep.part", "sweep.parts",
     "figures.figure", "figures.make", "figures.plan",

@@ -177,21 +177,13 @@ class Work:
     def differing(self, stage: str, record: Record) -> list[str]:
         """List how a record differs from what a stage would make now, one line per key. Given files
         differ by their content."""
-        ours, theirs = self.relevant(stage), record.config
-        weights = self.weights(stage)
-        others = [
-            f"{key} has other content than there"
-            for key, value in self.contents(stage, record.weights).items()
-            if value != record.weights.get(key)
-        ]
-        return others + [
-            f"{key} is {ours[key]}, there {theirs.get(key)}"
-            for key in sorted(ours)
-            if (
-                weights.get(key) != record.weights.get(key)
-                if key in GIVEN
-                else theirs.get(key) != ours[key]
-            )
+        ours, theirs, kept = self.relevant(stage), record.config, record.weights
+        weights, contents = self.weights(stage), self.contents(stage, kept)
+        changed = {key for key in ours if key not in GIVEN and ours[key] != theirs.get(key)}
+        changed |= {key for key in GIVEN if key in ours and weights.get(key) != kept.get(key)}
+        others = [key for key, value in contents.items() if value != kept.get(key)]
+        return [f"{key} has other content than there" for key in others] + [
+            f"{key} is {ours[key]}, there {theirs.get(key)}" for key in sorted(changed)
         ]
 
     def variant(self, stage: str) -> str:

@@ -13,7 +13,7 @@ from dmoe_var.calibration.calibrate import Group, Losses, Plan, Taus, measure_lo
 from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
 from dmoe_var.calibration.refinement import at_cost, most_losses, refine
 from dmoe_var.calibration.scores import Cell, Recorder, Tails, record_scores
-from dmoe_var.config.calibrate import CalibrateConfig
+from dmoe_var.config.stages import CalibrateConfig
 from dmoe_var.errors import InputError
 from dmoe_var.experiment.work import Work
 from dmoe_var.metrics.flops import FlopReport, report

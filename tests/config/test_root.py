@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 
 import pytest
 from composing import CONFIGS, composed
 from omegaconf import MissingMandatoryValue, OmegaConf
+from tiny_experiment import changed
 
 from dmoe_var.config.parse import is_entry, is_text, parse_config
-from dmoe_var.config.root import SelectionConfig, flatten
+from dmoe_var.config.root import flatten
 from dmoe_var.errors import ConfigError
-from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
@@ -21,7 +20,7 @@ GOOD = [(script, ()) for script in SCRIPTS] + [
     ("pipeline", (f"{path.parent.name}={path.stem}",))
     for group in ("experiment", "sweep")
     for path in sorted((CONFIGS / group).glob("*.yaml"))
-    if path.stem != "imagenet"  # what imagenet_d16 to imagenet_d36_512 have in common
+    if not path.stem.startswith("imagenet")  # those of a model: tests/scripts/test_hydra.py
 ]
 
 
@@ -29,18 +28,6 @@ GOOD = [(script, ()) for script in SCRIPTS] + [
 def digits():
     """The plain content of the digits experiment."""
     return composed("pipeline")
-
-
-def changed(content, changes):
-    """A copy with dotted keys set."""
-    content = copy.deepcopy(content)
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        section = content
-        for part in path:
-            section = section[part]
-        section[last] = value
-    return content
 
 
 @pytest.mark.parametrize(("script", "overrides"), GOOD)
@@ -73,45 +60,20 @@ def test_what_a_file_demands_has_no_default(overrides, key):
         composed("pipeline", *overrides)
 
 
-MAPPINGS = ("depths",)
-
-
-def leaves(content, prefix=""):
-    """Dotted keys of all sections; those of mappings are named by the user."""
-    for key, value in content.items():
-        if isinstance(value, dict) and key not in ("lists", *MAPPINGS):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
 def test_values_arrive(digits):
-    config = parse_config(digits)
-    for key in leaves(digits):
-        value, given = config, digits
-        for part in key.split("."):
-            value, given = getattr(value, part), given[part]
-        if isinstance(value, tuple):
-            value, given = list(value), given if isinstance(given, list) else [given]
-        if key.rpartition(".")[2] in MAPPINGS:
-            given = {str(k): v for k, v in given.items()}
-        if key != "sweep.lists":
-            assert value == given, key
-    assert {k: list(v) for k, v in config.sweep.lists.items()} == digits["sweep"]["lists"]
+    found = parse_config(digits).leaves
+    for key, value in flatten(digits):
+        assert found[key] in (value, [value]), key
 
 
 WRONG = [
     # unknown keys
     ({"sede": 1}, ("sede: unknown key", "did you mean seed?", "run_dir")),
     ({"train_var.step": 1}, ("train_var.step: unknown key", "did you mean steps?", "batch_size")),
-    ({"split.size": 8}, ("split.size: unknown key", "allowed: expert_size, router_hidden")),
-    ({"moe.tau": 0.1}, ("moe.tau: unknown key", "allowed: scales, impl")),
     # types
     ({"seed": "one"}, ("seed='one'", "integer")),
     ({"seed": 1.5}, ("seed=1.5", "integer")),
-    ({"seed": True}, ("seed=True",)),
     ({"train_var.lr": True}, ("train_var.lr=True",)),
-    ({"train_var.steps": [3]}, ("train_var.steps=[3]", "integer")),
     ({"train_var": None}, ("train_var=None",)),
     ({"progress": 2}, ("progress=2", "boolean")),
     ({"run_dir": 3}, ("run_dir=3", "string")),
@@ -119,49 +81,28 @@ WRONG = [
     ({"selection.tau": "high"}, ("selection.tau='high'",)),
     # ranges
     ({"seed": -1}, ("seed=-1", "greater than or equal to 0")),
-    ({"threads": 0}, ("threads=0", "greater than 0")),
     ({"name": "a/b"}, ("name='a/b'", "A-Za-z0-9")),
-    ({"name": ".."}, ("name='..'",)),
     ({"device": "gpu"}, ("device='gpu'", "auto", "cpu", "cuda")),
     ({"dtype": "float16"}, ("dtype='float16'", "'float32' or 'bfloat16'")),
-    ({"wandb": "on"}, ("wandb='on'", "'disabled', 'offline' or 'online'")),
     ({"until": "figures"}, ("until='figures'", "'split'", "'sweep'")),
-    ({"train_var.lr": 0.0}, ("train_var.lr=0.0", "greater than 0")),
     ({"train_var.lr": float("nan")}, ("train_var.lr=nan", "finite")),
-    ({"train_var.warmup": 1.2}, ("train_var.warmup=1.2", "less than or equal to 1")),
     ({"train_var.betas": [0.9]}, ("train_var.betas", "[0.9]")),
     ({"train_var.betas": [0.9, 1.0]}, ("train_var.betas", "1.0")),
-    ({"train_var.schedule": "step"}, ("train_var.schedule='step'", "'linear' or 'cosine'")),
-    ({"sparsify.alpha": -1e-3}, ("sparsify.alpha=-0.001", "greater than or equal to 0")),
-    ({"conversion.train": "head"}, ("conversion.train='head'", "'blocks+head' or 'ffn'")),
-    ({"train_router.null_share": 2}, ("train_router.null_share=2", "less than or equal to 1")),
     ({"train_router.scales": []}, ("train_router.scales=[]",)),
-    ({"train_vqvae.dead_below": 1}, ("train_vqvae.dead_below=1", "less than 1")),
     ({"vqvae.ch": 40}, ("vqvae.ch=40", "multiple of 32")),
     ({"vqvae.conv_kernel": 2}, ("vqvae", "conv_kernel=2", "odd")),
     ({"vqvae.patch_nums": [1, 3, 2, 8]}, ("patch_nums must rise", "(1, 3, 2, 8)")),
-    ({"var.label_drop": 1}, ("var.label_drop=1", "less than 1")),
     ({"var.num_heads": 3}, ("num_heads=3", "width=128")),
     ({"var.mlp_ratio": 1e-9}, ("mlp_ratio=1e-09",)),
-    ({"split.expert_size": 0}, ("split.expert_size=0", "greater than 0")),
     ({"selection.tau": 1.5}, ("selection.tau", "1.5", "less than or equal to 1")),
     ({"selection.rule": "best"}, ("selection.rule='best'", "'top_k'", "'oracle'", "'keys'")),
-    ({"selection.k": 0}, ("selection.k=0", "greater than or equal to 1")),
     ({"selection.k": 2.5}, ("selection.k=2.5", "integer")),
-    ({"selection.share": 2}, ("selection.share=2", "less than or equal to 1")),
     ({"selection.layer_tau": [[2]]}, ("selection.layer_tau.0.0=2", "less than or equal to 1")),
     ({"selection.shares": 1}, ("selection.shares: unknown key", "did you mean share?")),
     ({"selection.rule": "top_k", "selection.layer_tau": [[0.1]]}, ("layer_tau=[[0.1]] goes with",)),
-    ({"sampling.top_p": 1.1}, ("sampling.top_p=1.1", "less than or equal to 1")),
     ({"evaluate.num_samples": 1}, ("evaluate.num_samples=1", "greater than or equal to 2")),
-    ({"evaluate.format": "jpg"}, ("evaluate.format='jpg'", "'npz', 'png' or 'both'")),
     ({"evaluate.model": "sparse"}, ("evaluate.model='sparse'", "'dynamic' or 'pruned'")),
-    ({"pruning.share": 1}, ("pruning.share=1", "less than 1")),
     ({"pruning.rule": "mean"}, ("pruning.rule='mean'", "'mean_abs' or 'mean_signed'")),
-    ({"pruning.model": "moe"}, ("pruning.model='moe'", "'dense' or 'sparse'")),
-    ({"pruning.images": 0}, ("pruning.images=0", "greater than 0")),
-    ({"fidelity.neighbours": 0}, ("fidelity.neighbours=0", "greater than 0")),
-    ({"fidelity.reference_images": 0}, ("fidelity.reference_images=0", "greater than 0")),
     ({"fidelity.backbone": "clip"}, ("fidelity.backbone='clip'", "'efflite0' or 'inception'")),
     ({"data.image_size": 20}, ("data.image_size=20", "multiple of 8")),
     ({"sweep.seeds": []}, ("sweep.seeds=[]", "at least 1")),
@@ -173,7 +114,7 @@ WRONG = [
     ({"vqvae.z_channels": 8}, ("var.z_channels=16", "vqvae.z_channels=8")),
     ({"data.image_size": 32}, ("data.image_size=32", "8 cells of 2 pixels")),
     ({"split.expert_size": 48}, ("split.expert_size=48", "divide the FFN's 512")),
-    ({"split.expert_size": 512}, ("split.expert_size=512",)),
+    ({"split.expert_size": 512}, ("split.expert_size=512", "at least two")),
     ({"var.experts": {"expert_size": 32}}, ("var.experts must be null", "split")),
     ({"moe.scales": [5, 7]}, ("moe.scales=[5, 7]", "distinct scales within 0..6")),
     ({"moe.scales": [5, 5]}, ("moe.scales=[5, 5]", "distinct scales within 0..6")),
@@ -191,7 +132,12 @@ WRONG = [
         ("fidelity.reference_images=3", "greater than fidelity.neighbours=3"),
     ),
     ({"sweep.chosen": "mine"}, ("sweep", "chosen='mine'", "paper")),
+    ({"sweep.parts": 2}, ("sweep: part=null: parts=2 needs one, 1..2; neither joins",)),
+    ({"sweep.parts": 2, "sweep.part": 3}, ("sweep: part=3 must be at most parts=2",)),
     ({"sample.classes": [3, 10]}, ("sample.classes", "10", "within 0..9")),
+    ({"sample.classes": []}, ("sample.classes: [] must be a class or a list of classes",)),
+    ({"sample.classes": [1.5]}, ("sample.classes: [1.5] must be", "by index or name")),
+    ({"benchmark.tau": [0.1, 0.1]}, ("benchmark.tau: [0.1, 0.1] must be distinct",)),
 ]
 
 
@@ -204,24 +150,6 @@ def test_wrong_values_are_told_in_one_line(digits, changes, parts):
     assert [part for part in parts if part not in message] == [], message
 
 
-@pytest.mark.parametrize(
-    ("fields", "rules"),
-    [
-        ({"tau": (0.3,)}, Threshold(0.3)),
-        ({"tau": (0.1, 0.2, 0.3)}, [Threshold(0.1), Threshold(0.2), Threshold(0.3)]),
-        ({"rule": "oracle", "tau": (0.3,)}, Oracle(0.3)),
-        ({"rule": "top_k", "k": 3}, TopK(3)),
-        ({"rule": "random", "k": 3}, Random(3)),
-        ({"rule": "cumulative", "share": 0.7}, Cumulative(0.7)),
-        ({"rule": "all"}, All()),
-    ],
-)
-def test_selection_rules(fields, rules):
-    found = SelectionConfig(**fields).rules()
-    assert found == rules
-    assert type(found) is type(rules)
-
-
 PATHS = [
     "run_dir", "data.root", "base.var", "base.vqvae", "fidelity.reference", "sample.pretrained",
     "benchmark.smaller", "benchmark.published",
@@ -232,10 +160,8 @@ PATHS = [
 def test_the_home_folder_is_known_wherever_a_path_is_given(digits, monkeypatch, key):
     monkeypatch.setenv("HOME", "/home/someone")
     folder = {"data.kind": "image_folder"} if key == "data.root" else {}
-    found = parse_config(changed(digits, {key: "~/a b/c", **folder}))
-    assert found.leaves[key] == "/home/someone/a b/c"
-    named = parse_config(changed(digits, {key: "digits", **folder}))
-    assert named.leaves[key] == "digits"
+    for given, expected in (("~/a b/c", "/home/someone/a b/c"), ("digits", "digits")):
+        assert parse_config(changed(digits, {key: given, **folder})).leaves[key] == expected
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
-from dmoe_var.errors import CheckpointError, ConfigError, InputError
+from dmoe_var.errors import CheckpointError, InputError
 from dmoe_var.experiment.graph import (
     StageResult,
     order,
@@ -47,26 +47,15 @@ def through(work, last):
     return seen
 
 
-@pytest.mark.parametrize(
-    ("last", "stages"),
-    [
-        ("train_vqvae", TRAINING[:1]),
-        ("split", TRAINING[:4]),
-        *((stage, [*TRAINING, stage]) for stage in ("sample", "evaluate", "sweep")),
-    ],
-)
-def test_order(make_work, last, stages):
-    assert order(make_work(), last) == stages
-
-
-def test_order_of_a_dense_point(make_work):
+def test_order(make_work):
+    for last, stages in (("split", TRAINING[:4]), ("sweep", [*TRAINING, "sweep"])):
+        assert order(make_work(), last) == stages
     work = make_work(changes={"evaluate.model": "dense"})
     assert order(work, "evaluate") == ["train_vqvae", "train_var", "evaluate"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"sparsify.log_every": 1}, {"selection.tau": 0.7}])
-def test_done_stages_are_skipped(make_work, runs, no_work, changes):
-    work = make_work(runs, changes)
+def test_done_stages_are_skipped(make_work, trained, no_work):
+    work = make_work(trained, {"sparsify.log_every": 1, "selection.tau": 0.7})
     assert through(work, "train_router") == [(stage, True) for stage in TRAINING]
 
 
@@ -79,15 +68,9 @@ def test_a_changed_stage_and_those_after_it_run(make_work, runs):
 
 
 def test_an_edited_experiment_runs_again_in_its_folder(make_work, runs):
+    """If it fails, what it replaces is not done either: the old record goes first."""
     work = make_work(runs, edited={"split.router_hidden": 3})
     assert work.folder("split") == make_work(runs).folder("split")
-    assert through(work, "train_router")[-2:] == [("split", False), ("train_router", False)]
-    assert record_if_done(make_work(runs), "split") is None
-
-
-def test_a_stage_that_fails_is_not_done(make_work, runs):
-    """Nor is what it replaces: the old record goes before the new work starts."""
-    work = make_work(runs, edited={"split.router_hidden": 3})
 
     def fail(work):
         raise KeyboardInterrupt
@@ -95,18 +78,17 @@ def test_a_stage_that_fails_is_not_done(make_work, runs):
     with pytest.raises(KeyboardInterrupt):
         run_stage(work, "split", fail)
     assert not (work.folder("split") / "result.json").exists()
+    assert through(work, "train_router")[-2:] == [("split", False), ("train_router", False)]
     assert record_if_done(make_work(runs), "split") is None
 
 
-def test_record(make_work, runs):
-    work = make_work(runs)
+def test_record(make_work, trained):
+    work = make_work(trained)
     record = Record.read(work.folder("sparsify") / "result.json")
     assert (record.stage, record.variant, record.seed) == ("sparsify", "default", 0)
     assert work.relevant("sparsify").items() <= record.config.items()
     assert record.config["evaluate.num_samples"] == work.config.evaluate.num_samples
     assert record.fingerprint == work.fingerprint("sparsify")
-    assert record.started <= record.ended
-    assert record.libraries["torch"] == torch.__version__.split("+")[0]
     assert all(isinstance(value, int | float) for value in record.metrics.values())
     assert {"val_ce", "val_hoyer", "val_inactive_layer0_scale3"} <= record.metrics.keys()
     files = sorted(path.name for path in work.folder("sparsify").iterdir())
@@ -124,7 +106,7 @@ def run_twice(work, stage, function):
         return [each.result() for each in both]
 
 
-@pytest.mark.parametrize("stage", ["train_vqvae", "sparsify", "evaluate", "sample"])
+@pytest.mark.parametrize("stage", ["train_vqvae", "evaluate"])
 def test_the_same_stage_twice_at_once(make_work, runs, capfd, stage):
     """The second waits, says so, and finds it done."""
     work, ran = make_work(runs, edited={"seed": 1}), []
@@ -175,23 +157,12 @@ def test_stages_within_a_stage_do_not_wait_for_themselves(make_work, tmp_path):
     assert record_if_done(work, "train_vqvae") is not None
 
 
-BROKEN = {
-    "empty": b"",
-    "NULs": b"\0" * 500,
-    "half": None,
-    "a list": b"[1]",
-    "no keys": b"{}",
-    "no UTF-8": b"\xff\xfe{}",
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_record_that_a_crash_left_broken(make_work, runs, capsys, kind):
+@pytest.mark.parametrize("content", [b"\0" * 500, b"{}", b'{"schema_version": 1, "sta'])
+def test_a_record_that_a_crash_left_broken(make_work, runs, capsys, content):
     """The stage is not done: it runs again, with a note; what builds on it says what to do."""
     work = make_work(runs)
-    path, content = work.folder("train_vqvae") / "result.json", BROKEN[kind]
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    path = work.folder("train_vqvae") / "result.json"
+    path.write_bytes(content)
     said = r"result\.json: .*; run scripts/train_vqvae\.py"
     with pytest.raises(InputError, match=said) as caught:
         require(work, "train_vqvae")
@@ -267,18 +238,10 @@ def test_what_was_made_with_another_configuration(make_work, runs):
 
 
 def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
 
 
-def emptied(path):
-    path.write_bytes(b"")
-
-
-def removed(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("harm", [cut_short, emptied, removed])
+@pytest.mark.parametrize("harm", [cut_short, Path.unlink])
 def test_broken_checkpoint_of_a_done_stage(make_work, runs, harm):
     work = make_work(runs)
     path = work.folder("sparsify") / "checkpoint" / "model.safetensors"
@@ -289,8 +252,7 @@ def test_broken_checkpoint_of_a_done_stage(make_work, runs, harm):
         assert "\n" not in str(caught.value)
 
 
-def without_a_key(folder):
-    file = folder / "model.safetensors"
+def without_a_key(file):
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
@@ -298,56 +260,40 @@ def without_a_key(folder):
     save_file(tensors, file, about)
 
 
-def without_config(folder):
-    (folder / "config.json").unlink()
-
-
-def with_half_a_config(folder):
-    cut_short(folder / "config.json")
-    cut_short(folder / "config.json")
-
-
 @pytest.mark.parametrize(
     ("harm", "file", "message"),
     [
         (without_a_key, "model.safetensors", "missing 1 keys: head.bias"),
-        (without_config, "config.json", "No such file"),
-        (with_half_a_config, "config.json", "cut short"),
+        (Path.unlink, "config.json", "No such file"),
+        (cut_short, "config.json", "cut short"),
     ],
 )
 def test_incomplete_checkpoint(make_work, runs, harm, file, message):
     """Found by the stage that builds on it."""
     work = make_work(runs, {"split.router_hidden": 3})
-    folder = work.folder("sparsify") / "checkpoint"
-    harm(folder)
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder / file))}: .*{message}"):
+    path = work.folder("sparsify") / "checkpoint" / file
+    harm(path)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
         run_stage(work, "split")
-
-
-def smaller_vocabulary(config):
-    return replace(config, vocab_size=16)
-
-
-def deeper(config):
-    return replace(config, depth=2)
-
-
-def split_otherwise(config):
-    return replace(config, experts=ExpertConfig(64, 4))
 
 
 @pytest.mark.parametrize(
     ("stage", "kind", "load", "change", "message"),
     [
-        ("train_vqvae", VQVAE, loaded.vqvae, smaller_vocabulary, "vocab_size is 16, .* says 32"),
-        ("train_var", VAR, loaded.dense, deeper, "depth is 2, .* says 1"),
-        ("sparsify", VAR, loaded.sparse, deeper, "depth is 2, .* says 1"),
-        ("train_router", VAR, loaded.split, split_otherwise, r"expert_size=64.* says .*=32"),
+        ("train_vqvae", VQVAE, loaded.vqvae, {"vocab_size": 16}, "vocab_size is 16, .* says 32"),
+        ("sparsify", VAR, loaded.sparse, {"depth": 2}, "depth is 2, .* says 1"),
+        (
+            "train_router",
+            VAR,
+            loaded.split,
+            {"experts": ExpertConfig(64, 4)},
+            r"expert_size=64.* says .*=32",
+        ),
     ],
 )
 def test_checkpoint_of_another_configuration(make_work, runs, stage, kind, load, change, message):
     work = make_work(runs)
-    other = kind(change(load(work).config))
+    other = kind(replace(load(work).config, **change))
     save_checkpoint(work.folder(stage) / "checkpoint", other)
     with pytest.raises(CheckpointError, match=f"another configuration: .*{message}") as caught:
         load(work)
@@ -446,22 +392,20 @@ def test_base_models_may_be_given(make_work, runs, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["vqvae", "var"])
-def test_given_base_that_is_not_there(make_work, runs, kind):
-    work = make_work(runs, {f"base.{kind}": "no/where"})
-    with pytest.raises(CheckpointError, match=r"no/where: no such file") as caught:
-        through(work, "train_var")
-    assert "\n" not in str(caught.value)
-
-
-def test_given_base_of_another_shape(make_work, runs):
+def test_given_bases_that_do_not_fit(make_work, runs):
     source = str(make_work(runs).folder("train_var") / "checkpoint")
-    with pytest.raises(CheckpointError, match="depth is 1, the configuration says 2"):
-        through(make_work(runs, {"base.var": source, "var.depth": 2}), "train_var")
+    for changes, message in (
+        ({"base.vqvae": "no/where"}, "no/where: no such file"),
+        ({"base.var": "no/where"}, "no/where: no such file"),
+        ({"base.var": source, "var.depth": 2}, "depth is 1, the configuration says 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            through(make_work(runs, changes), "train_var")
+        assert "\n" not in str(caught.value)
 
 
 def test_unknown_stage(make_work):
-    with pytest.raises((ValueError, KeyError, ConfigError), match="nothing"):
+    with pytest.raises(ValueError, match="stage='nothing' is none of train_vqvae, "):
         run_stage(make_work(), "nothing")
 
 
@@ -483,15 +427,6 @@ def test_prepare_sets_up_the_process(make_work):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.usefixtures("settings_of_torch")
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_device_that_is_not_there_is_found_before_any_work(make_work, deterministic):
+def test_a_device_that_is_not_there_is_found_before_any_work(make_work):
     with pytest.raises(InputError, match="device=cuda"):
-        prepare(make_work(changes={"device": "cuda", "deterministic": deterministic}))
-
-
-def test_result_of_a_stage_function(make_work, tmp_path):
-    """What `function` returns is what the record holds."""
-    result = StageResult({"fid": 1.5}, num_samples=7, about={"note": "x"})
-    record = run_stage(make_work(tmp_path), "train_vqvae", lambda work: result)
-    assert (record.metrics, record.num_samples, record.about) == ({"fid": 1.5}, 7, {"note": "x"})
-    assert Record.read(make_work(tmp_path).folder("train_vqvae") / "result.json") == record
+        prepare(make_work(changes={"device": "cuda", "deterministic": True}))

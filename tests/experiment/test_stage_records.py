@@ -50,11 +50,9 @@ def without(*names):
 
 BROKEN = [
     (lambda content: [content], "schema_version=None, expected 1"),
-    (without("schema_version"), "schema_version=None, expected 1"),
     (lambda content: {**content, "schema_version": 2}, "schema_version=2, expected 1"),
     (without("seed"), "seed"),
     (lambda content: {**content, "sead": 1}, "sead"),
-    (lambda content: {**content, "metrics": None}, "metrics"),
     (lambda content: {**content, "about": None}, "about"),
 ]
 
@@ -67,9 +65,9 @@ def test_broken_content(path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\udce4".encode("utf-8", "surrogateescape")])
-def test_no_json(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+@pytest.mark.parametrize("content", [b"", b"\xe4"])
+def test_no_json(path, content):
+    path.write_bytes(content)
     with pytest.raises(DataError, match=f"{re.escape(str(path))}: cut short or no JSON") as caught:
         Record.read(path)
     assert "\n" not in str(caught.value)
@@ -80,7 +78,9 @@ def test_no_file(tmp_path):
         Record.read(tmp_path / RESULT_FILE)
 
 
-@pytest.mark.parametrize("given", [{}, {"seed": 0, "dtype": "float16", "num_samples": 7}])
+@pytest.mark.parametrize(
+    "given", [{}, {"seed": 0, "dtype": "float16", "num_samples": 7, "about": {"note": "x"}}]
+)
 def test_a_record_says_how_it_was_made(make_work, tmp_path, monkeypatch, given):
     """By what ran, where a stage says it, and else by the configuration; 0 is a seed."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)

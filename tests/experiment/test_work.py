@@ -30,14 +30,14 @@ def variants(work):
     return {stage: work.variant(stage) for stage in STAGES}
 
 
+def other_than(plain, work):
+    """The stages whose results may differ."""
+    return {stage for stage in STAGES if work.fingerprint(stage) != plain.fingerprint(stage)}
+
+
 HOUSEKEEPING = [
-    {"run_dir": "elsewhere"},
-    {"name": "other"},
-    {"device": "auto"},
-    {"threads": 2},
-    {"progress": True},
-    {"wandb": "offline"},
-    {"until": "split"},
+    {"run_dir": "elsewhere", "name": "other", "until": "split"},
+    {"device": "auto", "threads": 2, "progress": True, "wandb": "offline"},
     {"train_vqvae.log_every": 3, "sparsify.validate_every": 7, "train_var.checkpoint_every": 9},
     {"sparsify.micro_batch_size": 2, "sparsify.activation_checkpointing": True},
     {"figures.figure": "4", "figures.make": True, "figures.plan": True},
@@ -52,8 +52,7 @@ HOUSEKEEPING = [
 def test_what_does_not_change_a_result_changes_no_folder(make_work, changes):
     work, plain = make_work(changes=changes), make_work()
     assert set(variants(work).values()) == {"default"}
-    for stage in STAGES:
-        assert work.fingerprint(stage) == plain.fingerprint(stage)
+    assert other_than(plain, work) == set()
 
 
 POINTS = {"sample", "evaluate", "sweep"}
@@ -96,15 +95,14 @@ READ_BY = [
 def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(make_work, changes, affected):
     work, plain = make_work(changes=changes), make_work()
     assert {stage for stage, variant in variants(work).items() if variant != "default"} == affected
-    assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
-    assert all(work.folder(s).parent == plain.folder(s).parent for s in STAGES)
+    assert affected == other_than(plain, work)
 
 
-@pytest.mark.parametrize(("changes", "affected"), READ_BY)
+@pytest.mark.parametrize(("changes", "affected"), READ_BY[::6])
 def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_work, changes, affected):
-    work, plain = make_work(edited=changes), make_work()
+    work = make_work(edited=changes)
     assert set(variants(work).values()) == {"default"}
-    assert affected == {s for s in STAGES if work.fingerprint(s) != plain.fingerprint(s)}
+    assert affected == other_than(make_work(), work)
 
 
 TRAINED_BY = {
@@ -121,17 +119,20 @@ def test_every_setting_of_training_is_known():
     assert {each.name for each in fields(OptimConfig)} == known
 
 
-@pytest.mark.parametrize("key", TRAINED_BY)
-@pytest.mark.parametrize("stage", ["train_vqvae", "train_var", "sparsify", "train_router"])
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        *(("sparsify", key) for key in TRAINED_BY),
+        *((stage, "clip") for stage in ("train_vqvae", "train_var", "train_router")),
+    ],
+)
 def test_how_a_stage_trains_is_part_of_what_it_is(make_work, stage, key):
-    work, plain = make_work(changes={f"{stage}.{key}": TRAINED_BY[key]}), make_work()
-    changed = {each for each in STAGES if work.fingerprint(each) != plain.fingerprint(each)}
-    assert changed == from_(stage) | DRAWN
+    work = make_work(changes={f"{stage}.{key}": TRAINED_BY[key]})
+    assert other_than(make_work(), work) == from_(stage) | DRAWN
 
 
 GRID = {
-    "selection.tau": [0.1, 0.2, [0.1, 0.2], [0.2, 0.1]],
-    "sparsify.lr": [1e-4, 1e-2],
+    "selection.tau": [0.1, [0.1, 0.2], [0.2, 0.1]],
     "train_var.lr": [1e-4, 1e-2],
 }
 CUT = ("x" * 80 + "1", "x" * 80 + "2", "a/b", "a-b", "../b")
@@ -144,91 +145,58 @@ def test_points_of_a_multirun_never_share_a_folder(make_work):
     names = [make_work(changes=point).variant("evaluate") for point in points]
     assert len(set(names)) == len(points)
     assert all(re.fullmatch(r"[A-Za-z0-9=._+-]{1,70}", name) for name in names)
-    assert names == [make_work(changes=point).variant("evaluate") for point in points]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"selection.tau": 0.9},
-        {"moe.scales": [3]},
-        {"sparsify.alpha": 0.1},
-        {"split.expert_size": 64},
-    ],
-)
-def test_dense_points_do_not_depend_on_experts(make_work, changes):
-    dense = {"evaluate.model": "dense"}
-    plain, work = make_work(changes=dense), make_work(changes={**dense, **changes})
-    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
-    assert work.folder("evaluate") == plain.folder("evaluate")
-    assert work.folder("evaluate") != make_work().folder("evaluate")
-    assert work.needs("evaluate") == ("train_var",)
-
-
+EXPERTS = {"selection.tau": 0.9, "moe.impl": "reference", "split.expert_size": 64}
 PRUNED = {"evaluate.model": "pruned"}
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("point", "needs", "unread", "read"),
     [
-        {"selection.tau": 0.9},
-        {"moe.impl": "reference"},
-        {"split.expert_size": 64},
-        {"train_router.lr": 0.5},
-        {"sparsify.alpha": 0.1},
+        ({}, "train_router", {"pruning.share": 0.1, "pruning.model": "sparse"}, EXPERTS),
+        (
+            {"evaluate.model": "dense"},
+            "train_var",
+            {**EXPERTS, "moe.scales": [3], "sparsify.alpha": 0.1, "pruning.share": 0.1},
+            {"train_var.lr": 0.5},
+        ),
+        (
+            PRUNED,
+            "train_var",
+            {**EXPERTS, "train_router.lr": 0.5, "sparsify.alpha": 0.1},
+            {
+                "pruning.share": 0.6, "pruning.rule": "mean_signed", "pruning.model": "sparse",
+                "pruning.images": 3, "moe.scales": [3], "sampling.top_k": 3, "train_var.lr": 0.5,
+                "evaluate.seed": 1,
+            },
+        ),
+        (
+            {**PRUNED, "pruning.model": "sparse"},
+            "sparsify",
+            {**EXPERTS, "train_router.lr": 0.5},
+            {"sparsify.alpha": 0.1},
+        ),
+        *(
+            (
+                {"selection.rule": rule, "selection.k": 2},
+                "split",
+                {"train_router.lr": 0.5},
+                {"split.expert_size": 64},
+            )
+            for rule in ("oracle", "random", "all", "keys")
+        ),
     ],
-)
-def test_pruned_points_do_not_depend_on_experts(make_work, changes):
-    """Nor on sparse fine-tuning, unless it is the sparse model that is pruned."""
-    plain, work = make_work(changes=PRUNED), make_work(changes={**PRUNED, **changes})
-    assert work.needs("evaluate") == ("train_var",)
-    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
-    assert work.folder("evaluate") == plain.folder("evaluate")
-    sparse = {**PRUNED, "pruning.model": "sparse"}
-    plain, work = make_work(changes=sparse), make_work(changes={**sparse, **changes})
-    assert work.needs("evaluate") == ("sparsify",)
-    same = "sparsify.alpha" not in changes
-    assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"pruning.share": 0.6},
-        {"pruning.rule": "mean_signed"},
-        {"pruning.model": "sparse"},
-        {"pruning.images": 3},
-        {"moe.scales": [3]},
-        {"sampling.top_k": 3},
-        {"train_var.lr": 0.5},
-        {"evaluate.seed": 1},
-    ],
-)
-def test_what_pruned_points_depend_on(make_work, changes):
-    plain, work = make_work(changes=PRUNED), make_work(changes={**PRUNED, **changes})
-    assert work.fingerprint("evaluate") != plain.fingerprint("evaluate")
-    assert work.folder("evaluate") != plain.folder("evaluate")
-
-
-@pytest.mark.parametrize("model", ["dense", "dynamic"])
-def test_other_points_do_not_depend_on_pruning(make_work, model):
-    given = {"evaluate.model": model}
-    pruning = {"pruning.share": 0.1, "pruning.rule": "mean_signed", "pruning.model": "sparse"}
-    plain, work = make_work(changes=given), make_work(changes={**given, **pruning})
-    assert not [key for key in work.relevant("evaluate") if key.startswith("pruning")]
-    assert work.fingerprint("evaluate") == plain.fingerprint("evaluate")
-    assert work.folder("evaluate") == plain.folder("evaluate")
-
-
-@pytest.mark.parametrize("rule", ["oracle", "random", "all", "keys"])
-def test_rules_without_a_router_do_not_depend_on_its_training(make_work, rule):
-    given = {"selection.rule": rule, "selection.k": 2}
-    for changes, same in (({"train_router.lr": 0.5}, True), ({"split.expert_size": 64}, False)):
-        plain, work = make_work(changes=given), make_work(changes={**given, **changes})
-        assert work.needs("evaluate") == ("split",)
-        assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same
-        assert (work.folder("evaluate") == plain.folder("evaluate")) == same
-    assert make_work().needs("evaluate") == ("train_router",)
+)  # fmt: skip
+def test_what_a_point_depends_on(make_work, point, needs, unread, read):
+    """Its model: dense points not on experts, pruned ones not on the model that is not pruned."""
+    plain = make_work(changes=point)
+    assert plain.needs("evaluate") == (needs,)
+    for changes, same in ((unread, True), (read, False)):
+        for key, value in changes.items():
+            work = make_work(changes={**point, key: value})
+            assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same, key
+            assert (work.folder("evaluate") == plain.folder("evaluate")) == same, key
 
 
 def test_training_run(make_work, tmp_path):

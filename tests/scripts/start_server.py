@@ -52,10 +52,7 @@ def arm(name, n, number=signal.SIGKILL):
 
 
 def become(request):
-    """The child: stdin, stdout, stderr, arguments and folder of a fresh start, then the script.
-
-    It ends at once: to take all modules down in good order would take longer than a script.
-    """
+    """The child: stdin, stdout, stderr, arguments and folder of a fresh start, then the script."""
     for fd, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whoever started the tests
@@ -65,6 +62,12 @@ def become(request):
     sys.argv = request["argv"]
     if request["kill"]:
         arm(*request["kill"])
+    run_script()
+
+
+def run_script():
+    """The script of sys.argv, whose end is this process's. It ends at once: to take all modules
+    down in good order would take longer than a script."""
     status = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -85,7 +88,7 @@ def warm_up():
         pkgutil.resolve_name(module)
     pkgutil.resolve_name("_hydra")
     compose = pkgutil.resolve_name("_compose")
-    options = SimpleNamespace(config_path=None, config_dir=None)
+    options = SimpleNamespace(config_dir=None)
     with compose.composing("pipeline", options):
         compose.work_of("pipeline", "pipeline", ["seed=1", "moe.scales=[1]"])
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])

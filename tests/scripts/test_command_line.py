@@ -17,54 +17,33 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 WRONG = [
     ("train_var", ["train_var.sped=1"], ("train_var.sped", "unknown key", "steps, epochs")),
     ("sparsify", ["no.such.section=1"], ("no.such.section", "unknown key")),
-    ("train_vqvae", ["train_vqvae.steps=many"], ("train_vqvae.steps='many'", "integer")),
     ("pipeline", ["sparsify.alpha=-1"], ("sparsify.alpha=-1", "greater than or equal to 0")),
-    ("sample", ["experiment=imagination"], ("experiment=imagination", "allowed: digits, digits")),
     ("evaluate", ["moe=huge"], ("moe=huge", "allowed: mini")),
-    ("split", ["split.expert_size=48"], ("split.expert_size=48", "512")),
     ("sweep", ["sweep.seeds=["], ("sweep.seeds",)),
     ("train_router", ["lr"], ("lr: no setting", "key=value")),
-    ("train_router", ["--steps", "5"], ("--steps: unknown option", "key=value", "--help")),
-    ("train_router", ["seed=1", "--steps=5"], ("--steps=5: unknown option", "key=value")),
-    ("train_var", ["--cfg", "nonsense"], ("--cfg", "nonsense", "'job'")),
-    ("train_var", ["seed=0", "-m", "train_var.lr=-1"], ("train_var.lr=-1", "greater than")),
+    ("train_router", ["seed=1", "--steps=5"], ("arguments: --steps=5", "key=value", "--help")),
+    ("train_var", ["--cfg", "nonsense"], ("--cfg", "nonsense", "job", "key=value")),
     ("evaluate", ["tau=0.3"], ("tau=0.3: unknown key", "data, vqvae")),
     ("sample", ["tau=1.5"], ("selection.tau", "1.5", "less than or equal to 1")),
-    ("sample", ["seeds=[1,1]"], ("seeds=[1, 1]", "distinct")),
-    ("sample", ["seeds=-1"], ("sample.seeds", "-1", "greater than or equal to 0")),
+    ("sample", ["seeds=[1,1]"], ("sample.seeds: [1, 1] must be distinct",)),
     ("sample", ["classes=[3,'3']"], ("sample.classes=[3, '3']", "distinct")),
-    ("sample", ["classes=[]"], ("sample.classes", "[] must be a class or a list of classes")),
-    ("sample", ["classes=[1.5]"], ("sample.classes", "1.5 must be the index or the name")),
-    ("sample", ["classes=golden_retriever"], ("'golden_retriever' is no class", "0..9")),
     ("sample", ["-m", "classes=3,10"], ("sample.classes: 10 must be within 0..9",)),
-    ("sample", ["sample.model=sparse"], ("sample.model='sparse'", "'dense', 'dynamic' or 'both'")),
     ("sample", ["sample.model=both"], ("train_router is not done", "sample.model=dense")),
     ("train_var", ["-m", "seed=0,1", "train_var.lr=1e-3,-1"], ("train_var.lr=-1", "greater than")),
     ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: digits")),
     ("sweep", ["sweep.lists.mine="], ("sweep.lists.mine='': must be", "0..1, or a list")),
-    ("sample", ["tau=0.2\r"], ("'tau=0.2\\r'", "carriage return", "CRLF")),
-    ("sample", ["seed=1", "\r"], ("carriage return", "CRLF")),
-    ("train_var", ["seed=0,1"], ("seed=0,1: several values", "-m", "[a,b]")),
-    ("train_var", ["-m", "seed=interval(0,1)"], ("interval",)),
+    ("sample", ["seed=1", "tau=0.2\r"], ("'tau=0.2\\r'", "carriage return", "CRLF")),
     ("train_var", ["-m", "seed=range(1,1)"], ("seed=range(1,1): not one point",)),
     ("train_var", ["-cd", "nowhere", "experiment=a"], ("--config-dir=nowhere: no such folder",)),
-    ("train_var", ["-cp", "nowhere"], ("--config-path=nowhere: no such folder",)),
-    ("train_var", ["hydra.searchpath=[nowhere]"], ("nowhere", "is not available")),
     ("train_var", ["-cn", "nowhere"], ("nowhere",)),
-    ("train_var", ["hydra.run.dir=x"], ("hydra.run.dir=x: not read here", "run_dir")),
-    ("train_var", ["hydra/launcher=joblib"], ("hydra/launcher=joblib: not read here",)),
+    ("train_var", ["hydra.run.dir=x"], ("hydra.run.dir=x", "are not read", "run_dir", "-cd")),
     ("train_var", ["--cfg", "job", "sede=1"], ("sede=1: unknown key", "did you mean seed?")),
-    ("train_var", ["-m", "-r"], ("--run (-r) and --multirun (-m)",)),
     ("train_var", ["base.var="], ("base.var=''", "at least 1 character")),
     ("split", [], ("sparsify is not done", "scripts/sparsify.py")),
 ]
-NO_DEVICE = [
-    ("train_vqvae", ["device=cuda"], ("device=cuda", "allowed: auto, cpu")),
-    ("train_vqvae", ["device=cuda", "deterministic=true"], ("device=cuda", "allowed: auto, cpu")),
-    ("train_vqvae", ["-m", "device=cuda", "seed=0,1"], ("device=cuda", "allowed: auto, cpu")),
-]
 if not torch.cuda.is_available():
-    WRONG += NO_DEVICE
+    no_device = ["-m", "device=cuda", "deterministic=true", "seed=0,1"]
+    WRONG.append(("train_vqvae", no_device, ("device=cuda", "allowed: auto, cpu")))
 
 
 def assert_refused(status, stdout, stderr, parts, folder):
@@ -85,7 +64,6 @@ BROKEN = {
     "tab": b"a:\n\t- b\n",
     "latin": b"# @package _global_\nname: d\xe9j\xe0\n",
     "bom": b"\xef\xbb\xbf# @package _global_\nname: a\n",
-    "section": b"name: a\n",
 }
 
 
@@ -110,11 +88,13 @@ def test_wandb_without_a_login(launch, tmp_path):
     assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), work)
 
 
-def test_a_backend_of_a_notebook(launch, tiny, undisturbed):
-    """What a notebook hands down to the programs that it starts, and what nobody has."""
-    for backend in ("module://matplotlib_inline.backend_inline", "nonsense"):
-        finished = launch("split", *tiny, cwd=undisturbed, env={"MPLBACKEND": backend})
-        assert (finished.status, finished.stderr) == (0, "")
+def test_a_stage_says_where_and_what(launch, tiny, undisturbed):
+    """With a notebook's backend, which it hands down to the programs that it starts."""
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    finished = launch("split", *tiny, cwd=undisturbed, env=backend)
+    (folder,) = (undisturbed / "runs" / "digits" / "split").iterdir()
+    shown = f"split: {os.path.relpath(folder, undisturbed)}  num_experts=4  expert_size=32\n"
+    assert finished == (0, shown, "")
 
 
 def test_an_interrupt_keeps_the_state(launch, tiny, tmp_path):
@@ -140,9 +120,8 @@ def test_wrong_command_line_in_a_fresh_python(tmp_path):
     assert_refused(done.returncode, done.stdout, done.stderr, parts, tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job", "tau=0.3"]])
-def test_what_hydra_shows(launch, tmp_path, arguments):
-    finished = launch("sample", *arguments, cwd=tmp_path)
+def test_what_hydra_shows(launch, tmp_path):
+    finished = launch("sample", "--cfg", "job", "tau=0.3", cwd=tmp_path)
     assert (finished.status, finished.stderr) == (0, "")
     assert "per_class: 4" in finished.stdout
     assert list(tmp_path.iterdir()) == []
@@ -196,13 +175,6 @@ def test_multirun(launch, tiny, undisturbed, tmp_path):
     ]
     settings = sorted((r["sparsify.alpha"], r["sparsify.steps"]) for r in records)
     assert [s for s in settings if s[1] != 6] == [(0, 1), (0.1, 1)]
-
-
-def test_a_stage_says_where_and_what(launch, tiny, undisturbed):
-    finished = launch("split", *tiny, cwd=undisturbed)
-    (folder,) = (undisturbed / "runs" / "digits" / "split").iterdir()
-    shown = f"split: {os.path.relpath(folder, undisturbed)}  num_experts=4  expert_size=32\n"
-    assert (finished.status, finished.stdout) == (0, shown)
 
 
 def test_a_broken_checkpoint_is_one_line(launch, tiny, undisturbed, tmp_path):

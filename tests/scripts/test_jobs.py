@@ -12,11 +12,7 @@ SWEEP = ["evaluate.num_samples=20", "sampling.batch_size=10", "sweep.last=[]", "
 WRONG = [
     (["launcher=slurm"], "launcher.cluster=slurm: jobs are for multiruns; give -m too"),
     (["-m", "launcher=slurm,local"], "launcher: the points of a multirun must have one and the"),
-    (["-m", "launcher=slurm", "launcher.gpus=-1"], "launcher.gpus=-1: Input should be greater"),
-    (["-m", "launcher=slurm", "launcher.partiton=a"], "unknown key; did you mean partition?"),
     (["-m", "launcher=slurm", "seed=0,-1"], "seed=-1: "),
-    (["sweep.part=3", "sweep.parts=2"], "sweep: part=3 must be at most parts=2"),
-    (["sweep.parts=2"], "sweep: part=null: parts=2 needs one, 1..2; neither joins them all"),
 ]
 
 
@@ -45,18 +41,14 @@ def test_no_cluster(launch, tmp_path):
 
 
 def results(folder):
-    """Metrics and fingerprint of every point, by its name."""
-    records = [
-        json.loads(path.read_text()) for path in sorted(folder.glob("evaluate/*/result.json"))
-    ]
+    """What every point is and costs, by its name."""
+    paths = folder.glob("evaluate/*/result.json")
     return {
         record["variant"]: (
-            record["fingerprint"],
-            {k: v for k, v in record["metrics"].items() if "_ms" not in k},
-            record["config"],
+            record["fingerprint"], record["config"], record["metrics"]["flops_gmac"]
         )
-        for record in records
-    }
+        for record in (json.loads(path.read_text()) for path in paths)
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -84,8 +76,4 @@ def test_a_sweep_as_jobs(launch, tiny, undisturbed, tmp_path):
         finished = launch("sweep", *tiny, *SWEEP, cwd=tmp_path / name)
         assert (finished.status, finished.stderr) == (0, "")
     assert {path: path.stat().st_mtime_ns for path in ours.glob("evaluate/*/result.json")} == points
-    assert results(ours).keys() == results(theirs).keys()
-    for variant, (fingerprint, metrics, config) in results(ours).items():
-        alone = results(theirs)[variant]
-        assert (fingerprint, config) == (alone[0], alone[2])
-        assert metrics["flops_gmac"] == alone[1]["flops_gmac"]
+    assert results(ours) == results(theirs)

@@ -53,9 +53,7 @@ def shell(command, code, folder, **variables):
 @pytest.mark.parametrize(
     "command",
     [
-        "$SCRIPT 2>/dev/null | head -1",
         "$SCRIPT 2>&1 | head -1",
-        "$SCRIPT 2>&1 >/dev/null | head -1",
         "$SCRIPT >&- 2>&-",
         "$SCRIPT >/dev/full 2>/dev/full",
     ],
@@ -75,12 +73,9 @@ def test_a_closed_stream_is_not_the_next_file(tmp_path):
 
 
 def test_a_table_in_ascii(tmp_path):
-    code = "s.open_streams()\nprint('3.1 ± 0.2 µ \\udce9')\nprint('±', file=sys.stderr)"
+    code = "s.open_streams()\nprint('3.1 ± 0.2')\nprint('±', file=sys.stderr)"
     done = shell("$SCRIPT", code, tmp_path, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stdout) == (0, "3.1 +- 0.2 \\xb5 \\udce9\n")
-    assert done.stderr == "+-\n"
-    done = shell("$SCRIPT", code, tmp_path, PYTHONIOENCODING="utf-8")
-    assert done.stdout == "3.1 ± 0.2 µ \\udce9\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3.1 \\xb1 0.2\n", "\\xb1\n")
 
 
 def start(code, folder, *, ignored=(), **variables):
@@ -99,7 +94,7 @@ def start(code, folder, *, ignored=(), **variables):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_in_order_and_in_one_line(tmp_path, number):
     process = start(WAITS, tmp_path)
     process.send_signal(number)

@@ -7,12 +7,12 @@ As with torchrun, one that fails ends both, and its status is this one's.
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
+
+from start_server import run_script
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PROCESSES = 2
@@ -21,23 +21,10 @@ PROCESSES = 2
 def become(rank, port):
     """The script, as process `rank` of the group."""
     os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    status = 0
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as error:
-        status = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    run_script()
 
 
 def main():
