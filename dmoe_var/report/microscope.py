@@ -10,7 +10,7 @@ l tokens of a scale, N = R l, E experts, C width, K layers, S picture side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ class Recording:
     (S, S, 3), decoded after the scale.
     """
 
-    ratios: dict[int, np.ndarray] = field(default_factory=dict)
-    errors: dict[int, np.ndarray] = field(default_factory=dict)
-    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    ratios: dict[int, np.ndarray]
+    errors: dict[int, np.ndarray]
+    pictures: dict[int, np.ndarray]
 
 
 def record(
@@ -104,8 +104,7 @@ def quantised_ratios(scores_E: Tensor) -> Tensor:
 
 def runs_at(ratios_E: np.ndarray, tau: float) -> np.ndarray:
     """Apply Eq. 3 to stored ratios, bool (..., E). The page computes the same."""
-    runs: np.ndarray = ratios_E >= tau * STEPS
-    return runs
+    return np.greater_equal(ratios_E, tau * STEPS)
 
 
 def errors_by_count(ffn: MoEFFN, x_RlC: Tensor, ratios_RlE: Tensor) -> Tensor:

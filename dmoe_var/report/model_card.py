@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
 from dmoe_var.checkpoints.pretrained import upload, write_model
+from dmoe_var.config.root import flatten
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
@@ -264,7 +265,7 @@ def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
 
 def _hashes(record: Record) -> dict[str, Any]:
     """Collect the hashes of the files that the record was made with."""
-    about = {key: value for key, value in _leaves(record.about) if "sha256" in key}
+    about = {key: value for key, value in flatten(record.about) if "sha256" in key}
     return {f"{key} sha256": value for key, value in record.weights.items()} | about
 
 
@@ -272,12 +273,3 @@ def _bases(records: Sequence[Record], kind: str) -> list[str]:
     """List what the records say the base VAR or VQ-VAE was: names, or paths."""
     found = [record.config.get(f"base.{kind}") for record in records]
     return sorted({str(base) for base in found if base is not None})
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and value of every leaf."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -5,7 +5,7 @@ Each point has the mean over its seeds. Scales count from 0 here and from 1 in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,17 @@ def stages(work: Work) -> list[dict[str, Any]]:
 
 
 def _stage(work: Work, stage: str) -> dict[str, Any]:
-    found = [record for _, record in _found(work, stage)]
-    ours = [record for record in found if not differences(work, record)]
-    row: dict[str, Any] = {"name": stage, "records": [_shown(r) for r in ours], "note": ""}
+    records = [record for _, record in found(work, stage)]
+    ours = [record for record in records if not differences(work, record)]
+    state, note, base = "missing", f"scripts/{stage}.py makes it", work.config.base
     if ours:
-        row["state"] = "present"
-    elif found:
-        row["state"] = "made otherwise"
-        row["note"] = "; ".join(differences(work, found[-1])[:3])
+        state, note = "present", ""
+    elif records:
+        state, note = "made otherwise", "; ".join(differences(work, records[-1])[:3])
     elif work.is_given(stage):
-        row["state"] = "given"
-        base = work.config.base
-        row["note"] = f"{base.vqvae if stage == 'train_vqvae' else base.var}, not trained here"
-    else:
-        row["state"] = "missing"
-        row["note"] = f"scripts/{stage}.py makes it"
-    return row
+        given = base.vqvae if stage == "train_vqvae" else base.var
+        state, note = "given", f"{given}, not trained here"
+    return {"name": stage, "records": [_shown(r) for r in ours], "note": note, "state": state}
 
 
 def _shown(record: Record) -> dict[str, Any]:
@@ -61,7 +56,7 @@ def _shown(record: Record) -> dict[str, Any]:
     return {**{k: getattr(record, k) for k in shown}, "metrics": dict(record.metrics)}
 
 
-def _found(work: Work, stage: str) -> list[tuple[Path, Record]]:
+def found(work: Work, stage: str) -> list[tuple[Path, Record]]:
     """Read all whole records of a stage, whatever they were made with, except those of given
     images."""
     paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
@@ -93,22 +88,14 @@ def _differing(keys: Mapping[str, Any], record: Record) -> list[str]:
     ]
 
 
-def sweep_record(work: Work) -> Record | None:
-    """Read the record of the sweep that `work` configures, of this model; None if there is none."""
-    path = work.folder("sweep") / RESULT_FILE
-    if not path.exists():
-        return None
-    record = whole_record(path, "left out")
-    return None if record is None or differences(work, record) else record
-
-
 class Curves:
     """The points of the sweep, and of all evaluations of this model that compare with them."""
 
     def __init__(self, work: Work):
         self.work = work
-        self.sweep = sweep_record(work)
-        self._records = {f"evaluate/{path.parent.name}": r for path, r in _found(work, "evaluate")}
+        swept = whole_record(work.folder("sweep") / RESULT_FILE, "left out")
+        self.sweep = None if swept is None or differences(work, swept) else swept
+        self._records = {f"evaluate/{path.parent.name}": r for path, r in found(work, "evaluate")}
         self._curves: dict[str, dict[str, Any]] = {}
         for row in self.sweep.about["settings"] if self.sweep else ():
             self._add(row["group"], LABELS[row["group"]], row["label"], row)
@@ -117,9 +104,9 @@ class Curves:
     def shown(self) -> dict[str, Any]:
         """Return curves with their points, the dense ones first, and how their axes are called."""
         curves = list(self._curves.values())
-        first = next((r for r in self._records.values() if self._comparable(r)), None)
-        name = self.sweep.about["fidelity"] if self.sweep else None
-        name = name or (first.about["fidelity"] if first else "fid")
+        compared = filter(self._comparable, self._records.values())
+        first = self.sweep or next(compared, None)
+        name = first.about["fidelity"] if first else "fid"
         return {
             "curves": curves,
             "fid_name": display_name(name),
@@ -176,7 +163,7 @@ class Curves:
             "dense": method == "dense",
             "chosen": method == "chosen",
             "label": label,
-            "tau": _tau_text(row["tau"]) if "tau" in row else label,
+            "tau": ", ".join(f"{tau:g}" for tau in row["tau"]) if "tau" in row else label,
             "fid": row["fid_mean"],
             "fid_std": row["fid_std"],
             "seeds": len(points),
@@ -205,10 +192,6 @@ def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
     several = "," in values or ";" in values
     method = ("lists" if several else "last") if rule.proposed else rule.name
     return method, f"{rule.label}, scales {scales}", values.replace(",", ", ") or rule.name
-
-
-def _tau_text(tau: Iterable[Any]) -> str:
-    return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in tau)
 
 
 def mean_of(records: Sequence[Record], metric: str) -> float | None:

@@ -169,15 +169,13 @@ def _compare(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measure images against the reference, and their labels if there are any. Return the metrics,
     and what a record says of how they were measured."""
-    reference, agreement = bench.reference, None if labels is None else bench.agreement
+    reference, progress = bench.reference, bench.work.config.progress
     metrics = bench.fidelity.score(
-        images,
-        reference.statistics,
-        reference.features_MD,
-        progress=bench.work.config.progress,
+        images, reference.statistics, reference.features_MD, progress=progress
     )
-    if agreement is not None and labels is not None:
-        metrics = {**metrics, "label_agreement": agreement.accuracy(all_pixels(images), labels)}
+    if labels is not None and bench.agreement is not None:
+        accuracy = bench.agreement.accuracy(all_pixels(images), labels)
+        metrics = {**metrics, "label_agreement": accuracy}
     return metrics, {
         "fidelity": bench.fidelity.name,
         "fidelity_weights_sha256": bench.fidelity.weights_sha256,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ def run(work: Work) -> StageResult:
     shown = {CHOSEN: config.selection, **{f"{t:g}": SelectionConfig(tau=(t,)) for t in maps.tau}}
     labels = list(range(min(maps.images, config.var.num_classes)))
     if is_main():
-        models, arrays = Models(work), dict[str, Any]()
+        models, arrays = Models(work), dict[str, np.ndarray]()
         for i, selection in enumerate(shown.values()):
             found = collect_maps(work, models, labels, selection.rules(), maps.seed)
             arrays |= {f"images_{i}": found.images, f"maps_{i}": found.maps}
@@ -84,18 +83,13 @@ def collect_maps(
         observer=joined(counts, pictures),
     )
     most = config.var.depth * (config.var.hidden // config.split.expert_size)
-    finest = config.var.patch_nums[-1]
-    maps = [_share(counts.per_token(si), len(labels), most, finest) for si in config.moe.scales]
+    sides, maps = config.var.patch_nums, []
+    for si in config.moe.scales:
+        conditional_Nl = counts.per_token(si)[:, : len(labels)].sum(0).float() / most
+        share_N1pp = conditional_Nl.view(len(labels), 1, sides[si], sides[si])
+        maps.append(F.interpolate(share_N1pp, size=sides[-1], mode="nearest")[:, 0].cpu().numpy())
     images = np.stack([pictures.by_scale[si] for si in config.moe.scales], axis=1)
     return ExpertMaps(images, np.stack(maps, axis=1))
-
-
-def _share(per_token: Tensor, num_images: int, most: int, finest: int) -> np.ndarray:
-    """Turn counts (layers, rows, l) into the density at each token, (N, P, P)."""
-    conditional_Nl = per_token[:, :num_images].sum(0).float() / most
-    side = round(conditional_Nl.shape[1] ** 0.5)
-    share_N1pp = conditional_Nl.view(num_images, 1, side, side)
-    return F.interpolate(share_N1pp, size=(finest, finest), mode="nearest")[:, 0].cpu().numpy()
 
 
 STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=("train_router",))

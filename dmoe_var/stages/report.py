@@ -60,28 +60,26 @@ def _write(work: Work) -> StageResult:
     text = page.build(f"DMoE-VAR: {config.name}", data)
     write_text(work.folder("report") / REPORT_FILE, text)
     pictures = len(data["microscope"]["pictures"])
-    missing = [
-        row["name"] for row in data["stages"] if row["state"] in ("missing", "made otherwise")
-    ]
     points = sum(len(curve["rows"]) for curve in data["quality"]["curves"])
     metrics = {
         "page_mb": len(text.encode()) / MB,
         "points": float(points),
         "microscope_pictures": float(pictures),
     }
+    lacking = ("missing", "made otherwise")
+    missing = [row["name"] for row in data["stages"] if row["state"] in lacking]
     about = {"page": REPORT_FILE, "missing": missing}
     return StageResult(metrics, pictures, about, config.report.seed, config.sampling.dtype)
 
 
 def _about(config: Config) -> dict[str, Any]:
-    experts = config.var.hidden // config.split.expert_size
     return {
         "name": config.name,
         "made": now(),
         "commit": git_commit(),
         "patch_nums": list(config.var.patch_nums),
         "moe_scales": list(config.moe.scales),
-        "num_experts": experts,
+        "num_experts": config.var.hidden // config.split.expert_size,
         "expert_size": config.split.expert_size,
         "depth": config.var.depth,
         "width": config.var.C,
@@ -97,39 +95,39 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     guided = config.sampling.cfg != 0
     fixed = fixed_cost(model, bench.vqvae, guided, share_mask=config.sampling.share_mask)
     names = class_names(config.data.kind, config.var.num_classes)
+    experts = config.var.hidden // config.split.expert_size
+    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
+    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
     content: dict[str, Any] = {
         **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
         "chosen": _chosen_tau(work),
         "tau": list(config.report.tau),
         "pictures": [],
-        "left_out": 0,
+        "picture_mb": each / MB,
+        "max_mb": config.report.max_mb,
     }
-    experts = config.var.hidden // config.split.expert_size
-    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
-    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
     labels = config.report.labels or range(min(PICTURES, config.var.num_classes))
     for index, label in enumerate(tqdm(labels, "microscope", disable=not work.progress)):
         if each > budget:
             break
         shown = _picture(work, bench, model, fixed, index, label)
         shown["name"] = title(names, label)
-        size = len(json.dumps(shown))
-        if size > budget:
+        budget -= len(json.dumps(shown))
+        if budget < 0:
             break
-        budget -= size
         content["pictures"].append(shown)
     content["left_out"] = len(labels) - len(content["pictures"])
-    content["picture_mb"] = each / MB
-    content["max_mb"] = config.report.max_mb
     return content
 
 
 def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     """Count GMAC of an image without its experts, of a (token, expert) pair by sparse scale, and of
     the dense model's image. The sampler's parts count, the decoder does not."""
-    always = sum(sum(fixed.macs[part]) for part in SAMPLER_PARTS if part in fixed.macs)
+    always, everything = (
+        sum(sum(cost.macs[part]) for part in SAMPLER_PARTS if part in cost.macs)
+        for cost in (fixed, dense)
+    )
     routers = sum(cost.router_macs for cost in fixed.experts.values())
-    everything = sum(sum(dense.macs[part]) for part in SAMPLER_PARTS if part in dense.macs)
     return {
         "branches": fixed.branches,
         "fixed_gmac": (always + routers) / GIGA,
