@@ -40,13 +40,12 @@ Records = Sequence[Record | str | Path]
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured setting. tau: empty for the dense model and rules without one. row: its numbers
-    over the seeds, as `points.joined` has them; for a sweep also what it saves."""
+    """One measured setting. row: its numbers over the seeds, as `points.joined` has them; for a
+    sweep also what it saves."""
 
     name: str
     rules: tuple[SelectionRule, ...]
     """One rule for all scales, one per sparse scale, or one per scale; none for the dense model."""
-    tau: tuple[float, ...]
     scales: tuple[int, ...]
     num_images: int
     seeds: tuple[int, ...]
@@ -130,13 +129,11 @@ def _check_record(record: Record, model: DynamicVAR) -> None:
 
 
 def _shown_selection(model: DynamicVAR) -> str:
-    shown = [f"scale {si}: {_shown_rule(rule)}" for si, rule in rules_of(model).items()]
+    shown = []
+    for si, rule in rules_of(model).items():
+        values = [f"{f.name} {_shown_value(getattr(rule, f.name))}" for f in fields(rule)]  # type: ignore[arg-type]
+        shown.append(" ".join([f"scale {si}: {type(rule).__name__}", *values]))
     return "; ".join(shown) or "every expert"
-
-
-def _shown_rule(rule: SelectionRule) -> str:
-    values = [f"{field.name} {_shown_value(getattr(rule, field.name))}" for field in fields(rule)]  # type: ignore[arg-type]
-    return " ".join([type(rule).__name__, *values])
 
 
 def _shown_value(value: object) -> str:
@@ -155,7 +152,7 @@ def _table(found: Sequence[Measured], model: DynamicVAR) -> str:
         stored = f"**{each.name}** (this model's rule and scales)"
         rows.append([
             stored if _is_stored(each, model) else each.name,
-            [f"{tau:g}" for tau in each.tau] or UNKNOWN,
+            [f"{rule.tau:g}" for rule in each.rules if isinstance(rule, Threshold)] or UNKNOWN,
             each.scales or UNKNOWN,
             each.num_images,
             each.seeds,
@@ -225,7 +222,6 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     return Measured(
         name="dense" if dense else rule.wording or rule.name,
         rules=() if dense else rules,
-        tau=() if dense else tuple(each.tau for each in rules if isinstance(each, Threshold)),
         scales=() if dense else tuple(config["moe.scales"]),
         num_images=first.num_samples,
         seeds=tuple(record.seed for record in records),
@@ -243,7 +239,6 @@ def _swept(record: Record) -> Iterator[Measured]:
             yield Measured(
                 name=names[row["group"]],
                 rules=tuple(map(Threshold, row["tau"])),
-                tau=tuple(row["tau"]),
                 scales=tuple(row["scales"]),
                 num_images=record.num_samples,
                 seeds=tuple(record.about["seeds"]),

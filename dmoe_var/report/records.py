@@ -15,6 +15,7 @@ from dmoe_var.data.class_names import class_names, title
 from dmoe_var.data.image_sets import ImageFolder, all_pixels
 from dmoe_var.experiment.points import ALONE, LABELS, joined, mean
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.view import within
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.fid_over_flops import display_name
 from dmoe_var.figures.style import MARKERS, colour
@@ -28,8 +29,8 @@ MAKING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
 MEASURING = ("sweep", "evaluate", "calibrate", "benchmark")
 """Stages that build on the model, and have records of their own."""
 GRID_COLUMNS = 10  # at most, of a point's pictures
-UNCOMPARED = ("fidelity.weights",)
-"""Keys that only say where a file lies."""
+COMPARED = ("sampling", "fidelity", "evaluate.num_samples")
+"""Sections and keys in which points of one picture agree."""
 
 
 def stages(work: Work) -> list[dict[str, Any]]:
@@ -80,14 +81,6 @@ def differences(work: Work, record: Record) -> list[str]:
     return work.differing(upstream, record)
 
 
-def _differing(keys: Mapping[str, Any], record: Record) -> list[str]:
-    return [
-        f"{key} is {value}, there {record.config.get(key)}"
-        for key, value in keys.items()
-        if record.config.get(key) != value
-    ]
-
-
 class Curves:
     """The points of the sweep, and of all evaluations of this model that compare with them."""
 
@@ -116,14 +109,12 @@ class Curves:
 
     def _comparable(self, record: Record) -> bool:
         """Tell whether a record compares with the sweep's: same model, sampling and measure."""
-        ours = self.work.relevant("evaluate")
-        compared = {
-            key: value
-            for key, value in ours.items()
-            if key.startswith(("sampling.", "fidelity.", "evaluate.num_samples"))
-            and key not in UNCOMPARED
-        }
-        return not differences(self.work, record) and not _differing(compared, record)
+        same = all(
+            record.config.get(key) == value
+            for key, value in self.work.relevant("evaluate").items()
+            if within(key, COMPARED) and key != "fidelity.weights"  # where a file lies
+        )
+        return same and not differences(self.work, record)
 
     def _add_loose(self) -> None:
         """Add evaluations that are no points of the sweep, one point per setting, joined over the

@@ -106,9 +106,7 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     bench = bench or Bench(work)
     config = work.config
     if config.evaluate.samples is not None:
-        measured = from_main(_measure_given(work, bench) if is_main() else None)
-        assert measured is not None
-        return measured
+        return from_main(_measure_given(work, bench) if is_main() else StageResult({}))
     if is_main():
         _ = bench.reference  # a fault in it ends the run before images are sampled
     folder = work.folder("evaluate")
@@ -122,9 +120,7 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
         tuple(sorted(other for other in folder.parent.glob("*") if other != folder)),
     )
     drawn = stored.draw(describe(work) if config.progress else None)
-    result = from_main(_measure(work, bench, stored, drawn) if is_main() else None)
-    assert result is not None
-    return result
+    return from_main(_measure(work, bench, stored, drawn) if is_main() else StageResult({}))
 
 
 def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:

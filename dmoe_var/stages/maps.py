@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dmoe_var.arrays import read_npz, write_npz
-from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import barrier, is_main
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts
-from dmoe_var.moe.observer import Observer, joined
+from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
+from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.loaded import EXPERTS, Models
 
@@ -50,18 +48,6 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
     """Read the maps of one setting. Raise DataError if the file is missing or broken."""
     images, maps = read_npz(folder / MAPS_FILE, [f"images_{number}", f"maps_{number}"])
     return ExpertMaps(images, maps)
-
-
-class DecodedScales(Observer):
-    """Decodes the pictures so far after each of some scales: uint8 (N, R, R, 3) by scale."""
-
-    def __init__(self, vqvae: VQVAE, scales: Sequence[int]):
-        self.by_scale: dict[int, np.ndarray] = {}
-        self._vqvae, self._scales = vqvae, scales
-
-    def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
-        if si in self._scales:
-            self.by_scale[si] = to_uint8((self._vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2)
 
 
 @torch.inference_mode()
