@@ -118,6 +118,7 @@ class Case:
     def row(self, timing: Timing) -> dict[str, Any]:
         """Make a row for figures, with times by part and scale if those were measured."""
         size = len(self.task.labels)
+        times = {key.removeprefix("_"): value for key, value in timing.metrics("").items()}
         row: dict[str, Any] = {
             "name": self.name,
             "model": self.model,
@@ -126,24 +127,20 @@ class Case:
             "compiled": self.task.compiled,
             "device": torch.device(self.task.device).type,
             "dtype": self.task.sampling.dtype,
-            "ms_median": timing.percentile(50),
-            "ms_p10": timing.percentile(10),
-            "ms_p90": timing.percentile(90),
-            "ms_min": min(timing.runs_ms),
+            **times,
             "runs_ms": list(timing.runs_ms),
             "images_per_s": 1000 * size / timing.percentile(50),
-            "peak_memory_mb": timing.peak_memory_bytes / 1e6,
             "flops_gmac": self.flops.total_gmac,
             "expert_share": self.expert_share,
         }
         if timing.parts:
+            whole = [parts.total_ms for parts in timing.parts]
+            decoder = [parts.by_part_ms["decoder"] for parts in timing.parts]
             row |= {
                 "by_part_ms": median_by_part(timing.parts),
                 "by_scale_ms": median_by_scale(timing.parts),
-                "with_clock_ms_median": float(np.median([p.total_ms for p in timing.parts])),
-                "without_decoder_ms_median": float(
-                    np.median([p.total_ms - p.by_part_ms["decoder"] for p in timing.parts])
-                ),
+                "with_clock_ms_median": float(np.median(whole)),
+                "without_decoder_ms_median": float(np.median(np.subtract(whole, decoder))),
             }
         return row
 

@@ -22,9 +22,6 @@ from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
 
-BRANCHES = 2
-"""Rows per image under guidance."""
-
 
 def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
     """Time a layer of the configured width at each of `moe.scales` and, with `real_masks`, those of
@@ -57,7 +54,7 @@ def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
 def _shapes(work: Work) -> list[Shape]:
     """List the shapes. Raise ConfigError for experts that do not divide the hidden width."""
     config, found = work.config, []
-    branches = BRANCHES if config.sampling.cfg else 1
+    branches = 2 if config.sampling.cfg else 1  # rows per image
     for size in config.benchmark.expert_sizes:
         if config.var.hidden % size:
             raise ConfigError(
