@@ -39,7 +39,7 @@ CURVES = {
             "oracle", **{"sparsify.alpha": 3e-4, "sparsify.activation": "gelu"}
         ),
     },
-    "8a": {
+    "8a": {  # 100 does not divide 128, and 128 makes one expert
         "dense VAR": [DENSE],
         "experts of 32": over_tau("oracle", **{"split.expert_size": 32}),
         "experts of 64": over_tau("oracle", **{"split.expert_size": 64}),
