@@ -27,13 +27,9 @@ from dmoe_var.stages.evaluate import MEASURING, Bench, describe
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained, make_work, use_few_digits, tmp_path_factory):
+def evaluated(make_work, kept_runs):
     """A run folder with a point, and its record; not to be written to."""
-    folder = tmp_path_factory.mktemp("evaluated") / "runs"
-    shutil.copytree(trained, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_digits(patch)
-        return folder, run_stage(make_work(folder), "evaluate")
+    return kept_runs, run_stage(make_work(kept_runs), "evaluate")
 
 
 @pytest.fixture

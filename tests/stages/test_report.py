@@ -6,8 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,15 +35,11 @@ def rows_of(data):
 
 
 @pytest.fixture(scope="module")
-def swept(make_work, trained, use_few_digits, tmp_path_factory):
+def swept(make_work, kept_runs):
     """A run folder with a short sweep and its report; not to be written to."""
-    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("swept") / "runs"))
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_digits(patch)
-        work = make_work(folder, {**SMALL, **SWEEP})
-        run_stage(work, "sweep")
-        record = run_stage(work, "report")
-    return work, record
+    work = make_work(kept_runs, {**SMALL, **SWEEP})
+    run_stage(work, "sweep")
+    return work, run_stage(work, "report")
 
 
 def test_the_sweep_becomes_the_curve(swept):

@@ -15,7 +15,7 @@ from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, InputError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.experts import PATHS
-from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.selection import Cumulative, Threshold, TopK
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded, sample
 from dmoe_var.stages.sample import Pictures, describe, settled
@@ -247,6 +247,17 @@ def test_pretrained_that_does_not_fit(make_work, pretrained, tmp_path, changes, 
     work, _ = settled(make_work(tmp_path, {**pretrained, **changes}))
     with pytest.raises(CheckpointError, match=message):
         run_stage(work, "sample")
+
+
+@pytest.mark.parametrize(
+    ("selection", "text"),
+    [
+        (None, "all experts"),
+        ([Cumulative(0.5), TopK(3)], "cumulative share 0.5, top_k k 3"),
+    ],
+)
+def test_description(selection, text):
+    assert describe(selection) == text
 
 
 def test_processes_share_the_work(make_work, runs, monkeypatch):

@@ -85,14 +85,10 @@ def test_points_take_nothing_of_a_selection(make_work):
 
 
 @pytest.fixture(scope="module")
-def swept(trained, make_work, use_few_digits, tmp_path_factory):
+def swept(make_work, kept_runs):
     """A run folder in which the sweep is done."""
-    folder = tmp_path_factory.mktemp("swept") / "runs"
-    shutil.copytree(trained, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_digits(patch)
-        run_stage(make_work(folder, edited=SHORT), "sweep")
-    return folder
+    run_stage(make_work(kept_runs, edited=SHORT), "sweep")
+    return kept_runs
 
 
 @pytest.fixture
