@@ -19,12 +19,13 @@ from dmoe_var.experiment.record import git_commit, now
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
-from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, report
+from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
-from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.observer import Observer
+from dmoe_var.moe.selection import SelectionRule, Threshold
 from dmoe_var.moe.tau_schedule import by_scale
 from dmoe_var.report import microscope, page
 from dmoe_var.report.pictures import png_uri
@@ -150,11 +151,13 @@ def _picture(
     recording = microscope.record(
         model, bench.vqvae, label, given.seed, index, config.sampling, config.moe.impl
     )
-    dense, _ = _draw(work, bench, bench.dense, index, label, None, fixed)
+    dense = _draw(work, bench, bench.dense, index, label)
     drawn = []
     for tau in given.tau:
-        image, cost = _draw(work, bench, model, index, label, tau, fixed)
-        assert cost is not None
+        rule, counts = Threshold(tau), ExpertCounts()
+        image = _draw(work, bench, model, index, label, rule, counts)
+        rules = dict.fromkeys(config.moe.scales, rule)
+        cost = report(fixed, ExpertHistogram.of(counts, rules, 1), rules)
         drawn.append({
             "tau": tau,
             "gmac": cost.total_gmac,
@@ -178,21 +181,16 @@ def _draw(
     model: VAR | DynamicVAR,
     index: int,
     label: int,
-    tau: float | None,
-    fixed: FixedCost,
-) -> tuple[np.ndarray, FlopReport | None]:
-    """Sample a picture, uint8 (R, R, 3), and count what it cost if experts are selected."""
-    config, sampling = work.config, work.config.sampling
-    rule, counts = None if tau is None else Threshold(tau), ExpertCounts()
+    rule: SelectionRule | None = None,
+    observer: Observer | None = None,
+) -> np.ndarray:
+    """Sample a picture, uint8 (R, R, 3)."""
+    config = work.config
     image_13RR = generate(
-        model, bench.vqvae, [label], **sampling.options, seed=config.report.seed, selection=rule,
-        start_index=index, impl=config.moe.impl, observer=counts,
+        model, bench.vqvae, [label], **config.sampling.options, seed=config.report.seed,
+        selection=rule, start_index=index, impl=config.moe.impl, observer=observer,
     )  # fmt: skip
-    image = to_uint8(image_13RR)[0]
-    if rule is None:
-        return image, None
-    rules = dict.fromkeys(config.moe.scales, rule)
-    return image, report(fixed, ExpertHistogram.of(counts, rules, 1), rules)
+    return to_uint8(image_13RR)[0]
 
 
 STAGE = Stage(
