@@ -27,8 +27,6 @@ FEW = {
     "figures.expert_sizes": [32, 64, 100, 128],
     "figures.single_scales": [1, 3],
     "figures.depths": {"2": None},
-    "figures.k_shares": [0.5],
-    "figures.cumulative_shares": [0.9],
     "figures.time_tau": [0.0, 0.9],
     "figures.budgets": [0.8],
     "calibrate.densities": [0.7, 0.4],
