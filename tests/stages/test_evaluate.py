@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from dmoe_var.data import load_data
-from dmoe_var.data.digits import ImageSet, load_digits
+from dmoe_var.data.digits import load_digits
 from dmoe_var.errors import ConfigError, DataError
 from dmoe_var.experiment.graph import StageResult, record_if_done, run_stage
 from dmoe_var.experiment.record import Record
@@ -76,13 +76,6 @@ def test_a_point(make_work, runs):
     )  # fmt: skip
     difference = again[0].permute(1, 2, 0).numpy() * 255 - images[13]
     assert np.abs(difference).max() < 0.51
-
-
-def test_the_reference_is_the_training_set(make_work, runs):
-    bench = Bench(make_work(runs))
-    assert isinstance(bench.training_images, ImageSet)
-    assert bench.training_images.key.startswith("digits-train-8")
-    assert bench.reference.statistics == bench.training_images.images.mean()
 
 
 @pytest.fixture
