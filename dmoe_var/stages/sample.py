@@ -237,7 +237,8 @@ def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bo
     labels, seeds, start_indices = np.array(pictures.cells, dtype=np.int64).T
     keys = {"labels": labels, "seeds": seeds, "start_indices": start_indices}
     write_npz(folder / SAMPLES_FILE, {"arr_0": images, **keys})
-    for image, file_name in zip(images, pictures.file_names, strict=True) if single_pngs else ():
+    named = zip(images, pictures.file_names, strict=True) if single_pngs else ()
+    for image, file_name in named:
         with whole_file(folder / file_name) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
 

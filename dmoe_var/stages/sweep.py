@@ -212,6 +212,10 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
         names = {"last": "last scales", "all": "all scales", "lists": row["label"]}
         name = names.get(row["group"], row["group"])
         name = f"**{row['label']}** (operating point)" if row["group"] == "chosen" else name
+        scores = [
+            f"{row[key]:.2f}" if key.startswith("inception_score") else f"{row[key]:.1%}"
+            for key in columns
+        ]
         lines.append([
             name,
             tau,
@@ -219,7 +223,7 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
             f"{row['flops_saved']:.1%}",
             f"{row['fid_mean']:.3f}" + (f" ± {row['fid_std']:.3f}" if row["fid_std"] else ""),
             f"{row['fid_change']:+.2%}",
-            *(f"{row[c]:.2f}" if c.startswith("incep") else f"{row[c]:.1%}" for c in columns),
+            *scores,
         ])  # fmt: skip
     return markdown.table(heads, lines)
 
