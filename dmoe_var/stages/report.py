@@ -94,19 +94,18 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     """Record costs and, in order, as many of the pictures as fit into `budget` bytes."""
     config, bench = work.config, Bench(work)
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
-    guided = config.sampling.cfg != 0
-    fixed = fixed_cost(model, bench.vqvae, guided, share_mask=config.sampling.share_mask)
+    fixed = fixed_cost(model, bench.vqvae, **config.sampling.counted)
     names = class_names(config.data.kind, config.var.num_classes)
     content: dict[str, Any] = {
-        **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
+        **costs(fixed, fixed_cost(bench.dense, bench.vqvae, config.sampling.cfg)),
         "chosen": _chosen_tau(work),
         "tau": list(config.report.tau),
         "pictures": [],
         "left_out": 0,
     }
     experts = config.var.hidden // config.split.expert_size
-    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
-    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
+    tokens = sum(fixed.branches[si] * config.var.patch_nums[si] ** 2 for si in config.moe.scales)
+    each = microscope.num_bytes(config.var.depth, tokens, experts)
     labels = config.report.labels or range(min(PICTURES, config.var.num_classes))
     for index, label in enumerate(tqdm(labels, "microscope", disable=not work.progress)):
         if each > budget:
@@ -131,7 +130,7 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     routers = sum(cost.router_macs for cost in fixed.experts.values())
     everything = sum(sum(dense.macs[part]) for part in SAMPLER_PARTS if part in dense.macs)
     return {
-        "branches": fixed.branches,
+        "branches": max(fixed.branches[si] for si in fixed.experts),
         "fixed_gmac": (always + routers) / GIGA,
         "pair_gmac": {str(si): cost.pair_macs / GIGA for si, cost in fixed.experts.items()},
         "dense_gmac": everything / GIGA,
