@@ -48,7 +48,7 @@ def is_number(value: Any) -> bool:
 def number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
     """Check a finite number of any integer or float type, or an array of one, in [low, high]."""
     if not is_number(value):
-        several = "one number, no list" if _is_list(value) else "a number"
+        several = "one number, no list" if is_list(value) else "a number"
         raise ValueError(f"{name}={shown(value)} must be {several}")
     found = float(_single(value))
     _check_range(name, found, low, high)
@@ -86,7 +86,7 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 def items(name: str, value: Any, allowed: str = "a list") -> list[Any]:
     """List what a list, tuple, range or array holds. allowed: what the message says it must be."""
     found = _python(value)
-    if not _is_list(found):
+    if not is_list(found):
         raise ValueError(f"{name}={shown(value)} must be {allowed}")
     return list(found)
 
@@ -139,7 +139,8 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and hasattr(value, "shape"))
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
+    """Say whether a value is a list: a sequence that is no text, or an array with dimensions."""
     if _is_array(value):
         return len(value.shape) > 0
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)

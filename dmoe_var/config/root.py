@@ -36,6 +36,7 @@ from dmoe_var.moe.experts import Impl
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.moe.tau_schedule import check_configured
+from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
 from dmoe_var.training.router_objective import RouterConfig
@@ -182,6 +183,10 @@ class Config:
                     )
 
     def _check_scales(self) -> None:
+        try:
+            guidance.by_scale(self.sampling.cfg, self.var.num_scales)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from error
         last = self.var.num_scales - 1
         for key, scales in (
             ("moe.scales", self.moe.scales),

@@ -75,7 +75,7 @@ class FlopReport:
     @property
     def guided(self) -> bool:
         """Whether both branches of guidance are counted."""
-        return self.fixed.branches == 2
+        return 2 in self.fixed.branches
 
     @property
     def by_part_and_scale_gmac(self) -> dict[str, tuple[float, ...]]:
@@ -229,7 +229,7 @@ def count_flops(
     batch_size = values.whole("batch_size", batch_size, 1)
     call = Call.of(model, vqvae, labels, observer=observer, **generate_options)
     labels_N, rules, first = call.labels_B, call.rules, call.start_index
-    how = (call.cfg != 0, call.adaln_every_scale, call.more_smooth, call.share_mask)
+    how = (call.cfg_S, call.adaln_every_scale, call.more_smooth, call.share_mask)
     fixed = fixed_cost(model, vqvae, *how)
 
     def ran() -> Iterator[ExpertHistogram]:
@@ -258,8 +258,8 @@ def report(
         cost = fixed.experts.get(si)
         if cost is None or (tokens_NS[:, i] * ran.num_experts != cost.num_pairs).any():
             raise ValueError(
-                f"the counts of scale {si} are not those of this model at {fixed.branches} rows an "
-                "image"
+                f"the counts of scale {si} are not those of this model at "
+                f"{fixed.branches[si]} rows an image"
             )
     scores = {si: fixed.experts[si].score_macs(rule) for si, rule in rules.items()}
     return FlopReport(fixed, ran, scores)

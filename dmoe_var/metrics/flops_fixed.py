@@ -8,7 +8,7 @@ H W latent height and width, p = patch_nums[si].
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import config_device
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class ExpertCost:
 class FixedCost:
     """Cost of one image that does not depend on the experts chosen. See `fixed_cost`."""
 
-    branches: int
-    """Rows per image in the transformer's batch: 2 with guidance, else 1."""
+    branches: tuple[int, ...]
+    """Rows per image in the transformer's batch, by scale: 2 with guidance, else 1."""
     macs: Mapping[str, tuple[int, ...]]
     """MACs by part (FIXED_PARTS) and scale; `ffn` counts the scales with a dense FFN."""
     decoder_macs: int
@@ -74,33 +75,32 @@ class FixedCost:
 def fixed_cost(
     model: VAR | DynamicVAR,
     vqvae: VQVAE,
-    guided: bool = True,
+    cfg: float | Sequence[float] = 1.5,
     adaln_every_scale: bool = False,
     more_smooth: bool = False,
     share_mask: bool = False,
 ) -> FixedCost:
     """Trace one image through the calls that the sampler makes, on the models' own device.
 
-    guided: whether cfg is not 0. adaln_every_scale, more_smooth, share_mask: as in `generate`. It
-    costs about as much as sampling one image. Raise UnknownOperatorError for an operator whose cost
-    is not known.
+    cfg, adaln_every_scale, more_smooth, share_mask: as in `generate`. It costs about as much as
+    sampling one image. Raise UnknownOperatorError for an operator whose cost is not known.
     """
     check_pair(vqvae, model.config)
     config = model.config
-    branches = 2 if guided else 1
-    cond_RC = model.condition(
-        torch.full((branches,), config.num_classes, device=config_device(model))
-    )
+    branches = guidance.branches(guidance.by_scale(cfg, config.num_scales))
+    null_R = torch.full(branches[:1], config.num_classes, device=config_device(model))
+    cond_RC = model.condition(null_R)
     modulations: dict[int, Modulation] = {}
     scales: list[dict[str, int]] = []
     experts = {}
     for step in model.plan(branches, adaln_every_scale):
         si, backbone = step.si, step.backbone
         macs = dict.fromkeys(FIXED_PARTS, 0)
+        cond_RC = cond_RC[: step.branches]
         if step.projects:
             modulations[id(backbone)] = backbone.modulation(cond_RC)
             macs.update(_modulation_macs(backbone, cond_RC))
-        macs.update(_step_macs(step, modulations[id(backbone)]))
+        macs.update(_step_macs(step, modulations[id(backbone)].of_rows(step.branches)))
         macs[OTHER] += _input_macs(model, vqvae, si)
         if more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels

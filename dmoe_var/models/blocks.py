@@ -45,6 +45,10 @@ class Modulation(NamedTuple):
     blocks: list[Tensor]
     head: Tensor
 
+    def of_rows(self, num_rows: int) -> Modulation:
+        """Return that of the first rows."""
+        return Modulation([block[:num_rows] for block in self.blocks], self.head[:num_rows])
+
 
 class DropPath(nn.Module):
     """While training, drops a row's whole residual branch by zeroing its gain gamma (B, 1, C)."""

@@ -101,7 +101,9 @@ class DynamicVAR(nn.Module):
         """Return the backbone that runs scale si."""
         return self.moe if si in self.replaced_scales else self.dense
 
-    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step, ...]:
+    def plan(
+        self, branches: Sequence[int] = (1,), adaln_every_scale: bool = False
+    ) -> tuple[Step, ...]:
         """See `VAR.plan`; both backbones share the dense model's cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
         return steps(backbones, self.dense, self.config.scale_slices, branches, adaln_every_scale)
@@ -136,7 +138,7 @@ class DynamicVAR(nn.Module):
         in_layers = None if observer is None else observer.in_layers()
         labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
-        passes, plan = Passes(cond_BC), self.plan()
+        passes, plan = Passes(cond_BC, len(labels_B)), self.plan()
         first_l = plan[0].tokens.stop
         logits = []
         for step in plan:

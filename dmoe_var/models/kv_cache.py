@@ -32,6 +32,11 @@ class KVCache:
         v_BHLD[:, :, self.length : end] = v_BHlD
         return k_BHLD[:, :, :end], v_BHLD[:, :, :end]
 
+    def keep_rows(self, num_rows: int) -> None:
+        """Free the memory of all but the first rows."""
+        self._k_NBHLD = self._k_NBHLD[:, :num_rows].clone()
+        self._v_NBHLD = self._v_NBHLD[:, :num_rows].clone()
+
     def advance(self, num_tokens: int) -> None:
         """Move past a scale of `num_tokens` tokens, after all layers have written it."""
         self.length += num_tokens

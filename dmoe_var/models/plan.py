@@ -31,7 +31,7 @@ class Step:
     """The scale that it predicts."""
     backbone: Backbone
     branches: int
-    """Rows per image: 1 (the conditional one) or 2 (both halves of guidance)."""
+    """Rows per image: 1 (the conditional one) or 2 (both halves of guidance); they never grow."""
     tokens: slice
     """The tokens that pass, among all L."""
     cache: Backbone
@@ -44,27 +44,39 @@ def steps(
     backbones: Sequence[Backbone],
     cache: Backbone,
     scale_slices: Sequence[slice],
-    branches: int,
+    branches: Sequence[int],
     adaln_every_scale: bool,
 ) -> tuple[Step, ...]:
-    """Plan one step per scale, each on its backbone, all over one cache."""
+    """Plan one step per scale, each on its backbone, all over one cache.
+
+    branches: rows per image at each scale; a single value is that of all.
+    """
+    branches_S = branches if len(branches) > 1 else (*branches,) * len(scale_slices)
     found: list[Step] = []
     for si, (backbone, tokens) in enumerate(zip(backbones, scale_slices, strict=True)):
         projects = adaln_every_scale or all(backbone is not step.backbone for step in found)
-        found.append(Step(si, backbone, branches, tokens, cache, projects))
+        found.append(Step(si, backbone, branches_S[si], tokens, cache, projects))
     return tuple(found)
 
 
 class Passes:
-    """Carries AdaLN's projections and the K/V caches from step to step of a plan."""
+    """Carries AdaLN's projections and the K/V caches from step to step of a plan.
 
-    def __init__(self, cond_RC: Tensor):
+    cond_RC: the condition of the first step's rows, those of the conditional branch first. Rows
+    that a later step leaves out are dropped for good.
+    """
+
+    def __init__(self, cond_RC: Tensor, num_images: int):
         self._cond_RC = cond_RC
+        self._num_images = num_images
         self._modulations: dict[int, Modulation] = {}
         self._caches: dict[int, KVCache] = {}
 
     def begin(self, step: Step) -> None:
-        """Make the projections and the cache that this step is the first to need."""
+        """Make the projections and the cache that this step is the first to need, and drop the
+        rows that it is the first to do without."""
+        if step.branches * self._num_images < len(self._cond_RC):
+            self._keep_rows(step.branches * self._num_images)
         if step.projects:
             self._modulations[id(step.backbone)] = step.backbone.modulation(self._cond_RC)
         if id(step.cache) not in self._caches:
@@ -74,3 +86,9 @@ class Passes:
         """Compute the logits (R, l, V) of a step that has begun."""
         mod, cache = self._modulations[id(step.backbone)], self._caches[id(step.cache)]
         return step.backbone.step(x_RlC, mod, cache, routing)
+
+    def _keep_rows(self, num_rows: int) -> None:
+        self._cond_RC = self._cond_RC[:num_rows]
+        self._modulations = {key: m.of_rows(num_rows) for key, m in self._modulations.items()}
+        for cache in self._caches.values():
+            cache.keep_rows(num_rows)

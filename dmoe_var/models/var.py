@@ -228,8 +228,11 @@ class VAR(nn.Module):
         """Return the backbone that runs scale si; a DynamicVAR has two."""
         return self
 
-    def plan(self, branches: int = 1, adaln_every_scale: bool = False) -> tuple[Step, ...]:
-        """Plan the steps of an image in order, see `models.plan`. branches: rows per image.
+    def plan(
+        self, branches: Sequence[int] = (1,), adaln_every_scale: bool = False
+    ) -> tuple[Step, ...]:
+        """Plan the steps of an image in order, see `models.plan`. branches: rows per image,
+        one value or one per scale.
         adaln_every_scale: each step computes AdaLN's projections, not just a backbone's first."""
         backbones = [self] * self.config.num_scales
         return steps(backbones, self, self.config.scale_slices, branches, adaln_every_scale)

@@ -132,6 +132,9 @@ def _errors(ffn: MoEFFN, x_NC: Tensor, ratios_NE: Tensor) -> Tensor:
     return torch.where(every_N1 > 0, dropped_NE / every_N1, torch.zeros_like(dropped_NE))
 
 
-def num_bytes(depth: int, branches: int, num_tokens: int, num_experts: int) -> int:
-    """Count a recording's bytes in the page: two 16-bit numbers per (token, expert), in base64."""
-    return depth * branches * num_tokens * num_experts * 2 * 2 * 4 // 3
+def num_bytes(depth: int, num_tokens: int, num_experts: int) -> int:
+    """Count a recording's bytes in the page: two 16-bit numbers per (token, expert), in base64.
+
+    num_tokens: of all sparse scales and rows.
+    """
+    return depth * num_tokens * num_experts * 2 * 2 * 4 // 3

@@ -49,7 +49,7 @@ class Measured:
     scales: tuple[int, ...]
     num_images: int
     seeds: tuple[int, ...]
-    cfg: float
+    cfg: float | Sequence[float]
     fidelity: str
     row: Mapping[str, Any]
 

@@ -6,6 +6,7 @@ a scale, C width, V vocabulary, Cvae latent channels. In shapes of images R is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -26,12 +27,13 @@ from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.moe.tau_schedule import Tau
+from dmoe_var.sampling import guidance
+from dmoe_var.sampling.guidance import Cfg
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
     draw_tokens,
     filter_logits,
-    guide,
     soft_mix,
 )
 from dmoe_var.sampling_time import sampling, this_sampling
@@ -45,8 +47,10 @@ class SamplingConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    cfg: Annotated[float, Field(ge=0)] = 1.5
-    """Strength of classifier-free guidance at the last scale; it rises to that from 0."""
+    cfg: Cfg = 1.5
+    """Strength of guidance at the last scale, to which it rises from 0 at the first. Or one value
+    per scale, each as if it were that of all; from where on all are 0, the unconditional half
+    stops."""
     top_k: Annotated[int, Field(ge=0)] = 900
     """Tokens are drawn from the k likeliest; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
@@ -70,6 +74,11 @@ class SamplingConfig:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def counted(self) -> dict[str, Any]:
+        """The fields that are arguments of `metrics.flops_fixed.fixed_cost`."""
+        return {name: getattr(self, name) for name in ("cfg", "share_mask")}
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -79,7 +88,7 @@ class Call(NamedTuple):
 
     labels_B: Tensor
     rules: dict[int, SelectionRule]
-    cfg: float
+    cfg_S: tuple[float, ...]
     top_k: int
     top_p: float
     seed: int
@@ -102,7 +111,7 @@ class Call(NamedTuple):
         return cls(
             check_labels(given.labels, given.model.config.num_classes, device),
             rules_of(given.model, given.tau, given.selection),
-            values.number("cfg", given.cfg, 0),
+            guidance.by_scale(given.cfg, given.model.config.num_scales),
             values.whole("top_k", given.top_k, 0),
             values.number("top_p", given.top_p, 0, 1),
             values.whole("seed", given.seed),
@@ -140,7 +149,7 @@ def generate(
     model: VAR | DynamicVAR,
     vqvae: VQVAE,
     labels: Labels,
-    cfg: float = 1.5,
+    cfg: float | Sequence[float] = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
     seed: int = 0,
@@ -161,12 +170,12 @@ def generate(
     tokens are drawn from that one generator, in the published order.
 
     tau, selection: see `resolve_rules`. Without both the model's own `selection` runs, and without
-    that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg: 0 switches off
-    guidance and its unconditional branch. top_k, top_p, more_smooth, share_mask: see
-    `SamplingConfig`. adaln_every_scale: compute AdaLN's projections at each scale, as the published
-    sampler does, instead of once per image. observer: is shown f_hat and which experts run, see
-    `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are plain
-    tensors without a gradient.
+    that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg: one value, or one
+    per scale; where none is left but 0, the unconditional branch stops. top_k, top_p, more_smooth,
+    share_mask: see `SamplingConfig`. adaln_every_scale: compute AdaLN's projections at each scale,
+    as the published sampler does, instead of once per image. observer: is shown f_hat and which
+    experts run, see `moe.observer`, whose `joined` joins several. Images, and what an observer
+    sees, are plain tensors without a gradient.
 
     Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
     has no meaning, and at the end if logits were not finite.
@@ -176,23 +185,22 @@ def generate(
         more_smooth, share_mask, impl, adaln_every_scale, observer,
     )  # fmt: skip
     config, labels_B, rules = model.config, call.labels_B, call.rules
-    branches = 2 if call.cfg else 1
+    branches_S = guidance.branches(call.cfg_S)
     null_B = torch.full_like(labels_B, config.num_classes)
-    labels_R = torch.cat([labels_B, null_B][:branches])
+    labels_R = torch.cat([labels_B, null_B][: branches_S[0]])
 
     # Random streams, observers
     device = labels_B.device
     if device.type == "cpu":
         keep_freed_memory()
     streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
-    sharing = branches if call.share_mask else 1
-    noise = partial(streams.routing_noise, branches=branches // sharing)
     watching = Observer() if observer is None else observer
     in_layers = None if observer is None else observer.in_layers()
     # Embed the classes
     watching.on_part("embedding", 0)
     cond_RC = model.condition(labels_R)
-    passes, plan = Passes(cond_RC), model.plan(branches, call.adaln_every_scale)
+    passes = Passes(cond_RC, len(labels_B))
+    plan = model.plan(branches_S, call.adaln_every_scale)
     x_RlC = model.embed_start(cond_RC)
     f_hat_BCHW = torch.zeros((), device=device)
     # Scale by scale
@@ -201,13 +209,17 @@ def generate(
         passes.begin(step)
         routing = None
         if si in rules:
+            sharing = step.branches if call.share_mask else 1
+            noise = partial(streams.routing_noise, branches=step.branches // sharing)
             routing = Routing(rules[si], si, impl, in_layers, noise, sharing)
         # Predict, guide, draw
         watching.on_part("transformer", si)
         logits_RlV = passes.run(step, x_RlC, routing)
         watching.on_part("sampling", si)
         progress = si / plan[-1].si
-        logits_BlV = guide(logits_RlV, call.cfg * progress) if step.branches == 2 else logits_RlV
+        logits_BlV = logits_RlV
+        if step.branches == 2:
+            logits_BlV = guidance.guide(logits_RlV, call.cfg_S[si] * progress)
         _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)

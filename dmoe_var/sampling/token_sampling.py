@@ -1,4 +1,4 @@
-"""Drawing tokens: guidance, top-k, top-p, and where the random numbers come from.
+"""Drawing tokens: top-k, top-p, and where the random numbers come from.
 
 Legend: B images, l tokens of a scale, V vocabulary, E experts.
 """
@@ -73,12 +73,6 @@ class ImageStreams:
         for noise_blE, stream in zip(noise, self._routing_streams, strict=True):
             noise_blE.uniform_(generator=stream)
         return noise.transpose(0, 1).flatten(0, 1)
-
-
-def guide(logits: Tensor, t: float) -> Tensor:
-    """Apply classifier-free guidance to stacked logits [cond; null]: (1 + t) cond - t null."""
-    cond_BlV, null_BlV = logits.chunk(2)
-    return (1 + t) * cond_BlV - t * null_BlV
 
 
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -36,6 +36,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
+from dmoe_var.sampling.guidance import text
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 from dmoe_var.stages import loaded
 from dmoe_var.stages.kernels import run_kernels
@@ -211,6 +212,11 @@ def run(work: Work) -> StageResult:
     sources = _sources(work)
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)
+        if not isinstance(config.sampling.cfg, float):
+            raise ConfigError(
+                f"sampling.cfg={text(config.sampling.cfg)}: the published sampler takes one value; "
+                "leave benchmark.published out"
+            )
     _check_compiler(work)
     loaded.vqvae(work)  # checks all against the configuration
     loaded.dense(work)

@@ -82,14 +82,11 @@ class CalibrationBench:
 
     @cached_property
     def fixed(self) -> FixedCost:
-        sampling = self.work.config.sampling
-        guided, shared = sampling.cfg != 0, sampling.share_mask
-        return fixed_cost(self.model, self.vqvae, guided, share_mask=shared)
+        return fixed_cost(self.model, self.vqvae, **self.work.config.sampling.counted)
 
     @cached_property
     def dense_gmac(self) -> float:
-        guided = self.work.config.sampling.cfg != 0
-        fixed = fixed_cost(self.model.dense, self.vqvae, guided)
+        fixed = fixed_cost(self.model.dense, self.vqvae, self.work.config.sampling.cfg)
         return report(fixed, ExpertHistogram.none(1), {}).total_gmac
 
     def drawn(

@@ -125,9 +125,8 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
 
 def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:
     config, drawing = work.config, stored.drawing
-    num_images, guided = len(drawing.labels), config.sampling.cfg != 0
-    shared = config.sampling.share_mask
-    fixed = fixed_cost(drawing.model, drawing.vqvae, guided, share_mask=shared)
+    num_images = len(drawing.labels)
+    fixed = fixed_cost(drawing.model, drawing.vqvae, **config.sampling.counted)
     flops = report(fixed, drawn.ran, drawing.rules)
     fidelity, compared = _compare(bench, _stored_images(stored), drawing.labels)
     sampling_ms = 1000 * drawn.seconds / num_images

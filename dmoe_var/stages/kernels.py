@@ -19,6 +19,7 @@ from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.draw import balanced_labels
+from dmoe_var.sampling.guidance import branches, by_scale
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
 
@@ -54,7 +55,7 @@ def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
 def _shapes(work: Work) -> list[Shape]:
     """List the shapes. Raise ConfigError for experts that do not divide the hidden width."""
     config, found = work.config, []
-    branches = 2 if config.sampling.cfg else 1  # rows per image
+    branches_S = branches(by_scale(config.sampling.cfg, config.var.num_scales))
     for size in config.benchmark.expert_sizes:
         if config.var.hidden % size:
             raise ConfigError(
@@ -62,7 +63,7 @@ def _shapes(work: Work) -> list[Shape]:
             )
         for batch in config.benchmark.sizes:
             for si in config.moe.scales:
-                tokens = branches * batch * config.var.patch_nums[si] ** 2
+                tokens = branches_S[si] * batch * config.var.patch_nums[si] ** 2
                 found.append(Shape(config.name, config.var.C, config.var.hidden, size, tokens))
     return found
 

@@ -91,14 +91,13 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     """Record costs and, in order, as many of the pictures as fit into `budget` bytes."""
     config, bench = work.config, Bench(work)
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
-    guided = config.sampling.cfg != 0
-    fixed = fixed_cost(model, bench.vqvae, guided, share_mask=config.sampling.share_mask)
+    fixed = fixed_cost(model, bench.vqvae, **config.sampling.counted)
     names = class_names(config.data.kind, config.var.num_classes)
     experts = config.var.hidden // config.split.expert_size
-    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
-    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
+    tokens = sum(fixed.branches[si] * config.var.patch_nums[si] ** 2 for si in config.moe.scales)
+    each = microscope.num_bytes(config.var.depth, tokens, experts)
     content: dict[str, Any] = {
-        **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
+        **costs(fixed, fixed_cost(bench.dense, bench.vqvae, config.sampling.cfg)),
         "chosen": _chosen_tau(work),
         "tau": list(config.report.tau),
         "pictures": [],
@@ -128,7 +127,7 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     )
     routers = sum(cost.router_macs for cost in fixed.experts.values())
     return {
-        "branches": fixed.branches,
+        "branches": max(fixed.branches[si] for si in fixed.experts),
         "fixed_gmac": (always + routers) / GIGA,
         "pair_gmac": {str(si): cost.pair_macs / GIGA for si, cost in fixed.experts.items()},
         "dense_gmac": everything / GIGA,

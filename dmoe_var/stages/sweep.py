@@ -25,6 +25,7 @@ from dmoe_var.experiment.work import DEFAULT_VARIANT, Work
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
 from dmoe_var.moe.selection import SelectionConfig
+from dmoe_var.sampling import guidance
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
@@ -157,7 +158,7 @@ def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_nam
     folder, config = work.folder("sweep"), work.config
     title = (
         f"{config.name}: {config.evaluate.num_samples} images a point, "
-        f"{len(config.sweep.seeds)} seed(s), cfg {config.sampling.cfg:g}"
+        f"{len(config.sweep.seeds)} seed(s), cfg {guidance.text(config.sampling.cfg)}"
     )
     fid_over_flops.draw(curves_of(rows), fid_name, title, "", folder / "fid_over_flops.png")
     write_text(folder / "table.md", table(rows, fid_name) + "\n")

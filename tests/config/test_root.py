@@ -100,6 +100,7 @@ WRONG = [
     ({"selection.layer_tau": [[2]]}, ("selection.layer_tau.0.0=2", "less than or equal to 1")),
     ({"selection.shares": 1}, ("selection.shares: unknown key", "did you mean share?")),
     ({"selection.rule": "top_k", "selection.layer_tau": [[0.1]]}, ("layer_tau=[[0.1]] goes with",)),
+    ({"sampling.cfg": [1.5, 0]}, ("sampling.cfg=(1.5, 0", "has 2 values", "each of 7 scales")),
     ({"evaluate.num_samples": 1}, ("evaluate.num_samples=1", "greater than or equal to 2")),
     ({"evaluate.model": "sparse"}, ("evaluate.model='sparse'", "'dynamic' or 'pruned'")),
     ({"pruning.rule": "mean"}, ("pruning.rule='mean'", "'mean_abs' or 'mean_signed'")),

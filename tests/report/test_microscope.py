@@ -124,7 +124,7 @@ def test_packed_numbers_come_back(recording):
 def test_size_is_told_beforehand(recording):
     content = page.packed(recording, 8)
     stored = sum(len(text) for key in ("ratios", "errors") for text in content[key].values())
-    expected = microscope.num_bytes(2, 2, 9 + 16, 8)
+    expected = microscope.num_bytes(2, 2 * (9 + 16), 8)
     assert stored == pytest.approx(expected, rel=0.01)
 
 

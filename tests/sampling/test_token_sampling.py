@@ -17,7 +17,6 @@ from dmoe_var.sampling.token_sampling import (
     ImageStreams,
     draw_tokens,
     filter_logits,
-    guide,
     soft_mix,
     stream_seed,
 )
@@ -45,13 +44,6 @@ def naive_filter(row, top_k, top_p):
                 left.append(i)
         kept = left
     return sorted(kept)
-
-
-def test_guidance():
-    logits = random_logits(6, 2, 3)
-    cond, null = logits[:3], logits[3:]
-    for t in (0.0, 1.0, 2.5):
-        assert_close(guide(logits, t), cond + t * (cond - null))
 
 
 # Filters

@@ -145,7 +145,7 @@ def test_scores_are_of_training_images_and_costs_of_the_configured_guidance(
     expected = bench.vqvae.teacher_input(training.by_scale(tokens_BL))
     torch.testing.assert_close(torch.cat(teachers), expected)
     unguided = CalibrationBench(make_work(runs, {"sampling.cfg": 0}))
-    assert (bench.fixed.branches, unguided.fixed.branches) == (2, 1)
+    assert {*bench.fixed.branches, *unguided.fixed.branches} == {1, 2}
     for each, cfg in ((bench, 1.5), (unguided, 0)):
         counted = count_flops(each.model.dense, each.vqvae, [0], cfg=cfg)
         assert each.dense_gmac == pytest.approx(counted.total_gmac, rel=1e-9)

@@ -5,19 +5,20 @@ const GAIN = 4; // of shown differences between pictures
 
 /** One stored picture: by scale, counts and errors for any tau. Scales hold layers x branches x tokens x experts. */
 class Picture {
-  constructor(stored, about, branches) {
+  constructor(stored, about) {
     this.stored = stored;
     this.layers = about.depth;
-    this.branches = branches;
     this.experts = about.num_experts;
-    this.scales = new Map(about.moe_scales.map((si) => [si, {
-      side: about.patch_nums[si],
-      tokens: about.patch_nums[si] ** 2,
-      ratios: numbers16(stored.ratios[si]),
-      errors: numbers16(stored.errors[si]),
-      after: stored.after[si],
-    }]));
+    this.scales = new Map(about.moe_scales.map((si) => [si, this.scale(si, about.patch_nums[si])]));
     this.counted = new Map();
+  }
+
+  scale(si, side) {
+    const { ratios, errors, after } = this.stored;
+    const tokens = side ** 2;
+    const numbers = numbers16(ratios[si]);
+    const branches = numbers.length / (this.layers * tokens * this.experts); // 1 where guidance has ended
+    return { side, tokens, branches, ratios: numbers, errors: numbers16(errors[si]), after: after[si] };
   }
 
   /** Experts that run on each (layer, branch, token): score >= tau x largest score (Eq. 3). */
@@ -44,7 +45,8 @@ class Picture {
 
   /** Index of the first (layer, branch, token) of a map. */
   start(si, layer, branch) {
-    return (layer * this.branches + branch) * this.scales.get(si).tokens;
+    const { branches, tokens } = this.scales.get(si);
+    return (layer * branches + Math.min(branch, branches - 1)) * tokens;
   }
 
   /** Relative error of the FFN's output on one (layer, branch, token) at a tau. */
@@ -80,7 +82,7 @@ class Microscope {
     this.about = data.about;
     this.costs = data.microscope;
     this.scales = data.about.moe_scales;
-    this.pictures = this.costs.pictures.map((stored) => new Picture(stored, data.about, this.costs.branches));
+    this.pictures = this.costs.pictures.map((stored) => new Picture(stored, data.about));
     const first = this.costs.chosen[0];
     this.state = {
       picture: 0, si: this.scales.at(-1), layer: null, branch: 0, token: 0, opacity: 0.8, together: false, stretch: true,
@@ -341,9 +343,9 @@ class Microscope {
   showMatrix() {
     const layers = Array.from({ length: this.about.depth }, (_, i) => i);
     const cell = (si, layer) => {
-      const { tokens } = this.picture.scales.get(si);
+      const { tokens, branches } = this.picture.scales.get(si);
       const first = this.picture.start(si, layer, 0);
-      const mean = average([...this.picture.counts(si, this.state.tau.get(si)).subarray(first, first + tokens * this.costs.branches)]);
+      const mean = average([...this.picture.counts(si, this.state.tau.get(si)).subarray(first, first + tokens * branches)]);
       const colour = rampColour(mean / this.about.num_experts);
       const button = make("button", {
         type: "button",
