@@ -96,11 +96,11 @@ def fixed_costs():
     """`fixed_cost`, which traces models of equal shapes once."""
     known = {}
 
-    def cost(model, vqvae, guided, share_mask):
+    def cost(model, vqvae, **options):
         shapes = [(k, v.shape) for each in (model, vqvae) for k, v in each.state_dict().items()]
-        key = str((shapes, getattr(model, "moe_scales", None), guided, share_mask))
+        key = str((shapes, getattr(model, "moe_scales", None), options))
         if key not in known:
-            known[key] = fixed_cost(model, vqvae, guided, share_mask=share_mask)
+            known[key] = fixed_cost(model, vqvae, **options)
         return known[key]
 
     return cost
