@@ -20,34 +20,18 @@ from dmoe_var.config_fields import (
     Share,
 )
 
-PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
-"""The figures of the paper (2a and 11: samples; 2b and 12: experts over the picture)."""
-OURS = ("rules", "calibration", "accounting")
-"""All selection rules; calibrated tau beside its rivals; what another count of FLOPs does."""
 QUICK_VALUES = 4
 """Values along a curve of a quick figure."""
 
 
-def _given(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
     """Turn names of figures into a tuple of strings, as YAML reads most of them as numbers."""
-    given = tuple(map(str, value if isinstance(value, list | tuple) else (value,)))
-    for each in given:
-        if not _named(each):
-            allowed = ", ".join(("all", *PAPER, *OURS))
-            raise ValueError(f"{each!r} is no figure; allowed: {allowed}")
-    return given
-
-
-def _named(name: str) -> tuple[str, ...]:
-    """List the figures of a name: `all` is the paper's, 2 is 2a and 2b."""
-    if name == "all":
-        return PAPER
-    return (name,) if name in OURS else tuple(p for p in PAPER if name in (p, p.rstrip("ab")))
+    return tuple(map(str, value if isinstance(value, list | tuple) else (value,)))
 
 
 Alpha = Annotated[float, Field(ge=0)]
 NotAll = Annotated[float, Field(ge=0, lt=1)]
-Figures = Annotated[tuple[str, ...], BeforeValidator(_given), Field(min_length=1)]
+Figures = Annotated[tuple[str, ...], BeforeValidator(_as_text), Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -97,11 +81,6 @@ class FiguresConfig:
     """Images per batch in timings (figures 8b and 9)."""
     time_tau: Annotated[tuple[Share, ...], Several, Distinct] = (0.0, 0.1, 0.2, 0.4)
     """Tau that are timed (figure 9)."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The chosen figures, each once."""
-        return tuple(dict.fromkeys(name for each in self.figure for name in _named(each)))
 
     @property
     def used_seeds(self) -> tuple[int, ...]:

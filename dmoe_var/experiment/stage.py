@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from dmoe_var.config.root import Config
 from dmoe_var.distributed import launched_processes
 from dmoe_var.errors import ConfigError
 
-STAGES = (
-    "train_vqvae", "train_var", "sparsify", "split", "train_router",
-    "sample", "evaluate", "sweep", "benchmark", "export", "calibrate", "maps", "report", "figures",
-)  # fmt: skip
+FOLDER = Path(__file__).resolve().parent.parent / "stages"
+STAGES = tuple(sorted(file.stem for file in FOLDER.glob("[!_]*.py")))
+"""Every file there is a stage; what stages share lies in folders."""
 
 Keys = tuple[str, ...]
 

@@ -38,9 +38,9 @@ from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.sampling.guidance import text
 from dmoe_var.sampling.sampler import SamplingConfig, generate
-from dmoe_var.stages import loaded
-from dmoe_var.stages.kernels import run_kernels
-from dmoe_var.stages.loaded import EXPERTS
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.kernels import run_kernels
+from dmoe_var.stages.parts.loaded import EXPERTS
 
 OURS, PUBLISHED = "dense", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")

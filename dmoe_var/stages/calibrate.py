@@ -22,7 +22,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
-from dmoe_var.stages.calibration_bench import Calibration, CalibrationBench, Found
+from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
 
 HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
 

@@ -29,8 +29,8 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
-from dmoe_var.stages.loaded import Models, image_sets
-from dmoe_var.stages.model_kinds import kind_of
+from dmoe_var.stages.parts.loaded import Models, image_sets
+from dmoe_var.stages.parts.model_kinds import kind_of
 
 MEASURING = ("fidelity", "evaluate.format")
 """Keys that say how images are measured or stored, not which they are."""

@@ -14,8 +14,8 @@ from dmoe_var.experiment.view import OPTIONAL, within
 from dmoe_var.experiment.work import Work
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
 from dmoe_var.report.records import found
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import EXPERTS
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.loaded import EXPERTS
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""

@@ -11,6 +11,7 @@ from functools import partial
 
 from tqdm import tqdm
 
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.contents import held
@@ -21,13 +22,13 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import claims
 from dmoe_var.files import read_json, write_text
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.catalogue import FIGURES
+from dmoe_var.stages.catalogue import FIGURES, named
 from dmoe_var.stages.catalogue.figure import Figure, Need, at_size, note
 
 
 def chosen(work: Work) -> dict[str, Figure]:
     """Build the figures that are asked for, by name."""
-    return {name: FIGURES[name](at_size(work)) for name in work.config.figures.names}
+    return {name: FIGURES[name](at_size(work)) for name in named(work.config.figures.figure)}
 
 
 @held()
@@ -107,8 +108,9 @@ def run(work: Work) -> StageResult:
             write_text(path, json.dumps(data, indent=1) + "\n")
             figure.draw(at_size(work), data, [path.with_suffix(kind) for kind in (".png", ".pdf")])
         write_text(work.folder("figures") / "claims.md", claims.table(_verdicts(work)) + "\n")
-    about = {"figures": list(figures.names), "quick": figures.quick, "note": note(at_size(work))}
-    return from_main(StageResult({"figures": len(figures.names)}, 0, about))
+    names = named(figures.figure)
+    about = {"figures": list(names), "quick": figures.quick, "note": note(at_size(work))}
+    return from_main(StageResult({"figures": len(names)}, 0, about))
 
 
 def _verdicts(work: Work) -> list[claims.Verdict]:
@@ -123,10 +125,15 @@ def _verdicts(work: Work) -> list[claims.Verdict]:
     return found
 
 
+def _refuse(config: Config) -> None:
+    named(config.figures.figure)
+    evaluate.refuse_given_samples(config)
+
+
 READS = (
     "seed", "dtype", "data", "vqvae", "var", "base",
     "train_vqvae", "train_var", "conversion", "sparsify", "split", "train_router",
     "moe", "selection", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity",
     "sweep", "pruning", "sample", "benchmark", "calibrate", "maps", "figures",
 )  # fmt: skip
-STAGE = Stage("figures", run, READS, refuse=evaluate.refuse_given_samples, always_runs=True)
+STAGE = Stage("figures", run, READS, refuse=_refuse, always_runs=True)

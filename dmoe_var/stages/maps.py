@@ -20,7 +20,7 @@ from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.loaded import EXPERTS, Models
 
 MAPS_FILE = "maps.npz"
 CHOSEN = "chosen"

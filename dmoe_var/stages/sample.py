@@ -34,8 +34,8 @@ from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import EXPERTS
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.loaded import EXPERTS
 
 MOST_CLASSES = 10  # sampled if `sample.classes` is null
 GRID_FILE = "grid.png"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import token_about, token_metrics, token_sets
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.loaded import token_about, token_metrics, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import SparsifyObjective
 

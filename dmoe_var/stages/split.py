@@ -10,7 +10,7 @@ from dmoe_var.distributed import gathered, is_main, rank, world_size
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
-from dmoe_var.stages import loaded
+from dmoe_var.stages.parts import loaded
 
 
 def run(work: Work) -> StageResult:

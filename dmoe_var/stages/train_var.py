@@ -8,8 +8,8 @@ from dmoe_var.config.root import Config
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import token_about, token_metrics, token_sets
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.loaded import token_about, token_metrics, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import VARObjective
 

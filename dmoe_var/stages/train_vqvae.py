@@ -11,7 +11,7 @@ from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.stages import loaded
+from dmoe_var.stages.parts import loaded
 from dmoe_var.training.loop import train
 from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
 

@@ -35,7 +35,8 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.report import records
-from dmoe_var.stages import calibration_bench, evaluate, export, loaded
+from dmoe_var.stages import evaluate, export
+from dmoe_var.stages.parts import calibration_bench, loaded
 
 TRAINING = ["train_vqvae", "train_var", "sparsify", "split", "train_router"]
 

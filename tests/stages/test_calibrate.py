@@ -19,9 +19,10 @@ from dmoe_var.experiment.graph import run_stage
 from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.moe.selection import LayerThreshold, Threshold
-from dmoe_var.stages import calibrate, calibration_bench, loaded
-from dmoe_var.stages.calibration_bench import Calibration, CalibrationBench
-from dmoe_var.stages.loaded import token_sets
+from dmoe_var.stages import calibrate
+from dmoe_var.stages.parts import calibration_bench, loaded
+from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench
+from dmoe_var.stages.parts.loaded import token_sets
 
 FEW = {
     "calibrate.budget": 0.85,

@@ -22,8 +22,9 @@ from dmoe_var.moe.experts import PATHS
 from dmoe_var.sampling.draw import Drawing
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.sampling.store import StoredDrawing
-from dmoe_var.stages import evaluate, loaded
+from dmoe_var.stages import evaluate
 from dmoe_var.stages.evaluate import MEASURING, Bench, describe
+from dmoe_var.stages.parts import loaded
 
 
 @pytest.fixture(scope="module")

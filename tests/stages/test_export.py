@@ -14,7 +14,8 @@ from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.graph import run_stage, run_through
 from dmoe_var.experiment.work import DEFAULT_VARIANT
-from dmoe_var.stages import export, loaded
+from dmoe_var.stages import export
+from dmoe_var.stages.parts import loaded
 
 REPOSITORY = "me/dmoe-var-tiny"
 URL = "https://hub.example/me/dmoe-var-tiny/commit/1"

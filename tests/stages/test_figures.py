@@ -9,7 +9,6 @@ from statistics import fmean, stdev
 import pytest
 from PIL import Image
 
-from dmoe_var.config.figures import OURS, PAPER
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.experiment.points import operating_point, vary
@@ -53,10 +52,6 @@ def work_of(make_work):
 
 def shown(work, name):
     return json.loads((work.folder("figures") / f"figure_{name}.json").read_text())
-
-
-def test_every_figure_is_defined():
-    assert set(FIGURES) == {*PAPER, *OURS}
 
 
 def test_data_against_the_records(work_of, runs):

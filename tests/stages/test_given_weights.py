@@ -16,8 +16,8 @@ from dmoe_var.data.token_cache import weights_hash
 from dmoe_var.experiment.graph import require, run_stage, run_through
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import STAGES
-from dmoe_var.stages import loaded
 from dmoe_var.stages.evaluate import Bench
+from dmoe_var.stages.parts import loaded
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from dmoe_var import DynamicVAR, Threshold, generate
 from dmoe_var.data.images import to_uint8
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.counts import ExpertCounts
-from dmoe_var.stages import loaded
 from dmoe_var.stages.maps import collect_maps, stored_maps
+from dmoe_var.stages.parts import loaded
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.experts import PATHS
 from dmoe_var.moe.selection import Cumulative, Threshold, TopK
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import loaded, sample
+from dmoe_var.stages import sample
+from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.sample import Pictures, describe, settled
 
 CHOSEN = {"sample.classes": [7, 3], "sample.seeds": [5, 1], "sample.per_class": 3}

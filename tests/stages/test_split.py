@@ -9,7 +9,8 @@ import torch
 
 from dmoe_var import VAR, convert_to_moe
 from dmoe_var.checkpoints.safetensors_io import read_fingerprint
-from dmoe_var.stages import loaded, split
+from dmoe_var.stages import split
+from dmoe_var.stages.parts import loaded
 
 PROCESSES = 3
 DEPTH = 5

@@ -26,6 +26,7 @@ from dmoe_var.stages.catalogue.figure import (
     Data,
     Figure,
     StageRun,
+    figure,
     fitting_sizes,
     heading,
     shades,
@@ -45,6 +46,7 @@ def draw_accounting(work: Work, data: Data, paths: Paths) -> None:
     fid_over_flops.draw_accounting(*given, paths)
 
 
+@figure("3")
 def trade(work: Work) -> Figure:
     """Make figure 3: one tau on the last and on all scales, pruned FFNs, the chosen tau, and dense
     models of other depths, which show what the same FLOPs buy without experts."""
@@ -68,6 +70,7 @@ def trade(work: Work) -> Figure:
     return _beside_dense("the trade: FID over FLOPs", curves, claims)
 
 
+@figure("4")
 def single_scales(work: Work) -> Figure:
     """Make figure 4: experts at one scale alone."""
     scales = sorted(work.config.figures.single_scales)
@@ -80,6 +83,7 @@ def single_scales(work: Work) -> Figure:
     return _beside_dense("experts at a single scale", curves, claims)
 
 
+@figure("5")
 def depths(work: Work) -> Figure:
     """Make figure 5: each depth beside its own dense model."""
     own = {str(work.config.var.depth): work.config.base.var}
@@ -101,6 +105,7 @@ def depths(work: Work) -> Figure:
     return Figure("two depths", draw, curves=curves, claims=claims)
 
 
+@figure("7")
 def without_relu(work: Work) -> Figure:
     """Make figure 7: what ReLU and the Hoyer loss each give, without errors of routers."""
     alone = {"sparsify.alpha": 0.0}
@@ -115,6 +120,7 @@ def without_relu(work: Work) -> Figure:
     return _beside_dense("without ReLUfication (oracle selection)", [both, relu, hoyer], claims)
 
 
+@figure("8a")
 def sizes(work: Work) -> Figure:
     """Make figure 8a: expert sizes, without errors of routers."""
     fitting = fitting_sizes(work)
@@ -127,6 +133,7 @@ def sizes(work: Work) -> Figure:
     return _beside_dense("expert sizes (oracle selection)", curves, claims)
 
 
+@figure("rules")
 def rules(work: Work) -> Figure:
     """Compare every selection rule on the last scales."""
     figures = work.config.figures
@@ -151,6 +158,7 @@ def rules(work: Work) -> Figure:
     return _beside_dense("selection rules on the last scales", curves, claims)
 
 
+@figure("calibration")
 def calibration(work: Work) -> Figure:
     """Compare FID at tau of the calibration and its rivals. There is no curve until it has run."""
     changes = {"calibrate.budgets": work.config.figures.budgets, "calibrate.budget_ms": None}
@@ -179,6 +187,7 @@ def calibration(work: Work) -> Figure:
     )
 
 
+@figure("accounting")
 def accounting(work: Work) -> Figure:
     """Show what counting does to the axis."""
     last = _over_tau(work, "one tau, last scales", "last")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.points import Curve, read_curves, vary
@@ -19,8 +19,23 @@ from dmoe_var.figures.claims import Verdict, gap
 from dmoe_var.figures.style import Paths
 
 Changes = Mapping[str, Any]
+Make = TypeVar("Make", bound="Callable[[Work], Figure]")
 Data = dict[str, Any]
 """What a figure shows, as its JSON file has it."""
+
+
+MADE_BY: dict[str, Callable[[Work], Figure]] = {}
+"""The functions that make figures, by the figures' names."""
+
+
+def figure(name: str) -> Callable[[Make], Make]:
+    """Give a function that makes a figure the figure's name, as `figure=` takes it."""
+
+    def add(make: Make) -> Make:
+        MADE_BY[name] = make
+        return make
+
+    return add
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import expert_maps, sample_grid
 from dmoe_var.figures.style import Paths
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
-from dmoe_var.stages.catalogue.figure import Changes, Data, Figure, StageRun
+from dmoe_var.stages.catalogue.figure import Changes, Data, Figure, StageRun, figure
 from dmoe_var.stages.maps import CHOSEN, stored_maps
 from dmoe_var.stages.sample import Pictures
 
@@ -19,22 +19,26 @@ SMOOTH = {"sampling.cfg": 4.0, "sampling.top_p": 0.95, "sampling.more_smooth": T
 """How the paper samples pictures that are looked at, not measured."""
 
 
+@figure("2a")
 def same_seeds(work: Work) -> Figure:
     """Make figure 2a, sampled as all measurements are."""
     return _grid(work, "same seeds, dense and dynamic", {"sample.per_class": 2})
 
 
+@figure("11")
 def same_seeds_smoothed(work: Work) -> Figure:
     """Make figure 11, sampled as the paper samples pictures to look at."""
     changes = {**SMOOTH, "sample.per_class": 3}
     return _grid(work, "same seeds, guidance 4, smoothed", changes)
 
 
+@figure("2b")
 def experts(work: Work) -> Figure:
     """Make figure 2b, at the operating point."""
     return _maps(work, "experts over the picture", slice(1))
 
 
+@figure("12")
 def experts_by_tau(work: Work) -> Figure:
     """Make figure 12, at the operating point and at several tau."""
     return _maps(work, "experts over the picture, several tau", slice(None))

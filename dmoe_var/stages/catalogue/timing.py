@@ -10,9 +10,18 @@ from dmoe_var.experiment.points import operating_point
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import times
 from dmoe_var.figures.style import Paths
-from dmoe_var.stages.catalogue.figure import Data, Figure, StageRun, fitting_sizes, heading, shades
+from dmoe_var.stages.catalogue.figure import (
+    Data,
+    Figure,
+    StageRun,
+    figure,
+    fitting_sizes,
+    heading,
+    shades,
+)
 
 
+@figure("8b")
 def throughput(work: Work) -> Figure:
     """Make figure 8b: images per second through each scale, at the operating point."""
     changes = {**_timing(work, ()), **operating_point(work)}
@@ -25,6 +34,7 @@ def throughput(work: Work) -> Figure:
     )
 
 
+@figure("9")
 def over_tau(work: Work) -> Figure:
     """Make figure 9: the time of a batch over tau, for each size of experts."""
     figures, sizes = work.config.figures, fitting_sizes(work)

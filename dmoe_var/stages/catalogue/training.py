@@ -10,7 +10,7 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.figures import training_curves
 from dmoe_var.figures.style import Paths
 from dmoe_var.figures.training_curves import Panel
-from dmoe_var.stages.catalogue.figure import Data, Figure, StageRun, heading, shades
+from dmoe_var.stages.catalogue.figure import Data, Figure, StageRun, figure, heading, shades
 from dmoe_var.training.tracking import read_lines
 
 LOSSES = (
@@ -20,6 +20,7 @@ LOSSES = (
 ROUTER_LOSS = (Panel("loss", "router loss (squared error of norms)", log=True),)
 
 
+@figure("6")
 def alphas(work: Work) -> Figure:
     """Make figure 6: losses at each alpha, and FID of the resulting models with every expert."""
     values = work.config.figures.alphas
@@ -34,6 +35,7 @@ def alphas(work: Work) -> Figure:
     )
 
 
+@figure("10")
 def routers(work: Work) -> Figure:
     """Make figure 10: the routers' loss, and FID over FLOPs with these routers."""
     figures, values = work.config.figures, sorted(work.config.figures.router_alphas)

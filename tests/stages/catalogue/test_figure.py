@@ -9,10 +9,11 @@ import pytest
 from composing import composed
 
 from dmoe_var.config.parse import parse_config
+from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.claims import table
-from dmoe_var.stages.catalogue import FIGURES
+from dmoe_var.stages.catalogue import FIGURES, named
 
 ROOT = Path(__file__).resolve().parents[3]
 DRAWN = ROOT / "notebooks" / "records" / "digits" / "figures"
@@ -24,6 +25,29 @@ def digits():
     """The experiment of the committed records."""
     config = parse_config(composed("figures"))
     return Work(config, config)
+
+
+PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("all", PAPER),
+        ("3", ("3",)),
+        (("2", "8b"), ("2a", "2b", "8b")),
+        (("rules", "all"), ("rules", *PAPER)),
+        (("3", "3"), ("3",)),
+    ],
+)
+def test_names(given, expected):
+    assert named((given,) if isinstance(given, str) else given) == expected
+
+
+@pytest.mark.parametrize("given", ["13", "3a", "", "none"])
+def test_wrong_names(given):
+    with pytest.raises(ConfigError, match=f"figures.figure={given}: no figure; allowed: all, 2a, "):
+        named(("3", given))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import EXPERTS, Models, token_sets
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.loaded import EXPERTS, Models, token_sets
 
 PRUNING_FILE = "pruning.json"
 IMAGES_AT_ONCE = 16

@@ -17,7 +17,7 @@ from dmoe_var.data.token_cache import About, Seconds, TokenSet
 from dmoe_var.errors import ConfigError, DataError, InputError
 from dmoe_var.experiment.graph import record_if_done, require, run_through
 from dmoe_var.experiment.record import Record
-from dmoe_var.stages.loaded import token_metrics, token_sets
+from dmoe_var.stages.parts.loaded import token_metrics, token_sets
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from dmoe_var import DynamicVAR, count_flops
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.experiment.graph import run_stage, run_through
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import loaded, model_kinds
 from dmoe_var.stages.evaluate import Bench, describe
+from dmoe_var.stages.parts import loaded, model_kinds
 
 
 @pytest.fixture

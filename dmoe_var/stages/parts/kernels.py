@@ -21,7 +21,7 @@ from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.guidance import branches, by_scale
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages import loaded
+from dmoe_var.stages.parts import loaded
 
 
 def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:

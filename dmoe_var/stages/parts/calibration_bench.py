@@ -23,8 +23,8 @@ from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.draw import Drawing, balanced_labels
-from dmoe_var.stages import loaded
-from dmoe_var.stages.loaded import token_sets
+from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts.loaded import token_sets
 
 ROUNDS = 2
 """Times that images are sampled to find out what a tau runs."""

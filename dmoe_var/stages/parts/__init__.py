@@ -1,0 +1,1 @@
+"""What several stages share, or what is too long for one: no stage itself."""
