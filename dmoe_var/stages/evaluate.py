@@ -139,7 +139,7 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     edges, counts = flops.histogram()
     about = {
         "samples": stored.place,
-        "guidance": flops.guided,
+        "guidance": guided,
         "flops_histogram": {"edges_gmac": list(edges), "images": list(counts)},
         **compared,
     }
