@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.files import write_text
 from dmoe_var.models.dynamic_var import DynamicVAR
@@ -32,8 +33,7 @@ class TeacherForced:
     def __init__(self, tokens: TokenSet, vqvae: VQVAE, num_images: int, batch_size: int):
         """Pick images that lie evenly over the set, which may be sorted by class."""
         self.tokens, self.vqvae = tokens, vqvae
-        count = min(num_images, len(tokens))
-        self.indices = (torch.arange(count) * len(tokens) // count).split(batch_size)
+        self.indices = evenly_strided(len(tokens), num_images).split(batch_size)
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """List labels (B,), teacher input (B, L - 1, Cvae) and the tokens to predict (B, L)."""
@@ -46,28 +46,26 @@ class TeacherForced:
         return found
 
 
+@dataclass
 class CrossEntropy:
     """Cross-entropy of the sparse scales in nats per token, and how often it was asked for. It is
     the mean of the scales' means or, with `by_tokens`, the mean over their tokens. With a file,
     measurements are kept there and not made twice."""
 
-    def __init__(
-        self,
-        model: DynamicVAR,
-        images: TeacherForced,
-        impl: str,
-        by_tokens: bool = False,
-        kept: Path | None = None,
-        fingerprint: str = "",
-    ):
-        self.model, self.images, self.impl = model, images, impl
-        self.by_tokens = by_tokens
-        self.count = 0
-        self.kept, self.fingerprint = kept, fingerprint
-        lines = [] if kept is None else read_lines(kept, key=str, ce=(int, float), fingerprint=str)
-        self.known = {
-            line["key"]: float(line["ce"]) for line in lines if line["fingerprint"] == fingerprint
-        }
+    model: DynamicVAR
+    images: TeacherForced
+    impl: str
+    by_tokens: bool = False
+    kept: Path | None = None
+    fingerprint: str = ""
+    count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.known: dict[str, float] = {}
+        if self.kept is not None:
+            lines = read_lines(self.kept, key=str, ce=(int, float), fingerprint=str)
+            ours = [line for line in lines if line["fingerprint"] == self.fingerprint]
+            self.known = {line["key"]: float(line["ce"]) for line in ours}
 
     def __call__(self, rules: Sequence[SelectionRule]) -> float:
         """Measure under one rule for each of the model's sparse scales."""
