@@ -14,7 +14,4 @@ def test_table():
         "| two lines | 0.5, x |",
         "|  |  |",
     ]
-
-
-def test_a_table_without_rows():
     assert table(["name"], []) == "| name |\n|---|"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 G = TypeVar("G", bound=Hashable)
@@ -32,15 +32,11 @@ class LossCurve:
     def hull(self) -> list[tuple[float, float]]:
         """Find the lower convex hull, (density, loss) falling in density from (1, 0). A loss that
         falls as the density falls is noise; it is raised to the highest before it."""
-        measured = dict(zip(self.density, self.loss, strict=True))
-        measured[1.0] = 0.0
-        points: list[tuple[float, float]] = []
-        highest = 0.0
-        for density in sorted(measured, reverse=True):
-            highest = max(highest, measured[density])
-            points.append((density, highest))
+        measured = {**dict(zip(self.density, self.loss, strict=True)), 1.0: 0.0}
+        falling = sorted(measured, reverse=True)
+        raised = accumulate((measured[density] for density in falling), max)
         hull: list[tuple[float, float]] = []
-        for point in points:
+        for point in zip(falling, raised, strict=True):
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
                 hull.pop()
             hull.append(point)

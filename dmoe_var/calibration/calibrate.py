@@ -73,10 +73,10 @@ class Plan:
 
     def rules(self, taus: Taus) -> list[SelectionRule]:
         """Make a rule for each sparse scale."""
-        if all(len(group) == 1 for group in taus):
-            return [Threshold(taus[si,]) for si in self.scales]
-        layers = range(self.num_layers)
-        return [LayerThreshold(tuple(taus[si, i] for i in layers)) for si in self.scales]
+        return [
+            LayerThreshold(tuple(tau)) if isinstance(tau, list) else Threshold(tau)
+            for tau in self.as_lists(taus)
+        ]
 
     def as_lists(self, taus: Taus) -> list[float] | list[list[float]]:
         """Write tau as configurations have them: selection.tau, or by layer selection.layer_tau."""

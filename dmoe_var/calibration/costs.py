@@ -91,41 +91,38 @@ def measure_costs(
     **options: Any,
 ) -> CostTable:
     """Time the dense model and every setting in turn, `repeats` rounds after one to warm up."""
-    by_setting: dict[str, list[list[float]]] = {name: [] for name in settings}
-    rest: list[float] = []
-    whole: list[float] = []
+    dense_ms: list[float] = []
+    runs: dict[str, list[tuple[list[float], float]]] = {name: [] for name in settings}
     densities: dict[str, dict[int, float]] = {}
-    whole_by_setting: dict[str, list[float]] = {name: [] for name in settings}
     # Time in turn
-    for round_ in range(repeats + 1):
+    for _ in range(repeats + 1):
         scales, decoder = timed(dense, vqvae, labels, seed, **options)
-        if round_:
-            whole.append(sum(scales) + decoder)
+        dense_ms.append(sum(scales) + decoder)
         for name, selection in settings.items():
             counts = ExpertCounts()
-            scales, decoder = timed(
-                model, vqvae, labels, seed, counts, selection=selection, **options
-            )
+            run = timed(model, vqvae, labels, seed, counts, selection=selection, **options)
+            runs[name].append(run)
             num_experts = model.moe.config.num_experts
             densities[name] = {
                 si: counts.per_token(si).float().mean().item() / num_experts
                 for si in model.moe_scales
             }
-            if round_:
-                by_setting[name].append(scales)
-                whole_by_setting[name].append(sum(scales) + decoder)
-                sparse = sum(scales[si] for si in model.moe_scales)
-                rest.append(sum(scales) - sparse + decoder)
         progress()
-    # Medians by scale
+    # Medians of all rounds but the first
+    runs = {name: of_setting[1:] for name, of_setting in runs.items()}
+    rest = [
+        sum(scales) - sum(scales[si] for si in model.moe_scales) + decoder
+        for of_setting in runs.values()
+        for scales, decoder in of_setting
+    ]
     table = {}
     for si in model.moe_scales:
         points = {
-            densities[name][si]: median(scales[si] for scales in runs)
-            for name, runs in by_setting.items()
+            densities[name][si]: median(scales[si] for scales, _ in of_setting)
+            for name, of_setting in runs.items()
         }
         at, times = zip(*sorted(points.items()), strict=True)
         # More experts never take less time: if they seem to, that is noise.
         table[si] = tuple(zip(at, np.maximum.accumulate(times).tolist(), strict=True))
-    wholes = {name: median(times) for name, times in whole_by_setting.items()}
-    return CostTable(median(rest), table, median(whole), wholes)
+    wholes = {name: median(sum(s) + decoder for s, decoder in runs[name]) for name in runs}
+    return CostTable(median(rest), table, median(dense_ms[1:]), wholes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -40,28 +41,26 @@ class TeacherForced:
         return [(labels_B, teacher, tokens) for tokens, labels_B, teacher in of_batches]
 
 
+@dataclass
 class CrossEntropy:
     """Cross-entropy of the sparse scales in nats per token, and how often it was asked for. It is
     the mean of the scales' means or, with `by_tokens`, the mean over their tokens. With a file,
     measurements are kept there and not made twice."""
 
-    def __init__(
-        self,
-        model: DynamicVAR,
-        images: TeacherForced,
-        impl: str,
-        by_tokens: bool = False,
-        kept: Path | None = None,
-        fingerprint: str = "",
-    ):
-        self.model, self.images, self.impl = model, images, impl
-        self.by_tokens = by_tokens
-        self.count = 0
-        self.kept, self.fingerprint = kept, fingerprint
-        lines = [] if kept is None else read_lines(kept, key=str, ce=(int, float), fingerprint=str)
-        self.known = {
-            line["key"]: float(line["ce"]) for line in lines if line["fingerprint"] == fingerprint
-        }
+    model: DynamicVAR
+    images: TeacherForced
+    impl: str
+    by_tokens: bool = False
+    kept: Path | None = None
+    fingerprint: str = ""
+    count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.known: dict[str, float] = {}
+        if self.kept is not None:
+            lines = read_lines(self.kept, key=str, ce=(int, float), fingerprint=str)
+            ours = [line for line in lines if line["fingerprint"] == self.fingerprint]
+            self.known = {line["key"]: float(line["ce"]) for line in ours}
 
     def __call__(self, rules: Sequence[SelectionRule]) -> float:
         """Measure under one rule for each of the model's sparse scales."""

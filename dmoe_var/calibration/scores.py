@@ -42,12 +42,11 @@ class Tails:
 
     def tau(self, density: float) -> float:
         """Find the smallest tau that runs at most this density; 1 if none does."""
-        below = np.nonzero(self.density_G <= density)[0]
-        if len(below) == 0:
-            return 1.0
-        last = int(below[0])
-        if last == 0:
+        if density >= self.density_G[0]:
             return 0.0
+        if density < self.density_G[-1]:
+            return 1.0
+        last = int(np.argmax(self.density_G <= density))
         high, low = self.density_G[last - 1], self.density_G[last]
         part = (high - density) / (high - low) if high > low else 1.0
         return float(EDGES_G[last - 1] + part * (EDGES_G[last] - EDGES_G[last - 1]))
@@ -76,8 +75,7 @@ class _Sums:
 
     def tails(self) -> Tails:
         count, energy = self.count_G.numpy(), self.energy_G.numpy()
-        below = np.concatenate([[0.0], np.cumsum(count)[:-1]])
-        dropped = np.concatenate([[0.0], np.cumsum(energy)[:-1]])
+        below, dropped = (np.cumsum([0.0, *sums[:-1]]) for sums in (count, energy))
         return Tails(1 - below / count.sum(), dropped / self.tokens)
 
 

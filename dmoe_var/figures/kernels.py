@@ -37,40 +37,19 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_size = sorted(
             (row for row in of_size if row["tokens"] == tokens), key=lambda row: row["density"]
         )
+        random = [row for row in of_size if row["masks"] == "random"]
         own = [row for row in of_size if row["masks"] != "random"]
-        of_size = [row for row in of_size if row["masks"] == "random"]
         # A line per path
-        for impl in PATH_COLOURS:
-            points = [row for row in of_size if row["impl"] == impl]
-            if not points:  # the path does not run on that device
-                continue
-            axis.plot(
-                [row["density"] for row in points],
-                [row["time_ratio"] for row in points],
-                "o-",
-                color=PATH_COLOURS[impl],
-                markersize=3,
-                linewidth=1,
-                label=impl,
-            )
-            real = [row for row in own if row["impl"] == impl]
-            axis.plot(
-                [row["density"] for row in real],
-                [row["time_ratio"] for row in real],
-                "*",
-                color=PATH_COLOURS[impl],
-                markersize=7,
-            )
+        for impl, colour in PATH_COLOURS.items():
+            if impl in {row["impl"] for row in random}:  # not every path runs on every device
+                axis.plot(
+                    *_points(random, impl, "time_ratio"), "o-", color=colour, markersize=3,
+                    linewidth=1, label=impl,
+                )  # fmt: skip
+                axis.plot(*_points(own, impl, "time_ratio"), "*", color=colour, markersize=7)
         # Limits and labels
-        limits = [row for row in of_size if row["impl"] == "reference"]
-        axis.plot(
-            [row["density"] for row in limits],
-            [row["limit_ratio"] for row in limits],
-            ":",
-            color="black",
-            linewidth=1,
-            label="the device's limit",
-        )
+        limits = _points(random, "reference", "limit_ratio")
+        axis.plot(*limits, ":", color="black", linewidth=1, label="the device's limit")
         axis.axline((0, 0), slope=1, color="#B0B0B0", linewidth=0.8, zorder=0)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, 1.05)
@@ -82,3 +61,11 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes[0, 0].set_ylabel("time / fastest dense FFN")
     axes[0, 0].legend(fontsize=6)
     save(figure, path)
+
+
+def _points(
+    rows: Sequence[Mapping[str, Any]], impl: str, key: str
+) -> tuple[list[float], list[float]]:
+    """List the densities of a path's rows, and a value of each."""
+    of_path = [row for row in rows if row["impl"] == impl]
+    return [row["density"] for row in of_path], [row[key] for row in of_path]

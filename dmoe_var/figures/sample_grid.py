@@ -63,7 +63,5 @@ def _name_cells(
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labelsize=8, top=False, labeltop=True, labelbottom=False)
-    axis.set_xticks(
-        [i * (side + 1) + (side - 1) / 2 for i in range(len(column_names))], column_names
-    )
-    axis.set_yticks([i * (side + 1) + (side - 1) / 2 for i in range(len(row_names))], row_names)
+    for set_ticks, names in ((axis.set_xticks, column_names), (axis.set_yticks, row_names)):
+        set_ticks([i * (side + 1) + (side - 1) / 2 for i in range(len(names))], names)

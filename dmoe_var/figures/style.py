@@ -14,35 +14,24 @@ from matplotlib.figure import Figure
 from dmoe_var.files import whole_file
 from dmoe_var.moe.selection import RULES
 
-COLOURS = {
-    **{rule.name: rule.colour for rule in RULES.values()},
-    "dense": "#000000",
-    "last": "#0072B2",
-    "all": "#E69F00",
-    "lists": "#009E73",
-    "chosen": "#D55E00",
-    "pruned": "#CC79A7",
-    "calibrated": "#D55E00",
-    "by_layer": "#8C6D00",
-    "search": "#CC79A7",
-    "linear": "#009E73",
-    "fixed": "#0072B2",
+METHODS = {
+    **{rule.name: (rule.colour, rule.marker) for rule in RULES.values()},
+    "dense": ("#000000", "*"),
+    "last": ("#0072B2", "o"),
+    "all": ("#E69F00", "s"),
+    "lists": ("#009E73", "^"),
+    "chosen": ("#D55E00", "x"),
+    "pruned": ("#CC79A7", "v"),
+    "calibrated": ("#D55E00", "d"),
+    "by_layer": ("#8C6D00", "P"),
+    "search": ("#CC79A7", "v"),
+    "linear": ("#009E73", "^"),
+    "fixed": ("#0072B2", "o"),
 }
-"""Colours by method: Okabe-Ito's palette and two dark tones; `last` and `fixed` are one method."""
-MARKERS = {
-    **{rule.name: rule.marker for rule in RULES.values()},
-    "dense": "*",
-    "last": "o",
-    "fixed": "o",
-    "all": "s",
-    "lists": "^",
-    "chosen": "x",
-    "pruned": "v",
-    "calibrated": "d",
-    "by_layer": "P",
-    "search": "v",
-    "linear": "^",
-}
+"""Colour and marker of each method: Okabe-Ito's palette and two dark tones; `last` and `fixed` are
+one method."""
+COLOURS = {method: colour for method, (colour, _) in METHODS.items()}
+MARKERS = {method: marker for method, (_, marker) in METHODS.items()}
 SHADED_MARKERS = "osD^vP*X"
 """Markers, beside the shade, for curves that differ by a number (scale, width, alpha, depth)."""
 

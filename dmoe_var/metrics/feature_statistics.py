@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dmoe_var.arrays import names_in, read_npz, write_npz
+from dmoe_var.arrays import names_in, read_npz
 from dmoe_var.errors import DataError, InputError
 
 NUM_FEATURES = {"inception": 2048, "efflite0": 1280}
@@ -53,41 +53,32 @@ class Statistics:
     network: Network | None = None
 
     @classmethod
-    def of(cls, features_ND: Features) -> Statistics:
-        """Compute the statistics of features (N, D), N > 1, summed in float64."""
-        moments = Moments()
-        moments.add(features_ND)
-        return moments.statistics()
-
-    @classmethod
-    def load(cls, path: Path, network: Network | None = None) -> Statistics:
+    def load(cls, path: Path, network: Network) -> Statistics:
         """Read an .npz file: one of ours, or a reference file of the ADM evaluator.
 
         Raise DataError, naming the file, if it is missing, broken or of another layout, or not of
-        `network`. Only InceptionV3's statistics may leave unsaid what made them.
+        `network`. Only InceptionV3's statistics, which others publish, may leave unsaid what made
+        them.
         """
         mu, sigma = read_npz(path, ["mu", "sigma"])
-        size = mu.size if network is None else NUM_FEATURES[network.backbone]
+        size = NUM_FEATURES[network.backbone]
         for key, array, expected in (("mu", mu, (size,)), ("sigma", sigma, (size, size))):
             if array.shape != expected:
                 raise DataError(
-                    f"{path}: {key} has shape {array.shape}; expected {expected}"
-                    + (f", the features of {network.backbone}" if network is not None else "")
+                    f"{path}: {key} has shape {array.shape}; expected {expected}, the features of "
+                    f"{network.backbone}"
                 )
             if not (np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all()):
                 raise DataError(f"{path}: {key} ({array.dtype}) is not finite floating-point")
         num_images, stored = _said_by(path)
-        if network is not None and stored != network and not _published(stored, network):
+        published = stored is None and network.backbone == "inception"
+        if stored != network and not published:
             found = stored or "a network that the file does not name"
             raise DataError(
                 f"{path}: statistics of {found}; fidelity is measured with {network}: give the "
                 "images that they are of, or statistics of this network"
             )
         return cls(mu.astype(np.float64), sigma.astype(np.float64), num_images, stored)
-
-    def save(self, path: Path) -> None:
-        """Write an .npz file; it appears under its name only when it is complete."""
-        write_npz(path, self.arrays)
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -106,11 +97,6 @@ def _said_by(path: Path) -> tuple[int | None, Network | None]:
         return num_images, None
     backbone, size, sha256 = read_npz(path, ["backbone", "input_size", "weights_sha256"])
     return num_images, Network(str(backbone), int(size), str(sha256))
-
-
-def _published(stored: Network | None, network: Network) -> bool:
-    """Tell whether statistics are taken for InceptionV3's, the only ones that others publish."""
-    return stored is None and network.backbone == "inception"
 
 
 class Moments:
@@ -154,13 +140,10 @@ class Moments:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Compute |mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)).
 
-    Rounding leaves about 1e-6 around 0 for equal sets. Raise InputError if D or the networks
-    differ.
+    Rounding leaves about 1e-6 around 0 for equal sets. Raise InputError if the networks differ.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    if a.mu.size != b.mu.size:
-        raise InputError(f"statistics of {a.mu.size} and of {b.mu.size} features do not compare")
     if a.network is not None and b.network is not None and a.network != b.network:
         raise InputError(f"statistics of {a.network} and of {b.network} do not compare")
     metric = fid_statistics_to_metric(

@@ -34,7 +34,6 @@ from dmoe_var.data.image_sets import Pixels, as_pixels, evenly_strided
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.files import note, sha256_of
 from dmoe_var.metrics.feature_statistics import (
-    NUM_FEATURES,
     Features,
     Moments,
     Network,
@@ -142,11 +141,6 @@ class Fidelity:
         return f"_efflite0_{self.config.input_size}px" if efflite0 else ""
 
     @property
-    def num_features(self) -> int:
-        """D: 1280 (efflite0) or 2048 (inception)."""
-        return NUM_FEATURES[self.config.backbone]
-
-    @property
     def weights_sha256(self) -> str:
         """SHA-256 of the network's file."""
         return sha256_of(_weights_file(self.config))
@@ -204,10 +198,6 @@ class Fidelity:
         if features is None:
             features = self.features(pixels, indices, progress=progress)
             write_npz(path, {"features": features, IDENTITY: np.array(identity)})
-        expected = (len(indices), self.num_features)
-        if features.shape != expected or features.dtype != np.float32:
-            found = f"features are {features.dtype} {features.shape}, expected float32 {expected}"
-            raise DataError(f"{path}: {found}; delete the file")
         return features
 
     def forget(self, cache_dir: Path, key: str) -> None:
@@ -227,7 +217,7 @@ class Fidelity:
         `inception_score_mean` and `inception_score_std` (over 10 parts, shuffled); if the
         reference's features are given, `precision` and `recall`, ending as `name` does.
 
-        Raise InputError for fewer than 2 images (inception: 10), a reference of another D, or
+        Raise InputError for fewer than 2 images (inception: 10), a reference of another network, or
         too few images for precision and recall.
         """
         inception = self.config.backbone == "inception"
@@ -238,7 +228,7 @@ class Fidelity:
             if reference_MD is not None:
                 kept.append(layers[0].numpy())
             logits += layers[1:]
-        metrics = {self.name: frechet_distance(moments.statistics(), reference)}
+        metrics = {self.name: frechet_distance(moments.statistics(self.network), reference)}
         if logits:
             from torch_fidelity.metric_isc import isc_features_to_metric
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, pstdev
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +35,6 @@ SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "a
 """Parts that make up the total. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
 GIGA = 1e9
 BINS = 20
-
-Accounting = Literal["counted", "authors"]
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,15 @@ class FlopReport:
     @cached_property
     def charged(self) -> Mapping[int, tuple[float, ...]]:
         """As `pairs`, by the authors' accounting: the same if every expert ran."""
-        if self.ran.scales:
-            return self.ran.charged
-        return self.pairs
-
-    @property
-    def guided(self) -> bool:
-        """Whether both branches of guidance are counted."""
-        return 2 in self.fixed.branches
+        return self.ran.charged if self.ran.scales else self.pairs
 
     @property
     def by_part_and_scale_gmac(self) -> dict[str, tuple[float, ...]]:
         """Mean GMAC of every part but the decoder, by scale."""
-        scales = range(self.fixed.num_scales)
+        scales, costs, pairs = range(self.fixed.num_scales), self.fixed.experts, self.pairs
         macs: dict[str, Sequence[float]] = {
             **self.fixed.macs,
-            "experts": [self._mean_expert_macs(si) for si in scales],
+            "experts": [fmean(pairs[i]) * costs[i].pair_macs if i in pairs else 0 for i in scales],
             "router": [self.score_macs.get(si, 0) for si in scales],
         }
         return {part: tuple(m / GIGA for m in macs[part]) for part in (*SAMPLER_PARTS, OTHER)}
@@ -128,12 +119,9 @@ class FlopReport:
         """Mean GMAC."""
         return sum(self.by_scale_gmac)
 
-    def total(self, accounting: Accounting = "counted") -> float:
-        """Return the mean GMAC as counted, or by the authors' accounting (see the file's top)."""
-        if accounting == "counted":
-            return self.total_gmac
-        if accounting != "authors":
-            raise ValueError(f"accounting={accounting!r} is none of counted, authors")
+    @property
+    def authors_gmac(self) -> float:
+        """Mean total by the authors' accounting (see the file's top)."""
         charged = self._expert_gmac_per_image(self.charged)
         return self.total_gmac - self.by_part_gmac["experts"] + (fmean(charged) if charged else 0)
 
@@ -141,11 +129,6 @@ class FlopReport:
     def decoder_gmac(self) -> float:
         """The VQ-VAE decoder's GMAC, which no total has."""
         return self.fixed.decoder_macs / GIGA
-
-    @property
-    def with_decoder_gmac(self) -> float:
-        """Mean GMAC, the decoder's included."""
-        return self.total_gmac + self.decoder_gmac
 
     @property
     def total_gmac_std(self) -> float:
@@ -170,45 +153,17 @@ class FlopReport:
             "flops_gmac_min": min(self.gmac_per_image),
             "flops_gmac_max": max(self.gmac_per_image),
             "flops_gflop": self.total_gflop,
-            "flops_with_decoder_gmac": self.with_decoder_gmac,
-            "flops_gmac_authors": self.total("authors"),
+            "flops_with_decoder_gmac": self.total_gmac + self.decoder_gmac,
+            "flops_gmac_authors": self.authors_gmac,
         }
         parts = {f"flops_{part}_gmac": gmac for part, gmac in self.by_part_gmac.items()}
         scales = {f"flops_scale{si}_gmac": gmac for si, gmac in enumerate(self.by_scale_gmac)}
         shares = {f"experts_share_scale{si}": share for si, share in self.expert_share.items()}
         return {**totals, **parts, **scales, **shares}
 
-    def table(self) -> str:
-        """Write GMAC by scale (rows) and part (columns), and the density of experts."""
-        parts = self.by_part_and_scale_gmac
-        rows = [["scale", *SAMPLER_PARTS, "total", OTHER, "experts run"]]
-        for si, total in enumerate(self.by_scale_gmac):
-            gmacs = [*(parts[part][si] for part in SAMPLER_PARTS), total, parts[OTHER][si]]
-            share = f"{self.expert_share[si]:.1%}" if si in self.pairs else "-"
-            rows.append([str(si), *(f"{gmac:.4g}" for gmac in gmacs), share])
-        sums = [*(sum(parts[part]) for part in SAMPLER_PARTS), self.total_gmac, sum(parts[OTHER])]
-        rows.append(["all", *(f"{gmac:.4g}" for gmac in sums), ""])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in rows
-        ]
-        head = (
-            f"GMAC an image, mean of {self.num_images}: {self.total_gmac:.5g} "
-            f"(standard deviation {self.total_gmac_std:.3g}), {self.total_gflop:.5g} GFLOP; "
-            f"{'both branches of guidance' if self.guided else 'no guidance'} in it; not in it: "
-            f"other, and the decoder's {self.decoder_gmac:.5g}"
-        )
-        return "\n".join([head, *(line.rstrip() for line in lines)])
-
     def _expert_gmac_per_image(self, pairs: Mapping[int, Sequence[float]]) -> tuple[float, ...]:
         macs = [[n * self.fixed.experts[si].pair_macs for n in pairs[si]] for si in pairs]
         return tuple(sum(image) / GIGA for image in zip(*macs, strict=True))
-
-    def _mean_expert_macs(self, si: int) -> float:
-        if si not in self.pairs:
-            return 0
-        return fmean(self.pairs[si]) * self.fixed.experts[si].pair_macs
 
 
 def count_flops(

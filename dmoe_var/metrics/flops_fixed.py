@@ -20,7 +20,6 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.plan import Step
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import config_device
@@ -172,25 +171,20 @@ def _decoder_macs(vqvae: VQVAE) -> int:
 
 def _expert_cost(step: Step, all_experts_macs: int, share_mask: bool) -> ExpertCost:
     """Count pairs and router MACs of one scale. all_experts_macs: traced cost of its FFNs."""
-    backbone, rows, num_tokens = step.backbone, step.branches, step.tokens.stop - step.tokens.start
-    width = backbone.config.C
-    ffns = [block.ffn for block in backbone.blocks]
-    routers = nn.ModuleList()
-    num_pairs = pair_macs = 0
-    for ffn in ffns:
-        assert isinstance(ffn, MoEFFN)
-        routers.append(ffn.router)
-        num_pairs += rows * num_tokens * ffn.num_experts
-        pair_macs = 2 * width * ffn.expert_size
+    backbone, config = step.backbone, step.backbone.config
+    num_tokens = config.patch_nums[step.si] ** 2
+    num_pairs = config.depth * step.branches * num_tokens * config.num_experts
+    pair_macs = 2 * config.C * config.hidden // config.num_experts
     if num_pairs * pair_macs != all_experts_macs:
         raise RuntimeError(
             f"{num_pairs} pairs of {pair_macs} MACs at scale {step.si}, but {all_experts_macs} ran"
         )
-    selecting = 1 if share_mask else rows
-    x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, width)
+    selecting = 1 if share_mask else step.branches
+    x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, config.C)
+    routers = nn.ModuleList(block.ffn.router for block in backbone.blocks)  # type: ignore
     macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
-    num_scored, num_experts = len(ffns) * selecting * num_tokens, backbone.config.num_experts
-    return ExpertCost(num_pairs, pair_macs, macs[""].total(), num_scored, width, num_experts)
+    scored = config.depth * selecting * num_tokens
+    return ExpertCost(num_pairs, pair_macs, macs[""].total(), scored, config.C, config.num_experts)
 
 
 def _trace(

@@ -32,13 +32,13 @@ class UnknownOperatorError(RuntimeError):
 
 def matmul_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """Count any product over the first operand's last dimension, broadcast or not."""
-    return math.prod(_shape(outputs[0])) * _shape(inputs[0])[-1]
+    return math.prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
 
 
 def einsum_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """Count an einsum of two operands with named dimensions: the product of all distinct ones."""
     terms = inputs[0].toIValue().replace(" ", "").split("->")[0].split(",")
-    shapes = [_shape(value) for value in inputs[1].node().inputs()]
+    shapes = [get_shape(value) for value in inputs[1].node().inputs()]
     if len(terms) != 2 or "." in "".join(terms):
         raise UnknownOperatorError(f"aten::einsum of {','.join(terms)}: two plain operands count")
     sides: dict[str, int] = {}
@@ -50,7 +50,7 @@ def einsum_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """Count attention of q (B, H, L, D), k (B, H, K, D), v: the products q k and (softmax) v."""
-    q, k, v = (_shape(value) for value in inputs[:3])
+    q, k, v = (get_shape(value) for value in inputs[:3])
     return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
@@ -129,10 +129,3 @@ class _Call(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.call(*inputs)
-
-
-def _shape(value: Any) -> list[int]:
-    shape: list[int] | None = get_shape(value)
-    if shape is None:
-        raise UnknownOperatorError(f"the trace has no shape for {value}")
-    return shape

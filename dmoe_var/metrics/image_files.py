@@ -5,7 +5,6 @@ Legend: N images, H W height and width.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import numpy.typing as npt
 
 from dmoe_var.arrays import map_npz, names_in, read_npz
 from dmoe_var.data.image_sets import ImageFolder, KeyedArray, KeyedPixels
-from dmoe_var.data.pictures import EXTENSIONS
 from dmoe_var.errors import DataError
 from dmoe_var.files import sha256_of
 
@@ -22,7 +20,7 @@ IMAGES = "arr_0"
 """Name of the images in files of the ADM evaluator, and in ours."""
 LABELS = ("labels", "arr_1")
 """Names of their classes: in ours, and in what ADM's sampler writes."""
-STATISTICS = ("mu", "sigma")
+STATISTICS = {"mu", "sigma"}
 
 ALLOWED = (
     "a folder of pictures, or an .npz file of images (arr_0, uint8 (N, H, W, 3)) or of statistics "
@@ -77,17 +75,14 @@ def open_images(
         raise DataError(f"{key}={path}: no such .npz file or folder of images; allowed: {ALLOWED}")
     sha256 = content_sha256(path, hashes)
     found = _arrays_in(key, path)
-    there = [name for name in STATISTICS if name in found]
-    if len(there) == 1:
-        (missing,) = {*STATISTICS} - {*there}
-        raise DataError(f"{key}={path}: holds {there[0]} and no {missing}; allowed: {ALLOWED}")
-    if not there and IMAGES not in found:
+    statistics = {*found} >= STATISTICS
+    if not statistics and IMAGES not in found:
         held = ", ".join(found[:5]) or "no arrays"
         raise DataError(f"{key}={path}: holds {held}; allowed: {ALLOWED}")
     images = None
-    if IMAGES in found and (images_too or not there):
+    if IMAGES in found and (images_too or not statistics):
         images = KeyedArray(_images_of(path, image_size), f"{sha256}-{IMAGES}")
-    return NamedImages(path, sha256, images, bool(there))
+    return NamedImages(path, sha256, images, statistics)
 
 
 def labels_of(found: NamedImages) -> npt.NDArray[np.int64] | None:
@@ -109,30 +104,16 @@ def labels_of(found: NamedImages) -> npt.NDArray[np.int64] | None:
 
 
 def _arrays_in(key: str, path: Path) -> list[str]:
-    """List the arrays in an .npz file. Raise DataError, which says what it is, for another file."""
+    """List what is in an .npz file. Raise DataError, which says what it is, for another file."""
     with path.open("rb") as file:
         start = file.read(START)
     if start[:4] != b"PK\3\4":
         raise DataError(f"{key}={path}: {_what_it_is(start)}; allowed: {ALLOWED}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-    except (OSError, zipfile.BadZipFile) as error:
-        what = f"cut short or broken ({error})"
-        raise DataError(f"{key}={path}: {what}; allowed: {ALLOWED}") from error
-    if not any(name.endswith(".npy") for name in members):
-        what = "a zip archive without arrays"
-        if any(name.endswith("data.pkl") for name in members):
-            what = "a PyTorch file"
-        elif any(name.lower().endswith(EXTENSIONS) for name in members):
-            what = "an archive of pictures, which is not unpacked here"
-        raise DataError(f"{key}={path}: {what}; allowed: {ALLOWED}")
     return names_in(path)
 
 
 def _what_it_is(start: bytes) -> str:
     """Say what a file is that begins like this and is no .npz file."""
-    pictures = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
     known = (
         (not start, "an empty file"),
         (start.startswith(b"\x93NUMPY"), "a single array; np.savez(file, arr_0=array) writes .npz"),
@@ -140,7 +121,6 @@ def _what_it_is(start: bytes) -> str:
         (start.lstrip()[:1] == b"<", "a web page in the file's place"),
         (start[:1] == b"\x80", "a pickle or a PyTorch file"),
         (start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar", "an archive; unpack it"),
-        (start.startswith(pictures), "a single picture"),
     )
     return next((what for true, what in known if true), "no .npz file")
 
@@ -151,11 +131,7 @@ def _images_of(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
     expected = (image_size, image_size, 3)
     if images.dtype == np.uint8 and images.shape[1:] == expected:
         return images
-    found, hint = f"{images.dtype} {images.shape}", ""
-    if images.dtype != np.uint8:
-        hint = "; rounded to 0..255 they are uint8"
-    elif images.ndim == 4 and images.shape[1] == 3:
-        hint = "; transpose(0, 2, 3, 1) brings channels last"
-    elif images.ndim == 4 and images.shape[3] == 3:
-        hint = f"; data.image_size={image_size} is the side of what is compared"
-    raise DataError(f"{path}: {IMAGES} is {found}; expected uint8 {('N', *expected)}{hint}")
+    raise DataError(
+        f"{path}: {IMAGES} is {images.dtype} {images.shape}; expected uint8 {('N', *expected)}, of "
+        f"data.image_size={image_size} pixels per side"
+    )

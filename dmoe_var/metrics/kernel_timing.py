@@ -120,20 +120,16 @@ def random_layer(
 ) -> Layer:
     """Make a layer with random weights and tokens; about half of its hidden values are 0."""
     generator = torch.Generator().manual_seed(0)
-
-    def uniform(parameter: Tensor) -> None:
-        values = torch.rand(parameter.shape, generator=generator).sub_(0.5)
-        parameter.copy_(values.mul_(2 * parameter.shape[-1] ** -0.5))
-
+    ffn = MoEFFN(shape.width, shape.hidden, "relu", ExpertConfig(shape.expert_size))
     with torch.no_grad():
-        ffn = MoEFFN(shape.width, shape.hidden, "relu", ExpertConfig(shape.expert_size))
         for parameter in ffn.parameters():
-            uniform(parameter)
-        x_NC = torch.rand(shape.tokens, shape.width, generator=generator).sub_(0.5)
-    means = {density: density * shape.num_experts for density in densities}
+            values = torch.rand(parameter.shape, generator=generator).sub_(0.5)
+            parameter.copy_(values.mul_(2 * parameter.shape[-1] ** -0.5))
+    x_NC = torch.rand(shape.tokens, shape.width, generator=generator).sub_(0.5)
+    num_experts = shape.num_experts
     masks = {
-        density: random_mask(mean, shape.tokens, shape.num_experts, device)
-        for density, mean in means.items()
+        density: random_mask(density * num_experts, shape.tokens, num_experts, device)
+        for density in densities
     }
     return Layer(ffn.to(device, dtype), x_NC.to(device, dtype), masks)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -95,7 +96,6 @@ class PartClock(Observer):
     def __init__(self, device: torch.device):
         self._device = device
         self._stamps: list[tuple[str, int | None, Stamp]] = []
-        self._end: Stamp | None = None
         self._si: int | None = None
         self._told_apart = True
 
@@ -115,24 +115,21 @@ class PartClock(Observer):
         """
         self._told_apart = told_apart
         handles = [h for m in model.modules() for h in self._hook(m)] if told_apart else []
-        self._stamps, self._end = [], None
+        self._stamps = []
         try:
             self.on_part("rest", None)
             yield
-            self._end = self._stamp()
+            self.on_part("end", None)
         finally:
             for handle in handles:
                 handle.remove()
 
     def read(self) -> PartTimes:
-        """Wait for the device and return the call's times. Raise ValueError if no call ended."""
-        if self._end is None:
-            raise ValueError("no call has ended under this clock")
+        """Wait for the device and return the times of a call that has ended."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        ends = [*(stamp for _, _, stamp in self._stamps[1:]), self._end]
         times: dict[tuple[str, int | None], float] = {}
-        for (part, scale, start), end in zip(self._stamps, ends, strict=True):
+        for (part, scale, start), (_, _, end) in pairwise(self._stamps):
             times[part, scale] = times.get((part, scale), 0.0) + _milliseconds(start, end)
         return PartTimes(times)
 

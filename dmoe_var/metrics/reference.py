@@ -14,7 +14,7 @@ from dmoe_var.data.image_sets import KeyedPixels
 from dmoe_var.errors import DataError
 from dmoe_var.metrics.feature_statistics import Features, Statistics
 from dmoe_var.metrics.fidelity import Fidelity
-from dmoe_var.metrics.image_files import IMAGES, NamedImages, open_images
+from dmoe_var.metrics.image_files import IMAGES, open_images
 
 HASHES = "hashes"
 """Folder with the hashes of a folder's files, beside the folder of the statistics."""
@@ -51,18 +51,15 @@ def load_reference(
     if config.reference is None:
         images = training()
         about = {"reference": f"training images ({images.key})"}
-        return _of_images(fidelity, images, cache_dir, about, progress)
+        return _measured(fidelity, None, images, cache_dir, about, progress)
     path = Path(config.reference).expanduser()
     hashes = cache_dir.parent / HASHES
     found = open_images(
         "fidelity.reference", path, image_size, hashes, images_too=config.precision_recall
     )
     about = {"reference": str(path), "reference_sha256": found.sha256}
-    if not found.statistics:
-        assert found.images is not None
-        reference = _of_images(fidelity, found.images, cache_dir, about, progress)
-    else:
-        reference = _of_statistics(fidelity, found, cache_dir, about, progress)
+    stored = Statistics.load(path, fidelity.network) if found.statistics else None
+    reference = _measured(fidelity, stored, found.images, cache_dir, about, progress)
     try:
         found.check_unchanged(hashes)
     except DataError:
@@ -72,46 +69,35 @@ def load_reference(
     return reference
 
 
-def _of_statistics(
-    fidelity: Fidelity, found: NamedImages, cache_dir: Path, about: dict[str, Any], progress: bool
-) -> Reference:
-    """Take mu and sigma as they stand in the file; its images serve precision and recall alone."""
-    statistics = Statistics.load(found.path, fidelity.network)
-    if not fidelity.config.precision_recall:
-        return Reference(statistics, None, about)
-    if found.images is None:
-        about["precision_recall"] = (
-            f"not measured: {found.path.name} holds no images ({IMAGES}) to take features of"
-        )
-        return Reference(statistics, None, about)
-    key = found.images.key
-    features = fidelity.reference_features(found.images, cache_dir, key, progress=progress)
-    about["precision_recall"] = _measured(fidelity, features, found.path)
-    return Reference(statistics, features, about)
-
-
-def _of_images(
+def _measured(
     fidelity: Fidelity,
-    images: KeyedPixels,
+    statistics: Statistics | None,
+    images: KeyedPixels | None,
     cache_dir: Path,
     about: dict[str, Any],
     progress: bool,
 ) -> Reference:
-    statistics = fidelity.reference(images, cache_dir, images.key, progress=progress)
-    about["reference_images"] = len(images)
+    """Take mu and sigma as they stand in a file, or else those of the images. Images that lie
+    beside mu and sigma serve precision and recall alone."""
+    if statistics is None:
+        assert images is not None
+        statistics = fidelity.reference(images, cache_dir, images.key, progress=progress)
+        about["reference_images"] = len(images)
     if not fidelity.config.precision_recall:
         return Reference(statistics, None, about)
-    features = fidelity.reference_features(images, cache_dir, images.key, progress=progress)
-    about["precision_recall"] = _measured(fidelity, features, about["reference"])
-    return Reference(statistics, features, about)
-
-
-def _measured(fidelity: Fidelity, features_MD: Features, source: object) -> str:
-    """Say how precision and recall are measured; raise DataError if the set is too small."""
-    neighbours = fidelity.config.neighbours
+    source, neighbours = about["reference"], fidelity.config.neighbours
+    if images is None:
+        about["precision_recall"] = (
+            f"not measured: {Path(source).name} holds no images ({IMAGES}) to take features of"
+        )
+        return Reference(statistics, None, about)
+    features_MD = fidelity.reference_features(images, cache_dir, images.key, progress=progress)
     if len(features_MD) <= neighbours:
         raise DataError(
             f"{source}: {len(features_MD)} images; precision and recall with "
             f"fidelity.neighbours={neighbours} need more than {neighbours}"
         )
-    return f"{neighbours} nearest neighbours, {len(features_MD)} reference images"
+    about["precision_recall"] = (
+        f"{neighbours} nearest neighbours, {len(features_MD)} reference images"
+    )
+    return Reference(statistics, features_MD, about)

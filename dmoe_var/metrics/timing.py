@@ -27,17 +27,6 @@ Call = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class ProcessSetting:
-    """What the processes take over from the one that starts them."""
-
-    device: str
-    threads: int
-    matmul_tf32: bool
-    cudnn_tf32: bool
-    deterministic: bool
-
-
-@dataclass(frozen=True)
 class Timing:
     """Wall time of a call in milliseconds, one value per run, and the process's peak memory."""
 
@@ -78,27 +67,24 @@ def time_in_turn(
     Raise RuntimeError, with what it said, if a process fails.
     """
     context = mp.get_context("spawn")
+    flags = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     with ExitStack() as stack:
         # Start the processes
         workers = {}
         for name, (build, arguments) in builders.items():
             ours, theirs = context.Pipe()
-            setting = ProcessSetting(
-                str(device),
-                threads,
-                torch.backends.cuda.matmul.allow_tf32,
-                torch.backends.cudnn.allow_tf32,
-                torch.are_deterministic_algorithms_enabled(),
-            )
-            process = context.Process(
-                target=_serve, args=(theirs, setting, build, arguments), daemon=True
-            )
+            given = (theirs, device, threads, flags, build, arguments)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             stack.callback(process.terminate)
             workers[name] = ours
         for name, worker in workers.items():
-            _answer(name, worker)
+            _ask(name, worker)
         # Time whole calls
         runs: dict[str, list[float]] = {name: [] for name in workers}
         for round_ in tqdm(range(warmup + repeats), desc="benchmark", disable=not progress):
@@ -109,9 +95,7 @@ def time_in_turn(
         reports = {name: _ask(name, worker, "report") for name, worker in workers.items()}
         # Time their parts
         parts: dict[str, list[PartTimes]] = {name: [] for name in workers}
-        for _ in tqdm(
-            range(repeats if by_part else 0), desc="by part", disable=not (progress and by_part)
-        ):
+        for _ in tqdm(range(repeats), desc="by part", disable=not (progress and by_part)):
             for name in by_part:
                 parts[name].append(_ask(name, workers[name], "parts"))
     return {
@@ -120,16 +104,11 @@ def time_in_turn(
     }
 
 
-def _ask(name: str, worker: Connection, what: str) -> Any:
+def _ask(name: str, worker: Connection, what: str | None = None) -> Any:
+    """Ask a process to do something, if it is told what, and wait for its answer."""
     try:
-        worker.send(what)
-    except OSError as error:
-        raise RuntimeError(f"{name}: its process died (out of memory?)") from error
-    return _answer(name, worker)
-
-
-def _answer(name: str, worker: Connection) -> Any:
-    try:
+        if what is not None:
+            worker.send(what)
         kind, value = worker.recv()
     except (EOFError, OSError) as error:
         raise RuntimeError(f"{name}: its process died (out of memory?)") from error
@@ -140,17 +119,18 @@ def _answer(name: str, worker: Connection) -> Any:
 
 def _serve(
     pipe: Connection,
-    setting: ProcessSetting,
+    device: torch.device,
+    threads: int,
+    flags: tuple[bool, bool, bool],
     build: Callable[..., Call],
     arguments: tuple[Any, ...],
 ) -> None:
-    """Serve in a process: build its call, then run it as often as it is told to."""
+    """Serve in a process: take over `flags`, build its call, then run it as often as it is told."""
     try:
-        device = torch.device(setting.device)
-        torch.set_num_threads(setting.threads)
-        torch.backends.cuda.matmul.allow_tf32 = setting.matmul_tf32
-        torch.backends.cudnn.allow_tf32 = setting.cudnn_tf32
-        torch.use_deterministic_algorithms(setting.deterministic)
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags[:2]
+        if flags[2]:  # not called without need: it imports the compiler, which takes seconds
+            torch.use_deterministic_algorithms(True)
         call = build(*arguments)
         pipe.send(("ready", None))
         output = torch.empty(0)

@@ -134,7 +134,7 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     edges, counts = flops.histogram()
     about = {
         "samples": stored.place,
-        "guidance": flops.guided,
+        "guidance": 2 in fixed.branches,
         "flops_histogram": {"edges_gmac": list(edges), "images": list(counts)},
         **compared,
     }

@@ -56,15 +56,12 @@ def test_a_plan_costs_what_is_counted(plan):
     assert plan.reachable() == pytest.approx(ends, rel=1e-9)
 
 
-def test_a_tau_for_each_layer_is_that_of_its_layer():
+def test_a_tau_for_each_layer_or_scale():
     plan = Plan.of(FIXED, CELLS, by_layer=True)
     taus = {(1, 0): 0.1, (1, 1): 0.9, (2, 0): 0.6, (2, 1): 0.4}
     assert plan.gmac(taus) == pytest.approx(counted(taus), rel=1e-9)
     assert plan.rules(taus) == [LayerThreshold((0.1, 0.9)), LayerThreshold((0.6, 0.4))]
     assert plan.as_lists(taus) == [[0.1, 0.9], [0.6, 0.4]]
-
-
-def test_a_tau_for_each_scale():
     plan = Plan.of(FIXED, CELLS, by_layer=False)
     taus = {(2,): 0.4, (1,): 0.1}
     assert plan.rules(taus) == [Threshold(0.1), Threshold(0.4)]

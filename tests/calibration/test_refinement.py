@@ -75,11 +75,7 @@ def test_the_better_start_and_never_worse(plan, loss, one_tau):
     assert refine(plan, [uneven, one_tau], loss, rounds=0) is one_tau
     assert refine(plan, [one_tau, uneven], loss, rounds=0) is one_tau
     assert loss(refine(plan, [uneven, one_tau], loss, rounds=1)) < loss(one_tau)
-
-    def flat(taus):
-        return 1.0
-
-    assert refine(plan, [one_tau], flat, rounds=3) is one_tau
+    assert refine(plan, [one_tau], lambda taus: 1.0, rounds=3) is one_tau
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -116,11 +112,8 @@ def test_at_cost(plan):
     cheap = at_cost(taus, plan.gmac, 2.0)  # scale 2 ends at tau 1, scale 1 goes on alone
     assert cheap[2,] == 1
     assert plan.gmac(cheap) == pytest.approx(2.0)
-
-
-def test_what_is_on_is_saved_from_where_nothing_else_is_left(plan):
-    taus = {(0,): 0.9, (1,): 0.0, (2,): 0.0}
-    found = at_cost(taus, plan.gmac, 3.0)
+    # what is on is saved from where nothing else is left
+    found = at_cost({(0,): 0.9, (1,): 0.0, (2,): 0.0}, plan.gmac, 3.0)
     assert plan.gmac(found) == pytest.approx(3.0)
     assert found[0,] == 1
     assert found[1,] == found[2,] > 0

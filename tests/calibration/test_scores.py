@@ -30,20 +30,15 @@ def test_densities_are_those_of_eq_3(scores):
     assert tails.density(1) >= 1 / 16
 
 
-@pytest.mark.parametrize("density", [0.1, 0.33, 0.5, 0.9])
-def test_tau_of_a_density(scores, density):
+def test_tau_of_a_density(scores):
     sums = _Sums()
     sums.add(scores)
     tails = sums.tails()
-    mask = Threshold(tails.tau(density))(scores.double())
-    assert mask.double().mean().item() == pytest.approx(density, abs=2e-3)
-
-
-def test_ends(scores):
-    sums = _Sums()
-    sums.add(scores)
-    assert sums.tails().tau(1.0) == 0
-    assert sums.tails().tau(0.0) == 1
+    for density in (0.1, 0.33, 0.5, 0.9):
+        mask = Threshold(tails.tau(density))(scores.double())
+        assert mask.double().mean().item() == pytest.approx(density, abs=2e-3)
+    assert tails.tau(1.0) == 0
+    assert tails.tau(0.0) == 1
 
 
 def test_tokens_without_scores_run_everything():
@@ -75,17 +70,3 @@ def test_recorded_on_a_model(model, make_teacher):
         ran.append(counts.per_token(1)[0].double())
     share = torch.cat(ran).mean().item() / model.moe.config.num_experts
     assert cells[1, 0].density(taus[0]) == pytest.approx(share, abs=1e-3)
-
-
-def test_a_tau_for_each_layer(model, make_teacher):
-    """LayerThreshold runs what each layer's Threshold would."""
-    teacher, labels = make_teacher(model.dense, batch=2), torch.tensor([3, 4])
-    depth = model.config.depth
-    same, by_layer = ExpertCounts(), ExpertCounts()
-    out = model(labels, teacher, selection=Threshold(0.5), observer=same)
-    other = model(labels, teacher, selection=LayerThreshold((0.5,) * depth), observer=by_layer)
-    assert torch.equal(out, other)
-    for si in (1, 2):
-        assert torch.equal(same.per_token(si), by_layer.per_token(si))
-    with pytest.raises(ValueError, match="the model has more"):
-        model(labels, teacher, selection=LayerThreshold((0.5,) * (depth - 1)))

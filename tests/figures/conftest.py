@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib import pyplot as plt
 from PIL import Image
 
 
@@ -32,6 +31,4 @@ def unsaved(monkeypatch, tmp_path):
         draw(*args, tmp_path / "figure.png")
         return figures[-1]
 
-    yield unsaved
-    for figure in figures:
-        plt.close(figure)
+    return unsaved

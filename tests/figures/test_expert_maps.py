@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from dmoe_var.figures import expert_maps
 from dmoe_var.figures.expert_maps import ExpertMaps, draw
 
 
-@pytest.mark.parametrize(("num_images", "num_taus", "scales"), [(1, 1, [3]), (2, 3, [4, 5, 6])])
-def test_draw(opened, tmp_path, num_images, num_taus, scales):
+def test_draw(opened, tmp_path):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 255, (num_images, len(scales), 8, 8, 3), dtype=np.uint8)
-    maps = ExpertMaps(images, rng.random((num_images, len(scales), 4, 4)))
-    path = tmp_path / "maps.png"
-    draw({f"tau {i}": maps for i in range(num_taus)}, scales, path)
-    width, height = opened(path).size
-    columns, rows = num_taus * len(scales), 2 * num_images
-    assert 80 * columns < width < 250 * columns + 200
-    assert 80 * rows < height < 250 * rows + 200
+    images = rng.integers(0, 255, (1, 1, 8, 8, 3), dtype=np.uint8)
+    maps = ExpertMaps(images, rng.random((1, 1, 4, 4)))
+    draw({"tau 0": maps, "tau 1": maps}, [3], tmp_path / "maps.png")
+    width, height = opened(tmp_path / "maps.png").size
+    assert 160 < width < 700
+    assert 160 < height < 700
 
 
 def test_every_map_is_under_its_picture_and_darker_where_fewer_experts_ran(unsaved):

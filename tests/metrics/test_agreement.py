@@ -31,7 +31,7 @@ def enlarged(greys_NP, size):
     return to_uint8(x_N1HW.clamp(0, 1).repeat(1, 3, 1, 1))
 
 
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("size", [8, 16, 32])
 def test_held_out_digits_are_recognised_like_the_originals(digits, size):
     greys, classes = digits
     images = enlarged(greys, size)
@@ -43,6 +43,9 @@ def test_held_out_digits_are_recognised_like_the_originals(digits, size):
 
     assert accuracy > 0.98
     assert accuracy == pytest.approx(expected, abs=0.01)
+    if size == 8:  # greys on the scale that gamma is tuned for: the same decisions
+        predicted = agreement.predict(images[NUM_TRAIN:])
+        assert np.mean(predicted == plain.predict(greys[NUM_TRAIN:])) > 0.995
 
 
 def test_wrong_labels_count_as_wrong(digits):
@@ -53,15 +56,6 @@ def test_wrong_labels_count_as_wrong(digits):
     labels = seen.copy()
     labels[:100] = (labels[:100] + 1) % 10
     assert agreement.accuracy(images, labels) == 0.75
-
-
-def test_brightness_is_on_the_scale_that_gamma_is_tuned_for(digits):
-    """At 8 x 8 the classifier's decisions are those of scikit-learn's own on the raw greys."""
-    greys, classes = digits
-    agreement = LabelAgreement(enlarged(greys[:300], 8), classes[:300])
-    plain = SVC(gamma=0.001).fit(greys[:300], classes[:300])
-    predicted = agreement.predict(enlarged(greys[300:], 8))
-    assert np.mean(predicted == plain.predict(greys[300:])) > 0.995
 
 
 def test_all_channels_count():
@@ -75,29 +69,13 @@ def test_all_channels_count():
 
 
 IMAGES = np.zeros((4, 16, 16, 3), np.uint8)
-LABELS = np.array([0, 0, 1, 1])
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (IMAGES / 255, LABELS, "uint8"),
-        (IMAGES[..., 0], LABELS, r"\(4, 16, 16\)"),
-        (IMAGES[:, :7], LABELS, r"at least 8 x 8 pixels; got \(7, 16\)"),
-        (IMAGES, LABELS[:3], r"\(4,\), one an image; got \(3,\)"),
-        (IMAGES, LABELS.astype(float), "integers; got float64"),
-        (IMAGES, [0, 0, 1, 1], "integers; got list"),
-    ],
+    ("images", "message"),
+    [(IMAGES / 255, "uint8"), (IMAGES[:, :7], r"at least 8 x 8 pixels; got \(7, 16\)")],
 )
-def test_bad_input_is_one_clear_line(images, labels, message):
+def test_bad_images_are_one_clear_line(images, message):
     with pytest.raises(InputError, match=message) as caught:
-        LabelAgreement(images, labels)
+        LabelAgreement(images, np.array([0, 0, 1, 1]))
     assert "\n" not in str(caught.value)
-
-
-def test_accuracy_checks_its_labels_too(digits):
-    greys, classes = digits
-    images = enlarged(greys[:50], 16)
-    agreement = LabelAgreement(images, classes[:50])
-    with pytest.raises(InputError, match="one an image"):
-        agreement.accuracy(images, classes[:1])

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from copy import copy
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,6 +40,13 @@ def fidelity():
     return Fidelity(CONFIG)
 
 
+def with_config(fidelity, **fields):
+    """The same network, used otherwise."""
+    other = copy(fidelity)
+    other.config = replace(fidelity.config, **fields)
+    return other
+
+
 @pytest.fixture(scope="module")
 def images():
     return random_images(40, seed=0)
@@ -68,39 +75,22 @@ def test_frechet_distance_of_full_covariances():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
-def test_statistics_are_summed_in_float64():
-    """float32 sums over many images lose digits of features with a large mean."""
-    rng = np.random.default_rng(2)
-    features = (1000 + rng.standard_normal((20_000, 3))).astype(np.float32)
-    statistics = Statistics.of(features)
-    exact = features.astype(np.float64)
-    assert statistics.mu.dtype == statistics.sigma.dtype == np.float64
-    np.testing.assert_allclose(statistics.mu, exact.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(statistics.sigma, np.cov(exact.T), rtol=1e-9)
-    assert statistics.num_images == 20_000
-
-
-@pytest.mark.parametrize("num_images", [2, ROWS - 1, ROWS + 1, 3 * ROWS])
+@pytest.mark.parametrize("num_images", [2, ROWS - 1, ROWS + 1, 20_000])
 def test_running_statistics_are_those_of_all_features(num_images):
-    """Batches of any length, about the boundary at which they are merged."""
+    """Batches of any length, about the boundary at which they are merged. They are summed in
+    float64: float32 sums over many images lose digits of features with a large mean."""
     rng = np.random.default_rng(3)
-    features = (rng.standard_normal((num_images, 4)) @ rng.standard_normal((4, 4)) + 100).astype(
-        np.float32
-    )
+    features = rng.standard_normal((num_images, 4)) @ rng.standard_normal((4, 4)) + 1000
+    features = features.astype(np.float32)
     moments = Moments()
     for batch in np.array_split(features, min(num_images, 7)):
         moments.add(batch)
     statistics = moments.statistics()
     exact = features.astype(np.float64)
+    assert statistics.mu.dtype == statistics.sigma.dtype == np.float64
     np.testing.assert_allclose(statistics.mu, exact.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(statistics.sigma, np.cov(exact.T), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(statistics.sigma, np.cov(exact.T), rtol=1e-9, atol=1e-12)
     assert statistics.num_images == num_images
-
-
-def test_statistics_of_other_networks_do_not_compare():
-    a, b = Statistics(np.zeros(3), np.eye(3), 9), Statistics(np.zeros(4), np.eye(4), 9)
-    with pytest.raises(InputError, match="of 3 and of 4 features"):
-        frechet_distance(a, b)
 
 
 # Precision and recall
@@ -121,8 +111,9 @@ def brute_force(generated, reference, k):
     return share_within_reach(x, y), share_within_reach(y, x)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize(("num_generated", "num_reference"), [(40, 25), (12, 33)])
+@pytest.mark.parametrize(
+    ("k", "num_generated", "num_reference"), [(1, 40, 25), (3, 12, 33), (8, 40, 25)]
+)
 def test_precision_and_recall_are_their_definition(k, num_generated, num_reference, monkeypatch):
     """Also where the distances are taken piece by piece; a narrower sample is more precise and
     recalls less."""
@@ -160,9 +151,9 @@ def test_too_few_images_have_no_neighbours(sizes, which):
         precision_recall(a, b, 3)
 
 
-def test_score_measures_precision_and_recall_on_its_own_features(images, tmp_path):
-    config = replace(CONFIG, precision_recall=True, neighbours=2, reference_images=10)
-    fidelity, others = Fidelity(config), random_images(30, seed=1)
+def test_score_measures_precision_and_recall_on_its_own_features(fidelity, images, tmp_path):
+    fidelity = with_config(fidelity, precision_recall=True, neighbours=2, reference_images=10)
+    others = random_images(30, seed=1)
     features = fidelity.reference_features(others, tmp_path, "a")
     score = fidelity.score(images, fidelity.statistics(others), features)
     expected = brute_force(fidelity.features(images), fidelity.features(others)[::3], 2)
@@ -219,7 +210,7 @@ def test_input_size_that_strides_do_not_divide_is_padded_for_its_own_size():
 
 
 def test_batch_size_and_read_only_views_change_nothing(fidelity, images):
-    single = Fidelity(replace(CONFIG, batch_size=1))
+    single = with_config(fidelity, batch_size=1)
     view = images[::-1]
     view.flags.writeable = False
     np.testing.assert_allclose(
@@ -259,11 +250,6 @@ def test_score_is_what_torch_fidelity_computes(fidelity, images):
     assert expected > 10
 
 
-def test_identical_sets_have_distance_zero(fidelity, images):
-    score = fidelity.score(images, fidelity.statistics(images))
-    assert score["fid_efflite0_32px"] == pytest.approx(0, abs=1e-3)
-
-
 class OnDemand:
     """Images that give no more than a batch at a time."""
 
@@ -286,62 +272,48 @@ def test_sets_are_read_batch_by_batch(fidelity, images):
         fidelity.score(OnDemand(images[:1]), theirs)
 
 
-def test_name_says_which_network_and_size(fidelity):
-    assert fidelity.name == "fid_efflite0_32px"
-    assert FidelityConfig().input_size == 64
-
-
 # The cache
 
 
 def test_reference_is_computed_once(fidelity, images, tmp_path, monkeypatch):
+    expected = fidelity.statistics(images)
     first = fidelity.reference(images, tmp_path / "cache", "digits/train")
     features = fidelity.reference_features(images, tmp_path / "cache", "digits/train")
     monkeypatch.setattr(Fidelity, "_layers", lambda *_, **__: pytest.fail("computed again"))
     second = fidelity.reference(images, tmp_path / "cache", "digits/train")
     again = fidelity.reference_features(images, tmp_path / "cache", "digits/train")
     np.testing.assert_array_equal(features, again)
-    np.testing.assert_array_equal(first.mu, second.mu)
-    np.testing.assert_array_equal(first.sigma, second.sigma)
+    for reference in (first, second):
+        np.testing.assert_array_equal(reference.mu, expected.mu)
+        np.testing.assert_array_equal(reference.sigma, expected.sigma)
     assert second.num_images == 40
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npz"] * 2
-
-
-def test_cached_reference_is_the_sets_statistics(fidelity, images, tmp_path):
-    expected = fidelity.statistics(images)
-    reference = fidelity.reference(images, tmp_path, "a")
-    np.testing.assert_array_equal(reference.mu, expected.mu)
-    np.testing.assert_array_equal(reference.sigma, expected.sigma)
+    with pytest.raises(DataError, match="of 40 images, 'digits/train' has 30"):
+        fidelity.reference(images[:30], tmp_path / "cache", "digits/train")
 
 
 def test_key_and_network_have_files_of_their_own(fidelity, images, tmp_path):
-    fidelity.reference(images, tmp_path, "a")
-    fidelity.reference(images, tmp_path, "../b")
-    Fidelity(replace(CONFIG, input_size=48)).reference(images, tmp_path, "a")
-    Fidelity(replace(CONFIG, batch_size=8)).reference(images, tmp_path, "a")
+    for key in ("a", "../b"):
+        fidelity.reference(images[:4], tmp_path, key)
+    Fidelity(replace(CONFIG, input_size=48)).reference(images[:4], tmp_path, "a")
+    with_config(fidelity, batch_size=8).reference(images[:4], tmp_path, "a")
     assert len(list(tmp_path.glob("*.npz"))) == 3
 
 
 @pytest.mark.parametrize("kind", ["reference", "reference_features"])
-@pytest.mark.parametrize("content", ["empty", "no zip", "cut", "flipped", "of another set"])
+@pytest.mark.parametrize("content", ["cut", "of another set"])
 def test_a_broken_cache_file_is_made_again(fidelity, images, tmp_path, capsys, kind, content):
     """With a note, as after a crash; and so is one that says that it is of something else."""
     make = getattr(fidelity, kind)
     expected = make(images, tmp_path, "a")
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    broken = {
-        "empty": b"",
-        "no zip": b"not a zip file",
-        "cut": whole[:-1000],
-        "flipped": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
-    }
-    if content == "of another set":
+    if content == "cut":
+        path.write_bytes(whole[:-1000])
+    else:
         make(images[::-1] // 2, tmp_path / "other", "b")
         next((tmp_path / "other").iterdir()).replace(path)
         (tmp_path / "other").rmdir()
-    else:
-        path.write_bytes(broken[content])
     again = make(images, tmp_path, "a")
     (said,) = capsys.readouterr().err.splitlines()
     assert str(path) in said
@@ -352,41 +324,22 @@ def test_a_broken_cache_file_is_made_again(fidelity, images, tmp_path, capsys, k
     np.testing.assert_array_equal(again, expected)
 
 
-@pytest.mark.parametrize("kind", ["reference", "reference_features"])
-def test_other_weights_have_files_of_their_own(images, tmp_path, monkeypatch, kind):
+def test_other_weights_have_files_of_their_own(fidelity, images, tmp_path, monkeypatch):
     """Numbers of one network never stand for another's, which has the same name and size."""
-    fidelity = Fidelity(CONFIG)
-    first = getattr(fidelity, kind)(images, tmp_path, "a")
-    (path,) = tmp_path.iterdir()
-    before = path.read_bytes()
+    first = fidelity.reference(images, tmp_path, "a").mu
+    features = fidelity.reference_features(images, tmp_path, "a")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = Fidelity(CONFIG)
     with torch.no_grad():
         for parameter in other._extractor.parameters():
             parameter.mul_(0.9)
     monkeypatch.setattr(Fidelity, "weights_sha256", "f" * 64)
-    second = getattr(other, kind)(images, tmp_path, "a")
-    if kind == "reference":
-        np.testing.assert_array_equal(second.mu, other.statistics(images).mu)
-        first, second = first.mu, second.mu
+    second = other.reference(images, tmp_path, "a").mu
+    np.testing.assert_array_equal(second, other.statistics(images).mu)
     assert not np.array_equal(first, second)
-    assert path.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_two_processes_write_one_cached_file(fidelity, images, tmp_path, monkeypatch):
-    """The second finds none, computes, and replaces what the first has written meanwhile."""
-    statistics = Fidelity.statistics
-
-    def meanwhile(self, *given, **options):
-        monkeypatch.setattr(Fidelity, "statistics", statistics)
-        self.reference(images, tmp_path, "a")
-        return statistics(self, *given, **options)
-
-    monkeypatch.setattr(Fidelity, "statistics", meanwhile)
-    found = fidelity.reference(images, tmp_path, "a")
-    np.testing.assert_array_equal(found.mu, fidelity.statistics(images).mu)
-    (path,) = tmp_path.iterdir()
-    assert Statistics.load(path, fidelity.network).num_images == 40
+    assert not np.array_equal(features, other.reference_features(images, tmp_path, "a"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_statistics_of_two_networks_do_not_compare(fidelity, images):
@@ -398,74 +351,18 @@ def test_statistics_of_two_networks_do_not_compare(fidelity, images):
         frechet_distance(ours, other)
 
 
-def test_cached_features_of_another_set_are_noticed(fidelity, images, tmp_path):
-    fidelity.reference_features(images, tmp_path, "a")
-    (path,) = tmp_path.iterdir()
-    with pytest.raises(DataError, match=rf"{path}: features are float32 \(40, 1280\)"):
-        fidelity.reference_features(images[:30], tmp_path, "a")
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"mu": np.zeros(3)},
-        {"mu": np.zeros(3), "sigma": np.eye(4)},
-        {"mu": np.full(3, np.nan), "sigma": np.eye(3)},
-        {"mu": np.array(["a", "b", "c"]), "sigma": np.eye(3)},
-        {"mu": np.zeros((1, 3)), "sigma": np.eye(3)},
-    ],
-)
-def test_file_with_other_content_is_named(tmp_path, arrays):
-    np.savez(tmp_path / "reference.npz", **arrays)
-    with pytest.raises(DataError, match=r"reference\.npz"):
-        Statistics.load(tmp_path / "reference.npz")
-
-
-def test_key_of_another_set_is_noticed(fidelity, images, tmp_path):
-    fidelity.reference(images, tmp_path, "a")
-    with pytest.raises(DataError, match="of 40 images, 'a' has 30"):
-        fidelity.reference(images[:30], tmp_path, "a")
-
-
-def test_cache_does_not_hide_bad_images(fidelity, images, tmp_path):
-    fidelity.reference(images, tmp_path, "a")
-    with pytest.raises(InputError, match="got float64"):
-        fidelity.reference(images / 255, tmp_path, "a")
-
-
-def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(file, *_, **__):
-        file.write(b"half a file")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np.lib.format, "write_array", fail)
-    with pytest.raises(OSError, match="disk full"):
-        Statistics(np.zeros(3), np.eye(3), 9).save(tmp_path / "a.npz")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_adm_reference_file_is_read(tmp_path):
-    """Their files hold mu and sigma beside a part of the images, and no number of images."""
-    arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "mu": np.ones(3, np.float32)}
-    np.savez(tmp_path / "adm.npz", sigma=np.eye(3), **arrays)
-    statistics = Statistics.load(tmp_path / "adm.npz")
-    assert statistics.mu.dtype == np.float64
-    assert statistics.num_images is None
-    assert frechet_distance(statistics, Statistics(np.zeros(3), np.eye(3), 9)) == pytest.approx(3)
-
-
 # InceptionV3, with random weights: the real ones need a download
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
+@pytest.fixture
+def inception_weights(tmp_path):
     """A file of the right layout, with logits spread enough for a telling inception score."""
 
     class Unloaded(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_):
             pass
 
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    path = tmp_path / "weights.pth"
     torch.save({}, path)
     torch.manual_seed(0)
     network = Unloaded("inception", ["2048"], feature_extractor_weights_path=path)
@@ -477,38 +374,35 @@ def inception_weights(tmp_path_factory):
     return path
 
 
-def test_inception_gives_fid_and_inception_score(inception_weights):
+def test_inception_gives_fid_and_inception_score(inception_weights, monkeypatch):
+    """Of 5 images in 2 parts, where a user's must be as many as the parts, 10."""
     fidelity = Fidelity(FidelityConfig(backbone="inception", weights=str(inception_weights)))
-    images = random_images(12, seed=0)
+    images = random_images(5, seed=0)
     reference = Statistics(np.zeros(2048), np.zeros((2048, 2048)), 9)
+    with pytest.raises(InputError, match="at least 10 images"):
+        fidelity.score(images, reference)
+    monkeypatch.setattr("dmoe_var.metrics.fidelity.ISC_SPLITS", 2)
 
-    network = FeatureExtractorInceptionV3(
-        "inception",
-        ["2048", "logits_unbiased"],
-        feature_extractor_weights_path=inception_weights,
-    )
+    network = fidelity._extractor
+    stored = torch.load(inception_weights, mmap=True)
+    assert all(torch.equal(of, stored[name]) for name, of in network.state_dict().items())
     with torch.no_grad():
         features, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    score = fidelity.score(images, reference, features[:6].numpy())
-    p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(12)]
-    bounds = [i * 12 // 10 for i in range(11)]
-    parts = [p[a:b] for a, b in pairwise(bounds)]
-    scores = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in parts]
+    score = fidelity.score(images, reference, features[:4].numpy())
+    p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(5)]
+    scores = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p[:2], p[2:])]
     assert fidelity.name == "fid"
     assert set(score) == {
         "fid", "inception_score_mean", "inception_score_std", "precision", "recall",
     }  # fmt: skip
     assert score["precision"] >= 0.5
     assert score["recall"] == 1
-    assert fidelity.num_features == features.shape[1]
     assert fidelity.weights_sha256 == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
     to_origin = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert score["fid"] == pytest.approx(to_origin.item(), rel=1e-4)
     assert score["inception_score_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
     assert score["inception_score_std"] == pytest.approx(np.std(scores), rel=1e-3)
     assert np.std(scores) > 1e-3
-    with pytest.raises(InputError, match="at least 10 images"):
-        fidelity.score(images[:9], reference)
 
 
 class Payload:
@@ -548,27 +442,22 @@ def test_failed_download_is_one_clear_line(monkeypatch):
 
 
 def test_to_uint8_rounds_to_the_nearest_level():
+    """And brings channels last."""
     levels = torch.arange(256) / 255
     for shift, expected in ((0.0, 0), (0.4 / 255, 0), (-0.4 / 255, 0), (0.6 / 255, 1)):
         values = (levels + shift).clamp(0, 1)
         images = to_uint8(values.view(1, 1, 16, 16).repeat(2, 3, 1, 1))
-        assert images.shape == (2, 16, 16, 3)
         assert images.dtype == np.uint8
-        want = (np.arange(256) + expected).clip(max=255).reshape(16, 16)
-        assert (images == want[None, :, :, None]).all()
-
-
-def test_to_uint8_keeps_channels_last_and_takes_low_precision():
-    images = torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)
-    images[0, 2] = 1
-    assert to_uint8(images)[0, 0, 0].tolist() == [0, 0, 255]
+        want = (np.arange(256) + expected).clip(max=255).reshape(1, 16, 16, 1)
+        np.testing.assert_array_equal(images, np.broadcast_to(want, (2, 16, 16, 3)))
+    blue = torch.tensor([0.0, 0, 1], dtype=torch.bfloat16).view(1, 3, 1, 1)
+    assert to_uint8(blue).tolist() == [[[[0, 0, 255]]]]
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
         (torch.full((1, 3, 2, 2), -0.5), r"\[0, 1\]; got -0.5 to -0.5"),
-        (torch.full((1, 3, 2, 2), 1.5), r"\[0, 1\]"),
         (torch.full((1, 3, 2, 2), torch.nan), r"\[0, 1\]"),
         (torch.zeros(1, 2, 2, 3), r"\(B, 3, H, W\); got \(1, 2, 2, 3\)"),
     ],
@@ -586,9 +475,7 @@ GOOD = np.zeros((4, 16, 16, 3), np.uint8)
     [
         (GOOD.astype(np.float32), "got float32"),
         (GOOD.transpose(0, 3, 1, 2), r"\(4, 3, 16, 16\)"),
-        (GOOD[0], r"\(16, 16, 3\)"),
         (GOOD[:1], "at least 2 images are needed; got 1"),
-        (GOOD[:0], "at least 2 images are needed; got 0"),
         (torch.zeros(4, 16, 16, 3, dtype=torch.uint8), "numpy array; got Tensor"),
     ],
 )
@@ -605,18 +492,7 @@ def test_bad_images_are_one_clear_line(fidelity, tmp_path, images, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"input_size": 31},
-        {"batch_size": 0},
-        {"backbone": "vgg"},
-        {"inputsize": 64},
-        {"input_size": float("nan")},
-        {"neighbours": 0},
-        {"reference_images": 0},
-    ],
-)
+@pytest.mark.parametrize("values", [{"input_size": 31}, {"batch_size": 0}, {"inputsize": 64}])
 def test_configuration_out_of_range_is_refused(values):
     with pytest.raises(ValidationError):
         TypeAdapter(FidelityConfig).validate_python(values)

@@ -111,13 +111,11 @@ def test_a_model_whose_parts_are_not_told_apart(dynamic, make_vqvae):
 
 
 def test_a_call_that_fails(dynamic, make_vqvae):
-    """Its hooks go, and it has no times."""
+    """Its hooks go."""
     clock = PartClock(CPU)
     with pytest.raises(ValueError, match="labels"), clock.running(dynamic):
         generate(dynamic, make_vqvae(), [99], observer=clock)
     assert hooks(dynamic) == 0
-    with pytest.raises(ValueError, match="no call has ended"):
-        clock.read()
 
 
 def test_medians():
