@@ -69,10 +69,11 @@ def test_moe_scales_are_whole_numbers_that_rise(dense, moe, scales):
 
 @pytest.fixture(scope="module")
 def small(make_var, make_moe):
-    """small(experts, selection) -> a model of two scales, compiled soon; the second has experts."""
+    """small(selection) -> a model of two scales, soon compiled; the second has experts."""
     shape = {"patch_nums": (1, 2)}
-    dense, moe = make_var(**shape), make_moe(make_var(seed=1, activation="relu", **shape))
-    return lambda of=moe, selection=None: DynamicVAR(dense, of, (1,), selection)
+    dense, relu = (make_var(seed, **shape).double() for seed in (0, 1))
+    moe = make_moe(relufy(relu))
+    return lambda selection=None: DynamicVAR(dense, moe, (1,), selection)
 
 
 def compiled_once(model, *args, backend="eager", fullgraph=False, **options):
