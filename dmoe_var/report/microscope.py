@@ -10,7 +10,8 @@ l tokens of a scale, N = R l, E experts, C width, K layers, S picture side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.experts import grouped
 from dmoe_var.moe.layer import MoEFFN
-from dmoe_var.moe.observer import Observer, Routed
+from dmoe_var.moe.observer import Observer, Routed, joined
 from dmoe_var.moe.selection import Threshold, check_finite
 from dmoe_var.ops import at_least_float32
 from dmoe_var.sampling.sampler import SamplingConfig, generate
@@ -43,9 +44,9 @@ class Recording:
     (S, S, 3), decoded after the scale.
     """
 
-    ratios: dict[int, np.ndarray] = field(default_factory=dict)
-    errors: dict[int, np.ndarray] = field(default_factory=dict)
-    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    ratios: dict[int, np.ndarray]
+    errors: dict[int, np.ndarray]
+    pictures: dict[int, np.ndarray]
 
 
 def record(
@@ -58,24 +59,22 @@ def record(
     impl: str,
 ) -> Recording:
     """Sample picture `index` of a seed with every expert (tau = 0), and watch the expert FFNs."""
-    seen = _Given(vqvae, model.moe_scales)
+    seen, pictures = _Given(model.moe_scales), DecodedScales(vqvae, model.moe_scales)
     generate(
         model, vqvae, [label], **sampling.options, seed=seed, selection=Threshold(0.0),
-        start_index=index, impl=impl, observer=seen,
+        start_index=index, impl=impl, observer=joined(seen, pictures),
     )  # fmt: skip
     ratios = {si: np.stack(layers) for si, layers in seen.ratios.items()}
     errors = {si: np.stack(layers).astype(np.float32) for si, layers in seen.errors.items()}
-    return Recording(ratios, errors, seen.pictures)
+    return Recording(ratios, errors, {si: images[0] for si, images in pictures.by_scale.items()})
 
 
 class _Given(Observer):
-    """Collects what a `Recording` holds by scale, its ratios and errors layer by layer."""
+    """Collects the ratios and errors of a `Recording` by scale, layer by layer."""
 
-    def __init__(self, vqvae: VQVAE, scales: tuple[int, ...]):
+    def __init__(self, scales: Sequence[int]):
         self.ratios: dict[int, list[np.ndarray]] = {si: [] for si in scales}
         self.errors: dict[int, list[np.ndarray]] = {si: [] for si in scales}
-        self.pictures: dict[int, np.ndarray] = {}
-        self._vqvae = vqvae
 
     def on_routing(self, routed: Routed) -> None:
         x_RlC, scores_rlE = routed.x_BLC, routed.scores_bLE
@@ -87,10 +86,17 @@ class _Given(Observer):
         self.ratios[routed.si].append(ratios_RlE.cpu().numpy().astype(np.uint16))
         self.errors[routed.si].append(found_RlE.cpu().numpy())
 
-    def on_scale(self, si: int, f_hat_1CHW: Tensor) -> None:
-        if si in self.ratios:
-            decoded = (self._vqvae.decode_f_hat(f_hat_1CHW) + 1) / 2
-            self.pictures[si] = to_uint8(decoded)[0]
+
+class DecodedScales(Observer):
+    """Decodes the pictures so far after each of some scales: uint8 (N, S, S, 3) by scale."""
+
+    def __init__(self, vqvae: VQVAE, scales: Sequence[int]):
+        self.by_scale: dict[int, np.ndarray] = {}
+        self._vqvae, self._scales = vqvae, scales
+
+    def on_scale(self, si: int, f_hat_NCHW: Tensor) -> None:
+        if si in self._scales:
+            self.by_scale[si] = to_uint8((self._vqvae.decode_f_hat(f_hat_NCHW) + 1) / 2)
 
 
 def quantised_ratios(scores_E: Tensor) -> Tensor:
@@ -104,8 +110,7 @@ def quantised_ratios(scores_E: Tensor) -> Tensor:
 
 def runs_at(ratios_E: np.ndarray, tau: float) -> np.ndarray:
     """Apply Eq. 3 to stored ratios, bool (..., E). The page computes the same."""
-    runs: np.ndarray = ratios_E >= tau * STEPS
-    return runs
+    return ratios_E >= tau * STEPS
 
 
 def errors_by_count(ffn: MoEFFN, x_RlC: Tensor, ratios_RlE: Tensor) -> Tensor:

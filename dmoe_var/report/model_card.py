@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
 from dmoe_var.checkpoints.pretrained import upload, write_model
+from dmoe_var.config.root import flatten
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
@@ -39,13 +40,12 @@ Records = Sequence[Record | str | Path]
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured setting. tau: empty for the dense model and rules without one. row: its numbers
-    over the seeds, as `points.joined` has them; for a sweep also what it saves."""
+    """One measured setting. row: its numbers over the seeds, as `points.joined` has them; for a
+    sweep also what it saves."""
 
     name: str
     rules: tuple[SelectionRule, ...]
     """One rule for all scales, one per sparse scale, or one per scale; none for the dense model."""
-    tau: tuple[float, ...]
     scales: tuple[int, ...]
     num_images: int
     seeds: tuple[int, ...]
@@ -129,13 +129,11 @@ def _check_record(record: Record, model: DynamicVAR) -> None:
 
 
 def _shown_selection(model: DynamicVAR) -> str:
-    shown = [f"scale {si}: {_shown_rule(rule)}" for si, rule in rules_of(model).items()]
+    shown = []
+    for si, rule in rules_of(model).items():
+        values = [f"{f.name} {_shown_value(getattr(rule, f.name))}" for f in fields(rule)]  # type: ignore[arg-type]
+        shown.append(" ".join([f"scale {si}: {type(rule).__name__}", *values]))
     return "; ".join(shown) or "every expert"
-
-
-def _shown_rule(rule: SelectionRule) -> str:
-    values = [f"{field.name} {_shown_value(getattr(rule, field.name))}" for field in fields(rule)]  # type: ignore[arg-type]
-    return " ".join([type(rule).__name__, *values])
 
 
 def _shown_value(value: object) -> str:
@@ -154,7 +152,7 @@ def _table(found: Sequence[Measured], model: DynamicVAR) -> str:
         stored = f"**{each.name}** (this model's rule and scales)"
         rows.append([
             stored if _is_stored(each, model) else each.name,
-            [f"{tau:g}" for tau in each.tau] or UNKNOWN,
+            [f"{rule.tau:g}" for rule in each.rules if isinstance(rule, Threshold)] or UNKNOWN,
             each.scales or UNKNOWN,
             each.num_images,
             each.seeds,
@@ -224,7 +222,6 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     return Measured(
         name="dense" if dense else rule.wording or rule.name,
         rules=() if dense else rules,
-        tau=() if dense else tuple(each.tau for each in rules if isinstance(each, Threshold)),
         scales=() if dense else tuple(config["moe.scales"]),
         num_images=first.num_samples,
         seeds=tuple(record.seed for record in records),
@@ -242,7 +239,6 @@ def _swept(record: Record) -> Iterator[Measured]:
             yield Measured(
                 name=names[row["group"]],
                 rules=tuple(map(Threshold, row["tau"])),
-                tau=tuple(row["tau"]),
                 scales=tuple(row["scales"]),
                 num_images=record.num_samples,
                 seeds=tuple(record.about["seeds"]),
@@ -264,7 +260,7 @@ def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
 
 def _hashes(record: Record) -> dict[str, Any]:
     """Collect the hashes of the files that the record was made with."""
-    about = {key: value for key, value in _leaves(record.about) if "sha256" in key}
+    about = {key: value for key, value in flatten(record.about) if "sha256" in key}
     return {f"{key} sha256": value for key, value in record.weights.items()} | about
 
 
@@ -272,12 +268,3 @@ def _bases(records: Sequence[Record], kind: str) -> list[str]:
     """List what the records say the base VAR or VQ-VAE was: names, or paths."""
     found = [record.config.get(f"base.{kind}") for record in records]
     return sorted({str(base) for base in found if base is not None})
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and value of every leaf."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

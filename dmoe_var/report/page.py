@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dmoe_var.report.microscope import Recording
+from dmoe_var.report.microscope import STEPS, Recording
 from dmoe_var.report.pictures import png_uri
 
 SCRIPTS = ("tools.js", "curve.js", "tables.js", "microscope.js", "main.js")
-STEPS_OF_ERROR = 65535  # the largest number of 16 bits
-PLACES = ("<!--title-->", "/*style*/", "/*data*/", "/*scripts*/")
 
 
 def build(title: str, data: Mapping[str, Any]) -> str:
@@ -27,12 +25,9 @@ def build(title: str, data: Mapping[str, Any]) -> str:
     text = _file("page.html")
     content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     scripts = "\n".join(_file(name) for name in SCRIPTS)
-    for place, value in zip(
-        PLACES, (html.escape(title), _file("style.css"), content, scripts), strict=True
-    ):
-        before, _, after = text.partition(place)
-        text = before + value + after
-    return text
+    text = text.replace("<!--title-->", html.escape(title), 1)
+    text = text.replace("/*style*/", _file("style.css"), 1)
+    return text.replace("/*data*/", content, 1).replace("/*scripts*/", scripts, 1)
 
 
 def _file(name: str) -> str:
@@ -45,7 +40,7 @@ def packed(recording: Recording, most_pixels: int) -> dict[str, Any]:
     An error is stored in steps of `error_step`, which is the largest error over 65535.
     """
     largest = max(float(errors.max()) for errors in recording.errors.values())
-    step = largest / STEPS_OF_ERROR or 1.0
+    step = largest / STEPS or 1.0
     return {
         "error_step": step,
         "ratios": {str(si): _base64(ratios) for si, ratios in recording.ratios.items()},

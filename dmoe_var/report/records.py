@@ -5,7 +5,7 @@ Each point has the mean over its seeds. Scales count from 0 here and from 1 in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dmoe_var.data.class_names import class_names, title
 from dmoe_var.data.image_sets import ImageFolder, all_pixels
 from dmoe_var.experiment.points import ALONE, LABELS, joined, mean
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.view import within
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.fid_over_flops import display_name
 from dmoe_var.figures.style import MARKERS, colour
@@ -28,8 +29,8 @@ MAKING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
 MEASURING = ("sweep", "evaluate", "calibrate", "benchmark")
 """Stages that build on the model, and have records of their own."""
 GRID_COLUMNS = 10  # at most, of a point's pictures
-UNCOMPARED = ("fidelity.weights",)
-"""Keys that only say where a file lies."""
+COMPARED = ("sampling", "fidelity", "evaluate.num_samples")
+"""Sections and keys in which points of one picture agree."""
 
 
 def stages(work: Work) -> list[dict[str, Any]]:
@@ -38,22 +39,17 @@ def stages(work: Work) -> list[dict[str, Any]]:
 
 
 def _stage(work: Work, stage: str) -> dict[str, Any]:
-    found = [record for _, record in _found(work, stage)]
-    ours = [record for record in found if not differences(work, record)]
-    row: dict[str, Any] = {"name": stage, "records": [_shown(r) for r in ours], "note": ""}
+    records = [record for _, record in found(work, stage)]
+    ours = [record for record in records if not differences(work, record)]
+    state, note, base = "missing", f"scripts/{stage}.py makes it", work.config.base
     if ours:
-        row["state"] = "present"
-    elif found:
-        row["state"] = "made otherwise"
-        row["note"] = "; ".join(differences(work, found[-1])[:3])
+        state, note = "present", ""
+    elif records:
+        state, note = "made otherwise", "; ".join(differences(work, records[-1])[:3])
     elif work.is_given(stage):
-        row["state"] = "given"
-        base = work.config.base
-        row["note"] = f"{base.vqvae if stage == 'train_vqvae' else base.var}, not trained here"
-    else:
-        row["state"] = "missing"
-        row["note"] = f"scripts/{stage}.py makes it"
-    return row
+        given = base.vqvae if stage == "train_vqvae" else base.var
+        state, note = "given", f"{given}, not trained here"
+    return {"name": stage, "records": [_shown(r) for r in ours], "note": note, "state": state}
 
 
 def _shown(record: Record) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def _shown(record: Record) -> dict[str, Any]:
     return {**{k: getattr(record, k) for k in shown}, "metrics": dict(record.metrics)}
 
 
-def _found(work: Work, stage: str) -> list[tuple[Path, Record]]:
+def found(work: Work, stage: str) -> list[tuple[Path, Record]]:
     """Read all whole records of a stage, whatever they were made with, except those of given
     images."""
     paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
@@ -85,30 +81,14 @@ def differences(work: Work, record: Record) -> list[str]:
     return work.differing(upstream, record)
 
 
-def _differing(keys: Mapping[str, Any], record: Record) -> list[str]:
-    return [
-        f"{key} is {value}, there {record.config.get(key)}"
-        for key, value in keys.items()
-        if record.config.get(key) != value
-    ]
-
-
-def sweep_record(work: Work) -> Record | None:
-    """Read the record of the sweep that `work` configures, of this model; None if there is none."""
-    path = work.folder("sweep") / RESULT_FILE
-    if not path.exists():
-        return None
-    record = whole_record(path, "left out")
-    return None if record is None or differences(work, record) else record
-
-
 class Curves:
     """The points of the sweep, and of all evaluations of this model that compare with them."""
 
     def __init__(self, work: Work):
         self.work = work
-        self.sweep = sweep_record(work)
-        self._records = {f"evaluate/{path.parent.name}": r for path, r in _found(work, "evaluate")}
+        swept = whole_record(work.folder("sweep") / RESULT_FILE, "left out")
+        self.sweep = None if swept is None or differences(work, swept) else swept
+        self._records = {f"evaluate/{path.parent.name}": r for path, r in found(work, "evaluate")}
         self._curves: dict[str, dict[str, Any]] = {}
         for row in self.sweep.about["settings"] if self.sweep else ():
             self._add(row["group"], LABELS[row["group"]], row["label"], row)
@@ -117,9 +97,9 @@ class Curves:
     def shown(self) -> dict[str, Any]:
         """Return curves with their points, the dense ones first, and how their axes are called."""
         curves = list(self._curves.values())
-        first = next((r for r in self._records.values() if self._comparable(r)), None)
-        name = self.sweep.about["fidelity"] if self.sweep else None
-        name = name or (first.about["fidelity"] if first else "fid")
+        compared = filter(self._comparable, self._records.values())
+        first = self.sweep or next(compared, None)
+        name = first.about["fidelity"] if first else "fid"
         return {
             "curves": curves,
             "fid_name": display_name(name),
@@ -129,14 +109,12 @@ class Curves:
 
     def _comparable(self, record: Record) -> bool:
         """Tell whether a record compares with the sweep's: same model, sampling and measure."""
-        ours = self.work.relevant("evaluate")
-        compared = {
-            key: value
-            for key, value in ours.items()
-            if key.startswith(("sampling.", "fidelity.", "evaluate.num_samples"))
-            and key not in UNCOMPARED
-        }
-        return not differences(self.work, record) and not _differing(compared, record)
+        same = all(
+            record.config.get(key) == value
+            for key, value in self.work.relevant("evaluate").items()
+            if within(key, COMPARED) and key != "fidelity.weights"  # where a file lies
+        )
+        return same and not differences(self.work, record)
 
     def _add_loose(self) -> None:
         """Add evaluations that are no points of the sweep, one point per setting, joined over the
@@ -176,7 +154,7 @@ class Curves:
             "dense": method == "dense",
             "chosen": method == "chosen",
             "label": label,
-            "tau": _tau_text(row["tau"]) if "tau" in row else label,
+            "tau": ", ".join(f"{tau:g}" for tau in row["tau"]) if "tau" in row else label,
             "fid": row["fid_mean"],
             "fid_std": row["fid_std"],
             "seeds": len(points),
@@ -205,10 +183,6 @@ def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
     several = "," in values or ";" in values
     method = ("lists" if several else "last") if rule.proposed else rule.name
     return method, f"{rule.label}, scales {scales}", values.replace(",", ", ") or rule.name
-
-
-def _tau_text(tau: Iterable[Any]) -> str:
-    return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in tau)
 
 
 def mean_of(records: Sequence[Record], metric: str) -> float | None:

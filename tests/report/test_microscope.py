@@ -63,7 +63,7 @@ def test_a_token_without_scores_runs_every_expert():
     assert runs_at(stored_E, 1.0).all()
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 def test_errors_are_those_of_the_masked_ffn(models, tau, no_grad, monkeypatch):
     """Also where the tokens do not fit into one piece."""
     monkeypatch.setattr(microscope, "CHUNK", 8 * 64 * 5)
