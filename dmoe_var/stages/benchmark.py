@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor
 from dmoe_var import generators
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
-from dmoe_var.checkpoints.safetensors_io import is_described
 from dmoe_var.config.root import Config
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
@@ -120,6 +118,7 @@ class Case:
     def row(self, timing: Timing) -> dict[str, Any]:
         """Make a row for figures, with times by part and scale if those were measured."""
         size = len(self.task.labels)
+        times = {key.removeprefix("_"): value for key, value in timing.metrics("").items()}
         row: dict[str, Any] = {
             "name": self.name,
             "model": self.model,
@@ -128,24 +127,20 @@ class Case:
             "compiled": self.task.compiled,
             "device": torch.device(self.task.device).type,
             "dtype": self.task.sampling.dtype,
-            "ms_median": timing.percentile(50),
-            "ms_p10": timing.percentile(10),
-            "ms_p90": timing.percentile(90),
-            "ms_min": min(timing.runs_ms),
+            **times,
             "runs_ms": list(timing.runs_ms),
             "images_per_s": 1000 * size / timing.percentile(50),
-            "peak_memory_mb": timing.peak_memory_bytes / 1e6,
             "flops_gmac": self.flops.total_gmac,
             "expert_share": self.expert_share,
         }
         if timing.parts:
+            whole = [parts.total_ms for parts in timing.parts]
+            decoder = [parts.by_part_ms["decoder"] for parts in timing.parts]
             row |= {
                 "by_part_ms": median_by_part(timing.parts),
                 "by_scale_ms": median_by_scale(timing.parts),
-                "with_clock_ms_median": float(np.median([p.total_ms for p in timing.parts])),
-                "without_decoder_ms_median": float(
-                    np.median([p.total_ms - p.by_part_ms["decoder"] for p in timing.parts])
-                ),
+                "with_clock_ms_median": float(np.median(whole)),
+                "without_decoder_ms_median": float(np.median(np.subtract(whole, decoder))),
             }
         return row
 
@@ -191,9 +186,7 @@ def published(task: Task) -> Call:
     labels_B = torch.tensor(task.labels, device=task.device)
 
     def call() -> Tensor:
-        cast: Any = nullcontext()
-        if half:
-            cast = torch.autocast(torch.device(task.device).type, torch.bfloat16)
+        cast = torch.autocast(torch.device(task.device).type, torch.bfloat16, enabled=half)
         with torch.inference_mode(), cast:
             images: Tensor = var.autoregressive_infer_cfg(
                 B=len(labels_B),
@@ -244,11 +237,10 @@ def run(work: Work) -> StageResult:
         runs_ms |= {f"{name}{suffix}": timing.runs_ms for name, timing in timings.items()}
     if benchmark.parts:
         draw_part_times(rows, work.folder("benchmark") / "part_times.png")
-    about: dict[str, Any] = {"runs_ms": runs_ms, "timings": rows}
+    sizes: dict[str, Any] = {"batch_size": benchmark.batch_size}
     if benchmark.batch_sizes:
-        about["batch_sizes"] = list(benchmark.sizes)
-    else:
-        about["batch_size"] = benchmark.batch_size
+        sizes = {"batch_sizes": list(benchmark.sizes)}
+    about = {"runs_ms": runs_ms, "timings": rows, **sizes}
     return StageResult(metrics, sum(benchmark.sizes), about, dtype=config.sampling.dtype)
 
 
@@ -287,7 +279,7 @@ def _sources(work: Work) -> dict[str, str]:
     found: dict[str, Path] = {}
     for kind, source in (("vqvae", base.vqvae), ("var", base.var)):
         if source is not None:
-            found[kind] = _openable(weights_file(source, kind))
+            found[kind] = weights_file(source, kind)
         elif benchmark.dynamic:
             found[kind] = loaded.checkpoint(work, f"train_{kind}")
         else:
@@ -295,7 +287,7 @@ def _sources(work: Work) -> dict[str, str]:
     if benchmark.dynamic:
         found["moe"] = loaded.checkpoint(work, "train_router")
     if benchmark.smaller is not None:
-        found["smaller"] = _openable(weights_file(_smaller(work), "var"))
+        found["smaller"] = weights_file(_smaller(work), "var")
     return {kind: str(path) for kind, path in found.items()}
 
 
@@ -330,7 +322,20 @@ def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
     dense = Case(OURS, "dense", None, task, task.flops())
     cases = [dense]
     for name, tau, selection in _selections(work):
-        cases += _dynamic(work, sources, task, (name, tau, selection))
+        dynamic = replace(
+            task,
+            moe=sources["moe"],
+            moe_scales=config.moe.scales,
+            selection=selection,
+            impl=config.moe.impl,
+        )
+        flops = dynamic.flops()
+        cases.append(Case(f"dynamic_{name}", "dynamic", tau, dynamic, flops))
+        if benchmark.random_masks:  # of the same density
+            num_experts = config.var.hidden // config.split.expert_size
+            rules = [RandomDensity(share * num_experts) for share in flops.expert_share.values()]
+            chance = replace(dynamic, selection=rules)
+            cases.append(Case(f"random_{name}", "random", tau, chance, chance.flops()))
     if benchmark.smaller is not None:
         smaller = replace(task, var=sources["smaller"])
         cases.append(Case("smaller", "smaller", None, smaller, smaller.flops()))
@@ -346,34 +351,8 @@ def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
 def _selections(work: Work) -> list[tuple[str, float | None, Selection]]:
     """List name, tau on all sparse scales (None: the configured selection) and rules of each."""
     benchmark = work.config.benchmark
-    settings: list[tuple[str, float | None, Selection]] = [
-        (f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau
-    ]
-    if benchmark.chosen:
-        settings.append(("chosen", None, work.config.selection.rules()))
-    return settings
-
-
-def _dynamic(
-    work: Work,
-    sources: Mapping[str, str],
-    task: Task,
-    setting: tuple[str, float | None, Selection],
-) -> list[Case]:
-    """Make the case of a dynamic model and, if asked for, one with random masks of its density."""
-    name, tau, selection = setting
-    moe = work.config.moe
-    task = replace(
-        task, moe=sources["moe"], moe_scales=moe.scales, selection=selection, impl=moe.impl
-    )
-    flops = task.flops()
-    cases = [Case(f"dynamic_{name}", "dynamic", tau, task, flops)]
-    if work.config.benchmark.random_masks:
-        num_experts = work.config.var.hidden // work.config.split.expert_size
-        rules = [RandomDensity(share * num_experts) for share in flops.expert_share.values()]
-        chance = replace(task, selection=rules)
-        cases.append(Case(f"random_{name}", "random", tau, chance, chance.flops()))
-    return cases
+    chosen = [("chosen", None, work.config.selection.rules())] if benchmark.chosen else []
+    return [*((f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau), *chosen]
 
 
 def _check_compiler(work: Work) -> None:
@@ -387,12 +366,6 @@ def _check_compiler(work: Work) -> None:
             f"benchmark.compile={asked}: needs a C++ compiler, {compiler} is not there (CXX names "
             "another); allowed here: eager"
         )
-
-
-def _openable(path: Path) -> Path:
-    """Name the folder of a checkpoint of ours, or the file of published weights."""
-    ours = path.suffix == ".safetensors" and is_described(path)
-    return path.parent if ours else path
 
 
 def _check_published(folder: str, sources: Mapping[str, str]) -> None:

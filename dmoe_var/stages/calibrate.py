@@ -29,9 +29,7 @@ HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
 
 def run(work: Work) -> StageResult:
     """Calibrate tau, and write calibration.png if budgets are compared."""
-    result = from_main(_calibrated(work) if is_main() else None)
-    assert result is not None
-    return result
+    return from_main(_calibrated(work) if is_main() else StageResult({}))
 
 
 def _calibrated(work: Work) -> StageResult:
@@ -100,51 +98,43 @@ def _verified(bench: CalibrationBench, found: Found) -> dict[str, float]:
 
 def _found_for_time(calibration: Calibration, table: CostTable) -> Found:
     """Find the tau that take `budget_ms` by the cost table. A share of the FLOPs comes first; its
-    tau are then fitted to the time, as equal FLOPs may take different times."""
-    share = _share_of_time(calibration, calibration.plan, table)
-    share = _share_of_time(calibration, calibration.add_up(share).plan, table)
-    found = calibration.find(share)
-    taken = partial(_ms_of, found.plan, table)
-    target = _target_ms(calibration.bench, table)
-    try:
-        return replace(found, taus=at_cost(found.taus, taken, target))
-    except ValueError as error:
-        wanted = calibration.bench.config.budget_ms
-        raise InputError(f"calibrate.budget_ms={wanted:g}: out of reach ({error} ms)") from error
-
-
-def _target_ms(bench: CalibrationBench, table: CostTable) -> float:
-    assert bench.config.budget_ms is not None
-    return min(bench.config.budget_ms, table.dense_ms)
-
-
-def _share_of_time(calibration: Calibration, plan: Plan, table: CostTable) -> float:
-    """Find the largest share of the dense FLOPs that keeps to `budget_ms` by the cost table.
+    tau are then fitted to the time, as equal FLOPs may take different times.
 
     Raise InputError if no tau does, or none is faster than the dense model.
     """
-    config, target = calibration.bench.config, _target_ms(calibration.bench, table)
+    config = calibration.bench.config
+    assert config.budget_ms is not None
+    target = min(config.budget_ms, table.dense_ms)
     if table.fastest_ms >= target:
         raise InputError(
             f"calibrate.budget_ms={config.budget_ms:g}: out of reach on this device: a batch of "
             f"{config.time_batch} takes at least {table.fastest_ms:.1f} ms with experts, "
             f"{table.dense_ms:.1f} ms with the dense model"
         )
+    share = _share_of_time(calibration, calibration.plan, table, target)
+    share = _share_of_time(calibration, calibration.add_up(share).plan, table, target)
+    found = calibration.find(share)
+    try:
+        taus = at_cost(found.taus, partial(_ms_of, found.plan, table), target)
+    except ValueError as error:
+        wanted = f"calibrate.budget_ms={config.budget_ms:g}"
+        raise InputError(f"{wanted}: out of reach ({error} ms)") from error
+    return replace(found, taus=taus)
+
+
+def _share_of_time(
+    calibration: Calibration, plan: Plan, table: CostTable, target_ms: float
+) -> float:
+    """Find the largest share of the dense FLOPs that keeps to the time by the cost table."""
     low, high = plan.reachable()
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        fits = _ms(calibration, plan, table, middle) <= target
+        try:
+            fits = _ms_of(plan, table, taus_for(plan, calibration.losses, middle)) <= target_ms
+        except ValueError:  # no tau costs as little
+            fits = True
         low, high = (middle, high) if fits else (low, middle)
     return low / calibration.bench.dense_gmac
-
-
-def _ms(calibration: Calibration, plan: Plan, table: CostTable, gmac: float) -> float:
-    """Predict the milliseconds of the tau that cost so many GMAC."""
-    try:
-        taus = taus_for(plan, calibration.losses, gmac)
-    except ValueError:
-        return table.fastest_ms
-    return _ms_of(plan, table, taus)
 
 
 def _ms_of(plan: Plan, table: CostTable, taus: Taus) -> float:

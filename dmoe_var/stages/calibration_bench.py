@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -160,20 +160,24 @@ class Calibration:
         are sampled under the found tau correct it."""
         plan = self.plan
         for _ in range(ROUNDS):
-            plan = self.plan_under(plan.rules(self._added_up(plan, budget)))
-        return Found(budget, self._added_up(plan, budget), plan)
+            taus = self._reach(budget, partial(taus_for, plan, self.losses))
+            plan = self.plan_under(plan.rules(taus))
+        return Found(budget, self._reach(budget, partial(taus_for, plan, self.losses)), plan)
 
-    def _added_up(self, plan: Plan, budget: float) -> Taus:
+    def _reach(self, budget: float, find: Callable[[float], Taus]) -> Taus:
+        """Find tau at a share of the dense FLOPs. Raise InputError if none costs as little."""
         try:
-            return taus_for(plan, self.losses, budget * self.bench.dense_gmac)
+            return find(budget * self.bench.dense_gmac)
         except ValueError as error:
-            raise _out_of_reach(budget, error) from error
+            reason = f"out of reach ({error} GMAC)"
+            raise InputError(f"calibrate.budget={budget:g}: {reason}") from error
 
     def _refined(self, found: Found) -> Found:
         """Refine at equal FLOPs to a training loss no higher than that of `found` and of one tau
         everywhere. Images are sampled once more, to correct the FLOPs of tau that moved."""
         rounds, plan = self.bench.config.refinements, found.plan
-        one_tau = self._at_cost(dict.fromkeys(plan.tails, 0.5), plan, found.budget)
+        half = dict.fromkeys(plan.tails, 0.5)
+        one_tau = self._reach(found.budget, partial(at_cost, half, plan.gmac))
         most = most_losses(len(plan.tails), rounds)
         with self._bar(most, f"refining {found.budget:.3g}") as bar:
 
@@ -183,14 +187,8 @@ class Calibration:
 
             taus = refine(plan, [found.taus, one_tau], loss, rounds)
         plan = self.plan_under(plan.rules(taus))
-        return Found(found.budget, self._at_cost(taus, plan, found.budget), plan)
-
-    def _at_cost(self, taus: Taus, plan: Plan, budget: float) -> Taus:
-        """Scale tau to a share of the dense FLOPs. Raise InputError if no tau costs as little."""
-        try:
-            return at_cost(taus, plan.gmac, budget * self.bench.dense_gmac)
-        except ValueError as error:
-            raise _out_of_reach(budget, error) from error
+        taus = self._reach(found.budget, partial(at_cost, taus, plan.gmac))
+        return Found(found.budget, taus, plan)
 
     @property
     def _measures(self) -> bool:
@@ -203,7 +201,3 @@ class Calibration:
     def _bar(self, total: int, name: str) -> Any:
         by = " by layer" if self.by_layer else ""
         return tqdm(total=total, desc=name + by, disable=not self.bench.work.progress)
-
-
-def _out_of_reach(budget: float, error: ValueError) -> InputError:
-    return InputError(f"calibrate.budget={budget:g}: out of reach ({error} GMAC)")

@@ -106,9 +106,7 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
     bench = bench or Bench(work)
     config = work.config
     if config.evaluate.samples is not None:
-        measured = from_main(_measure_given(work, bench) if is_main() else None)
-        assert measured is not None
-        return measured
+        return from_main(_measure_given(work, bench) if is_main() else StageResult({}))
     if is_main():
         _ = bench.reference  # a fault in it ends the run before images are sampled
     folder = work.folder("evaluate")
@@ -122,9 +120,7 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
         tuple(sorted(other for other in folder.parent.glob("*") if other != folder)),
     )
     drawn = stored.draw(describe(work) if config.progress else None)
-    result = from_main(_measure(work, bench, stored, drawn) if is_main() else None)
-    assert result is not None
-    return result
+    return from_main(_measure(work, bench, stored, drawn) if is_main() else StageResult({}))
 
 
 def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:
@@ -169,15 +165,13 @@ def _compare(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measure images against the reference, and their labels if there are any. Return the metrics,
     and what a record says of how they were measured."""
-    reference, agreement = bench.reference, None if labels is None else bench.agreement
+    reference, progress = bench.reference, bench.work.config.progress
     metrics = bench.fidelity.score(
-        images,
-        reference.statistics,
-        reference.features_MD,
-        progress=bench.work.config.progress,
+        images, reference.statistics, reference.features_MD, progress=progress
     )
-    if agreement is not None and labels is not None:
-        metrics = {**metrics, "label_agreement": agreement.accuracy(all_pixels(images), labels)}
+    if labels is not None and bench.agreement is not None:
+        accuracy = bench.agreement.accuracy(all_pixels(images), labels)
+        metrics = {**metrics, "label_agreement": accuracy}
     return metrics, {
         "fidelity": bench.fidelity.name,
         "fidelity_weights_sha256": bench.fidelity.weights_sha256,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
-from dmoe_var.config.root import flatten
 from dmoe_var.distributed import is_main
 from dmoe_var.experiment.graph import require
-from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
+from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.view import OPTIONAL
+from dmoe_var.experiment.view import OPTIONAL, within
 from dmoe_var.experiment.work import Work
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
+from dmoe_var.report.records import found
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import EXPERTS
 
@@ -30,13 +30,9 @@ def run(work: Work) -> StageResult:
     about = {"folder": FOLDER, "records": [f"{r.stage}/{r.variant}" for r in records]}
     if is_main():
         save_pretrained(model, folder, records)
-        if work.config.export.push_to is not None:
-            about["url"] = push_to_hub(
-                model,
-                work.config.export.push_to,
-                private=work.config.export.private,
-                records=records,
-            )
+        to, private = work.config.export.push_to, work.config.export.private
+        if to is not None:
+            about["url"] = push_to_hub(model, to, private=private, records=records)
     tensors = {t.data_ptr(): t.numel() for t in model.parameters()}
     dense = sum(p.numel() for p in model.dense.parameters())
     metrics = {"parameters_m": sum(tensors.values()) / 1e6, "dense_parameters_m": dense / 1e6}
@@ -46,27 +42,24 @@ def run(work: Work) -> StageResult:
 def measured(work: Work) -> list[Record]:
     """Find evaluations of this very model under this rule, of the dense one, and sweeps, whatever
     their sample counts and references. Broken records are left out."""
-    given = dict(flatten({"selection": asdict(work.config.selection)}))
-    rule = {key: value for key, value in given.items() if value or key not in OPTIONAL}
-    scales = {"moe.scales": list(work.config.moe.scales)}
-    records = []
-    for stage in MEASURING:
-        for path in sorted((work.root / stage).glob(f"*/{RESULT_FILE}")):
-            record = whole_record(path, "left out")
-            shown: dict[str, Any] = {}
-            if record is None or record.config.get("evaluate.samples"):
-                continue
-            if record.config.get("evaluate.model") == "pruned" and stage == "evaluate":
-                continue
-            if stage == "evaluate" and record.config.get("evaluate.model") != "dense":
-                shown = rule | scales
-            more = [key for key in OPTIONAL if key not in shown and record.config.get(key)]
-            if more and stage == "evaluate" and record.config.get("evaluate.model") != "dense":
-                continue  # another rule, which this model does not have
-            same = all(record.config.get(key) == value for key, value in shown.items())
-            if same and not work.differing("train_router", record):
-                records.append(record)
-    return records
+    records = [record for stage in MEASURING for _, record in found(work, stage)]
+    return [r for r in records if _is_ours(work, r) and not work.differing("train_router", r)]
+
+
+def _is_ours(work: Work, record: Record) -> bool:
+    model = record.config.get("evaluate.model")
+    if record.stage == "sweep" or model == "dense":
+        return True
+    return model != "pruned" and _rule(record.config) == _rule(work.whole.leaves)
+
+
+def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect the keys that say which experts run, and at which scales."""
+    return {
+        key: value
+        for key, value in config.items()
+        if within(key, ("selection", "moe.scales")) and (value or key not in OPTIONAL)
+    }
 
 
 STAGE = Stage("export", run, reads=(*EXPERTS, "export"), needs=("train_router",), always_runs=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from tqdm import tqdm
 
@@ -19,11 +19,10 @@ from dmoe_var.experiment.record import RESULT_FILE
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures import claims
-from dmoe_var.files import note as say_once
 from dmoe_var.files import read_json, write_text
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.catalogue import FIGURES
-from dmoe_var.stages.catalogue.figure import Data, Figure, Need, at_size, note
+from dmoe_var.stages.catalogue.figure import Figure, Need, at_size, note
 
 
 def chosen(work: Work) -> dict[str, Figure]:
@@ -56,11 +55,12 @@ def missing(work: Work) -> list[Need]:
 def plan_text(work: Work, steps: Sequence[Need]) -> str:
     """Write the steps in their order as text."""
     lines = [f"{i:4d}  {step.work.folder(step.stage)}" for i, step in enumerate(steps, 1)]
-    lines.append(f"{len(steps)} steps")
-    for name, figure in chosen(work).items():
-        if figure.pending:
-            lines.append(f"the points of figure {name} come after {figure.pending}")
-    return "\n".join(lines)
+    pending = [
+        f"the points of figure {name} come after {figure.pending}"
+        for name, figure in chosen(work).items()
+        if figure.pending
+    ]
+    return "\n".join([*lines, f"{len(steps)} steps", *pending])
 
 
 def make(work: Work) -> None:
@@ -72,19 +72,18 @@ def make(work: Work) -> None:
         shown = tqdm(steps, desc="figures", disable=not work.progress)
         for step in shown:
             shown.set_postfix_str(f"{step.stage}/{step.work.variant(step.stage)}"[:60])
+            function = None
             if step.stage == "evaluate":
                 bench = bench or evaluate.Bench(step.work)
-                shared = bench
-                run_stage(step.work, step.stage, lambda w, b=shared: evaluate.run(w, b))  # type: ignore[misc]
-            else:
-                run_stage(step.work, step.stage)
+                function = partial(evaluate.run, bench=bench)
+            run_stage(step.work, step.stage, function)
 
 
 def missing_everywhere(work: Work) -> list[Need]:
     """List the missing steps as the main process sees them."""
     steps = missing(work)
-    folders = from_main([str(s.work.folder(s.stage)) for s in steps])
-    return [s for s in steps if str(s.work.folder(s.stage)) in set(folders)]
+    folders = from_main({s.work.folder(s.stage) for s in steps})
+    return [s for s in steps if s.work.folder(s.stage) in folders]
 
 
 def run(work: Work) -> StageResult:
@@ -103,17 +102,13 @@ def run(work: Work) -> StageResult:
         )
     if is_main():
         for name, figure in tqdm(chosen(work).items(), desc="draw", disable=not work.progress):
-            _draw(work, figure, figure.data(at_size(work), name))
+            data = figure.data(at_size(work), name)
+            path = work.folder("figures") / f"figure_{name}.json"
+            write_text(path, json.dumps(data, indent=1) + "\n")
+            figure.draw(at_size(work), data, [path.with_suffix(kind) for kind in (".png", ".pdf")])
         write_text(work.folder("figures") / "claims.md", claims.table(_verdicts(work)) + "\n")
     about = {"figures": list(figures.names), "quick": figures.quick, "note": note(at_size(work))}
     return from_main(StageResult({"figures": len(figures.names)}, 0, about))
-
-
-def _draw(work: Work, figure: Figure, data: Data) -> None:
-    """Write figure_<name>.png and .pdf, and .json with what they show."""
-    path = work.folder("figures") / f"figure_{data['figure']}.json"
-    write_text(path, json.dumps(data, indent=1) + "\n")
-    figure.draw(at_size(work), data, [path.with_suffix(kind) for kind in (".png", ".pdf")])
 
 
 def _verdicts(work: Work) -> list[claims.Verdict]:
@@ -122,20 +117,10 @@ def _verdicts(work: Work) -> list[claims.Verdict]:
     now = at_size(work).fingerprint("figures")
     for name, figure in FIGURES.items():
         path = work.folder("figures") / f"figure_{name}.json"
-        data = _stored(path) if path.exists() else {}
+        data = read_json(path, DataError) if path.exists() else {}
         if data.get("fingerprint") == now:
             found += figure(at_size(work)).verdicts(data)
     return found
-
-
-def _stored(path: Path) -> Data:
-    """Read a figure's data. Give none, with a note, if a crash left something else in the file."""
-    try:
-        data = read_json(path, DataError)
-    except DataError as error:
-        say_once(f"{error}; left out")
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 READS = (

@@ -22,9 +22,6 @@ from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
 
-BRANCHES = 2
-"""Rows per image under guidance."""
-
 
 def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
     """Time a layer of the configured width at each of `moe.scales` and, with `real_masks`, those of
@@ -42,15 +39,12 @@ def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
             for shape, layers in _drawn(work, selection, size):
                 timed = time_layers(shape, layers, rates, benchmark.repeats)
                 rows += [row | {"masks": name} for row in timed]
-    metrics = {
-        "product_gflops_per_s": rates.gflops_per_s,
-        "copy_gbytes_per_s": rates.gbytes_per_s,
-    }
+    product, copy = rates.gflops_per_s, rates.gbytes_per_s
+    metrics = {"product_gflops_per_s": product, "copy_gbytes_per_s": copy}
     for row in rows:
-        density = "" if row["density"] is None else f"_d{row['density']:g}"
-        if row["masks"] != "random":
-            density = f"_{row['masks']}"
-        name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}{density}"
+        masks = "" if row["density"] is None else f"_d{row['density']:g}"
+        masks = masks if row["masks"] == "random" else f"_{row['masks']}"
+        name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}{masks}"
         metrics[f"{name}_ms_median"] = row["ms_median"]
         metrics[f"{name}_time_ratio"] = row["time_ratio"]
     draw_kernels(rows, work.folder("benchmark") / "kernels.png")
@@ -60,7 +54,7 @@ def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
 def _shapes(work: Work) -> list[Shape]:
     """List the shapes. Raise ConfigError for experts that do not divide the hidden width."""
     config, found = work.config, []
-    branches = BRANCHES if config.sampling.cfg else 1
+    branches = 2 if config.sampling.cfg else 1  # rows per image
     for size in config.benchmark.expert_sizes:
         if config.var.hidden % size:
             raise ConfigError(

@@ -23,7 +23,7 @@ from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.work import Work
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.var import VAR, VARConfig
+from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import ExpertConfig
 from dmoe_var.moe.router import default_hidden
@@ -58,33 +58,38 @@ def vqvae(work: Work) -> VQVAE:
 
 def dense(work: Work) -> VAR:
     """Load the base VAR, in eval mode on the work's device."""
-    given = work.config.base.var
-    return _var(work, given or checkpoint(work, "train_var"), work.config.var)
+    return var(work, "train_var")
 
 
 def sparse(work: Work) -> VAR:
     """Load the fine-tuned VAR, before it is split."""
-    config = replace(work.config.var, activation=work.config.sparsify.activation)
-    return _var(work, checkpoint(work, "sparsify"), config)
+    return var(work, "sparsify")
 
 
 def split(work: Work, stage: str = "train_router") -> VAR:
     """Load the expert VAR as a stage left it: `split` (untrained routers) or `train_router`."""
-    hidden = work.config.split.router_hidden or default_hidden(work.config.var.C)
-    config = replace(
-        work.config.var,
-        activation=work.config.sparsify.activation,
-        experts=ExpertConfig(work.config.split.expert_size, hidden),
-    )
-    return _var(work, checkpoint(work, stage), config)
+    return var(work, stage)
 
 
 def var(work: Work, stage: str) -> VAR:
     """Load the VAR as a stage left it, in eval mode on the work's device. The stage is train_var
     (or the VAR is given), sparsify, split or train_router."""
+    given = work.config.base.var if stage == "train_var" else None
+    source, expected = given or checkpoint(work, stage), work.config.var
+    if stage != "train_var":
+        expected = replace(expected, activation=work.config.sparsify.activation)
     if stage in ("split", "train_router"):
-        return split(work, stage)
-    return {"train_var": dense, "sparsify": sparse}[stage](work)
+        hidden = work.config.split.router_hidden or default_hidden(expected.C)
+        experts = ExpertConfig(work.config.split.expert_size, hidden)
+        expected = replace(expected, experts=experts)
+    model = load_var(source)
+    config = model.config
+    if config.experts is not None and config.experts.router_hidden is None:
+        experts = replace(config.experts, router_hidden=default_hidden(config.C))
+        config = replace(config, experts=experts)
+    _check(str(source), config, expected, TRAINING_ONLY)
+    configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
+    return configured.to(work.device, torch.float32)
 
 
 def dynamic(work: Work) -> DynamicVAR:
@@ -136,17 +141,6 @@ class Models:
             self._latest[kind] = (key, make())
         made: T = self._latest[kind][1]
         return made
-
-
-def _var(work: Work, source: str | Path, expected: VARConfig) -> VAR:
-    model = load_var(source)
-    config = model.config
-    if config.experts is not None and config.experts.router_hidden is None:
-        experts = ExpertConfig(config.experts.expert_size, default_hidden(config.C))
-        config = replace(config, experts=experts)
-    _check(str(source), config, expected, TRAINING_ONLY)
-    configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
-    return configured.to(work.device, torch.float32)
 
 
 def _check(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dmoe_var.arrays import read_npz, write_npz
-from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import barrier, is_main
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts
-from dmoe_var.moe.observer import Observer, joined
+from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
+from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.loaded import EXPERTS, Models
 
@@ -36,7 +33,7 @@ def run(work: Work) -> StageResult:
     shown = {CHOSEN: config.selection, **{f"{t:g}": SelectionConfig(tau=(t,)) for t in maps.tau}}
     labels = list(range(min(maps.images, config.var.num_classes)))
     if is_main():
-        models, arrays = Models(work), dict[str, Any]()
+        models, arrays = Models(work), dict[str, np.ndarray]()
         for i, selection in enumerate(shown.values()):
             found = collect_maps(work, models, labels, selection.rules(), maps.seed)
             arrays |= {f"images_{i}": found.images, f"maps_{i}": found.maps}
@@ -51,18 +48,6 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
     """Read the maps of one setting. Raise DataError if the file is missing or broken."""
     images, maps = read_npz(folder / MAPS_FILE, [f"images_{number}", f"maps_{number}"])
     return ExpertMaps(images, maps)
-
-
-class DecodedScales(Observer):
-    """Decodes the pictures so far after each of some scales: uint8 (N, R, R, 3) by scale."""
-
-    def __init__(self, vqvae: VQVAE, scales: Sequence[int]):
-        self.by_scale: dict[int, np.ndarray] = {}
-        self._vqvae, self._scales = vqvae, scales
-
-    def on_scale(self, si: int, f_hat_BCHW: Tensor) -> None:
-        if si in self._scales:
-            self.by_scale[si] = to_uint8((self._vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2)
 
 
 @torch.inference_mode()
@@ -84,18 +69,13 @@ def collect_maps(
         observer=joined(counts, pictures),
     )
     most = config.var.depth * (config.var.hidden // config.split.expert_size)
-    finest = config.var.patch_nums[-1]
-    maps = [_share(counts.per_token(si), len(labels), most, finest) for si in config.moe.scales]
+    sides, maps = config.var.patch_nums, []
+    for si in config.moe.scales:
+        conditional_Nl = counts.per_token(si)[:, : len(labels)].sum(0).float() / most
+        share_N1pp = conditional_Nl.view(len(labels), 1, sides[si], sides[si])
+        maps.append(F.interpolate(share_N1pp, size=sides[-1], mode="nearest")[:, 0].cpu().numpy())
     images = np.stack([pictures.by_scale[si] for si in config.moe.scales], axis=1)
     return ExpertMaps(images, np.stack(maps, axis=1))
-
-
-def _share(per_token: Tensor, num_images: int, most: int, finest: int) -> np.ndarray:
-    """Turn counts (layers, rows, l) into the density at each token, (N, P, P)."""
-    conditional_Nl = per_token[:, :num_images].sum(0).float() / most
-    side = round(conditional_Nl.shape[1] ** 0.5)
-    share_N1pp = conditional_Nl.view(num_images, 1, side, side)
-    return F.interpolate(share_N1pp, size=(finest, finest), mode="nearest")[:, 0].cpu().numpy()
 
 
 STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=("train_router",))

@@ -4,8 +4,7 @@ knows what the model reads and is made of, how it is loaded and what is told of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from dmoe_var.config.root import Config
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
-from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.distributed import rank, world_size
 from dmoe_var.experiment.stage import Keys
 from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
-from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import EXPERTS, Models, token_sets
 
@@ -75,14 +72,6 @@ class Dynamic(Dense):
         return f"{config.selection.text} at scales {_scales(config)}"
 
 
-@dataclass(frozen=True)
-class PrunedVAR:
-    """A VAR with narrower FFNs, and the neurons that each layer kept, rising."""
-
-    var: VAR
-    kept: list[list[int]]
-
-
 class Pruned(Dense):
     """The base VAR with FFNs at `moe.scales` that `pruning` made narrower."""
 
@@ -93,11 +82,11 @@ class Pruned(Dense):
 
     def load(self, models: Models, work: Work) -> DynamicVAR:
         dense = models.var_of(work, "train_var")
-        return DynamicVAR(dense, self.pruned(models, work).var, work.config.moe.scales)
+        return DynamicVAR(dense, self.pruned(models, work)[0], work.config.moe.scales)
 
     def about(self, models: Models, work: Work) -> dict[str, Any]:
         """Write pruning.json beside the record: the neurons that stay, by layer."""
-        kept = self.pruned(models, work).kept  # made when the images were sampled
+        _, kept = self.pruned(models, work)  # made when the images were sampled
         content = {"hidden": work.config.var.hidden, "kept": kept}
         write_text(work.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
         return {"pruning": PRUNING_FILE, "kept_neurons": len(kept[0])}
@@ -107,8 +96,9 @@ class Pruned(Dense):
         how = f"{pruning.model} pruned by {pruning.share:g} ({pruning.rule})"
         return f"{how} at scales {_scales(config)}"
 
-    def pruned(self, models: Models, work: Work) -> PrunedVAR:
-        """Prune the VAR of a point, or reuse the latest. All processes call it at once."""
+    def pruned(self, models: Models, work: Work) -> tuple[VAR, list[list[int]]]:
+        """Prune the VAR of a point, or reuse the latest; also return the neurons that each layer
+        kept, rising. All processes call it at once."""
         pruning, scales = work.config.pruning, work.config.moe.scales
         (stage,) = self.needs(work.config)
         of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
@@ -116,9 +106,9 @@ class Pruned(Dense):
         var = models.var_of(work, stage)
         means = models.made(("means", *key), key, lambda: _mean_activations(work, var))
 
-        def make() -> PrunedVAR:
+        def make() -> tuple[VAR, list[list[int]]]:
             kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
-            return PrunedVAR(prune(var, pruning.share, means), kept)
+            return prune(var, pruning.share, means), kept
 
         return models.made("pruned", (*key, pruning.share), make)
 
@@ -142,14 +132,11 @@ def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
     num_images = min(pruning.images, len(tokens))
     indices = torch.arange(num_images) * len(tokens) // num_images
     batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
-    inputs = _teacher_inputs(tokens, batches, vqvae, work.device)
-    return mean_activations(var, inputs, work.config.moe.scales, pruning.rule == "mean_signed")
 
+    def inputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for indices_B in batches:
+            tokens_BL, labels_B = tokens.batch(indices_B)
+            teacher = vqvae.teacher_input(tokens.by_scale(tokens_BL.to(work.device)))
+            yield labels_B.to(work.device), teacher
 
-def _teacher_inputs(
-    tokens: TokenSet, batches: Sequence[Tensor], vqvae: VQVAE, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield labels (B,) and teacher input (B, L - 1, Cvae) for each batch of indices."""
-    for indices_B in batches:
-        tokens_BL, labels_B = tokens.batch(indices_B)
-        yield labels_B.to(device), vqvae.teacher_input(tokens.by_scale(tokens_BL.to(device)))
+    return mean_activations(var, inputs(), work.config.moe.scales, pruning.rule == "mean_signed")

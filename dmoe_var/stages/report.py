@@ -19,12 +19,13 @@ from dmoe_var.experiment.record import git_commit, now
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
-from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, FlopReport, report
+from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
-from dmoe_var.moe.selection import Threshold
+from dmoe_var.moe.observer import Observer
+from dmoe_var.moe.selection import SelectionRule, Threshold
 from dmoe_var.moe.tau_schedule import by_scale
 from dmoe_var.report import microscope, page
 from dmoe_var.report.pictures import png_uri
@@ -41,9 +42,7 @@ PICTURES = 4
 
 def run(work: Work) -> StageResult:
     """Write report.html. The main process samples its few pictures."""
-    result = from_main(_write(work) if is_main() else None)
-    assert result is not None
-    return result
+    return from_main(_write(work) if is_main() else StageResult({}))
 
 
 def _write(work: Work) -> StageResult:
@@ -60,28 +59,26 @@ def _write(work: Work) -> StageResult:
     text = page.build(f"DMoE-VAR: {config.name}", data)
     write_text(work.folder("report") / REPORT_FILE, text)
     pictures = len(data["microscope"]["pictures"])
-    missing = [
-        row["name"] for row in data["stages"] if row["state"] in ("missing", "made otherwise")
-    ]
     points = sum(len(curve["rows"]) for curve in data["quality"]["curves"])
     metrics = {
         "page_mb": len(text.encode()) / MB,
         "points": float(points),
         "microscope_pictures": float(pictures),
     }
+    lacking = ("missing", "made otherwise")
+    missing = [row["name"] for row in data["stages"] if row["state"] in lacking]
     about = {"page": REPORT_FILE, "missing": missing}
     return StageResult(metrics, pictures, about, config.report.seed, config.sampling.dtype)
 
 
 def _about(config: Config) -> dict[str, Any]:
-    experts = config.var.hidden // config.split.expert_size
     return {
         "name": config.name,
         "made": now(),
         "commit": git_commit(),
         "patch_nums": list(config.var.patch_nums),
         "moe_scales": list(config.moe.scales),
-        "num_experts": experts,
+        "num_experts": config.var.hidden // config.split.expert_size,
         "expert_size": config.split.expert_size,
         "depth": config.var.depth,
         "width": config.var.C,
@@ -97,39 +94,39 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     guided = config.sampling.cfg != 0
     fixed = fixed_cost(model, bench.vqvae, guided, share_mask=config.sampling.share_mask)
     names = class_names(config.data.kind, config.var.num_classes)
+    experts = config.var.hidden // config.split.expert_size
+    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
+    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
     content: dict[str, Any] = {
         **costs(fixed, fixed_cost(bench.dense, bench.vqvae, guided)),
         "chosen": _chosen_tau(work),
         "tau": list(config.report.tau),
         "pictures": [],
-        "left_out": 0,
+        "picture_mb": each / MB,
+        "max_mb": config.report.max_mb,
     }
-    experts = config.var.hidden // config.split.expert_size
-    tokens = sum(config.var.patch_nums[si] ** 2 for si in config.moe.scales)
-    each = microscope.num_bytes(config.var.depth, fixed.branches, tokens, experts)
     labels = config.report.labels or range(min(PICTURES, config.var.num_classes))
     for index, label in enumerate(tqdm(labels, "microscope", disable=not work.progress)):
         if each > budget:
             break
         shown = _picture(work, bench, model, fixed, index, label)
         shown["name"] = title(names, label)
-        size = len(json.dumps(shown))
-        if size > budget:
+        budget -= len(json.dumps(shown))
+        if budget < 0:
             break
-        budget -= size
         content["pictures"].append(shown)
     content["left_out"] = len(labels) - len(content["pictures"])
-    content["picture_mb"] = each / MB
-    content["max_mb"] = config.report.max_mb
     return content
 
 
 def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     """Count GMAC of an image without its experts, of a (token, expert) pair by sparse scale, and of
     the dense model's image. The sampler's parts count, the decoder does not."""
-    always = sum(sum(fixed.macs[part]) for part in SAMPLER_PARTS if part in fixed.macs)
+    always, everything = (
+        sum(sum(cost.macs[part]) for part in SAMPLER_PARTS if part in cost.macs)
+        for cost in (fixed, dense)
+    )
     routers = sum(cost.router_macs for cost in fixed.experts.values())
-    everything = sum(sum(dense.macs[part]) for part in SAMPLER_PARTS if part in dense.macs)
     return {
         "branches": fixed.branches,
         "fixed_gmac": (always + routers) / GIGA,
@@ -154,11 +151,13 @@ def _picture(
     recording = microscope.record(
         model, bench.vqvae, label, given.seed, index, config.sampling, config.moe.impl
     )
-    dense, _ = _draw(work, bench, bench.dense, index, label, None, fixed)
+    dense = _draw(work, bench, bench.dense, index, label)
     drawn = []
     for tau in given.tau:
-        image, cost = _draw(work, bench, model, index, label, tau, fixed)
-        assert cost is not None
+        rule, counts = Threshold(tau), ExpertCounts()
+        image = _draw(work, bench, model, index, label, rule, counts)
+        rules = dict.fromkeys(config.moe.scales, rule)
+        cost = report(fixed, ExpertHistogram.of(counts, rules, 1), rules)
         drawn.append({
             "tau": tau,
             "gmac": cost.total_gmac,
@@ -182,21 +181,16 @@ def _draw(
     model: VAR | DynamicVAR,
     index: int,
     label: int,
-    tau: float | None,
-    fixed: FixedCost,
-) -> tuple[np.ndarray, FlopReport | None]:
-    """Sample a picture, uint8 (R, R, 3), and count what it cost if experts are selected."""
-    config, sampling = work.config, work.config.sampling
-    rule, counts = None if tau is None else Threshold(tau), ExpertCounts()
+    rule: SelectionRule | None = None,
+    observer: Observer | None = None,
+) -> np.ndarray:
+    """Sample a picture, uint8 (R, R, 3)."""
+    config = work.config
     image_13RR = generate(
-        model, bench.vqvae, [label], **sampling.options, seed=config.report.seed, selection=rule,
-        start_index=index, impl=config.moe.impl, observer=counts,
+        model, bench.vqvae, [label], **config.sampling.options, seed=config.report.seed,
+        selection=rule, start_index=index, impl=config.moe.impl, observer=observer,
     )  # fmt: skip
-    image = to_uint8(image_13RR)[0]
-    if rule is None:
-        return image, None
-    rules = dict.fromkeys(config.moe.scales, rule)
-    return image, report(fixed, ExpertHistogram.of(counts, rules, 1), rules)
+    return to_uint8(image_13RR)[0]
 
 
 STAGE = Stage(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dmoe_var.arrays import write_npz
 from dmoe_var.config.root import Config
 from dmoe_var.data.class_names import class_names, slug, title
 from dmoe_var.data.images import to_uint8
@@ -29,15 +30,14 @@ from dmoe_var.files import whole_file
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.moe.selection import Selection, SelectionConfig, describe
+from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
-from dmoe_var.sampling.draw import balanced_labels
+from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages import loaded
 from dmoe_var.stages.loaded import EXPERTS
 
 MOST_CLASSES = 10  # sampled if `sample.classes` is null
-SAMPLES_FILE = "samples.npz"
 GRID_FILE = "grid.png"
 
 
@@ -121,13 +121,13 @@ def settled(work: Work) -> tuple[Work, str | None]:
 
 def _missing(work: Work) -> InputError | None:
     """Find why pictures cannot be sampled yet. Raise CheckpointError for a stage that is broken."""
-    for stage in work.needs("sample"):
-        try:
+    try:
+        for stage in work.needs("sample"):
             require(work, stage)
-        except CheckpointError:
+    except InputError as error:
+        if isinstance(error, CheckpointError):
             raise
-        except InputError as error:
-            return error
+        return error
     return None
 
 
@@ -168,22 +168,16 @@ def run(work: Work) -> StageResult:
 def _drawers(work: Work) -> dict[str, Drawer]:
     """Load the models to sample from, by the name of their folder."""
     config, sample = work.config, work.config.sample
-    dtype = config.sampling.torch_dtype
+    dtype, stored = config.sampling.torch_dtype, None
     if sample.pretrained is not None:
-        dynamic = _pretrained(sample.pretrained, config).to(work.device, dtype)
-        dense = dynamic.dense
-    else:
-        dense = loaded.dense(work).to(dtype)
-        if "dynamic" in _models(config):
-            dynamic = DynamicVAR(dense, loaded.split(work).to(dtype), config.moe.scales)
-    drawers = {}
-    if "dense" in _models(config):
-        drawers["dense"] = Drawer(dense, "dense VAR")
+        stored = _pretrained(sample.pretrained, config).to(work.device, dtype)
+    dense = loaded.dense(work).to(dtype) if stored is None else stored.dense
+    drawers = {"dense": Drawer(dense, "dense VAR")} if "dense" in _models(config) else {}
     if "dynamic" in _models(config):
-        stored = sample.pretrained is not None and sample.selection == "stored"
-        given: Selection = dynamic.selection if stored else config.selection.rules()
-        title = f"DMoE-VAR, {describe(given)}"
-        drawers["dynamic"] = Drawer(dynamic, title, given, config.moe.impl)
+        dynamic = stored or DynamicVAR(dense, loaded.split(work).to(dtype), config.moe.scales)
+        own = stored is not None and sample.selection == "stored"
+        rules: Selection = dynamic.selection if own else config.selection.rules()
+        drawers["dynamic"] = Drawer(dynamic, f"DMoE-VAR, {describe(rules)}", rules, config.moe.impl)
     return drawers
 
 
@@ -203,19 +197,14 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
                 f"{source}: {name} is {theirs}, the configuration says var.{name}={ours}"
             )
     if config.sample.selection == "given" and "dynamic" in _models(config):
-        _check_selection(source, model, config.selection)
+        shape, given = model.moe.config, config.selection
+        scales = (shape.num_scales, model.moe_scales)
+        try:  # not every rule fits the stored model
+            check_configured(given, *scales, shape.depth, shape.num_experts)
+            rules_of(model, selection=given.rules())
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from error
     return model
-
-
-def _check_selection(source: str, model: DynamicVAR, selection: SelectionConfig) -> None:
-    """Raise CheckpointError for a rule that the stored model cannot run."""
-    config = model.moe.config
-    scales = (config.num_scales, model.moe_scales)
-    try:
-        check_configured(selection, *scales, config.depth, config.num_experts)
-        rules_of(model, selection=selection.rules())
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: str) -> np.ndarray:
@@ -245,13 +234,11 @@ def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: st
 def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bool) -> None:
     """Write one model's folder anew."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     labels, seeds, start_indices = np.array(pictures.cells, dtype=np.int64).T
-    with whole_file(folder / SAMPLES_FILE) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images, labels=labels, seeds=seeds, start_indices=start_indices)
-    if not single_pngs:
-        return
-    for image, file_name in zip(images, pictures.file_names, strict=True):
+    keys = {"labels": labels, "seeds": seeds, "start_indices": start_indices}
+    write_npz(folder / SAMPLES_FILE, {"arr_0": images, **keys})
+    named = zip(images, pictures.file_names, strict=True) if single_pngs else ()
+    for image, file_name in named:
         with whole_file(folder / file_name) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
 

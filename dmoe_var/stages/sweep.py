@@ -85,15 +85,13 @@ def whole(work: Work) -> Work:
 def _measure(work: Work, bench: evaluate.Bench) -> list[Record]:
     """Measure what is missing of the planned points; return the records of all."""
     measured: list[Record] = []
-    hidden = not (work.config.progress and is_main())
-
     new: list[Work] = []
 
     def measure(each: Work) -> StageResult:
         new.append(each)
         return evaluate.run(each, bench)
 
-    for (_, point), seed in tqdm(planned(work), desc="sweep", disable=hidden):
+    for (_, point), seed in tqdm(planned(work), desc="sweep", disable=not work.progress):
         each = point.work(whole(work), seed)
         record = run_stage(each, "evaluate", measure)
         measured.append(record)
@@ -113,7 +111,10 @@ def run(work: Work) -> StageResult:
         _row(work, *setting, of_setting)
         for setting, of_setting in zip(settings(work), by_setting, strict=True)
     ]
-    _add_savings(rows)
+    dense = rows[0]
+    for row in rows:
+        row["flops_saved"] = 1 - row["flops_gmac"] / dense["flops_gmac"]
+        row["fid_change"] = row["fid_mean"] / dense["fid_mean"] - 1
     fid_name = records[0].about["fidelity"]
     if is_main():
         _draw(work, bench, rows, fid_name)
@@ -135,14 +136,6 @@ def _row(work: Work, curve: Curve, point: Point, records: list[Record]) -> dict[
     }
 
 
-def _add_savings(rows: list[dict[str, Any]]) -> None:
-    """Add FLOPs saved and FID change against the dense model of the same sweep."""
-    dense = rows[0]
-    for row in rows:
-        row["flops_saved"] = 1 - row["flops_gmac"] / dense["flops_gmac"]
-        row["fid_change"] = row["fid_mean"] / dense["fid_mean"] - 1
-
-
 def _headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Collect the dense model's and the operating point's numbers, flat."""
     names = {"dense": "dense", "chosen": "operating_point"}
@@ -161,14 +154,12 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_name: str) -> None:
-    folder = work.folder("sweep")
-    config = work.config
+    folder, config = work.folder("sweep"), work.config
     title = (
         f"{config.name}: {config.evaluate.num_samples} images a point, "
         f"{len(config.sweep.seeds)} seed(s), cfg {config.sampling.cfg:g}"
     )
-    path = folder / "fid_over_flops.png"
-    fid_over_flops.draw(curves_of(rows), fid_name, title, "", path)
+    fid_over_flops.draw(curves_of(rows), fid_name, title, "", folder / "fid_over_flops.png")
     write_text(folder / "table.md", table(rows, fid_name) + "\n")
     seed, found = config.sweep.seeds[0], settings(work)
     dense = found[0][1].work(whole(work), seed)
@@ -183,16 +174,13 @@ def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_nam
         f"DMoE-VAR, tau {', '.join(f'{t:g}' for t in tau)}": _first_images(dynamic),
     }
     sample_grid.draw(panels, min(GRID_CLASSES, config.var.num_classes), folder / "samples.png")
-    by_tau = {}
-    shown = {"tau 0": (0.0,), "chosen tau": tau, "twice that": _twice(tau)}
-    for name, taus in shown.items():
-        labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
-        by_tau[name] = collect_maps(work, bench, labels, SelectionConfig(tau=taus).rules(), seed)
+    twice = tuple(min(1.0, 2 * value) for value in tau)
+    labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
+    by_tau = {
+        name: collect_maps(work, bench, labels, SelectionConfig(tau=taus).rules(), seed)
+        for name, taus in (("tau 0", (0.0,)), ("chosen tau", tau), ("twice that", twice))
+    }
     expert_maps.draw(by_tau, list(config.moe.scales), folder / "expert_maps.png")
-
-
-def _twice(tau: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(min(1.0, 2 * value) for value in tau)
 
 
 def _first_images(point_work: Work) -> np.ndarray:
@@ -216,14 +204,18 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
     """Format the sweep as a Markdown table. A single seed has no spread."""
     columns = _columns(rows)
     titles = [column.removesuffix("_mean").replace("_", " ") for column in columns]
-    heads = ["setting", "tau", "GMAC", "saved", fid_over_flops.display_name(fid_name)]
-    heads += ["against dense", *titles]
+    fid = fid_over_flops.display_name(fid_name)
+    heads = ["setting", "tau", "GMAC", "saved", fid, "against dense", *titles]
     lines = []
     for row in rows:
         tau = ", ".join(f"{value:g}" for value in row["tau"]) or "-"
         names = {"last": "last scales", "all": "all scales", "lists": row["label"]}
         name = names.get(row["group"], row["group"])
         name = f"**{row['label']}** (operating point)" if row["group"] == "chosen" else name
+        scores = [
+            f"{row[key]:.2f}" if key.startswith("inception_score") else f"{row[key]:.1%}"
+            for key in columns
+        ]
         lines.append([
             name,
             tau,
@@ -231,14 +223,9 @@ def table(rows: list[dict[str, Any]], fid_name: str) -> str:
             f"{row['flops_saved']:.1%}",
             f"{row['fid_mean']:.3f}" + (f" ± {row['fid_std']:.3f}" if row["fid_std"] else ""),
             f"{row['fid_change']:+.2%}",
-            *(_cell(column, row[column]) for column in columns),
+            *scores,
         ])  # fmt: skip
     return markdown.table(heads, lines)
-
-
-def _cell(column: str, value: float) -> str:
-    """Format a score as a number and a share in percent."""
-    return f"{value:.2f}" if column.startswith("inception_score") else f"{value:.1%}"
 
 
 def table_of(record: Record) -> str:

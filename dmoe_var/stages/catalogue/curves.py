@@ -60,15 +60,12 @@ def trade(work: Work) -> Figure:
         dense_curve(f"dense, depth {d}", _of_depth(work, int(d), source), 1 - i / len(other))
         for i, (d, source) in enumerate(other.items())
     ]
-    return Figure(
-        "the trade: FID over FLOPs",
-        draw,
-        curves=[dense_curve(), last, everywhere, pruned, _chosen(work), *others],
-        claims=[
-            Claim(LAST_SCALES, last.name, everywhere.name),
-            Claim("routing by token beats pruning", last.name, pruned.name),
-        ],
-    )
+    claims = [
+        Claim(LAST_SCALES, last.name, everywhere.name),
+        Claim("routing by token beats pruning", last.name, pruned.name),
+    ]
+    curves = [last, everywhere, pruned, _chosen(work), *others]
+    return _beside_dense("the trade: FID over FLOPs", curves, claims)
 
 
 def single_scales(work: Work) -> Figure:
@@ -79,12 +76,8 @@ def single_scales(work: Work) -> Figure:
         for si, shade in zip(scales, shades(scales), strict=True)
     ]
     *coarser, finest = curves
-    return Figure(
-        "experts at a single scale",
-        draw,
-        curves=[dense_curve(), *curves],
-        claims=[Claim(LAST_SCALES, finest.name, other.name) for other in coarser],
-    )
+    claims = [Claim(LAST_SCALES, finest.name, other.name) for other in coarser]
+    return _beside_dense("experts at a single scale", curves, claims)
 
 
 def depths(work: Work) -> Figure:
@@ -115,15 +108,11 @@ def without_relu(work: Work) -> Figure:
     both = _over_tau(work, "ReLU and Hoyer", "oracle", rule="oracle")
     relu = _over_tau(work, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
     hoyer = _over_tau(work, "GELU and Hoyer", "all", gelu, rule="oracle")
-    return Figure(
-        "without ReLUfication (oracle selection)",
-        draw,
-        curves=[dense_curve(), both, relu, hoyer],
-        claims=[
-            Claim("ReLU gives more than Hoyer", relu.name, hoyer.name),
-            Claim("Hoyer adds to ReLU", both.name, relu.name),
-        ],
-    )
+    claims = [
+        Claim("ReLU gives more than Hoyer", relu.name, hoyer.name),
+        Claim("Hoyer adds to ReLU", both.name, relu.name),
+    ]
+    return _beside_dense("without ReLUfication (oracle selection)", [both, relu, hoyer], claims)
 
 
 def sizes(work: Work) -> Figure:
@@ -133,14 +122,9 @@ def sizes(work: Work) -> Figure:
     for size, shade in zip(fitting, shades(fitting), strict=True):
         changes = {"split.expert_size": size}
         curves.append(_over_tau(work, f"experts of {size}", "oracle", changes, shade, "oracle"))
-    smallest, largest = curves[0], curves[-1]
-    claim = Claim("smaller experts are better in FID", smallest.name, largest.name)
-    return Figure(
-        "expert sizes (oracle selection)",
-        draw,
-        curves=[dense_curve(), *curves],
-        claims=[claim] if len(curves) > 1 else [],
-    )
+    claim = Claim("smaller experts are better in FID", curves[0].name, curves[-1].name)
+    claims = [claim] if len(curves) > 1 else []
+    return _beside_dense("expert sizes (oracle selection)", curves, claims)
 
 
 def rules(work: Work) -> Figure:
@@ -155,20 +139,16 @@ def rules(work: Work) -> Figure:
         return _along(name, rule, f"selection.{key}", values, changes)
 
     routers, chance = _over_tau(work, "Eq. 3", "last"), curve("random k", "random", "k", counts)
-    return Figure(
-        "selection rules on the last scales",
-        draw,
-        curves=[
-            dense_curve(),
-            routers,
-            curve("top-k", "top_k", "k", counts),
-            curve("cumulative share", "cumulative", "share", shares),
-            chance,
-            _over_tau(work, "oracle, Eq. 3", "oracle", rule="oracle"),
-            _over_tau(work, "keys, Eq. 3", "keys", rule="keys"),
-        ],
-        claims=[Claim("routers beat chance", routers.name, chance.name)],
-    )
+    curves = [
+        routers,
+        curve("top-k", "top_k", "k", counts),
+        curve("cumulative share", "cumulative", "share", shares),
+        chance,
+        _over_tau(work, "oracle, Eq. 3", "oracle", rule="oracle"),
+        _over_tau(work, "keys, Eq. 3", "keys", rule="keys"),
+    ]
+    claims = [Claim("routers beat chance", routers.name, chance.name)]
+    return _beside_dense("selection rules on the last scales", curves, claims)
 
 
 def calibration(work: Work) -> Figure:
@@ -204,6 +184,11 @@ def accounting(work: Work) -> Figure:
     last = _over_tau(work, "one tau, last scales", "last")
     curves = [dense_curve(), last, _chosen(work)]
     return Figure("what counting does to the axis", draw_accounting, curves=curves)
+
+
+def _beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) -> Figure:
+    """Make a figure of FID over FLOPs, with the dense model."""
+    return Figure(title, draw, curves=[dense_curve(), *curves], claims=claims)
 
 
 def _over_tau(

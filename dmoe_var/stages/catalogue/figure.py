@@ -64,11 +64,6 @@ class Claim:
     """The dense model of each curve, if both FLOPs and FID are compared relative to it."""
 
 
-def no_data(work: Work, runs: Sequence[StageRun]) -> Data:
-    """Give no data, for a figure that shows curves alone."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Figure:
     """A figure of one experiment.
@@ -81,7 +76,7 @@ class Figure:
     draw: Callable[[Work, Data, Paths], None]
     curves: Sequence[Curve] = ()
     runs: Sequence[StageRun] = ()
-    of_runs: Callable[[Work, Sequence[StageRun]], Data] = no_data
+    of_runs: Callable[[Work, Sequence[StageRun]], Data] = lambda work, runs: {}
     claims: Sequence[Claim] = ()
     pending: str = ""
 

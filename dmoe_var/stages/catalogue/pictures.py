@@ -79,10 +79,8 @@ def draw_maps(work: Work, data: Data, paths: Paths, settings: slice) -> None:
     """Plot a block of pictures and maps per setting."""
     folder = work.root / data["record"]
     about = Record.read(folder / RESULT_FILE).about
-    shown = about["settings"][settings]
-    by_tau = {_setting_name(each["name"]): stored_maps(folder, i) for i, each in enumerate(shown)}
+    by_tau = {}
+    for i, each in enumerate(about["settings"][settings]):
+        name = "chosen tau" if each["name"] == CHOSEN else f"tau {each['name']}"
+        by_tau[name] = stored_maps(folder, i)
     expert_maps.draw(by_tau, about["scales"], paths)
-
-
-def _setting_name(name: str) -> str:
-    return "chosen tau" if name == CHOSEN else f"tau {name}"

@@ -58,17 +58,15 @@ def _timings(work: Work, runs: Sequence[StageRun], shown: str) -> Data:
     timings: list[Data] = []
     for run in runs:
         record = run.record(work)
-        timings.append(
-            {
-                "name": run.name,
-                "method": run.method,
-                "shade": run.shade,
-                "record": run.place(work),
-                "device": record.device,
-                "threads": record.threads,
-                "rows": record.about["timings"],
-            }
-        )
+        timings.append({
+            "name": run.name,
+            "method": run.method,
+            "shade": run.shade,
+            "record": run.place(work),
+            "device": record.device,
+            "threads": record.threads,
+            "rows": record.about["timings"],
+        })  # fmt: skip
     batch = timings[0]["rows"][0]["batch_size"]
     where = dict.fromkeys(f"{each['device']}, {each['threads']} threads" for each in timings)
     return {"timings": timings, "note": f"batch {batch}, {' and '.join(where)}; {shown}"}
