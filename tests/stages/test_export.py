@@ -11,7 +11,7 @@ import torch
 from dmoe_var import Threshold, TopK
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.checkpoints.pretrained import from_pretrained
-from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.graph import run_stage, run_through
 from dmoe_var.experiment.work import DEFAULT_VARIANT
 from dmoe_var.stages import export, loaded
@@ -54,7 +54,6 @@ def same(ours, theirs):
 @pytest.mark.parametrize(
     ("changes", "selection"),
     [
-        ({}, Threshold(0.2)),
         ({"selection.tau": [0.3, 0.6]}, [Threshold(0.3), Threshold(0.6)]),
         ({"selection.rule": "top_k", "selection.k": 2}, TopK(2)),
     ],
@@ -79,8 +78,11 @@ def size(model):
 
 
 def test_the_card_tells_of_the_stages_that_are_done(make_work, runs):
+    """An evaluation of other thresholds, or of a pruned model, is not this model's."""
     work = make_work(runs)
     measured = run_stage(work, "evaluate")
+    for other in ({"selection.tau": [0.7]}, {"evaluate.model": "pruned"}):
+        run_stage(make_work(runs, other), "evaluate")
     record = run_stage(work, "export")
     done = ("sparsify", "split", "train_router", "evaluate")
     assert record.about["records"] == [f"{stage}/{DEFAULT_VARIANT}" for stage in done]
@@ -91,48 +93,31 @@ def test_the_card_tells_of_the_stages_that_are_done(make_work, runs):
     assert "| sparsify.steps | 2 |" in card
 
 
-@pytest.mark.parametrize("other", [{"selection.tau": [0.7]}, {"evaluate.model": "pruned"}])
-def test_a_card_without_measurements(make_work, runs, other):
-    """An evaluation of other thresholds, or of a pruned model, is not this model's."""
-    run_stage(make_work(runs, other), "evaluate")
-    work = make_work(runs)
-    assert "evaluate/default" not in run_stage(work, "export").about["records"]
-    assert "Nothing was measured" in (saved_in(work) / "README.md").read_text()
-
-
 def test_what_was_not_fine_tuned_is_held_once(make_work, runs):
     """With the FFNs alone fine-tuned, all but experts and routers is the dense model's."""
-    whole = run_stage(make_work(runs), "export")
+    whole = loaded.dynamic(make_work(runs))
     work = make_work(runs, {"conversion.train": "ffn"})
     record = run_through(work, "export", lambda stage, done: None)
     names = loaded.split(work).named_parameters()
     own = sum(tensor.numel() for name, tensor in names if ".ffn." in name)
-    assert record.metrics["dense_parameters_m"] == whole.metrics["dense_parameters_m"]
+    assert record.metrics["dense_parameters_m"] == pytest.approx(size(whole.dense) / 1e6)
     expected = record.metrics["dense_parameters_m"] + own / 1e6
     assert record.metrics["parameters_m"] == pytest.approx(expected)
-    assert record.metrics["parameters_m"] < whole.metrics["parameters_m"]
-    files = [saved_in(w) / "model.safetensors" for w in (work, make_work(runs))]
-    assert files[0].stat().st_size < files[1].stat().st_size
+    assert record.metrics["parameters_m"] < size(whole) / 1e6
+    assert (saved_in(work) / "model.safetensors").stat().st_size < 4 * size(whole)
     found = from_pretrained(saved_in(work))
     assert same(found.state_dict(), loaded.dynamic(work).state_dict())
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_pushed_where_asked(make_work, runs, pushed, private):
+@pytest.mark.parametrize(("changes", "private"), [({}, True), ({"export.private": False}, False)])
+def test_pushed_where_asked(make_work, runs, pushed, changes, private):
     """Beside the folder, and again at the next call: the card may have more to tell."""
-    changes = {"export.push_to": REPOSITORY, "export.private": private}
-    work = make_work(runs, changes)
-    record = run_stage(work, "export")
-    assert pushed == [(REPOSITORY, private, ["sparsify", "split", "train_router"])]
-    assert record.about["url"] == URL
+    work = make_work(runs, {"export.push_to": REPOSITORY, **changes})
+    for _ in range(2):
+        assert run_stage(work, "export").about["url"] == URL
     assert from_pretrained(saved_in(work)).selection == Threshold(0.2)
-    run_stage(work, "export")
-    assert len(pushed) == 2
-
-
-def test_private_by_default(make_work, runs, pushed):
-    run_stage(make_work(runs, {"export.push_to": REPOSITORY}), "export")
-    assert [private for _, private, _ in pushed] == [True]
+    told = (REPOSITORY, private, ["sparsify", "split", "train_router"])
+    assert pushed == [told] * 2
 
 
 def test_the_main_process_alone_writes(make_work, runs, pushed, monkeypatch):
@@ -144,9 +129,8 @@ def test_the_main_process_alone_writes(make_work, runs, pushed, monkeypatch):
 
 def test_nothing_is_left_of_a_folder_that_cannot_be_written(make_work, runs, broken_disk, pushed):
     work = make_work(runs, {"export.push_to": REPOSITORY})
-    with pytest.raises(CheckpointError, match="cannot be written") as error:
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)$"):
         run_stage(work, "export")
-    assert str(error.value).endswith("cannot be written (No space left on device)")
     assert [path.name for path in work.folder("export").iterdir()] == ["config.yaml"]
     assert pushed == []
 
@@ -168,10 +152,3 @@ def test_a_hub_that_refuses(make_work, runs, monkeypatch):
     assert not (work.folder("export") / "result.json").exists()
     assert same(from_pretrained(saved_in(work)).state_dict(), loaded.dynamic(work).state_dict())
     assert run_stage(work, "export").about["url"] == URL
-
-
-def test_without_routers(make_work, tmp_path):
-    work = make_work(tmp_path)
-    with pytest.raises(InputError, match="train_router is not done"):
-        run_stage(work, "export")
-    assert not work.folder("export").exists()

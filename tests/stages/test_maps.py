@@ -18,7 +18,6 @@ from dmoe_var.stages.maps import collect_maps, stored_maps
 @pytest.mark.parametrize(
     ("selection", "name"),
     [
-        ({"tau": [0.5]}, "threshold 0.5"),
         ({"layer_tau": [[0.5], [0.5]]}, "threshold by layer 0.5; 0.5"),
         ({"rule": "oracle", "tau": [0.5, 1.0]}, "oracle 0.5,1"),
     ],
@@ -47,13 +46,18 @@ def test_chosen_is_what_is_configured(make_work, runs, selection, name):
 def test_maps_are_of_the_class_and_of_all_layers(
     make_work, make_vqvae, make_var, make_moe, tmp_path, no_grad
 ):
-    """Of models whose class matters: the null branch, or one layer alone, has other maps."""
+    """Of models whose class matters: the null branch, or one layer alone, has other maps. Each
+    scale's cells are enlarged to the finest scale's."""
     work = make_work(tmp_path, {"var.depth": 2, "var.width": 64, "var.num_heads": 2})
     dense, labels, taus = make_var(num_classes=10), [3, 5], [0.4, 0.6]
     bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
-    maps = collect_maps(work, bench, labels, [Threshold(tau) for tau in taus], seed=1).maps
+    images, maps = collect_maps(work, bench, labels, [Threshold(tau) for tau in taus], seed=1)
     counts, model = ExpertCounts(), DynamicVAR(dense, bench.experts, (2, 3))
-    generate(model, bench.vqvae, labels, seed=1, tau=taus, observer=counts)
+    drawn = generate(model, bench.vqvae, labels, seed=1, tau=taus, observer=counts)
+    assert images.shape == (2, 2, 8, 8, 3)
+    assert np.array_equal(images[:, 1], to_uint8(drawn))
+    coarse = counts.per_token(2).view(2, 4, 3, 3)[:, :2].double().numpy().sum(0) / 16
+    assert np.allclose(maps[:, 0], coarse[:, [0, 0, 1, 2]][:, :, [0, 0, 1, 2]])
     experts = counts.per_token(3).view(2, 4, 4, 4).double().numpy()  # of layers, rows; eight each
     assert np.allclose(maps[:, 1], experts[:, :2].sum(0) / 16)
     for others in (experts[:, 2:].sum(0) / 16, experts[0, :2] / 8, experts[1, :2] / 8):

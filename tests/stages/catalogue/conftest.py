@@ -9,7 +9,7 @@ KEYS = {
     "figures.alphas": [0.0, 1e-3],
     "figures.router_alphas": [1e-1, 1e-3],
     "figures.gelu_alpha": 3e-4,
-    "figures.expert_sizes": [64, 32],
+    "figures.expert_sizes": [64, 32, 100, 128],
     "figures.single_scales": [3, 1],
     "figures.depths": {"2": None, "3": "three"},
     "figures.pruned_shares": [0.25, 0.5],

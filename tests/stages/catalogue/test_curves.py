@@ -39,7 +39,7 @@ CURVES = {
             "oracle", **{"sparsify.alpha": 3e-4, "sparsify.activation": "gelu"}
         ),
     },
-    "8a": {
+    "8a": {  # 100 does not divide 128, and 128 makes one expert
         "dense VAR": [DENSE],
         "experts of 32": over_tau("oracle", **{"split.expert_size": 32}),
         "experts of 64": over_tau("oracle", **{"split.expert_size": 64}),
@@ -93,8 +93,12 @@ def test_main_curves(work):
 
 
 def test_depths_come_with_their_own_dense_model(work):
-    """Figure 5, in the order of depth, the experiment's own included."""
-    curves = FIGURES["5"](work).curves
+    """Figure 5, in the order of depth, the experiment's own included. The deepest is compared with
+    the shallowest, relative to their dense models."""
+    figure = FIGURES["5"](work)
+    (claim,), curves = figure.claims, figure.curves
+    assert (claim.better, claim.worse) == (curves[-1].name, curves[1].name)
+    assert claim.dense == (curves[-2].name, curves[0].name)
     kinds = ("dense", "one tau, last scales")
     names = [f"{kind}, depth {depth}" for depth in (1, 2, 3) for kind in kinds]
     assert [curve.name for curve in curves] == names
