@@ -28,8 +28,8 @@ from dmoe_var.config.explain import declared, explained
 from dmoe_var.config.parse import known_keys, parse_config
 from dmoe_var.config.root import Config
 from dmoe_var.errors import ConfigError, InputError, sentence
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import STAGES, find
-from dmoe_var.experiment.work import Work
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = re.compile(r"\+*experiment=")
@@ -120,11 +120,11 @@ def combinations(name: str, overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for batch in batches for point in batch]
 
 
-def work_of(script: str, name: str, overrides: Sequence[str]) -> Work:
+def experiment_of(script: str, name: str, overrides: Sequence[str]) -> Experiment:
     """Compose the configuration, beside that of its experiment alone, which names what differs."""
     config, experiment = _compose(name, overrides)
     alone = [] if experiment is None else [f"experiment={experiment}"]
-    return Work(config, baseline=_compose(script, alone)[0])
+    return Experiment(config, baseline=_compose(script, alone)[0])
 
 
 def _compose(name: str, overrides: Sequence[str]) -> tuple[Config, str | None]:

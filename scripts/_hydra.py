@@ -1,9 +1,9 @@
 """Run a script: Hydra composes, values are converted once, wrong input gives one line.
 
-A script is `main(run)` with run(work: Work). Every point of a multirun is composed and checked
-before the first one runs: a wrong key or value ends all of them before any work. What shows only
-once a point runs (a file that is missing, a loss that diverges) ends that point alone; its line
-is printed, the others go on, and the script ends with the first failure's status. With
+A script is `main(run)` with run(experiment: Experiment). Every point of a multirun is composed and
+checked before the first one runs: a wrong key or value ends all of them before any work. What shows
+only once a point runs (a file that is missing, a loss that diverges) ends that point alone; its
+line is printed, the others go on, and the script ends with the first failure's status. With
 `launcher=slurm` each point is a job. Under torchrun only the main process prints.
 
 `model=NAME` without `experiment=` runs that model's own experiment, imagenet_NAME, if one is found:
@@ -34,14 +34,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit.*"
 
 with stopped_at_once():
     from _command_line import options_of, read
-    from _compose import combinations, composing, own_experiment, show, work_of
+    from _compose import combinations, composing, experiment_of, own_experiment, show
 
     from dmoe_var import distributed, launcher
     from dmoe_var.config.root import Config
     from dmoe_var.errors import ConfigError, InputError, TrainingDiverged, sentence
+    from dmoe_var.experiment.experiment import Experiment
     from dmoe_var.experiment.graph import prepare, run_stage
     from dmoe_var.experiment.record import Record
-    from dmoe_var.experiment.work import Work
     from dmoe_var.training.tracking import Tracking
 
 LAUNCHER = re.compile(r"\+*launcher[.=]")
@@ -55,10 +55,12 @@ class Point:
     """What one run of a script is given."""
 
     overrides: Sequence[str]
-    work: Work
+    experiment: Experiment
 
 
-def main(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] = list) -> None:
+def main(
+    run: Callable[[Experiment], None], in_full: Callable[[list[str]], list[str]] = list
+) -> None:
     """Run a script's function for each composed configuration.
 
     in_full: writes out the short forms of a script's settings.
@@ -77,7 +79,7 @@ def main(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]] 
     distributed.stop()
 
 
-def _run(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]]) -> int:
+def _run(run: Callable[[Experiment], None], in_full: Callable[[list[str]], list[str]]) -> int:
     """Run the script and return its exit status."""
     script = Path(sys.argv[0]).stem
     try:
@@ -89,21 +91,21 @@ def _run(run: Callable[[Work], None], in_full: Callable[[list[str]], list[str]])
             points = _points(script, arguments)
     except InputError as error:
         _stop(error, WRONG_INPUT)
-    if points[0].work.config.launcher.cluster is not None:
+    if points[0].experiment.config.launcher.cluster is not None:
         return _launch(points, options_of(arguments))
     statuses = [_run_point(run, point, arguments.multirun) for point in points]
     return next((status for status in statuses if status), 0)
 
 
-def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int:
+def _run_point(run: Callable[[Experiment], None], point: Point, multirun: bool) -> int:
     """Run one point and return its exit status, once what is wrong has been printed.
 
     Processes that torchrun started stay in step: there the first failure ends them all.
     """
     alone = not multirun or distributed.launched_processes() > 1
     try:
-        prepare(point.work)
-        run(point.work)
+        prepare(point.experiment)
+        run(point.experiment)
         return 0
     except (InputError, OSError) as error:
         failure, status = error, WRONG_INPUT
@@ -122,14 +124,14 @@ def _run_point(run: Callable[[Work], None], point: Point, multirun: bool) -> int
 
 def stage_main(stage: str) -> None:
     """Run one stage as a script."""
-    main(lambda work: report(work, stage, run_stage(work, stage)))
+    main(lambda experiment: report(experiment, stage, run_stage(experiment, stage)))
 
 
-def report(work: Work, stage: str, record: Record) -> None:
+def report(experiment: Experiment, stage: str, record: Record) -> None:
     """Say where a stage's results are, and its numbers."""
     shown = {name: value for name, value in record.metrics.items() if "scale" not in name}
     numbers = "  ".join(f"{name}={value:.4g}" for name, value in shown.items())
-    say(f"{stage}: {work.folder(stage)}  {numbers}".rstrip())
+    say(f"{stage}: {experiment.folder(stage)}  {numbers}".rstrip())
 
 
 def say(text: str) -> None:
@@ -156,7 +158,7 @@ def _line(error: Exception) -> str:
 
 def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
     """Run each point as a job, print what each said and return the first failure's status."""
-    config = points[0].work.config
+    config = points[0].experiment.config
     commands = [
         [*(each for each in point.overrides if not LAUNCHER.match(each)), *options]
         for point in points
@@ -185,12 +187,14 @@ def _points(script: str, arguments: Namespace) -> list[Point]:
     overrides = arguments.overrides
     points: list[Point] = []
     for each in combinations(name, overrides) if arguments.multirun else [overrides]:
-        work = work_of(script, name, each)
-        _check_launcher(work.config, [point.work.config for point in points], arguments.multirun)
-        Tracking(work.config.wandb).check()
-        if work.config.launcher.cluster is None:  # a job's machine may have another
-            _ = work.device
-        points.append(Point(each, work))
+        experiment = experiment_of(script, name, each)
+        _check_launcher(
+            experiment.config, [point.experiment.config for point in points], arguments.multirun
+        )
+        Tracking(experiment.config.wandb).check()
+        if experiment.config.launcher.cluster is None:  # a job's machine may have another
+            _ = experiment.device
+        points.append(Point(each, experiment))
     if not points:
         raise ConfigError(f"{' '.join(overrides)}: not one point")
     return points

@@ -8,8 +8,8 @@ import re
 
 from _hydra import main, report, say
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.experiment.work import Work
 
 SHORT = re.compile(r"^(budget|budget_ms|budgets|by_layer|loss)=")
 
@@ -19,9 +19,9 @@ def in_full(overrides: list[str]) -> list[str]:
     return [SHORT.sub(r"calibrate.\1=", each) for each in overrides]
 
 
-def run(work: Work) -> None:
-    record = run_stage(work, "calibrate")
-    report(work, "calibrate", record)
+def run(experiment: Experiment) -> None:
+    record = run_stage(experiment, "calibrate")
+    report(experiment, "calibrate", record)
     tau = record.about["tau"]
     key = "layer_tau" if record.about["by_layer"] else "tau"
     say(f"selection.{key}={tau}".replace(" ", ""))

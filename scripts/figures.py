@@ -7,8 +7,8 @@ import re
 
 from _hydra import main, report, say
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.experiment.work import Work
 from dmoe_var.stages import figures
 
 SHORT = ("figure", "make", "plan", "quick")
@@ -21,11 +21,11 @@ def in_full(overrides: list[str]) -> list[str]:
     return [re.sub(r"^(figures\.figure)=([^\[\]]*,.*)$", r"\1=[\2]", each) for each in written]
 
 
-def run(work: Work) -> None:
-    if work.config.figures.plan:
-        say(figures.plan_text(work, figures.missing(work)))
+def run(experiment: Experiment) -> None:
+    if experiment.config.figures.plan:
+        say(figures.plan_text(experiment, figures.missing(experiment)))
         return
-    report(work, "figures", run_stage(work, "figures"))
+    report(experiment, "figures", run_stage(experiment, "figures"))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,16 @@ What is done with the same configuration is skipped; what was interrupted goes o
 
 from _hydra import main, say
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_through
-from dmoe_var.experiment.work import Work
 from dmoe_var.stages.sweep import table_of
 
 
-def run(work: Work) -> None:
+def run(experiment: Experiment) -> None:
     def announce(stage: str, done: bool) -> None:
-        say(f"{stage}: {'done already' if done else 'running'}, {work.folder(stage)}")
+        say(f"{stage}: {'done already' if done else 'running'}, {experiment.folder(stage)}")
 
-    record = run_through(work, work.config.until, announce)
+    record = run_through(experiment, experiment.config.until, announce)
     if record.stage == "sweep":
         say(table_of(record))
 

@@ -7,8 +7,8 @@ import re
 
 from _hydra import main, report, say
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.experiment.work import Work
 from dmoe_var.stages.sample import settled
 
 SHORT = {"classes": "sample.classes", "seeds": "sample.seeds", "tau": "selection.tau"}
@@ -26,11 +26,11 @@ def in_full(overrides: list[str]) -> list[str]:
     return ["sample.selection=given", *found] if given else found
 
 
-def run(work: Work) -> None:
-    work, note = settled(work)
+def run(experiment: Experiment) -> None:
+    experiment, note = settled(experiment)
     if note is not None:
         say(note)
-    report(work, "sample", run_stage(work, "sample"))
+    report(experiment, "sample", run_stage(experiment, "sample"))
 
 
 if __name__ == "__main__":

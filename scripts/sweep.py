@@ -11,19 +11,19 @@ and on other machines; to join them, copy runs/<experiment>/evaluate/* of each i
 
 from _hydra import main, say
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.experiment.work import Work
 from dmoe_var.stages.sweep import run_part, table_of
 
 
-def run(work: Work) -> None:
-    sweep = work.config.sweep
+def run(experiment: Experiment) -> None:
+    sweep = experiment.config.sweep
     if sweep.part is not None:
-        records = run_part(work)
+        records = run_part(experiment)
         say(f"sweep: part {sweep.part} of {sweep.parts}, {len(records)} points")
         return
-    say(table_of(run_stage(work, "sweep")))
-    say(f"figures and records: {work.folder('sweep')}")
+    say(table_of(run_stage(experiment, "sweep")))
+    say(f"figures and records: {experiment.folder('sweep')}")
 
 
 if __name__ == "__main__":

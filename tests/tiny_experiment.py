@@ -15,8 +15,8 @@ import pytest
 from dmoe_var.config.parse import parse_config
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.image_sets import all_pixels
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_through
-from dmoe_var.experiment.work import Work
 from dmoe_var.metrics.flops import fixed_cost
 
 SHARED = {"patch_nums": [1, 2, 3, 4], "vocab_size": 32, "z_channels": 8}
@@ -62,18 +62,18 @@ def config(run_dir, changes):
 
 
 @pytest.fixture(scope="session")
-def make_work():
-    """make_work(run_dir, changes, edited) -> Work of the tiny experiment.
+def make_experiment():
+    """make_experiment(run_dir, changes, edited) -> Experiment, a tiny one.
 
     Dotted keys: `changes` as on a command line, `edited` as in the experiment's own file.
     """
 
-    def make_work(run_dir=".", changes=None, edited=None):
+    def make_experiment(run_dir=".", changes=None, edited=None):
         edited, changes = edited or {}, changes or {}
-        ours, experiment = (json.dumps(c) for c in ({**edited, **changes}, edited))
-        return Work(config(str(run_dir), ours), config(str(run_dir), experiment))
+        configs = (json.dumps(each) for each in ({**edited, **changes}, edited))
+        return Experiment(*(config(str(run_dir), each) for each in configs))
 
-    return make_work
+    return make_experiment
 
 
 class FakeFidelity:
@@ -125,12 +125,12 @@ def use_few_digits():
 
 
 @pytest.fixture(scope="session")
-def trained(make_work, use_few_digits, tmp_path_factory):
+def trained(make_experiment, use_few_digits, tmp_path_factory):
     """A run folder in which all is done up to the routers; not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         use_few_digits(patch)
-        run_through(make_work(folder), "train_router", lambda stage, done: None)
+        run_through(make_experiment(folder), "train_router", lambda stage, done: None)
     return folder
 
 
@@ -144,7 +144,7 @@ def runs(trained, tmp_path):
 def no_work(monkeypatch):
     """Fails the test where a stage runs."""
 
-    def run(work, stage, *rest):
+    def run(experiment, stage, *rest):
         raise AssertionError(f"{stage} runs")
 
     monkeypatch.setattr("dmoe_var.experiment.graph._run", run)

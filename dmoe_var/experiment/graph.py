@@ -17,6 +17,7 @@ from dmoe_var.devices import device_name
 from dmoe_var.distributed import barrier, from_main, is_main, start, world_size
 from dmoe_var.errors import CheckpointError, DataError, InputError
 from dmoe_var.experiment.contents import held
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.record import (
     RESULT_FILE,
     OtherSchema,
@@ -27,27 +28,26 @@ from dmoe_var.experiment.record import (
     whole_record,
 )
 from dmoe_var.experiment.stage import StageResult, find
-from dmoe_var.experiment.work import Work
 from dmoe_var.files import alone, write_text
 from dmoe_var.moe.experts import RAN
 from dmoe_var.threads import limit_threads
 from dmoe_var.training.state import STATE_FILE
 
-StageFunction = Callable[[Work], StageResult]
+StageFunction = Callable[[Experiment], StageResult]
 
 
-def record_if_done(work: Work, stage: str) -> Record | None:
+def record_if_done(experiment: Experiment, stage: str) -> Record | None:
     """Read the stage's record if it is done with this configuration, else return None.
 
     A record that a crash left empty or broken is none. Raise CheckpointError if the stage is done
     but its checkpoint is cut short or gone, DataError for a record of another program version.
     """
-    folder = work.folder(stage)
+    folder = experiment.folder(stage)
     try:
         record = whole_record(folder / RESULT_FILE, f"{stage} is not done")
     except OtherSchema as error:
         raise DataError(f"{error}; remove {folder} to make it again") from error
-    if record is None or record.fingerprint != work.fingerprint(stage, record.weights):
+    if record is None or record.fingerprint != experiment.fingerprint(stage, record.weights):
         return None
     samples = record.about.get("samples")
     if samples and not (folder / samples).exists():
@@ -66,12 +66,12 @@ def record_if_done(work: Work, stage: str) -> Record | None:
     return record
 
 
-def require(work: Work, stage: str) -> Record:
+def require(experiment: Experiment, stage: str) -> Record:
     """Read the record of a stage that another builds on. Raise InputError if it is not done."""
-    record = record_if_done(work, stage)
+    record = record_if_done(experiment, stage)
     if record is not None:
         return record
-    path = work.folder(stage) / RESULT_FILE
+    path = experiment.folder(stage) / RESULT_FILE
     if not path.exists():
         raise InputError(
             f"{stage} is not done in {path.parent}; run scripts/{stage}.py or scripts/pipeline.py "
@@ -82,16 +82,16 @@ def require(work: Work, stage: str) -> Record:
         found = Record.read(path)
     except DataError as error:
         raise DataError(f"{error}; {again}") from error
-    differs = work.differing(stage, found)
+    differs = experiment.differing(stage, found)
     raise InputError(
         f"{path.parent}: made with another configuration "
         f"({'; '.join(differs) or 'other files behind the same names'}); {again}"
     )
 
 
-def prepare(work: Work) -> None:
+def prepare(experiment: Experiment) -> None:
     """Set up the whole process (threads, determinism, TF32) and join torchrun's others."""
-    config, device = work.whole, work.device
+    config, device = experiment.whole, experiment.device
     if config.threads is None:
         limit_threads()
     else:
@@ -108,47 +108,49 @@ def prepare(work: Work) -> None:
 
 
 @held()
-def run_stage(work: Work, stage: str, function: StageFunction | None = None) -> Record:
+def run_stage(experiment: Experiment, stage: str, function: StageFunction | None = None) -> Record:
     """Run a stage unless it is done; return its record either way.
 
     Raise InputError if what it builds on is not done; `run_through` does that first. Wait for
     another run in the same stage's folder. `function` stands in for the `run` of the stage's
     module (a sweep shares loaded models between its points).
     """
-    work.check(stage)
-    done = _done(work, stage)
+    experiment.check(stage)
+    done = _done(experiment, stage)
     if done is not None:
         return done
-    _require_upstream(work, stage)
-    folder = work.folder(stage)
+    _require_upstream(experiment, stage)
+    folder = experiment.folder(stage)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     with alone(folder) if is_main() else nullcontext():
-        done = _done(work, stage)  # by another run, meanwhile
-        return _run(work, stage, folder, function) if done is None else done
+        done = _done(experiment, stage)  # by another run, meanwhile
+        return _run(experiment, stage, folder, function) if done is None else done
 
 
-def _done(work: Work, stage: str) -> Record | None:
+def _done(experiment: Experiment, stage: str) -> Record | None:
     """Read, in every process, the record of a stage that need not run; remove what is left over."""
-    skippable = is_main() and not find(stage).is_never_done(work.whole)
-    done = from_main(record_if_done(work, stage) if skippable else None)
+    skippable = is_main() and not find(stage).is_never_done(experiment.whole)
+    done = from_main(record_if_done(experiment, stage) if skippable else None)
     if done is not None and is_main():
-        (work.folder(stage) / STATE_FILE).unlink(missing_ok=True)
+        (experiment.folder(stage) / STATE_FILE).unlink(missing_ok=True)
     return done
 
 
-def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -> Record:
+def _run(
+    experiment: Experiment, stage: str, folder: Path, function: StageFunction | None
+) -> Record:
     if is_main():
         (folder / RESULT_FILE).unlink(missing_ok=True)
-        plain = json.loads(json.dumps(asdict(work.whole)))  # tuples as lists
+        plain = json.loads(json.dumps(asdict(experiment.whole)))  # tuples as lists
         write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     barrier()
     started, ran_before = now(), RAN.copy()
-    result = (function or find(stage).run)(work.read_by(stage))
+    result = (function or find(stage).run)(experiment.read_by(stage))
     if ran := RAN - ran_before:
         result = replace(result, about={**result.about, "experts_ran_by": sorted(ran)})
         RAN.subtract(ran)  # told once: a sweep's points have their own records
-    record = from_main(_record(work, stage, result, started) if is_main() else None)
+    record = from_main(_record(experiment, stage, result, started) if is_main() else None)
     assert record is not None
     if is_main():
         record.write(folder)
@@ -157,54 +159,54 @@ def _run(work: Work, stage: str, folder: Path, function: StageFunction | None) -
     return record
 
 
-def _require_upstream(work: Work, stage: str) -> None:
+def _require_upstream(experiment: Experiment, stage: str) -> None:
     """Raise InputError if a model that the stage builds on is neither given nor made."""
-    for upstream in work.needs(stage):
-        if work.is_given(upstream):
-            _require_upstream(work, upstream)
+    for upstream in experiment.needs(stage):
+        if experiment.is_given(upstream):
+            _require_upstream(experiment, upstream)
         else:
-            require(work, upstream)
+            require(experiment, upstream)
 
 
-def _record(work: Work, stage: str, result: StageResult, started: str) -> Record:
+def _record(experiment: Experiment, stage: str, result: StageResult, started: str) -> Record:
     return Record(
         stage=stage,
-        variant=work.variant(stage),
-        fingerprint=work.fingerprint(stage),
+        variant=experiment.variant(stage),
+        fingerprint=experiment.fingerprint(stage),
         metrics=result.metrics,
-        config=dict(work.whole.leaves),
-        seed=work.whole.seed if result.seed is None else result.seed,
+        config=dict(experiment.whole.leaves),
+        seed=experiment.whole.seed if result.seed is None else result.seed,
         num_samples=result.num_samples,
-        dtype=result.dtype or work.whole.dtype,
+        dtype=result.dtype or experiment.whole.dtype,
         started=started,
         ended=now(),
-        device=device_name(work.device),
+        device=device_name(experiment.device),
         processes=world_size(),
         threads=torch.get_num_threads(),
         git_commit=git_commit(),
         libraries=library_versions(),
-        weights={**work.weights(stage), **work.contents(stage)},
-        weights_dtype=work.weights_dtype(stage),
+        weights={**experiment.weights(stage), **experiment.contents(stage)},
+        weights_dtype=experiment.weights_dtype(stage),
         about=result.about,
     )
 
 
 @held()
-def run_through(work: Work, last: str, on_stage: Callable[[str, bool], None]) -> Record:
+def run_through(experiment: Experiment, last: str, on_stage: Callable[[str, bool], None]) -> Record:
     """Run a stage and all that it builds on, in order.
 
     `on_stage(name, done)` is called before each; done says whether it will be skipped.
     """
-    work.check(last)
-    for stage in order(work, last):
-        on_stage(stage, from_main(is_main() and record_if_done(work, stage) is not None))
-        record = run_stage(work, stage)
+    experiment.check(last)
+    for stage in order(experiment, last):
+        on_stage(stage, from_main(is_main() and record_if_done(experiment, stage) is not None))
+        record = run_stage(experiment, stage)
     return record
 
 
-def order(work: Work, last: str) -> list[str]:
+def order(experiment: Experiment, last: str) -> list[str]:
     """List a stage's upstream stages, then itself."""
     stages: list[str] = []
-    for upstream in work.needs(last):
-        stages += [name for name in order(work, upstream) if name not in stages]
+    for upstream in experiment.needs(last):
+        stages += [name for name in order(experiment, upstream) if name not in stages]
     return [*stages, last]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.record import RESULT_FILE, Record
-from dmoe_var.experiment.work import Work
 
 LABELS = {
     "dense": "dense VAR",
@@ -30,7 +30,7 @@ MEASURES = ("inception_score", "precision", "recall", "label_agreement")
 """Beginnings of the names of metrics that tell of quality beside FID, if they were measured."""
 
 
-def vary(work: Work, changes: Mapping[str, Any]) -> Work:
+def vary(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     """Change dotted keys of a work: vary(work, {"sparsify.alpha": 0.1}).
 
     A tau for each layer gives way to a new tau. Raise ConfigError for an unknown key, or values
@@ -39,15 +39,18 @@ def vary(work: Work, changes: Mapping[str, Any]) -> Work:
     if "selection.tau" in changes or "selection.rule" in changes:
         changes = {"selection.layer_tau": (), **changes}
     try:
-        return replace(work, whole=_with(work.whole, changes, ""))
+        return replace(experiment, whole=_with(experiment.whole, changes, ""))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def operating_point(work: Work) -> dict[str, Any]:
+def operating_point(experiment: Experiment) -> dict[str, Any]:
     """Return the keys that the operating point changes: those of the sweep's chosen tau list. They
     are none if another selection was asked for or no list is chosen."""
-    sweep, asked = work.config.sweep, work.config.selection != work.baseline.selection
+    sweep, asked = (
+        experiment.config.sweep,
+        experiment.config.selection != experiment.baseline.selection,
+    )
     if sweep.chosen is None or asked:
         return {}
     return {"selection.rule": "threshold", "selection.tau": sweep.lists[sweep.chosen]}
@@ -79,9 +82,9 @@ class Point:
     value: float | None
     changes: Mapping[str, Any]
 
-    def work(self, work: Work, seed: int) -> Work:
+    def experiment(self, experiment: Experiment, seed: int) -> Experiment:
         """Make the evaluation of one seed."""
-        return vary(work, {**self.changes, "evaluate.seed": seed})
+        return vary(experiment, {**self.changes, "evaluate.seed": seed})
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,15 @@ def tau_curve(
     return Curve(name, method, tuple(points), shade)
 
 
-def read_curves(work: Work, curves: Sequence[Curve], seeds: Sequence[int]) -> dict[str, Any]:
+def read_curves(
+    experiment: Experiment, curves: Sequence[Curve], seeds: Sequence[int]
+) -> dict[str, Any]:
     """Read the records of curves whose points are all evaluated. fid: the metric's name."""
     drawn, fid = [], ""
     for curve in curves:
         rows = []
         for point in curve.points:
-            folders = [point.work(work, seed).folder("evaluate") for seed in seeds]
+            folders = [point.experiment(experiment, seed).folder("evaluate") for seed in seeds]
             records = [Record.read(folder / RESULT_FILE) for folder in folders]
             fid = records[0].about["fidelity"]
             rows.append({"label": point.label, "value": point.value, **joined(records)})

@@ -37,8 +37,8 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the machinery asks of a stage. `run` gets a Work whose configuration raises on any key
-    that neither the stage nor one that it builds on declares."""
+    """What the machinery asks of a stage. `run` gets an Experiment whose configuration raises on
+    any key that neither the stage nor one that it builds on declares."""
 
     name: str
     run: Callable[[Any], StageResult]

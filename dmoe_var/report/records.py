@@ -13,10 +13,10 @@ import numpy as np
 
 from dmoe_var.data.class_names import class_names, title
 from dmoe_var.data.image_sets import ImageFolder, all_pixels
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.points import ALONE, LABELS, joined, mean
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
 from dmoe_var.experiment.view import within
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures.fid_over_flops import display_name
 from dmoe_var.figures.style import MARKERS, colour
 from dmoe_var.metrics.flops import SAMPLER_PARTS
@@ -33,20 +33,20 @@ COMPARED = ("sampling", "fidelity", "evaluate.num_samples")
 """Sections and keys in which points of one picture agree."""
 
 
-def stages(work: Work) -> list[dict[str, Any]]:
+def stages(experiment: Experiment) -> list[dict[str, Any]]:
     """List every stage in the order in which they run: done, given, missing or made otherwise."""
-    return [_stage(work, stage) for stage in (*MAKING, *MEASURING)]
+    return [_stage(experiment, stage) for stage in (*MAKING, *MEASURING)]
 
 
-def _stage(work: Work, stage: str) -> dict[str, Any]:
-    records = [record for _, record in found(work, stage)]
-    ours = [record for record in records if not differences(work, record)]
-    state, note, base = "missing", f"scripts/{stage}.py makes it", work.config.base
+def _stage(experiment: Experiment, stage: str) -> dict[str, Any]:
+    records = [record for _, record in found(experiment, stage)]
+    ours = [record for record in records if not differences(experiment, record)]
+    state, note, base = "missing", f"scripts/{stage}.py makes it", experiment.config.base
     if ours:
         state, note = "present", ""
     elif records:
-        state, note = "made otherwise", "; ".join(differences(work, records[-1])[:3])
-    elif work.is_given(stage):
+        state, note = "made otherwise", "; ".join(differences(experiment, records[-1])[:3])
+    elif experiment.is_given(stage):
         given = base.vqvae if stage == "train_vqvae" else base.var
         state, note = "given", f"{given}, not trained here"
     return {"name": stage, "records": [_shown(r) for r in ours], "note": note, "state": state}
@@ -57,15 +57,15 @@ def _shown(record: Record) -> dict[str, Any]:
     return {**{k: getattr(record, k) for k in shown}, "metrics": dict(record.metrics)}
 
 
-def found(work: Work, stage: str) -> list[tuple[Path, Record]]:
+def found(experiment: Experiment, stage: str) -> list[tuple[Path, Record]]:
     """Read all whole records of a stage, whatever they were made with, except those of given
     images."""
-    paths = sorted((work.root / stage).glob(f"*/{RESULT_FILE}"))
+    paths = sorted((experiment.root / stage).glob(f"*/{RESULT_FILE}"))
     read = [(path, whole_record(path, "left out")) for path in paths]
     return [(p, r) for p, r in read if r is not None and not r.config.get("evaluate.samples")]
 
 
-def differences(work: Work, record: Record) -> list[str]:
+def differences(experiment: Experiment, record: Record) -> list[str]:
     """List how a record's model differs from that of `work`, one line per key."""
     upstream = "train_router"
     model = record.config.get("evaluate.model")
@@ -78,17 +78,19 @@ def differences(work: Work, record: Record) -> list[str]:
         upstream = "train_var"
     elif record.stage == "evaluate" and model == "pruned":
         upstream = "sparsify" if record.config["pruning.model"] == "sparse" else "train_var"
-    return work.differing(upstream, record)
+    return experiment.differing(upstream, record)
 
 
 class Curves:
     """The points of the sweep, and of all evaluations of this model that compare with them."""
 
-    def __init__(self, work: Work):
-        self.work = work
-        swept = whole_record(work.folder("sweep") / RESULT_FILE, "left out")
-        self.sweep = None if swept is None or differences(work, swept) else swept
-        self._records = {f"evaluate/{path.parent.name}": r for path, r in found(work, "evaluate")}
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        swept = whole_record(experiment.folder("sweep") / RESULT_FILE, "left out")
+        self.sweep = None if swept is None or differences(experiment, swept) else swept
+        self._records = {
+            f"evaluate/{path.parent.name}": r for path, r in found(experiment, "evaluate")
+        }
         self._curves: dict[str, dict[str, Any]] = {}
         for row in self.sweep.about["settings"] if self.sweep else ():
             self._add(row["group"], LABELS[row["group"]], row["label"], row)
@@ -103,7 +105,7 @@ class Curves:
         return {
             "curves": curves,
             "fid_name": display_name(name),
-            "num_samples": self.work.config.evaluate.num_samples,
+            "num_samples": self.experiment.config.evaluate.num_samples,
             "parts": list(SAMPLER_PARTS),
         }
 
@@ -111,10 +113,10 @@ class Curves:
         """Tell whether a record compares with the sweep's: same model, sampling and measure."""
         same = all(
             record.config.get(key) == value
-            for key, value in self.work.relevant("evaluate").items()
+            for key, value in self.experiment.relevant("evaluate").items()
             if within(key, COMPARED) and key != "fidelity.weights"  # where a file lies
         )
-        return same and not differences(self.work, record)
+        return same and not differences(self.experiment, record)
 
     def _add_loose(self) -> None:
         """Add evaluations that are no points of the sweep, one point per setting, joined over the
@@ -164,7 +166,7 @@ class Curves:
             "scales": by_scale(records),
             "parts": [mean_of(records, f"flops_{part}_gmac") for part in SAMPLER_PARTS],
             "agreement": row.get("label_agreement"),
-            **grid(self.work.root / points[0], first, self.work),
+            **grid(self.experiment.root / points[0], first, self.experiment),
         })  # fmt: skip
 
 
@@ -200,9 +202,9 @@ def by_scale(records: Sequence[Record]) -> list[dict[str, float | None]]:
     return rows
 
 
-def grid(folder: Path, record: Record | None, work: Work) -> dict[str, Any]:
+def grid(folder: Path, record: Record | None, experiment: Experiment) -> dict[str, Any]:
     """Join a point's first pictures into one and name their classes, or say that they are gone."""
-    report, config = work.config.report, work.config
+    report, config = experiment.config.report, experiment.config
     if record is None:
         return {"grid": None, "grid_note": f"{folder.name}: its record is gone"}
     labels = balanced_labels(record.num_samples, config.var.num_classes)[: report.grid_images]

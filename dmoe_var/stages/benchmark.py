@@ -25,8 +25,8 @@ from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.config.root import Config
 from dmoe_var.errors import CheckpointError, ConfigError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures.part_times import draw_part_times
 from dmoe_var.metrics.flops import FlopReport, count_flops
 from dmoe_var.metrics.part_timing import PartClock, median_by_part, median_by_scale
@@ -203,13 +203,13 @@ def published(task: Task) -> Call:
     return call
 
 
-def run(work: Work) -> StageResult:
-    config, benchmark = work.config, work.config.benchmark
+def run(experiment: Experiment) -> StageResult:
+    config, benchmark = experiment.config, experiment.config.benchmark
     if benchmark.kernels:
-        selections = _selections(work) if benchmark.real_masks else []
-        return run_kernels(work, {name: rules for name, _, rules in selections})
+        selections = _selections(experiment) if benchmark.real_masks else []
+        return run_kernels(experiment, {name: rules for name, _, rules in selections})
     # Check before timing
-    sources = _sources(work)
+    sources = _sources(experiment)
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)
         if not isinstance(config.sampling.cfg, float):
@@ -217,24 +217,24 @@ def run(work: Work) -> StageResult:
                 f"sampling.cfg={text(config.sampling.cfg)}: the published sampler takes one value; "
                 "leave benchmark.published out"
             )
-    _check_compiler(work)
-    loaded.vqvae(work)  # checks all against the configuration
-    loaded.dense(work)
+    _check_compiler(experiment)
+    loaded.vqvae(experiment)  # checks all against the configuration
+    loaded.dense(experiment)
     if benchmark.dynamic:
-        loaded.split(work)
+        loaded.split(experiment)
     # Time each size
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     runs_ms: dict[str, tuple[float, ...]] = {}
     for size in benchmark.sizes:
-        cases = {case.name: case for case in _cases(work, sources, size)}
+        cases = {case.name: case for case in _cases(experiment, sources, size)}
         timings = time_in_turn(
             {n: (published if n == PUBLISHED else ours, (c.task,)) for n, c in cases.items()},
-            work.device,
+            experiment.device,
             torch.get_num_threads(),
             benchmark.repeats,
             benchmark.warmup,
-            work.progress,
+            experiment.progress,
             [name for name in cases if name != PUBLISHED] if benchmark.parts else (),
         )
         suffix = f"_b{size}" if benchmark.batch_sizes else ""
@@ -242,7 +242,7 @@ def run(work: Work) -> StageResult:
         rows += [cases[name].row(timing) for name, timing in timings.items()]
         runs_ms |= {f"{name}{suffix}": timing.runs_ms for name, timing in timings.items()}
     if benchmark.parts:
-        draw_part_times(rows, work.folder("benchmark") / "part_times.png")
+        draw_part_times(rows, experiment.folder("benchmark") / "part_times.png")
     sizes: dict[str, Any] = {"batch_size": benchmark.batch_size}
     if benchmark.batch_sizes:
         sizes = {"batch_sizes": list(benchmark.sizes)}
@@ -279,27 +279,27 @@ def _ratio(timing: Timing, other: Timing, prefix: str, suffix: str = "") -> dict
     return {name: median, f"{name}_p10": float(p10), f"{name}_p90": float(p90)}
 
 
-def _sources(work: Work) -> dict[str, str]:
+def _sources(experiment: Experiment) -> dict[str, str]:
     """Find the weights of each model as a path that another process can open."""
-    base, benchmark = work.config.base, work.config.benchmark
+    base, benchmark = experiment.config.base, experiment.config.benchmark
     found: dict[str, Path] = {}
     for kind, source in (("vqvae", base.vqvae), ("var", base.var)):
         if source is not None:
             found[kind] = weights_file(source, kind)
         elif benchmark.dynamic:
-            found[kind] = loaded.checkpoint(work, f"train_{kind}")
+            found[kind] = loaded.checkpoint(experiment, f"train_{kind}")
         else:
             raise ConfigError("base.vqvae and base.var must both be given for the benchmark")
     if benchmark.dynamic:
-        found["moe"] = loaded.checkpoint(work, "train_router")
+        found["moe"] = loaded.checkpoint(experiment, "train_router")
     if benchmark.smaller is not None:
-        found["smaller"] = weights_file(_smaller(work), "var")
+        found["smaller"] = weights_file(_smaller(experiment), "var")
     return {kind: str(path) for kind, path in found.items()}
 
 
-def _smaller(work: Work) -> str:
+def _smaller(experiment: Experiment) -> str:
     """Name the dense model of less depth. Raise ConfigError if "next" finds none below."""
-    smaller, base = work.config.benchmark.smaller, work.config.base.var
+    smaller, base = experiment.config.benchmark.smaller, experiment.config.base.var
     assert smaller is not None
     if smaller != "next":
         return smaller
@@ -312,22 +312,22 @@ def _smaller(work: Work) -> str:
     return below[base]
 
 
-def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
+def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> list[Case]:
     """List all that is timed at one batch size, the dense model first."""
-    config, benchmark = work.config, work.config.benchmark
+    config, benchmark = experiment.config, experiment.config.benchmark
     task = Task(
         vqvae=sources["vqvae"],
         var=sources["var"],
         patch_nums=config.vqvae.patch_nums,
         labels=tuple(i % config.var.num_classes for i in range(size)),
         seed=config.evaluate.seed,
-        device=str(work.device),
+        device=str(experiment.device),
         sampling=config.sampling,
         published=benchmark.published or "",
     )
     dense = Case(OURS, "dense", None, task, task.flops())
     cases = [dense]
-    for name, tau, selection in _selections(work):
+    for name, tau, selection in _selections(experiment):
         dynamic = replace(
             task,
             moe=sources["moe"],
@@ -354,17 +354,17 @@ def _cases(work: Work, sources: Mapping[str, str], size: int) -> list[Case]:
     return cases
 
 
-def _selections(work: Work) -> list[tuple[str, float | None, Selection]]:
+def _selections(experiment: Experiment) -> list[tuple[str, float | None, Selection]]:
     """List name, tau on all sparse scales (None: the configured selection) and rules of each."""
-    benchmark = work.config.benchmark
-    chosen = [("chosen", None, work.config.selection.rules())] if benchmark.chosen else []
+    benchmark = experiment.config.benchmark
+    chosen = [("chosen", None, experiment.config.selection.rules())] if benchmark.chosen else []
     return [*((f"tau{tau:g}", tau, Threshold(tau)) for tau in benchmark.tau), *chosen]
 
 
-def _check_compiler(work: Work) -> None:
+def _check_compiler(experiment: Experiment) -> None:
     """Raise ConfigError if torch.compile has no compiler for a CPU's code."""
-    asked = work.config.benchmark.compile
-    if asked == "eager" or work.device.type != "cpu":
+    asked = experiment.config.benchmark.compile
+    if asked == "eager" or experiment.device.type != "cpu":
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:

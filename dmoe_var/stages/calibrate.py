@@ -17,8 +17,8 @@ from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import InputError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
@@ -27,18 +27,18 @@ from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBenc
 HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
 
 
-def run(work: Work) -> StageResult:
+def run(experiment: Experiment) -> StageResult:
     """Calibrate tau, and write calibration.png if budgets are compared."""
-    return from_main(_calibrated(work) if is_main() else StageResult({}))
+    return from_main(_calibrated(experiment) if is_main() else StageResult({}))
 
 
-def _calibrated(work: Work) -> StageResult:
-    config = work.config.calibrate
-    bench = CalibrationBench(work)
+def _calibrated(experiment: Experiment) -> StageResult:
+    config = experiment.config.calibrate
+    bench = CalibrationBench(experiment)
     calibration = Calibration(bench, config.by_layer)
     _check_reachable(calibration)
     metrics: dict[str, float] = {"dense_gmac": bench.dense_gmac}
-    about: dict[str, Any] = {"loss": config.loss, "impl": work.config.moe.impl}
+    about: dict[str, Any] = {"loss": config.loss, "impl": experiment.config.moe.impl}
     if config.budget_ms is None:
         found = calibration.find(config.budget)
     else:
@@ -58,9 +58,9 @@ def _calibrated(work: Work) -> StageResult:
     ]
     if config.budgets:
         about["curves"] = _compared(calibration)
-        path = work.folder("calibrate") / "calibration.png"
-        figure.draw(about["curves"], bench.dense_gmac, work.config.name, path)
-    dtype = work.config.sampling.dtype
+        path = experiment.folder("calibrate") / "calibration.png"
+        figure.draw(about["curves"], bench.dense_gmac, experiment.config.name, path)
+    dtype = experiment.config.sampling.dtype
     return StageResult(metrics, config.drawn, about, config.seed, dtype)
 
 
@@ -155,7 +155,7 @@ def _cost_table(calibration: Calibration) -> CostTable:
         f"{density:g}": [Threshold(plan.tails[group].tau(density)) for group in groups]
         for density in (1.0, *config.densities)
     }
-    progress = calibration.bench.work.progress
+    progress = calibration.bench.experiment.progress
     with tqdm(total=config.time_repeats + 1, desc="times", disable=not progress) as bar:
         return _timed(calibration.bench, settings, bar.update)
 
@@ -164,8 +164,8 @@ def _timed(
     bench: CalibrationBench, settings: Mapping[str, Selection], progress: Callable[[], object]
 ) -> CostTable:
     """Time the dense model and every setting in turn, as images are sampled."""
-    config, sampling = bench.config, bench.work.config.sampling
-    labels = balanced_labels(config.time_batch, bench.work.config.var.num_classes)
+    config, sampling = bench.config, bench.experiment.config.sampling
+    labels = balanced_labels(config.time_batch, bench.experiment.config.var.num_classes)
     return measure_costs(
         bench.model.dense,
         bench.model,
@@ -175,7 +175,7 @@ def _timed(
         config.time_repeats,
         config.seed,
         progress,
-        impl=bench.work.config.moe.impl,
+        impl=bench.experiment.config.moe.impl,
         **sampling.options,
     )
 
@@ -231,7 +231,7 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
         for method, of_method in found_by.items()
     }
     # Search, then rivals
-    first_cost, quiet = partial(cost_of, calibration.plan), not bench.work.progress
+    first_cost, quiet = partial(cost_of, calibration.plan), not bench.experiment.progress
     with tqdm(total=evaluations, desc="search", disable=quiet) as bar:
         trials = rivals.search(
             first_cost, training_loss, len(scales), evaluations, config.seed, bar.update

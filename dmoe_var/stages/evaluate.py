@@ -17,8 +17,8 @@ from dmoe_var.data.images import Images
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError, DataError
 from dmoe_var.experiment.contents import hash_of
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.files import note
 from dmoe_var.metrics.agreement import LabelAgreement
 from dmoe_var.metrics.fidelity import Fidelity
@@ -43,75 +43,75 @@ class Bench(Models):
 
     @cached_property
     def training_images(self) -> Images:
-        return image_sets(self.work)[0]
+        return image_sets(self.experiment)[0]
 
     @cached_property
     def fidelity(self) -> Fidelity:
-        return Fidelity(self.work.config.fidelity, self.work.device)
+        return Fidelity(self.experiment.config.fidelity, self.experiment.device)
 
     @cached_property
     def reference(self) -> Reference:
-        config = self.work.config
+        config = self.experiment.config
         return load_reference(
             self.fidelity,
             lambda: self.training_images,
             config.data.image_size,
-            self.work.cache / "fidelity",
+            self.experiment.cache / "fidelity",
             progress=config.progress,
         )
 
     @cached_property
     def agreement(self) -> LabelAgreement | None:
         """The classifier of digits; None for other data, of which it knows nothing."""
-        if self.work.config.data.kind != "digits":
+        if self.experiment.config.data.kind != "digits":
             return None
         return LabelAgreement(all_pixels(self.training_images), self.training_images.labels)
 
-    def model(self, work: Work) -> VAR | DynamicVAR:
+    def model(self, experiment: Experiment) -> VAR | DynamicVAR:
         """Load the model of a point: the dense VAR, or dense and another joined at its scales."""
-        return kind_of(work.config).load(self, work)
+        return kind_of(experiment.config).load(self, experiment)
 
-    def drawing(self, work: Work) -> Drawing:
+    def drawing(self, experiment: Experiment) -> Drawing:
         """Set up the sampling of a point's images: balanced over classes, from the point's seed."""
-        config = work.config
-        classes, num_samples = self._classes(work), config.evaluate.num_samples
+        config = experiment.config
+        classes, num_samples = self._classes(experiment), config.evaluate.num_samples
         if num_samples % len(classes) and is_main():
             note(
                 f"evaluate.num_samples={num_samples} is no multiple of {len(classes)} classes: "
                 "some have an image more than others"
             )
         return Drawing(
-            self.model(work),
-            self.vqvae_of(work),
+            self.model(experiment),
+            self.vqvae_of(experiment),
             classes[balanced_labels(num_samples, len(classes))],
             config.evaluate.seed,
             config.sampling,
             **kind_of(config).sampled_by(config),
         )
 
-    def _classes(self, work: Work) -> npt.NDArray[np.int64]:
+    def _classes(self, experiment: Experiment) -> npt.NDArray[np.int64]:
         """List the classes to sample: all of the model's or, if images are compared with the
         training pictures of a folder, those that these show."""
-        config = work.config
+        config = experiment.config
         if config.data.kind == "image_folder" and config.fidelity.reference is None:
             return np.unique(self.training_images.labels)
         return np.arange(config.var.num_classes)
 
 
-def run(work: Work, bench: Bench | None = None) -> StageResult:
+def run(experiment: Experiment, bench: Bench | None = None) -> StageResult:
     """Sample with all processes and measure with the main one. Every process gets the result.
 
     `bench` is shared by the points of a sweep.
     """
-    bench = bench or Bench(work)
-    config = work.config
+    bench = bench or Bench(experiment)
+    config = experiment.config
     if config.evaluate.samples is not None:
-        return from_main(_measure_given(work, bench) if is_main() else StageResult({}))
+        return from_main(_measure_given(experiment, bench) if is_main() else StageResult({}))
     if is_main():
         _ = bench.reference  # a fault in it ends the run before images are sampled
-    folder = work.folder("evaluate")
-    drawing = bench.drawing(work)
-    images = work.fingerprint_of_images("evaluate", MEASURING)
+    folder = experiment.folder("evaluate")
+    drawing = bench.drawing(experiment)
+    images = experiment.fingerprint_of_images("evaluate", MEASURING)
     stored = StoredDrawing(
         drawing,
         folder,
@@ -119,12 +119,14 @@ def run(work: Work, bench: Bench | None = None) -> StageResult:
         config.evaluate.format,
         tuple(sorted(other for other in folder.parent.glob("*") if other != folder)),
     )
-    drawn = stored.draw(describe(work) if config.progress else None)
-    return from_main(_measure(work, bench, stored, drawn) if is_main() else StageResult({}))
+    drawn = stored.draw(describe(experiment) if config.progress else None)
+    return from_main(_measure(experiment, bench, stored, drawn) if is_main() else StageResult({}))
 
 
-def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> StageResult:
-    config, drawing = work.config, stored.drawing
+def _measure(
+    experiment: Experiment, bench: Bench, stored: StoredDrawing, drawn: Drawn
+) -> StageResult:
+    config, drawing = experiment.config, stored.drawing
     num_images = len(drawing.labels)
     fixed = fixed_cost(drawing.model, drawing.vqvae, **config.sampling.counted)
     flops = report(fixed, drawn.ran, drawing.rules)
@@ -140,14 +142,14 @@ def _measure(work: Work, bench: Bench, stored: StoredDrawing, drawn: Drawn) -> S
     }
     if config.data.kind == "image_folder" and config.fidelity.reference is None:
         about["data"] = bench.training_images.about()
-    about |= kind_of(config).about(bench, work)
+    about |= kind_of(config).about(bench, experiment)
     dtype = str(next(drawing.model.parameters()).dtype).removeprefix("torch.")
     return StageResult(metrics, num_images, about, config.evaluate.seed, dtype)
 
 
-def _measure_given(work: Work, bench: Bench) -> StageResult:
+def _measure_given(experiment: Experiment, bench: Bench) -> StageResult:
     """Measure given images. No model is loaded, and nothing is said about FLOPs."""
-    config, hashes = work.config, work.cache / HASHES
+    config, hashes = experiment.config, experiment.cache / HASHES
     path = Path(config.evaluate.samples or "").expanduser()
     size = config.data.image_size
     found = open_images("evaluate.samples", path, size, hashes, images_too=True)
@@ -164,7 +166,7 @@ def _compare(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measure images against the reference, and their labels if there are any. Return the metrics,
     and what a record says of how they were measured."""
-    reference, progress = bench.reference, bench.work.config.progress
+    reference, progress = bench.reference, bench.experiment.config.progress
     metrics = bench.fidelity.score(
         images, reference.statistics, reference.features_MD, progress=progress
     )
@@ -186,9 +188,9 @@ def _stored_images(stored: StoredDrawing) -> Pixels:
     return ImageArray(Samples.load(stored.folder / stored.place).images)
 
 
-def describe(work: Work) -> str:
+def describe(experiment: Experiment) -> str:
     """Describe a point in a few words."""
-    config = work.config
+    config = experiment.config
     if config.evaluate.samples is not None:
         return f"images of {config.evaluate.samples}"
     return f"{kind_of(config).text(config)} seed {config.evaluate.seed}"

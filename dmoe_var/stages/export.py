@@ -7,11 +7,11 @@ from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
 from dmoe_var.distributed import is_main
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import require
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.view import OPTIONAL, within
-from dmoe_var.experiment.work import Work
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
 from dmoe_var.report.records import found
 from dmoe_var.stages.parts import loaded
@@ -21,16 +21,16 @@ MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""
 
 
-def run(work: Work) -> StageResult:
+def run(experiment: Experiment) -> StageResult:
     """Write dynamic_var/, with `selection` as what runs by default."""
-    model = loaded.dynamic(work)
-    model.selection = work.config.selection.rules()
-    records = [require(work, stage) for stage in MAKING] + measured(work)
-    folder = work.folder("export") / FOLDER
+    model = loaded.dynamic(experiment)
+    model.selection = experiment.config.selection.rules()
+    records = [require(experiment, stage) for stage in MAKING] + measured(experiment)
+    folder = experiment.folder("export") / FOLDER
     about = {"folder": FOLDER, "records": [f"{r.stage}/{r.variant}" for r in records]}
     if is_main():
         save_pretrained(model, folder, records)
-        to, private = work.config.export.push_to, work.config.export.private
+        to, private = experiment.config.export.push_to, experiment.config.export.private
         if to is not None:
             about["url"] = push_to_hub(model, to, private=private, records=records)
     tensors = {t.data_ptr(): t.numel() for t in model.parameters()}
@@ -39,18 +39,22 @@ def run(work: Work) -> StageResult:
     return StageResult(metrics, about=about)
 
 
-def measured(work: Work) -> list[Record]:
+def measured(experiment: Experiment) -> list[Record]:
     """Find evaluations of this very model under this rule, of the dense one, and sweeps, whatever
     their sample counts and references. Broken records are left out."""
-    records = [record for stage in MEASURING for _, record in found(work, stage)]
-    return [r for r in records if _is_ours(work, r) and not work.differing("train_router", r)]
+    records = [record for stage in MEASURING for _, record in found(experiment, stage)]
+    return [
+        r
+        for r in records
+        if _is_ours(experiment, r) and not experiment.differing("train_router", r)
+    ]
 
 
-def _is_ours(work: Work, record: Record) -> bool:
+def _is_ours(experiment: Experiment, record: Record) -> bool:
     model = record.config.get("evaluate.model")
     if record.stage == "sweep" or model == "dense":
         return True
-    return model != "pruned" and _rule(record.config) == _rule(work.whole.leaves)
+    return model != "pruned" and _rule(record.config) == _rule(experiment.whole.leaves)
 
 
 def _rule(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from dmoe_var.arrays import read_npz, write_npz
 from dmoe_var.distributed import barrier, is_main
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.counts import ExpertCounts
@@ -26,18 +26,18 @@ MAPS_FILE = "maps.npz"
 CHOSEN = "chosen"
 
 
-def run(work: Work) -> StageResult:
+def run(experiment: Experiment) -> StageResult:
     """Write maps.npz: for setting i, images_i uint8 (N, S, R, R, 3) and maps_i float (N, S, P, P),
     for N images and S sparse scales. about["settings"] names the settings, the chosen one first."""
-    config, maps = work.config, work.config.maps
+    config, maps = experiment.config, experiment.config.maps
     shown = {CHOSEN: config.selection, **{f"{t:g}": SelectionConfig(tau=(t,)) for t in maps.tau}}
     labels = list(range(min(maps.images, config.var.num_classes)))
     if is_main():
-        models, arrays = Models(work), dict[str, np.ndarray]()
+        models, arrays = Models(experiment), dict[str, np.ndarray]()
         for i, selection in enumerate(shown.values()):
-            found = collect_maps(work, models, labels, selection.rules(), maps.seed)
+            found = collect_maps(experiment, models, labels, selection.rules(), maps.seed)
             arrays |= {f"images_{i}": found.images, f"maps_{i}": found.maps}
-        write_npz(work.folder("maps") / MAPS_FILE, arrays)
+        write_npz(experiment.folder("maps") / MAPS_FILE, arrays)
     barrier()
     settings = [{"name": name, "selection": each.text} for name, each in shown.items()]
     about = {"samples": MAPS_FILE, "settings": settings, "scales": list(config.moe.scales)}
@@ -52,10 +52,10 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
 
 @torch.inference_mode()
 def collect_maps(
-    work: Work, models: Models, labels: Sequence[int], selection: Selection, seed: int
+    experiment: Experiment, models: Models, labels: Sequence[int], selection: Selection, seed: int
 ) -> ExpertMaps:
     """Sample one image per label and map it at `moe.scales`."""
-    config = work.config
+    config = experiment.config
     model = DynamicVAR(models.dense, models.experts, config.moe.scales)
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(

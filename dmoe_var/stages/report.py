@@ -14,10 +14,10 @@ from dmoe_var.data.class_names import class_names, title
 from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.points import operating_point, vary
 from dmoe_var.experiment.record import git_commit, now
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import GIGA, SAMPLER_PARTS, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
@@ -40,24 +40,24 @@ PICTURES = 4
 """Pictures under the microscope if no classes are given."""
 
 
-def run(work: Work) -> StageResult:
+def run(experiment: Experiment) -> StageResult:
     """Write report.html. The main process samples its few pictures."""
-    return from_main(_write(work) if is_main() else StageResult({}))
+    return from_main(_write(experiment) if is_main() else StageResult({}))
 
 
-def _write(work: Work) -> StageResult:
-    config = work.config
-    data: dict[str, Any] = {"about": _about(config), "stages": stages(work)}
-    data["quality"] = Curves(work).shown()
+def _write(experiment: Experiment) -> StageResult:
+    config = experiment.config
+    data: dict[str, Any] = {"about": _about(config), "stages": stages(experiment)}
+    data["quality"] = Curves(experiment).shown()
     without = len(json.dumps(data))
     if without > config.report.max_mb * MB:
         raise ConfigError(
             f"report.max_mb={config.report.max_mb:g}: the page takes {without / MB:.1f} MB without "
             "its microscope; allow more, or lower report.grid_images or report.grid_side"
         )
-    data["microscope"] = _microscope(work, config.report.max_mb * MB - without)
+    data["microscope"] = _microscope(experiment, config.report.max_mb * MB - without)
     text = page.build(f"DMoE-VAR: {config.name}", data)
-    write_text(work.folder("report") / REPORT_FILE, text)
+    write_text(experiment.folder("report") / REPORT_FILE, text)
     pictures = len(data["microscope"]["pictures"])
     points = sum(len(curve["rows"]) for curve in data["quality"]["curves"])
     metrics = {
@@ -87,9 +87,9 @@ def _about(config: Config) -> dict[str, Any]:
     }
 
 
-def _microscope(work: Work, budget: float) -> dict[str, Any]:
+def _microscope(experiment: Experiment, budget: float) -> dict[str, Any]:
     """Record costs and, in order, as many of the pictures as fit into `budget` bytes."""
-    config, bench = work.config, Bench(work)
+    config, bench = experiment.config, Bench(experiment)
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
     fixed = fixed_cost(model, bench.vqvae, **config.sampling.counted)
     names = class_names(config.data.kind, config.var.num_classes)
@@ -98,17 +98,17 @@ def _microscope(work: Work, budget: float) -> dict[str, Any]:
     each = microscope.num_bytes(config.var.depth, tokens, experts)
     content: dict[str, Any] = {
         **costs(fixed, fixed_cost(bench.dense, bench.vqvae, config.sampling.cfg)),
-        "chosen": _chosen_tau(work),
+        "chosen": _chosen_tau(experiment),
         "tau": list(config.report.tau),
         "pictures": [],
         "picture_mb": each / MB,
         "max_mb": config.report.max_mb,
     }
     labels = config.report.labels or range(min(PICTURES, config.var.num_classes))
-    for index, label in enumerate(tqdm(labels, "microscope", disable=not work.progress)):
+    for index, label in enumerate(tqdm(labels, "microscope", disable=not experiment.progress)):
         if each > budget:
             break
-        shown = _picture(work, bench, model, fixed, index, label)
+        shown = _picture(experiment, bench, model, fixed, index, label)
         shown["name"] = title(names, label)
         budget -= len(json.dumps(shown))
         if budget < 0:
@@ -134,27 +134,32 @@ def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     }
 
 
-def _chosen_tau(work: Work) -> list[float]:
+def _chosen_tau(experiment: Experiment) -> list[float]:
     """Find the operating point's tau, one per sparse scale (the median if each layer has one)."""
-    config = vary(work, operating_point(work)).config
+    config = vary(experiment, operating_point(experiment)).config
     selection, scales = config.selection, (config.var.num_scales, config.moe.scales)
     by_layer = [median(taus) for taus in selection.layer_tau]
     return by_scale("selection.tau", by_layer or selection.tau, *scales)
 
 
 def _picture(
-    work: Work, bench: Bench, model: DynamicVAR, fixed: FixedCost, index: int, label: int
+    experiment: Experiment,
+    bench: Bench,
+    model: DynamicVAR,
+    fixed: FixedCost,
+    index: int,
+    label: int,
 ) -> dict[str, Any]:
     """Sample one picture, from the dense model and at each tau, and record what the routers did."""
-    config, given = work.config, work.config.report
+    config, given = experiment.config, experiment.config.report
     recording = microscope.record(
         model, bench.vqvae, label, given.seed, index, config.sampling, config.moe.impl
     )
-    dense = _draw(work, bench, bench.dense, index, label)
+    dense = _draw(experiment, bench, bench.dense, index, label)
     drawn = []
     for tau in given.tau:
         rule, counts = Threshold(tau), ExpertCounts()
-        image = _draw(work, bench, model, index, label, rule, counts)
+        image = _draw(experiment, bench, model, index, label, rule, counts)
         rules = dict.fromkeys(config.moe.scales, rule)
         cost = report(fixed, ExpertHistogram.of(counts, rules, 1), rules)
         drawn.append({
@@ -175,7 +180,7 @@ def _picture(
 
 
 def _draw(
-    work: Work,
+    experiment: Experiment,
     bench: Bench,
     model: VAR | DynamicVAR,
     index: int,
@@ -184,7 +189,7 @@ def _draw(
     observer: Observer | None = None,
 ) -> np.ndarray:
     """Sample a picture, uint8 (R, R, 3)."""
-    config = work.config
+    config = experiment.config
     image_13RR = generate(
         model, bench.vqvae, [label], **config.sampling.options, seed=config.report.seed,
         selection=rule, start_index=index, impl=config.moe.impl, observer=observer,

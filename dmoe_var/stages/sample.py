@@ -22,9 +22,9 @@ from dmoe_var.data.class_names import class_names, slug, title
 from dmoe_var.data.images import to_uint8
 from dmoe_var.distributed import gathered, is_main, rank, world_size
 from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import require
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
@@ -99,16 +99,19 @@ class Pictures:
         return [f"class{c}{named[c]}_seed{seed}_{j}.png" for c, seed, j in self.cells]
 
 
-def settled(work: Work) -> tuple[Work, str | None]:
+def settled(experiment: Experiment) -> tuple[Experiment, str | None]:
     """Decide what `sample.model` null stands for; return a line that says so if it is not both.
 
     If the experts are not made yet, the dense model samples alone. Raise InputError if what is
     asked for is not there; the error says so if the dense model is.
     """
-    sample = work.config.sample
+    sample = experiment.config.sample
     if sample.pretrained is None:
-        work = _changed(work, selection="stored")  # without effect: names no folder
-    asked, dense = _changed(work, model=sample.model or "both"), _changed(work, model="dense")
+        experiment = _changed(experiment, selection="stored")  # without effect: names no folder
+    asked, dense = (
+        _changed(experiment, model=sample.model or "both"),
+        _changed(experiment, model="dense"),
+    )
     reason = _missing(asked)
     if reason is None:
         return asked, None
@@ -119,11 +122,11 @@ def settled(work: Work) -> tuple[Work, str | None]:
     return dense, f"sample: the dense model alone, there is no dynamic one yet: {reason}"
 
 
-def _missing(work: Work) -> InputError | None:
+def _missing(experiment: Experiment) -> InputError | None:
     """Find why pictures cannot be sampled yet. Raise CheckpointError for a stage that is broken."""
     try:
-        for stage in work.needs("sample"):
-            require(work, stage)
+        for stage in experiment.needs("sample"):
+            require(experiment, stage)
     except InputError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -131,28 +134,28 @@ def _missing(work: Work) -> InputError | None:
     return None
 
 
-def _changed(work: Work, **fields: str) -> Work:
+def _changed(experiment: Experiment, **fields: str) -> Experiment:
     """Change the `sample` section. In the experiment's own, `model` null becomes both."""
-    config, own = work.whole, work.baseline.sample
-    return Work(
+    config, own = experiment.whole, experiment.baseline.sample
+    return Experiment(
         replace(config, sample=replace(config.sample, **fields)),  # type: ignore[arg-type]
-        replace(work.baseline, sample=replace(own, model=own.model or "both")),
+        replace(experiment.baseline, sample=replace(own, model=own.model or "both")),
     )
 
 
-def run(work: Work) -> StageResult:
+def run(experiment: Experiment) -> StageResult:
     """Write grid.png and, in a folder per model, samples.npz and single PNGs if asked for.
 
     samples.npz: arr_0 uint8 (N, R, R, 3); labels, seeds and start_indices (N,), with which
     `generate` samples each picture again.
     """
-    config, folder = work.config, work.folder("sample")
+    config, folder = experiment.config, experiment.folder("sample")
     pictures = Pictures.of(config)
-    vqvae = loaded.vqvae(work).to(config.sampling.torch_dtype)
+    vqvae = loaded.vqvae(experiment).to(config.sampling.torch_dtype)
     panels = {}
     about: dict[str, object] = {"grid": GRID_FILE, "seeds": list(pictures.seeds)}
-    for name, drawer in _drawers(work).items():
-        images = _draw(work, drawer, vqvae, pictures, name)
+    for name, drawer in _drawers(experiment).items():
+        images = _draw(experiment, drawer, vqvae, pictures, name)
         panels[drawer.title] = images
         about[name] = drawer.title
         about.setdefault("samples", f"{name}/{SAMPLES_FILE}")
@@ -165,16 +168,16 @@ def run(work: Work) -> StageResult:
     return StageResult({}, len(pictures.cells), about, pictures.seeds[0], config.sampling.dtype)
 
 
-def _drawers(work: Work) -> dict[str, Drawer]:
+def _drawers(experiment: Experiment) -> dict[str, Drawer]:
     """Load the models to sample from, by the name of their folder."""
-    config, sample = work.config, work.config.sample
+    config, sample = experiment.config, experiment.config.sample
     dtype, stored = config.sampling.torch_dtype, None
     if sample.pretrained is not None:
-        stored = _pretrained(sample.pretrained, config).to(work.device, dtype)
-    dense = loaded.dense(work).to(dtype) if stored is None else stored.dense
+        stored = _pretrained(sample.pretrained, config).to(experiment.device, dtype)
+    dense = loaded.dense(experiment).to(dtype) if stored is None else stored.dense
     drawers = {"dense": Drawer(dense, "dense VAR")} if "dense" in _models(config) else {}
     if "dynamic" in _models(config):
-        dynamic = stored or DynamicVAR(dense, loaded.split(work).to(dtype), config.moe.scales)
+        dynamic = stored or DynamicVAR(dense, loaded.split(experiment).to(dtype), config.moe.scales)
         own = stored is not None and sample.selection == "stored"
         rules: Selection = dynamic.selection if own else config.selection.rules()
         drawers["dynamic"] = Drawer(dynamic, f"DMoE-VAR, {describe(rules)}", rules, config.moe.impl)
@@ -207,14 +210,16 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
     return model
 
 
-def _draw(work: Work, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: str) -> np.ndarray:
+def _draw(
+    experiment: Experiment, drawer: Drawer, vqvae: VQVAE, pictures: Pictures, name: str
+) -> np.ndarray:
     """Sample all pictures, uint8 (N, R, R, 3). Each process samples its share and gets them all."""
-    sampling = work.config.sampling
+    sampling = experiment.config.sampling
     starts = range(0, pictures.per_class, sampling.batch_size)
     batches = list(itertools.product(pictures.labels, pictures.seeds, starts))
     ours = range(rank(), len(batches), world_size())
     drawn = {}
-    for i in tqdm(ours, name, unit="batch", leave=False, disable=not work.progress):
+    for i in tqdm(ours, name, unit="batch", leave=False, disable=not experiment.progress):
         label, seed, start = batches[i]
         images_B3RR = generate(
             drawer.model,

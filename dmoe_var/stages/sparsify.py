@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dmoe_var.conversion.relufication import relufy
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import token_about, token_metrics, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import SparsifyObjective
 
 
-def run(work: Work) -> StageResult:
-    config = work.config.sparsify
-    vqvae = loaded.vqvae(work)
-    var = loaded.dense(work)
+def run(experiment: Experiment) -> StageResult:
+    config = experiment.config.sparsify
+    vqvae = loaded.vqvae(experiment)
+    var = loaded.dense(experiment)
     if config.activation == "relu":
         var = relufy(var)
-    tokens = token_sets(work, vqvae)
-    objective = SparsifyObjective(var, vqvae, *tokens, config, work.config.conversion)
-    metrics = train(objective, config, work.training_run("sparsify"))
-    loaded.save(work, "sparsify", var)
+    tokens = token_sets(experiment, vqvae)
+    objective = SparsifyObjective(var, vqvae, *tokens, config, experiment.config.conversion)
+    metrics = train(objective, config, experiment.training_run("sparsify"))
+    loaded.save(experiment, "sparsify", var)
     return StageResult(
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},

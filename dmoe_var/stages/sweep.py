@@ -17,11 +17,11 @@ from dmoe_var import markdown
 from dmoe_var.config.root import Config
 from dmoe_var.distributed import barrier, is_main
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.experiment import DEFAULT_VARIANT, Experiment
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.experiment.points import LABELS, Curve, Point, curves_of, joined, single, tau_curve
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.work import DEFAULT_VARIANT, Work
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
 from dmoe_var.moe.selection import SelectionConfig
@@ -40,11 +40,11 @@ Setting = tuple[Curve, Point]
 """A point before its seeds, and the curve that it is on."""
 
 
-def settings(work: Work) -> list[Setting]:
+def settings(experiment: Experiment) -> list[Setting]:
     """List all settings of a sweep, the dense baseline first. A tau list is a curve of its own."""
-    sweep = work.config.sweep
+    sweep = experiment.config.sweep
     fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
-    every = {"moe.scales": tuple(range(work.config.var.num_scales))}
+    every = {"moe.scales": tuple(range(experiment.config.var.num_scales))}
     curves = [
         single(LABELS["dense"], "dense", "dense", {"evaluate.model": "dense"}),
         tau_curve(LABELS["last"], "last", sweep.last),
@@ -56,44 +56,46 @@ def settings(work: Work) -> list[Setting]:
     return [(curve, point) for curve in curves for point in curve.points]
 
 
-def planned(work: Work) -> list[tuple[Setting, int]]:
+def planned(experiment: Experiment) -> list[tuple[Setting, int]]:
     """List the points of this run, setting and seed: all, or every `parts`-th for a shard.
 
     The first shard has the dense model's first seed.
     """
-    sweep = work.config.sweep
-    points = [(setting, seed) for setting in settings(work) for seed in sweep.seeds]
+    sweep = experiment.config.sweep
+    points = [(setting, seed) for setting in settings(experiment) for seed in sweep.seeds]
     return points if sweep.part is None else points[sweep.part - 1 :: sweep.parts]
 
 
-def run_part(work: Work) -> list[Record]:
+def run_part(experiment: Experiment) -> list[Record]:
     """Measure what is missing of the shard `sweep.part`; return the records of all its points.
 
     The sweep's own record is left to the joining run.
     """
-    whole(work).check("sweep")
-    return _measure(work, evaluate.Bench(work))
+    whole(experiment).check("sweep")
+    return _measure(experiment, evaluate.Bench(experiment))
 
 
-def whole(work: Work) -> Work:
+def whole(experiment: Experiment) -> Experiment:
     """Return the sweep that a shard belongs to, with the default `selection`, which its points do
     not take. A point's record is the same in both."""
-    sweep = replace(work.config.sweep, part=None, parts=1)
-    config = replace(work.whole, sweep=sweep, selection=SelectionConfig())
-    return replace(work, whole=config)
+    sweep = replace(experiment.config.sweep, part=None, parts=1)
+    config = replace(experiment.whole, sweep=sweep, selection=SelectionConfig())
+    return replace(experiment, whole=config)
 
 
-def _measure(work: Work, bench: evaluate.Bench) -> list[Record]:
+def _measure(experiment: Experiment, bench: evaluate.Bench) -> list[Record]:
     """Measure what is missing of the planned points; return the records of all."""
     measured: list[Record] = []
-    new: list[Work] = []
+    new: list[Experiment] = []
 
-    def measure(each: Work) -> StageResult:
+    def measure(each: Experiment) -> StageResult:
         new.append(each)
         return evaluate.run(each, bench)
 
-    for (_, point), seed in tqdm(planned(work), desc="sweep", disable=not work.progress):
-        each = point.work(whole(work), seed)
+    for (_, point), seed in tqdm(
+        planned(experiment), desc="sweep", disable=not experiment.progress
+    ):
+        each = point.experiment(whole(experiment), seed)
         record = run_stage(each, "evaluate", measure)
         measured.append(record)
         if is_main() and each in new:  # its record is written, even if wandb fails
@@ -102,15 +104,15 @@ def _measure(work: Work, bench: evaluate.Bench) -> list[Record]:
     return measured
 
 
-def run(work: Work) -> StageResult:
+def run(experiment: Experiment) -> StageResult:
     """Measure what is missing, join the records and plot them."""
-    seeds = work.config.sweep.seeds
-    bench = evaluate.Bench(work)
-    records = _measure(work, bench)
+    seeds = experiment.config.sweep.seeds
+    bench = evaluate.Bench(experiment)
+    records = _measure(experiment, bench)
     by_setting = [records[i : i + len(seeds)] for i in range(0, len(records), len(seeds))]
     rows = [
-        _row(work, *setting, of_setting)
-        for setting, of_setting in zip(settings(work), by_setting, strict=True)
+        _row(experiment, *setting, of_setting)
+        for setting, of_setting in zip(settings(experiment), by_setting, strict=True)
     ]
     dense = rows[0]
     for row in rows:
@@ -118,16 +120,18 @@ def run(work: Work) -> StageResult:
         row["fid_change"] = row["fid_mean"] / dense["fid_mean"] - 1
     fid_name = records[0].about["fidelity"]
     if is_main():
-        _draw(work, bench, rows, fid_name)
+        _draw(experiment, bench, rows, fid_name)
     barrier()
     about = {"settings": rows, "fidelity": fid_name, "seeds": list(seeds)}
-    return StageResult(_headline(rows), work.config.evaluate.num_samples, about)
+    return StageResult(_headline(rows), experiment.config.evaluate.num_samples, about)
 
 
-def _row(work: Work, curve: Curve, point: Point, records: list[Record]) -> dict[str, Any]:
+def _row(
+    experiment: Experiment, curve: Curve, point: Point, records: list[Record]
+) -> dict[str, Any]:
     """Make a row of the table from a setting and its records over the seeds."""
     dense = curve.method == "dense"
-    scales = () if dense else point.changes.get("moe.scales", work.config.moe.scales)
+    scales = () if dense else point.changes.get("moe.scales", experiment.config.moe.scales)
     return {
         "group": curve.method,
         "label": point.label,
@@ -154,22 +158,24 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
     return [key for start in COLUMNS for key in rows[0] if key.startswith(start)]
 
 
-def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_name: str) -> None:
-    folder, config = work.folder("sweep"), work.config
+def _draw(
+    experiment: Experiment, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_name: str
+) -> None:
+    folder, config = experiment.folder("sweep"), experiment.config
     title = (
         f"{config.name}: {config.evaluate.num_samples} images a point, "
         f"{len(config.sweep.seeds)} seed(s), cfg {guidance.text(config.sampling.cfg)}"
     )
     fid_over_flops.draw(curves_of(rows), fid_name, title, "", folder / "fid_over_flops.png")
     write_text(folder / "table.md", table(rows, fid_name) + "\n")
-    seed, found = config.sweep.seeds[0], settings(work)
-    dense = found[0][1].work(whole(work), seed)
+    seed, found = config.sweep.seeds[0], settings(experiment)
+    dense = found[0][1].experiment(whole(experiment), seed)
     chosen = next((point for curve, point in found if curve.method == "chosen"), None)
-    _publish_samples(work, dense, "dense")
+    _publish_samples(experiment, dense, "dense")
     if chosen is None:
         return
-    dynamic, tau = chosen.work(whole(work), seed), chosen.changes["selection.tau"]
-    _publish_samples(work, dynamic, "operating_point")
+    dynamic, tau = chosen.experiment(whole(experiment), seed), chosen.changes["selection.tau"]
+    _publish_samples(experiment, dynamic, "operating_point")
     panels = {
         f"dense VAR, seed {seed}": _first_images(dense),
         f"DMoE-VAR, tau {', '.join(f'{t:g}' for t in tau)}": _first_images(dynamic),
@@ -178,27 +184,27 @@ def _draw(work: Work, bench: evaluate.Bench, rows: list[dict[str, Any]], fid_nam
     twice = tuple(min(1.0, 2 * value) for value in tau)
     labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
     by_tau = {
-        name: collect_maps(work, bench, labels, SelectionConfig(tau=taus).rules(), seed)
+        name: collect_maps(experiment, bench, labels, SelectionConfig(tau=taus).rules(), seed)
         for name, taus in (("tau 0", (0.0,)), ("chosen tau", tau), ("twice that", twice))
     }
     expert_maps.draw(by_tau, list(config.moe.scales), folder / "expert_maps.png")
 
 
-def _first_images(point_work: Work) -> np.ndarray:
-    images = Samples.load(point_work.folder("evaluate") / SAMPLES_FILE).images
-    classes = min(GRID_CLASSES, point_work.config.var.num_classes)
+def _first_images(point_experiment: Experiment) -> np.ndarray:
+    images = Samples.load(point_experiment.folder("evaluate") / SAMPLES_FILE).images
+    classes = min(GRID_CLASSES, point_experiment.config.var.num_classes)
     return images[: classes * GRID_ROWS]
 
 
-def _publish_samples(work: Work, point_work: Work, name: str) -> None:
+def _publish_samples(experiment: Experiment, point_experiment: Experiment, name: str) -> None:
     """Copy a point's samples.npz and record to runs/<experiment>/<name>/, or into the sweep's own
     folder if the sweep is a variant."""
-    own = work.variant("sweep") == DEFAULT_VARIANT
-    target = (work.root if own else work.folder("sweep")) / name
+    own = experiment.variant("sweep") == DEFAULT_VARIANT
+    target = (experiment.root if own else experiment.folder("sweep")) / name
     target.mkdir(parents=True, exist_ok=True)
     for file in (SAMPLES_FILE, "result.json"):
         with whole_file(target / file) as temporary:
-            shutil.copyfile(point_work.folder("evaluate") / file, temporary)
+            shutil.copyfile(point_experiment.folder("evaluate") / file, temporary)
 
 
 def table(rows: list[dict[str, Any]], fid_name: str) -> str:

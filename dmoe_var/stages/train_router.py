@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import token_about, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.router_objective import RouterObjective
 
 
-def run(work: Work) -> StageResult:
-    config = work.config.train_router
-    vqvae = loaded.vqvae(work)
-    moe = loaded.split(work, "split")
-    tokens = token_sets(work, vqvae)
+def run(experiment: Experiment) -> StageResult:
+    config = experiment.config.train_router
+    vqvae = loaded.vqvae(experiment)
+    moe = loaded.split(experiment, "split")
+    tokens = token_sets(experiment, vqvae)
     objective = RouterObjective(moe, vqvae, *tokens, config)
-    metrics = train(objective, config, work.training_run("train_router"))
-    loaded.save(work, "train_router", moe)
+    metrics = train(objective, config, experiment.training_run("train_router"))
+    loaded.save(experiment, "train_router", moe)
     return StageResult(metrics, about={"checkpoint": "checkpoint", **token_about(tokens)})
 
 

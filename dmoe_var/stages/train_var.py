@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dmoe_var.config.root import Config
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.models.var import VAR
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import token_about, token_metrics, token_sets
@@ -14,21 +14,21 @@ from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import VARObjective
 
 
-def run(work: Work) -> StageResult:
-    config = work.config
-    vqvae = loaded.vqvae(work)
-    tokens = token_sets(work, vqvae)
+def run(experiment: Experiment) -> StageResult:
+    config = experiment.config
+    vqvae = loaded.vqvae(experiment)
+    tokens = token_sets(experiment, vqvae)
     given = (vqvae, *tokens, config.train_var)
     if config.base.var is not None:
-        objective = VARObjective(loaded.dense(work), *given)
+        objective = VARObjective(loaded.dense(experiment), *given)
         with torch.no_grad():
             metrics = {**objective.validate(), **token_metrics(tokens)}
             return StageResult(metrics, about={"source": config.base.var, **token_about(tokens)})
     torch.manual_seed(config.seed)
-    var = VAR(config.var).to(work.device)
+    var = VAR(config.var).to(experiment.device)
     objective = VARObjective(var, *given)
-    metrics = train(objective, config.train_var, work.training_run("train_var"))
-    loaded.save(work, "train_var", var)
+    metrics = train(objective, config.train_var, experiment.training_run("train_var"))
+    loaded.save(experiment, "train_var", var)
     return StageResult(
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},

@@ -8,27 +8,27 @@ from dmoe_var.config.root import Config
 from dmoe_var.data import load_data
 from dmoe_var.distributed import launched_processes
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.stages.parts import loaded
 from dmoe_var.training.loop import train
 from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
 
 
-def run(work: Work) -> StageResult:
-    config = work.config
+def run(experiment: Experiment) -> StageResult:
+    config = experiment.config
     training, held_out = load_data(config.data)
     if config.base.vqvae is not None:
         untrained = VQVAETrainingConfig(steps=1)  # without effect on what is validated
-        objective = VQVAEObjective(loaded.vqvae(work), training, held_out, untrained)
+        objective = VQVAEObjective(loaded.vqvae(experiment), training, held_out, untrained)
         with torch.no_grad():
             return StageResult(objective.validate(), about={"source": config.base.vqvae})
     torch.manual_seed(config.seed)
-    vqvae = VQVAE(config.vqvae).to(work.device)
+    vqvae = VQVAE(config.vqvae).to(experiment.device)
     objective = VQVAEObjective(vqvae, training, held_out, config.train_vqvae)
-    metrics = train(objective, config.train_vqvae, work.training_run("train_vqvae"))
-    loaded.save(work, "train_vqvae", vqvae)
+    metrics = train(objective, config.train_vqvae, experiment.training_run("train_vqvae"))
+    loaded.save(experiment, "train_vqvae", vqvae)
     return StageResult(metrics, about={"checkpoint": "checkpoint"})
 
 

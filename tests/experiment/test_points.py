@@ -10,41 +10,46 @@ from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.points import Point, curves_of, joined, vary
 
 
-def test_vary_changes_what_it_names_alone(make_work):
-    work = make_work()
-    other = vary(work, {"sparsify.alpha": 0.5, "moe.scales": (3,)})
+def test_vary_changes_what_it_names_alone(make_experiment):
+    experiment = make_experiment()
+    other = vary(experiment, {"sparsify.alpha": 0.5, "moe.scales": (3,)})
     assert other.config.sparsify.alpha == 0.5
     assert other.config.moe.scales == (3,)
-    back = {"sparsify.alpha": work.config.sparsify.alpha, "moe.scales": work.config.moe.scales}
-    assert vary(other, back) == work
-    assert other.folder("evaluate") != work.folder("evaluate")
+    back = {
+        "sparsify.alpha": experiment.config.sparsify.alpha,
+        "moe.scales": experiment.config.moe.scales,
+    }
+    assert vary(other, back) == experiment
+    assert other.folder("evaluate") != experiment.folder("evaluate")
 
 
-def test_vary_is_what_the_command_line_would_be(make_work):
+def test_vary_is_what_the_command_line_would_be(make_experiment):
     changes = {"split.expert_size": 64, "evaluate.seed": 4}
-    assert vary(make_work(), changes).config == make_work(changes=changes).config
+    assert vary(make_experiment(), changes).config == make_experiment(changes=changes).config
 
 
 @pytest.mark.parametrize("key", ["sparsify.alfa", "nothing", "seed.x"])
-def test_vary_refuses_unknown_keys(make_work, key):
+def test_vary_refuses_unknown_keys(make_experiment, key):
     with pytest.raises(ConfigError, match=key):
-        vary(make_work(), {key: 1})
+        vary(make_experiment(), {key: 1})
 
 
-def test_vary_changes_all_at_once(make_work):
+def test_vary_changes_all_at_once(make_experiment):
     """Each alone would be refused: eight of four experts."""
-    changed = vary(make_work(), {"selection.rule": "top_k", "selection.k": 2}).config.selection
+    changed = vary(
+        make_experiment(), {"selection.rule": "top_k", "selection.k": 2}
+    ).config.selection
     assert (changed.rule, changed.k) == ("top_k", 2)
 
 
-def test_vary_checks_what_belongs_together(make_work):
+def test_vary_checks_what_belongs_together(make_experiment):
     with pytest.raises(ConfigError, match="expert_size"):
-        vary(make_work(), {"split.expert_size": 48})
+        vary(make_experiment(), {"split.expert_size": 48})
 
 
-def test_seeds_of_a_point(make_work):
+def test_seeds_of_a_point(make_experiment):
     point = Point("x", None, {"selection.tau": (0.5,)})
-    works = [point.work(make_work(), seed) for seed in (3, 5)]
+    works = [point.experiment(make_experiment(), seed) for seed in (3, 5)]
     assert [each.config.evaluate.seed for each in works] == [3, 5]
     assert {each.config.selection.tau for each in works} == {(0.5,)}
 

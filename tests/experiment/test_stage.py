@@ -32,15 +32,15 @@ def is_known(key, config):
 
 @pytest.mark.parametrize("changes", CONFIGURATIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_declared_keys_are_known(make_work, stage, changes):
-    work = make_work(changes=changes)
+def test_declared_keys_are_known(make_experiment, stage, changes):
+    experiment = make_experiment(changes=changes)
     assert find(stage).name == stage
-    assert [key for key in work.declared(stage) if not is_known(key, work.config)] == []
-    assert set(work.needs(stage)) <= set(STAGES)
+    assert [key for key in experiment.declared(stage) if not is_known(key, experiment.config)] == []
+    assert set(experiment.needs(stage)) <= set(STAGES)
 
 
-def test_other_keys_are_known(make_work):
-    config = make_work().config
+def test_other_keys_are_known(make_experiment):
+    config = make_experiment().config
     given = [find(stage).given for stage in STAGES if find(stage).given]
     assert given == ["base.vqvae", "base.var"]
     assert [k for k in (*HOUSEKEEPING, *OPTIONAL, *given) if not is_known(k, config)] == []

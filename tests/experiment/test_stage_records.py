@@ -81,16 +81,16 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize(
     "given", [{}, {"seed": 0, "dtype": "float16", "num_samples": 7, "about": {"note": "x"}}]
 )
-def test_a_record_says_how_it_was_made(make_work, tmp_path, monkeypatch, given):
+def test_a_record_says_how_it_was_made(make_experiment, tmp_path, monkeypatch, given):
     """By what ran, where a stage says it, and else by the configuration; 0 is a seed."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    work = make_work(tmp_path, {"seed": 3, "dtype": "bfloat16"})
-    made = run_stage(work, "train_vqvae", lambda _: StageResult({"loss": 1.5}, **given))
-    assert Record.read(work.folder("train_vqvae") / RESULT_FILE) == made
+    experiment = make_experiment(tmp_path, {"seed": 3, "dtype": "bfloat16"})
+    made = run_stage(experiment, "train_vqvae", lambda _: StageResult({"loss": 1.5}, **given))
+    assert Record.read(experiment.folder("train_vqvae") / RESULT_FILE) == made
     expected = {
-        "stage": "train_vqvae", "variant": work.variant("train_vqvae"), "threads": 5,
-        "fingerprint": work.fingerprint("train_vqvae"), "metrics": {"loss": 1.5}, "processes": 1,
-        "config": work.config.leaves, "seed": 3, "dtype": "bfloat16", "num_samples": 0,
+        "stage": "train_vqvae", "variant": experiment.variant("train_vqvae"), "threads": 5,
+        "fingerprint": experiment.fingerprint("train_vqvae"), "metrics": {"loss": 1.5},
+        "processes": 1, "config": experiment.config.leaves, "seed": 3, "dtype": "bfloat16", "num_samples": 0,
         "weights": {}, "about": {},
     }  # fmt: skip
     assert {key: getattr(made, key) for key in expected} == {**expected, **given}

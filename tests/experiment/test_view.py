@@ -14,8 +14,8 @@ DECLARED = ("sampling", "evaluate.seed", "base.vqvae", "base.var", "benchmark.ba
 
 
 @pytest.fixture
-def whole(make_work):
-    return make_work(changes={"evaluate.seed": 7, "benchmark.batch_sizes": [2, 3]}).config
+def whole(make_experiment):
+    return make_experiment(changes={"evaluate.seed": 7, "benchmark.batch_sizes": [2, 3]}).config
 
 
 @pytest.fixture
@@ -66,19 +66,19 @@ def test_there_is_no_more_than_in_the_configuration(shown):
             read()
 
 
-def test_a_stage_that_reads_what_it_did_not_declare_has_no_record(make_work, tmp_path):
-    def run(work):
-        return StageResult({"cfg": work.config.sampling.cfg})
+def test_a_stage_that_reads_what_it_did_not_declare_has_no_record(make_experiment, tmp_path):
+    def run(experiment):
+        return StageResult({"cfg": experiment.config.sampling.cfg})
 
-    work = make_work(tmp_path)
+    experiment = make_experiment(tmp_path)
     with pytest.raises(UndeclaredRead, match=r"train_vqvae reads sampling.cfg, .*train_vqvae\.py"):
-        run_stage(work, "train_vqvae", run)
-    assert not (work.folder("train_vqvae") / "result.json").exists()
+        run_stage(experiment, "train_vqvae", run)
+    assert not (experiment.folder("train_vqvae") / "result.json").exists()
 
 
-def test_a_point_of_a_stage_is_shown_no_more_than_the_stage(make_work):
+def test_a_point_of_a_stage_is_shown_no_more_than_the_stage(make_experiment):
     varied = vary(
-        make_work().read_by("sweep"), {"evaluate.num_samples": 40, "export.private": False}
+        make_experiment().read_by("sweep"), {"evaluate.num_samples": 40, "export.private": False}
     )
     assert varied.config.evaluate.num_samples == 40
     assert varied.whole.export.private is False

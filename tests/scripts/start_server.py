@@ -90,7 +90,7 @@ def warm_up():
     compose = pkgutil.resolve_name("_compose")
     options = SimpleNamespace(config_dir=None)
     with compose.composing("pipeline", options):
-        compose.work_of("pipeline", "pipeline", ["seed=1", "moe.scales=[1]"])
+        compose.experiment_of("pipeline", "pipeline", ["seed=1", "moe.scales=[1]"])
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     dmoe_var.data.load_digits = few_digits
     few_digits(8)

@@ -72,20 +72,20 @@ def test_a_broken_configuration_is_one_line(launch, tmp_path, name):
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     (folder / f"{name}.yaml").write_bytes(BROKEN[name])
-    work = tmp_path / "work"
-    work.mkdir()
+    experiment = tmp_path / "work"
+    experiment.mkdir()
     options = ("-cd", str(tmp_path / "conf"), f"experiment={name}")
-    finished = launch("train_var", *options, cwd=work)
-    assert_refused(*finished, (f"experiment={name}",), work)
+    finished = launch("train_var", *options, cwd=experiment)
+    assert_refused(*finished, (f"experiment={name}",), experiment)
 
 
 def test_wandb_without_a_login(launch, tmp_path):
-    home, work = tmp_path / "home", tmp_path / "work"
+    home, experiment = tmp_path / "home", tmp_path / "work"
     home.mkdir()
-    work.mkdir()
+    experiment.mkdir()
     nobody = {"HOME": str(home), "NETRC": str(home / "none"), "WANDB_API_KEY": ""}
-    finished = launch("train_vqvae", "wandb=online", cwd=work, env=nobody)
-    assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), work)
+    finished = launch("train_vqvae", "wandb=online", cwd=experiment, env=nobody)
+    assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), experiment)
 
 
 def test_a_stage_says_where_and_what(launch, tiny, undisturbed):

@@ -245,10 +245,10 @@ def test_only_the_main_process_reports(shared, monkeypatch, capsys):
 def failing_run(failures):
     """A run that fails as the point's seed says."""
 
-    def run(work):
-        if work.config.seed in failures:
-            raise failures[work.config.seed]
-        print(f"ran {work.config.seed}")
+    def run(experiment):
+        if experiment.config.seed in failures:
+            raise failures[experiment.config.seed]
+        print(f"ran {experiment.config.seed}")
 
     return run
 
@@ -265,7 +265,7 @@ POINTS_FAIL = {
 def run_points(shared, monkeypatch, tmp_path):
     """run_points(run, *arguments) -> what `_run` does in this process, without its threads."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shared, "prepare", lambda work: None)
+    monkeypatch.setattr(shared, "prepare", lambda experiment: None)
 
     def run_points(run, *arguments):
         monkeypatch.setattr(sys, "argv", ["train_var.py", "device=cpu", *arguments])
@@ -376,6 +376,6 @@ def test_jobs_get_the_folders(shared, conf, monkeypatch, run_points):
     monkeypatch.setattr(shared.launcher, "check", lambda config: None)
     monkeypatch.setattr(shared.launcher, "run_jobs", lambda *given: sent.extend(given[2]) or [])
     options = ("-cd", "conf", "-cn", "mine", "-m", "launcher=slurm")
-    assert run_points(lambda work: None, *options, "device=cpu") == 0
+    assert run_points(lambda experiment: None, *options, "device=cpu") == 0
     assert [job[-2:] for job in sent] == [[f"--config-dir={conf}", "--config-name=mine"]] * 2
     assert not any("launcher" in each for job in sent for each in job)

@@ -90,7 +90,7 @@ def no_process(monkeypatch):
 
 
 def test_beside_the_published_sampler_and_a_smaller_model(
-    make_work, files, checkout, make_var, warm_processes, tmp_path, no_grad
+    make_experiment, files, checkout, make_var, warm_processes, tmp_path, no_grad
 ):
     """Ratios are of what is recorded; images differ by what the samplers do."""
     torch.save(make_var(num_classes=10, depth=1).state_dict(), tmp_path / "small.pth")
@@ -98,8 +98,8 @@ def test_beside_the_published_sampler_and_a_smaller_model(
         **files, **LENGTH, "benchmark.published": checkout(SHIFT), "evaluate.seed": SEED,
         "benchmark.smaller": str(tmp_path / "small.pth"),
     }  # fmt: skip
-    work = make_work(tmp_path / "runs", changes)
-    record = run_stage(work, "benchmark")
+    experiment = make_experiment(tmp_path / "runs", changes)
+    record = run_stage(experiment, "benchmark")
     metrics, runs_ms = record.metrics, record.about["runs_ms"]
     assert metrics["images_max_abs_difference"] == pytest.approx(SHIFT, abs=1e-6)
     names = ("dense", "smaller", "published")
@@ -122,7 +122,7 @@ def test_beside_the_published_sampler_and_a_smaller_model(
     assert metrics["smaller_time_ratio"] == pytest.approx(ratio)
 
 
-def test_ours_alone(make_work, warm_processes, tmp_path):
+def test_ours_alone(make_experiment, warm_processes, tmp_path):
     """A packaged model will do then."""
     shapes = {
         "data.image_size": 16, "var.depth": 4, "var.width": 128, "var.num_heads": 2,
@@ -132,13 +132,13 @@ def test_ours_alone(make_work, warm_processes, tmp_path):
         shapes |= {f"{model}.patch_nums": [1, 2, 3, 4, 5, 6, 8], f"{model}.vocab_size": 128}
         shapes |= {f"{model}.z_channels": 16, f"base.{model}": "digits"}
     changes = {**shapes, "benchmark.repeats": 1, "benchmark.warmup": 0}
-    work = make_work(tmp_path, changes)
-    record = run_stage(work, "benchmark")
+    experiment = make_experiment(tmp_path, changes)
+    record = run_stage(experiment, "benchmark")
     assert record.about["runs_ms"].keys() == {"dense"}
     assert {name.partition("_")[0] for name in record.metrics} == {"dense"}
 
 
-def test_side_by_side(make_work, runs, warm_processes):
+def test_side_by_side(make_experiment, runs, warm_processes):
     """Dense, dynamic and random masks: rows, ratios, parts and counted cost of each."""
     changes = {
         "benchmark.batch_sizes": [2],
@@ -147,8 +147,8 @@ def test_side_by_side(make_work, runs, warm_processes):
         "benchmark.random_masks": True,
         "benchmark.parts": True,
     }
-    work = make_work(runs, changes)
-    record = run_stage(work, "benchmark")
+    experiment = make_experiment(runs, changes)
+    record = run_stage(experiment, "benchmark")
     rows = {(row["name"], row["batch_size"]): row for row in record.about["timings"]}
     assert list(rows) == [(n, 2) for n in ("dense", "dynamic_tau0.9", "random_tau0.9")]
     for (name, size), row in rows.items():
@@ -170,40 +170,40 @@ def test_side_by_side(make_work, runs, warm_processes):
     assert chance["flops_gmac"] == pytest.approx(high["flops_gmac"], rel=0.01)
     assert "router" in chance["by_part_ms"]
     assert "router" not in dense["by_part_ms"]
-    assert (work.folder("benchmark") / "part_times.png").stat().st_size > 1000
+    assert (experiment.folder("benchmark") / "part_times.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_compiled(make_work, files, warm_processes, tmp_path):
+def test_compiled(make_experiment, files, warm_processes, tmp_path):
     """Beside the eager one, of the same images' cost; its transformer is one part."""
     changes = {**files, **LENGTH, "benchmark.compile": "both", "benchmark.parts": True}
-    eager, compiled = run_stage(make_work(tmp_path, changes), "benchmark").about["timings"]
+    eager, compiled = run_stage(make_experiment(tmp_path, changes), "benchmark").about["timings"]
     assert [eager["compiled"], compiled["compiled"]] == [False, True]
     assert compiled["name"] == "dense_compiled"
     assert "attention" in eager["by_part_ms"]
     assert "attention" not in compiled["by_part_ms"]
 
 
-def test_compiling_needs_a_compiler(make_work, files, no_process, tmp_path, monkeypatch):
+def test_compiling_needs_a_compiler(make_experiment, files, no_process, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    work = make_work(tmp_path, {**files, "benchmark.compile": "compiled"})
-    refused(work, ConfigError, "benchmark.compile=compiled", "no-such-compiler", "allowed")
+    experiment = make_experiment(tmp_path, {**files, "benchmark.compile": "compiled"})
+    refused(experiment, ConfigError, "benchmark.compile=compiled", "no-such-compiler", "allowed")
 
 
-def test_no_published_model_below(make_work, files, no_process, tmp_path):
-    work = make_work(tmp_path, {**files, "benchmark.smaller": "next"})
-    refused(work, ConfigError, "benchmark.smaller=next", "var_d20, var_d24, var_d30")
+def test_no_published_model_below(make_experiment, files, no_process, tmp_path):
+    experiment = make_experiment(tmp_path, {**files, "benchmark.smaller": "next"})
+    refused(experiment, ConfigError, "benchmark.smaller=next", "var_d20, var_d24, var_d30")
 
 
-def test_random_masks_need_a_density(make_work, tmp_path):
+def test_random_masks_need_a_density(make_experiment, tmp_path):
     with pytest.raises(ConfigError, match=r"random_masks=true needs tau or chosen"):
-        make_work(tmp_path, {"benchmark.random_masks": True})
+        make_experiment(tmp_path, {"benchmark.random_masks": True})
 
 
-def test_experts_need_the_stages(make_work, tmp_path):
+def test_experts_need_the_stages(make_experiment, tmp_path):
     """The dense model alone needs none, and does not depend on experts."""
-    dense = make_work(tmp_path)
-    dynamic = make_work(tmp_path, {"benchmark.tau": [0.2]})
+    dense = make_experiment(tmp_path)
+    dynamic = make_experiment(tmp_path, {"benchmark.tau": [0.2]})
     assert dense.needs("benchmark") == ()
     assert dynamic.needs("benchmark") == ("train_router",)
     assert "moe.scales" not in dense.relevant("benchmark")
@@ -229,60 +229,64 @@ def test_our_call_draws_in_the_published_order(files, no_grad):
     assert torch.equal(call(), expected)
 
 
-def test_base_models_must_be_given(make_work, files, no_process, tmp_path):
-    work = make_work(tmp_path, {**files, "base.var": None})
-    refused(work, ConfigError, "base.vqvae and base.var must both be given")
+def test_base_models_must_be_given(make_experiment, files, no_process, tmp_path):
+    experiment = make_experiment(tmp_path, {**files, "base.var": None})
+    refused(experiment, ConfigError, "base.vqvae and base.var must both be given")
 
 
-def test_a_folder_that_is_no_checkout(make_work, files, no_process, tmp_path):
+def test_a_folder_that_is_no_checkout(make_experiment, files, no_process, tmp_path):
     changes = {**files, "benchmark.published": str(tmp_path)}
-    refused(make_work(tmp_path, changes), ConfigError, f"benchmark.published={tmp_path}: no check")
+    refused(
+        make_experiment(tmp_path, changes), ConfigError, f"benchmark.published={tmp_path}: no check"
+    )
 
 
-def test_the_published_code_reads_pth_files_alone(make_work, files, checkout, no_process, tmp_path):
+def test_the_published_code_reads_pth_files_alone(
+    make_experiment, files, checkout, no_process, tmp_path
+):
     changes = {**files, "benchmark.published": checkout(), "base.var": "digits"}
-    refused(make_work(tmp_path, changes), CheckpointError, "base.var=", ".pth files alone")
+    refused(make_experiment(tmp_path, changes), CheckpointError, "base.var=", ".pth files alone")
 
 
 KERNELS = {"benchmark.kernels": True, "benchmark.repeats": 2, "benchmark.expert_sizes": [8, 64]}
 
 
-def test_kernels(make_work, no_process, tmp_path):
+def test_kernels(make_experiment, no_process, tmp_path):
     """No models are needed; a picture and a row for each path, size, scale and density."""
     changes = {**KERNELS, "benchmark.densities": [1, 0.5], "moe.scales": [2, 3]}
-    work = make_work(tmp_path, {**changes, "benchmark.chosen": True})  # without effect
-    record = run_stage(work, "benchmark")
+    experiment = make_experiment(tmp_path, {**changes, "benchmark.chosen": True})  # without effect
+    record = run_stage(experiment, "benchmark")
     rows = [row for row in record.about["kernels"] if row["density"] is not None]
-    assert len(rows) == len(paths_on(work.device)) * 2 * 2 * 2
+    assert len(rows) == len(paths_on(experiment.device)) * 2 * 2 * 2
     assert {row["tokens"] for row in rows} == {2 * 9, 2 * 16}
     for row in rows:
         name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}_d{row['density']:g}"
         assert record.metrics[f"{name}_time_ratio"] == row["time_ratio"]
     assert record.metrics["product_gflops_per_s"] > 0
-    assert (work.folder("benchmark") / "kernels.png").stat().st_size > 10_000
+    assert (experiment.folder("benchmark") / "kernels.png").stat().st_size > 10_000
 
 
-def test_kernels_of_experts_that_do_not_divide(make_work, no_process, tmp_path):
-    work = make_work(tmp_path, {**KERNELS, "benchmark.expert_sizes": [48]})
-    refused(work, ConfigError, "benchmark.expert_sizes=48 must divide the hidden width")
+def test_kernels_of_experts_that_do_not_divide(make_experiment, no_process, tmp_path):
+    experiment = make_experiment(tmp_path, {**KERNELS, "benchmark.expert_sizes": [48]})
+    refused(experiment, ConfigError, "benchmark.expert_sizes=48 must divide the hidden width")
 
 
-def test_kernels_of_a_model_as_it_draws(make_work, runs, no_process):
+def test_kernels_of_a_model_as_it_draws(make_experiment, runs, no_process):
     """Beside random ones: each sparse scale's layers, with the masks of each tau."""
     changes = {
         **KERNELS, "benchmark.densities": [1], "benchmark.tau": [0.9, 0.97],
         "benchmark.real_masks": True, "benchmark.batch_size": 2,
     }  # fmt: skip
-    work = make_work(runs, changes)
-    record = run_stage(work, "benchmark")
+    experiment = make_experiment(runs, changes)
+    record = run_stage(experiment, "benchmark")
     rows = [row for row in record.about["kernels"] if row["masks"] != "random"]
-    scales = work.config.moe.scales
-    tokens = {2 * 2 * work.config.var.patch_nums[si] ** 2 for si in scales}
+    scales = experiment.config.moe.scales
+    tokens = {2 * 2 * experiment.config.var.patch_nums[si] ** 2 for si in scales}
     assert {(row["masks"], row["tokens"]) for row in rows} == {
         (name, n) for name in ("tau0.9", "tau0.97") for n in tokens
     }
     paths = [row for row in rows if row["density"] is not None]
-    assert {row["layers"] for row in rows} == {work.config.var.depth}
+    assert {row["layers"] for row in rows} == {experiment.config.var.depth}
     assert all(0 < row["density"] < 1 and 0 <= row["zeros"] <= 1 for row in paths)
     few, many = (
         min(row["density"] for row in paths if row["masks"] == name)
@@ -291,26 +295,26 @@ def test_kernels_of_a_model_as_it_draws(make_work, runs, no_process):
     assert few < many
 
 
-def test_real_masks_want_kernels_and_tau(make_work, tmp_path):
+def test_real_masks_want_kernels_and_tau(make_experiment, tmp_path):
     for changes in ({"benchmark.tau": [0.5]}, {"benchmark.kernels": True}):
         with pytest.raises(ConfigError, match="real_masks=true needs kernels=true"):
-            make_work(tmp_path, {**changes, "benchmark.real_masks": True})
+            make_experiment(tmp_path, {**changes, "benchmark.real_masks": True})
 
 
-def test_kernels_want_no_models(make_work, tmp_path):
+def test_kernels_want_no_models(make_experiment, tmp_path):
     """Neither those of a sampler that an experiment times, nor weights to be fetched."""
     changes = {**KERNELS, "benchmark.tau": [0.2], "base.var": "var_d16"}
-    work = make_work(tmp_path, changes)
-    assert work.needs("benchmark") == ()
-    assert work.weights("benchmark") == {}
+    experiment = make_experiment(tmp_path, changes)
+    assert experiment.needs("benchmark") == ()
+    assert experiment.weights("benchmark") == {}
 
 
-def refused(work, error, *parts):
+def refused(experiment, error, *parts):
     """One line of wrong input, and no record."""
     with pytest.raises(error) as caught:
-        run_stage(work, "benchmark")
+        run_stage(experiment, "benchmark")
     message = str(caught.value)
     assert isinstance(caught.value, InputError)
     assert "\n" not in message
     assert [part for part in parts if part not in message] == []
-    assert not (work.folder("benchmark") / "result.json").exists()
+    assert not (experiment.folder("benchmark") / "result.json").exists()

@@ -36,22 +36,22 @@ FEW = {
 }
 
 
-def made(make_work, runs, **changes):
+def made(make_experiment, runs, **changes):
     given = {f"calibrate.{key}": value for key, value in changes.items()}
-    return make_work(runs, changes={**FEW, **given})
+    return make_experiment(runs, changes={**FEW, **given})
 
 
 @pytest.fixture(scope="module")
-def calibrated(make_work, kept_runs):
+def calibrated(make_experiment, kept_runs):
     """A calibration and its record."""
-    work = made(make_work, kept_runs)
-    return work, run_stage(work, "calibrate")
+    experiment = made(make_experiment, kept_runs)
+    return experiment, run_stage(experiment, "calibrate")
 
 
 def test_a_budget_is_hit_on_held_out_images(calibrated):
     """Counted once more by `count_flops`, of other images, under the tau that was found."""
-    work, record = calibrated
-    model, vqvae = loaded.dynamic(work), loaded.vqvae(work)
+    experiment, record = calibrated
+    model, vqvae = loaded.dynamic(experiment), loaded.vqvae(experiment)
     labels = [i % 10 for i in range(200)]
     tau = record.about["tau"]
     counted = count_flops(model, vqvae, labels, tau=tau, seed=77).total_gmac
@@ -64,12 +64,13 @@ def test_a_budget_is_hit_on_held_out_images(calibrated):
     assert len(tau) == 2
 
 
-def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
+def test_what_finds_tau_does_not_judge_it(make_experiment, runs, monkeypatch):
     """Losses that decide are of training images, and images that correct of one seed; what is
     told in the end is of held-out images, and of images drawn from another seed."""
-    work = made(make_work, runs, densities=[0.5], refinements=1, drawn=10)
+    experiment = made(make_experiment, runs, densities=[0.5], refinements=1, drawn=10)
     training, held_out = (
-        tokens.batch(torch.arange(40))[0] for tokens in token_sets(work, loaded.vqvae(work))
+        tokens.batch(torch.arange(40))[0]
+        for tokens in token_sets(experiment, loaded.vqvae(experiment))
     )
     measured, seeds = {"training": [], "held out": []}, []
 
@@ -89,8 +90,8 @@ def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
         calibration_bench, "Drawing", lambda *args: seeds.append(args[3]) or drawing(*args)
     )
     monkeypatch.setattr(CrossEntropy, "_measure", measure)
-    record = run_stage(work, "calibrate")
-    tau, seed = record.about["tau"], work.config.calibrate.seed
+    record = run_stage(experiment, "calibrate")
+    tau, seed = record.about["tau"], experiment.config.calibrate.seed
     assert [0.0, 0.0] in measured["training"]
     assert len(measured["training"]) > 2 * 2 + 1
     for each in record.about["losses"]:
@@ -101,7 +102,11 @@ def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
     assert record.metrics["held_out_ce_all_experts"] == 100
     assert seeds == [seed, seed, seed, seed + 1]
     counted = count_flops(
-        loaded.dynamic(work), loaded.vqvae(work), list(range(10)), tau=tau, seed=seed + 1
+        loaded.dynamic(experiment),
+        loaded.vqvae(experiment),
+        list(range(10)),
+        tau=tau,
+        seed=seed + 1,
     )
     assert record.metrics["measured_gmac"] == pytest.approx(counted.total_gmac, rel=1e-9)
     assert record.metrics["measured_gmac_std"] == pytest.approx(counted.total_gmac_std, rel=1e-6)
@@ -112,53 +117,53 @@ def test_what_finds_tau_does_not_judge_it(make_work, runs, monkeypatch):
     assert (record.seed, record.num_samples, record.dtype) == (seed, 10, "float32")
 
 
-def test_a_bench_has_trained_routers_and_its_own_losses(make_work, runs):
+def test_a_bench_has_trained_routers_and_its_own_losses(make_experiment, runs):
     """Losses of another configuration in the same folder are not taken for its own."""
-    bench = CalibrationBench(made(make_work, runs))
+    bench = CalibrationBench(made(make_experiment, runs))
     found = bench.model.moe.state_dict()
     for stage, alike in (("train_router", True), ("split", False)):
-        stored = load_var(bench.work.folder(stage) / "checkpoint").state_dict()
+        stored = load_var(bench.experiment.folder(stage) / "checkpoint").state_dict()
         assert all(torch.equal(found[key], stored[key]) for key in stored) == alike
     assert (bench.training_loss.by_tokens, bench.held_out_loss.by_tokens) == (False, False)
-    work = make_work(runs, edited={"calibrate.images": 20})
-    kept = work.folder("calibrate") / "losses.jsonl"
+    experiment = make_experiment(runs, edited={"calibrate.images": 20})
+    kept = experiment.folder("calibrate") / "losses.jsonl"
     lines = [
         {"key": name, "ce": 1.0, "fingerprint": of.fingerprint("calibrate")}
-        for name, of in (("ours", work), ("theirs", make_work(runs)))
+        for name, of in (("ours", experiment), ("theirs", make_experiment(runs)))
     ]
     kept.parent.mkdir(parents=True)
     write_text(kept, "".join(json.dumps(line) + "\n" for line in lines))
-    assert CalibrationBench(work).training_loss.known == {"ours": 1.0}
-    assert CalibrationBench(work).held_out_loss.known == {}
-    by_tokens = CalibrationBench(made(make_work, runs, loss="ce_tokens"))
+    assert CalibrationBench(experiment).training_loss.known == {"ours": 1.0}
+    assert CalibrationBench(experiment).held_out_loss.known == {}
+    by_tokens = CalibrationBench(made(make_experiment, runs, loss="ce_tokens"))
     assert (by_tokens.training_loss.by_tokens, by_tokens.held_out_loss.by_tokens) == (True, True)
 
 
 def test_scores_are_of_training_images_and_costs_of_the_configured_guidance(
-    make_work, runs, monkeypatch
+    make_experiment, runs, monkeypatch
 ):
-    bench = CalibrationBench(made(make_work, runs, images=10))
+    bench = CalibrationBench(made(make_experiment, runs, images=10))
     monkeypatch.setattr(calibration_bench, "record_scores", lambda model, batches: batches)
-    training, _ = token_sets(bench.work, bench.vqvae)
+    training, _ = token_sets(bench.experiment, bench.vqvae)
     tokens_BL, labels_B = training.batch(torch.arange(10) * 4)
     labels, teachers = zip(*bench.cells, strict=True)
     assert torch.equal(torch.cat(labels), labels_B)
     expected = bench.vqvae.teacher_input(training.by_scale(tokens_BL))
     torch.testing.assert_close(torch.cat(teachers), expected)
-    unguided = CalibrationBench(make_work(runs, {"sampling.cfg": 0}))
+    unguided = CalibrationBench(make_experiment(runs, {"sampling.cfg": 0}))
     assert {*bench.fixed.branches, *unguided.fixed.branches} == {1, 2}
     for each, cfg in ((bench, 1.5), (unguided, 0)):
         counted = count_flops(each.model.dense, each.vqvae, [0], cfg=cfg)
         assert each.dense_gmac == pytest.approx(counted.total_gmac, rel=1e-9)
 
 
-def test_refined_on_training_images(make_work, calibrated, runs):
+def test_refined_on_training_images(make_experiment, calibrated, runs):
     """As many FLOPs, and no more loss than the losses of each scale alone, or one tau, come to."""
-    work, refined = calibrated
-    alone = run_stage(made(make_work, runs, refinements=0), "calibrate")
+    experiment, refined = calibrated
+    alone = run_stage(made(make_experiment, runs, refinements=0), "calibrate")
     assert refined.about["tau"] != alone.about["tau"]
     assert alone.metrics["loss_evaluations"] == 2 * 3 + 1
-    calibration = Calibration(CalibrationBench(work), by_layer=False)
+    calibration = Calibration(CalibrationBench(experiment), by_layer=False)
     loss, dense = calibration.bench.training_loss, alone.metrics["dense_gmac"]
     plan = calibration.plan_under([Threshold(tau) for tau in refined.about["tau"]])
     one_tau = at_cost({(2,): 0.5, (3,): 0.5}, plan.gmac, 0.85 * dense)
@@ -171,14 +176,14 @@ def test_refined_on_training_images(make_work, calibrated, runs):
 
 def test_the_same_twice(calibrated, monkeypatch):
     """Losses that were measured are kept: an interrupted calibration does not measure them anew."""
-    work, first = calibrated
+    experiment, first = calibrated
     monkeypatch.setattr(CrossEntropy, "_measure", lambda self, rules: 1.0)
-    assert calibrate.run(work).about["tau"] == first.about["tau"]
+    assert calibrate.run(experiment).about["tau"] == first.about["tau"]
 
 
-def test_rivals(make_work, runs):
-    work = made(make_work, runs, budgets=[0.8, 0.95])
-    record = run_stage(work, "calibrate")
+def test_rivals(make_experiment, runs):
+    experiment = made(make_experiment, runs, budgets=[0.8, 0.95])
+    record = run_stage(experiment, "calibrate")
     curves = record.about["curves"]
     assert {"calibrated", "by_layer", "fixed", "linear"} <= set(curves)
     assert set(curves) <= {"calibrated", "by_layer", "fixed", "linear", "search"}
@@ -190,33 +195,33 @@ def test_rivals(make_work, runs):
             above = 1.011 if name in ("search", "linear") else 1.001
             assert row["gmac"] <= above * row["budget"] * dense
     assert len(set(curves["fixed"][0]["tau"])) == 1
-    held_out_loss = CalibrationBench(work).held_out_loss
+    held_out_loss = CalibrationBench(experiment).held_out_loss
     for method, (row, *_) in curves.items():
         rule = (lambda tau: LayerThreshold(tuple(tau))) if method == "by_layer" else Threshold
         expected = held_out_loss([rule(tau) for tau in row["tau"]])
         assert row["ce"] == pytest.approx(expected, rel=1e-5), method
-    Image.open(work.folder("calibrate") / "calibration.png").verify()
+    Image.open(experiment.folder("calibrate") / "calibration.png").verify()
 
 
-def test_rivals_without_optuna(make_work, runs, monkeypatch):
+def test_rivals_without_optuna(make_experiment, runs, monkeypatch):
     """One line before any work; what compares nothing needs no search."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name)
     )
-    work = made(make_work, runs, budgets=[0.8])
+    experiment = made(make_experiment, runs, budgets=[0.8])
     with pytest.raises(ConfigError, match=r"calibrate.budgets=\[0.8\]: .*'\.\[search\]'") as caught:
-        run_stage(work, "calibrate")
+        run_stage(experiment, "calibrate")
     assert "\n" not in str(caught.value)
-    assert not work.folder("calibrate").exists()
-    made(make_work, runs).check("calibrate")
+    assert not experiment.folder("calibrate").exists()
+    made(make_experiment, runs).check("calibrate")
 
 
-def test_by_layer(make_work, runs):
-    work = made(make_work, runs, by_layer=True, loss="norm")
-    record = run_stage(work, "calibrate")
+def test_by_layer(make_experiment, runs):
+    experiment = made(make_experiment, runs, by_layer=True, loss="norm")
+    record = run_stage(experiment, "calibrate")
     assert [len(of_scale) for of_scale in record.about["tau"]] == [1, 1]  # one layer
-    evaluated = make_work(
+    evaluated = make_experiment(
         runs,
         changes={"selection.layer_tau": record.about["tau"], "evaluate.num_samples": 60},
     )
@@ -225,54 +230,54 @@ def test_by_layer(make_work, runs):
 
 
 @pytest.mark.parametrize("key", ["budget", "budgets"])
-def test_a_share_out_of_reach_is_one_line(make_work, runs, key):
-    work = made(make_work, runs, **{key: 0.1 if key == "budget" else [0.1, 0.9]})
+def test_a_share_out_of_reach_is_one_line(make_experiment, runs, key):
+    experiment = made(make_experiment, runs, **{key: 0.1 if key == "budget" else [0.1, 0.9]})
     with pytest.raises(
         InputError, match=r"calibrate.budgets?=0\.1: out of reach.*allowed: 0\.\d+ to 1"
     ):
-        run_stage(work, "calibrate")
+        run_stage(experiment, "calibrate")
 
 
-def test_time_out_of_reach_is_one_line(make_work, runs):
-    work = made(make_work, runs, budget_ms=0.001)
+def test_time_out_of_reach_is_one_line(make_experiment, runs):
+    experiment = made(make_experiment, runs, budget_ms=0.001)
     with pytest.raises(InputError, match=r"budget_ms=0\.001: out of reach.*dense model"):
-        run_stage(work, "calibrate")
+        run_stage(experiment, "calibrate")
 
 
 def table(dense, found):
     return CostTable(1.0, {}, dense, {"found": found})
 
 
-def test_no_tau_that_is_slower_than_dense(make_work, runs, monkeypatch):
+def test_no_tau_that_is_slower_than_dense(make_experiment, runs, monkeypatch):
     """The table promises what the second timing does not keep."""
     tables = [
         CostTable(1.0, dict.fromkeys((2, 3), ((0.1, 1.0), (1.0, 9.0))), 12.0, {}),
         table(dense=12.0, found=13.0),
     ]
     monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
-    work = made(make_work, runs, budget_ms=11.0)
+    experiment = made(make_experiment, runs, budget_ms=11.0)
     with pytest.raises(InputError, match=r"takes 13\.0 ms.*dense model 12\.0 ms; none is returned"):
-        run_stage(work, "calibrate")
+        run_stage(experiment, "calibrate")
 
 
-def test_a_time_budget(make_work, runs, monkeypatch):
+def test_a_time_budget(make_experiment, runs, monkeypatch):
     """Times linear in the share of experts: the budget is met where the table says."""
     points = ((0.25, 3.0), (1.0, 12.0))
     tables = [CostTable(1.0, {2: points, 3: points}, 30.0, {}), table(dense=30.0, found=11.0)]
     monkeypatch.setattr(calibrate, "measure_costs", lambda *a, **k: tables.pop(0))
-    record = run_stage(made(make_work, runs, budget_ms=17.0), "calibrate")
-    bench = CalibrationBench(made(make_work, runs, budget_ms=17.0))
+    record = run_stage(made(make_experiment, runs, budget_ms=17.0), "calibrate")
+    bench = CalibrationBench(made(make_experiment, runs, budget_ms=17.0))
     shares = bench.drawn([Threshold(t) for t in record.about["tau"]], 5).expert_share
     assert 1 + sum(12 * share for share in shares.values()) == pytest.approx(17, rel=0.05)
     assert record.metrics["measured_ms"] == 11
     assert record.metrics["predicted_ms"] == pytest.approx(17, rel=1e-6)
 
 
-def test_cross_entropy(make_work, runs):
+def test_cross_entropy(make_experiment, runs):
     """Of the sparse scales alone, by hand; with every expert and one rule a scale."""
-    work = make_work(runs)
-    model, vqvae = loaded.dynamic(work), loaded.vqvae(work)
-    tokens, _ = token_sets(work, vqvae)
+    experiment = make_experiment(runs)
+    model, vqvae = loaded.dynamic(experiment), loaded.vqvae(experiment)
+    tokens, _ = token_sets(experiment, vqvae)
     images = TeacherForced(tokens, vqvae, 10, 4)
     loss = CrossEntropy(model, images, "grouped")
     found = loss([Threshold(0.0), Threshold(0.9)])
@@ -294,6 +299,6 @@ def test_cross_entropy(make_work, runs):
 
 
 @pytest.mark.parametrize(("key", "value"), [("budget", 0), ("budget", 1.2), ("densities", [1.0])])
-def test_wrong_values(make_work, key, value):
+def test_wrong_values(make_experiment, key, value):
     with pytest.raises(ConfigError, match=f"calibrate.{key}"):
-        make_work(changes={f"calibrate.{key}": value})
+        make_experiment(changes={f"calibrate.{key}": value})

@@ -13,9 +13,9 @@ from sklearn.svm import SVC
 from dmoe_var.data import load_data
 from dmoe_var.data.digits import load_digits
 from dmoe_var.errors import ConfigError, DataError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import StageResult, record_if_done, run_stage
 from dmoe_var.experiment.record import Record
-from dmoe_var.experiment.work import Work
 from dmoe_var.files import note
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.moe.experts import PATHS
@@ -28,9 +28,9 @@ from dmoe_var.stages.parts import loaded
 
 
 @pytest.fixture(scope="module")
-def evaluated(make_work, kept_runs):
+def evaluated(make_experiment, kept_runs):
     """A run folder with a point, and its record; not to be written to."""
-    return kept_runs, run_stage(make_work(kept_runs), "evaluate")
+    return kept_runs, run_stage(make_experiment(kept_runs), "evaluate")
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def point(evaluated, tmp_path):
     return shutil.copytree(evaluated[0], tmp_path / "point"), evaluated[1]
 
 
-def test_a_point(make_work, runs):
+def test_a_point(make_experiment, runs):
     """Its samples lie beside its record, and any of them can be drawn again from it. Sampling time
     and every FLOP part are numbers with their unit in the name."""
-    work = make_work(runs, {"selection.tau": [0.3, 0.6], "evaluate.seed": 4})
-    record = run_stage(work, "evaluate")
-    assert Record.read(work.folder("evaluate") / "result.json") == record
+    experiment = make_experiment(runs, {"selection.tau": [0.3, 0.6], "evaluate.seed": 4})
+    record = run_stage(experiment, "evaluate")
+    assert Record.read(experiment.folder("evaluate") / "result.json") == record
     assert {"flops_gmac", "sampling_ms_per_image", "fid_fake"} <= record.metrics.keys()
     assert all(np.isfinite(value) for value in record.metrics.values())
     assert record.num_samples == 20
@@ -60,19 +60,19 @@ def test_a_point(make_work, runs):
         "samples": "samples.npz",
         "fidelity": "fid_fake",
         "fidelity_weights_sha256": "0" * 64,
-        "reference": f"training images ({Bench(work).training_images.key})",
+        "reference": f"training images ({Bench(experiment).training_images.key})",
         "reference_images": 40,
     }
     assert 0 <= record.metrics["label_agreement"] <= 1
     assert 0 < record.metrics["experts_share_scale3"] < 1
-    with np.load(work.folder("evaluate") / "samples.npz") as samples:
+    with np.load(experiment.folder("evaluate") / "samples.npz") as samples:
         images, labels, seeds = (samples[name] for name in ("arr_0", "labels", "seeds"))
     assert images.shape == (20, 8, 8, 3)
     assert images.dtype == np.uint8
     assert labels.tolist() == [*range(10)] * 2
     assert seeds.tolist() == [4] * 20
     again = generate(
-        loaded.dynamic(work), loaded.vqvae(work), [int(labels[13])],
+        loaded.dynamic(experiment), loaded.vqvae(experiment), [int(labels[13])],
         seed=4, start_index=13, tau=[0.3, 0.6],
     )  # fmt: skip
     difference = again[0].permute(1, 2, 0).numpy() * 255 - images[13]
@@ -92,7 +92,7 @@ def drawn_batches(monkeypatch):
     return numbers
 
 
-def test_images_outlive_a_failed_measurement(make_work, runs, drawn_batches, monkeypatch):
+def test_images_outlive_a_failed_measurement(make_experiment, runs, drawn_batches, monkeypatch):
     """Nothing is drawn again, and the time that drawing took is kept."""
 
     def fail(*_, **__):
@@ -101,21 +101,23 @@ def test_images_outlive_a_failed_measurement(make_work, runs, drawn_batches, mon
     with monkeypatch.context() as patch:
         patch.setattr(evaluate.Fidelity, "score", fail)
         with pytest.raises(MemoryError):
-            run_stage(make_work(runs), "evaluate")
+            run_stage(make_experiment(runs), "evaluate")
     assert drawn_batches == [0, 1, 2]
-    record = run_stage(make_work(runs), "evaluate")
+    record = run_stage(make_experiment(runs), "evaluate")
     assert drawn_batches == [0, 1, 2]
     assert record.metrics["sampling_ms_per_image"] > 0
     assert 0 < record.metrics["experts_share_scale3"] <= 1
 
 
-def test_a_wrong_reference_ends_the_run_before_it_draws(make_work, runs, drawn_batches, tmp_path):
+def test_a_wrong_reference_ends_the_run_before_it_draws(
+    make_experiment, runs, drawn_batches, tmp_path
+):
     np.savez(tmp_path / "reference.npz", mu=np.zeros(7))
-    work = make_work(runs, {"fidelity.reference": str(tmp_path / "reference.npz")})
+    experiment = make_experiment(runs, {"fidelity.reference": str(tmp_path / "reference.npz")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "Fidelity", Fidelity)
         with pytest.raises(DataError, match=r"reference\.npz"):
-            run_stage(work, "evaluate")
+            run_stage(experiment, "evaluate")
     assert drawn_batches == []
 
 
@@ -139,7 +141,7 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_another_content_of_the_reference_is_measured_anew(
-    make_work, runs, pictures, tmp_path, drawn_batches, images_of, kind
+    make_experiment, runs, pictures, tmp_path, drawn_batches, images_of, kind
 ):
     """Overwritten in place, with the names and sizes that it had, and no image is drawn again.
     Where it is not at hand, as on a laptop that draws figures, the record is read as it is."""
@@ -153,67 +155,69 @@ def test_another_content_of_the_reference_is_measured_anew(
         return tmp_path / "reference.npz"
 
     path = write(0)
-    work = make_work(runs, {"fidelity.reference": str(path)})
-    first = run_stage(work, "evaluate")
-    assert run_stage(work, "evaluate") == first
+    experiment = make_experiment(runs, {"fidelity.reference": str(path)})
+    first = run_stage(experiment, "evaluate")
+    assert run_stage(experiment, "evaluate") == first
     write(1)
-    assert record_if_done(work, "evaluate") is None
-    second = run_stage(work, "evaluate")
+    assert record_if_done(experiment, "evaluate") is None
+    second = run_stage(experiment, "evaluate")
     assert drawn_batches == [0, 1, 2]
     for record in (first, second):
         assert record.weights["fidelity.reference"] == record.about["reference_sha256"]
     assert first.about["reference_sha256"] != second.about["reference_sha256"]
     assert first.fingerprint != second.fingerprint
     reference = [np.asarray(Image.open(p)) for p in sorted(pictures(1).rglob("*.bmp"))]
-    shown = images_of(work.folder("evaluate") / "samples.npz")
+    shown = images_of(experiment.folder("evaluate") / "samples.npz")
     assert second.metrics["fid_fake"] == pytest.approx(abs(shown.mean() - np.mean(reference)))
     write(0)
-    again = run_stage(work, "evaluate")
+    again = run_stage(experiment, "evaluate")
     assert again.metrics["fid_fake"] == first.metrics["fid_fake"]
     assert again.fingerprint == first.fingerprint
     path.rename(tmp_path / "away")
-    assert record_if_done(work, "evaluate") == again
+    assert record_if_done(experiment, "evaluate") == again
     (tmp_path / "away").rename(path)
     next(pictures(0).rglob("*.bmp")).unlink()
-    assert (record_if_done(work, "evaluate") is None) == (kind == "folder")
+    assert (record_if_done(experiment, "evaluate") is None) == (kind == "folder")
 
 
-def test_other_training_images_are_measured_anew(make_work, point, drawn_batches, monkeypatch):
+def test_other_training_images_are_measured_anew(
+    make_experiment, point, drawn_batches, monkeypatch
+):
     runs, first = point
-    work = make_work(runs)
-    training, held_out = load_data(work.config.data)
+    experiment = make_experiment(runs)
+    training, held_out = load_data(experiment.config.data)
     others = replace(training, images=255 - training.images, key="others")
     monkeypatch.setattr("dmoe_var.data.load_digits", lambda image_size: (others, held_out))
-    second = run_stage(work, "evaluate")
+    second = run_stage(experiment, "evaluate")
     assert drawn_batches == []
     assert second.metrics["fid_fake"] != first.metrics["fid_fake"]
     assert second.weights["fidelity.reference"] == "others"
 
 
-def test_a_sweep_sees_another_reference(make_work, runs, pictures, monkeypatch):
+def test_a_sweep_sees_another_reference(make_experiment, runs, pictures, monkeypatch):
     """All of its points are measured anew, and the table is joined from them."""
     one = {"sweep.last": [], "sweep.lists": {}, "sweep.chosen": None, "sweep.seeds": [0]}
-    work = make_work(runs, {**one, "fidelity.reference": str(pictures(0))})
+    experiment = make_experiment(runs, {**one, "fidelity.reference": str(pictures(0))})
     monkeypatch.setattr("dmoe_var.stages.sweep._draw", lambda *_: None)
-    first = run_stage(work, "sweep")
-    assert run_stage(work, "sweep") == first
+    first = run_stage(experiment, "sweep")
+    assert run_stage(experiment, "sweep") == first
     pictures(1)
-    second = run_stage(work, "sweep")
+    second = run_stage(experiment, "sweep")
     assert second.metrics["dense_fid_mean"] != first.metrics["dense_fid_mean"]
 
 
-def images_of_point(work):
-    return work.fingerprint_of_images("evaluate", MEASURING)
+def images_of_point(experiment):
+    return experiment.fingerprint_of_images("evaluate", MEASURING)
 
 
-def test_other_weights_of_the_network_are_measured_anew(make_work, tmp_path):
+def test_other_weights_of_the_network_are_measured_anew(make_experiment, tmp_path):
     path = tmp_path / "weights.pth"
     changes = {"fidelity.backbone": "inception", "fidelity.weights": str(path)}
     found = []
     for content in (b"one", b"two"):
         path.write_bytes(content)
-        work = make_work(changes=changes)
-        found.append((work.fingerprint("evaluate"), images_of_point(work)))
+        experiment = make_experiment(changes=changes)
+        found.append((experiment.fingerprint("evaluate"), images_of_point(experiment)))
     assert found[0][0] != found[1][0]
     assert found[0][1] == found[1][1]
 
@@ -230,16 +234,16 @@ def test_other_weights_of_the_network_are_measured_anew(make_work, tmp_path):
     ],
 )
 def test_measuring_or_storing_otherwise_draws_nothing(
-    make_work, point, drawn_batches, changes, places
+    make_experiment, point, drawn_batches, changes, places
 ):
     """The samples that the record names are there, and the numbers are the same."""
     runs, first = point
-    work = make_work(runs, changes)
-    record = run_stage(work, "evaluate")
+    experiment = make_experiment(runs, changes)
+    record = run_stage(experiment, "evaluate")
     assert drawn_batches == []
     for name in ("fid_fake", "label_agreement", "flops_gmac_std", "sampling_ms_per_image"):
         assert record.metrics[name] == first.metrics[name]
-    folder = work.folder("evaluate")
+    folder = experiment.folder("evaluate")
     assert record.about["samples"] == places[-1]
     names = {"config.yaml", "result.json", "drawn.npz", *places}
     assert {path.name for path in folder.iterdir()} == names
@@ -257,21 +261,21 @@ def test_measuring_or_storing_otherwise_draws_nothing(
         {"moe.scales": [3]},
     ],
 )
-def test_other_images_are_drawn(make_work, changes):
-    assert images_of_point(make_work()) != images_of_point(make_work(changes=changes))
+def test_other_images_are_drawn(make_experiment, changes):
+    assert images_of_point(make_experiment()) != images_of_point(make_experiment(changes=changes))
 
 
 # Images that are given
 
 
-def given(make_work, runs, path, **fields):
+def given(make_experiment, runs, path, **fields):
     shutil.rmtree(runs / "tiny", ignore_errors=True)  # no model is needed
     changes = {"evaluate.samples": str(path), **fields}
-    return make_work(runs, changes)
+    return make_experiment(runs, changes)
 
 
 @pytest.mark.parametrize("kind", ["labelled", "folder", "unlabelled"])
-def test_given_images_are_measured(make_work, runs, tmp_path, monkeypatch, kind):
+def test_given_images_are_measured(make_experiment, runs, tmp_path, monkeypatch, kind):
     """Real digits against real digits, without a model: the right class is seen in nearly all,
     where labels are there."""
     monkeypatch.setattr(evaluate, "Fidelity", Fidelity)
@@ -286,10 +290,10 @@ def test_given_images_are_measured(make_work, runs, tmp_path, monkeypatch, kind)
     else:
         np.savez(path, arr_0=real, **({"labels": labels} if kind == "labelled" else {}))
     fields = {"fidelity.input_size": 32, "fidelity.precision_recall": True}
-    work = given(make_work, runs, path, **fields)
-    record = run_stage(work, "evaluate")
-    network = Fidelity(work.config.fidelity)
-    training = Bench(work).training_images.images
+    experiment = given(make_experiment, runs, path, **fields)
+    record = run_stage(experiment, "evaluate")
+    network = Fidelity(experiment.config.fidelity)
+    training = Bench(experiment).training_images.images
     expected = network.score(real, network.statistics(training), network.features(training))
     rel = 1e-3 if kind == "folder" else 1e-6  # another order
     agreement = record.metrics.pop("label_agreement", None)
@@ -297,13 +301,15 @@ def test_given_images_are_measured(make_work, runs, tmp_path, monkeypatch, kind)
     assert (agreement is None) == (kind == "unlabelled")
     if agreement is not None:
         grey, seen = (images.mean(-1).reshape(-1, 64) * 16 / 255 for images in (training, real))
-        classifier = SVC(gamma=0.001).fit(grey, Bench(work).training_images.labels)
+        classifier = SVC(gamma=0.001).fit(grey, Bench(experiment).training_images.labels)
         assert agreement == pytest.approx(classifier.score(seen, labels), abs=0.02)
     assert record.num_samples == len(real)
     assert record.about["given"] == str(path)
     assert record.weights["evaluate.samples"] == record.about["given_sha256"]
-    assert run_stage(work, "evaluate") == Record.read(work.folder("evaluate") / "result.json")
-    assert describe(work) == f"images of {path}"
+    assert run_stage(experiment, "evaluate") == Record.read(
+        experiment.folder("evaluate") / "result.json"
+    )
+    assert describe(experiment) == f"images of {path}"
 
 
 def real_digits():
@@ -312,39 +318,39 @@ def real_digits():
     return held_out.images[:60], held_out.labels[:60]
 
 
-def test_given_images_in_place_of_others_are_measured_anew(make_work, runs, tmp_path):
+def test_given_images_in_place_of_others_are_measured_anew(make_experiment, runs, tmp_path):
     path, (real, labels) = tmp_path / "theirs.npz", real_digits()
-    work = given(make_work, runs, path)
+    experiment = given(make_experiment, runs, path)
     found = []
     for images in (real, 255 - real):
         np.savez(path, arr_0=images, labels=labels)
-        found.append(run_stage(work, "evaluate").metrics["fid_fake"])
+        found.append(run_stage(experiment, "evaluate").metrics["fid_fake"])
     assert found[0] != found[1]
 
 
-def test_given_statistics_are_no_images(make_work, runs, tmp_path):
+def test_given_statistics_are_no_images(make_experiment, runs, tmp_path):
     path = tmp_path / "theirs.npz"
     np.savez(path, mu=np.zeros(9), sigma=np.eye(9))
     with pytest.raises(DataError, match=rf"^evaluate.samples={path}: .*statistics and no images"):
-        run_stage(given(make_work, runs, path), "evaluate")
+        run_stage(given(make_experiment, runs, path), "evaluate")
 
 
-def test_given_images_are_for_evaluate_alone(make_work, no_work):
-    work = make_work(changes={"evaluate.samples": "gone.npz"})
+def test_given_images_are_for_evaluate_alone(make_experiment, no_work):
+    experiment = make_experiment(changes={"evaluate.samples": "gone.npz"})
     with pytest.raises(ConfigError, match=r"evaluate.samples=gone.npz: no such file or folder"):
-        run_stage(work, "evaluate")
+        run_stage(experiment, "evaluate")
     for stage in ("sweep", "figures", "report"):
         with pytest.raises(ConfigError, match=r"evaluate.samples=gone.npz: .*null"):
-            run_stage(work, stage)
+            run_stage(experiment, stage)
 
 
 # Labels
 
 
-def test_labels_of_images_are_those_they_were_drawn_for(make_work, runs, monkeypatch):
+def test_labels_of_images_are_those_they_were_drawn_for(make_experiment, runs, monkeypatch):
     """A model that draws training images of the class it is asked for is right."""
-    work = make_work(runs, {"evaluate.num_samples": 25, "evaluate.model": "dense"})
-    real, batch = Bench(work).training_images, Drawing.batch
+    experiment = make_experiment(runs, {"evaluate.num_samples": 25, "evaluate.model": "dense"})
+    real, batch = Bench(experiment).training_images, Drawing.batch
     of_class = [real.images[real.labels == label][0] for label in range(10)]
 
     def draw(self, number):
@@ -353,23 +359,23 @@ def test_labels_of_images_are_those_they_were_drawn_for(make_work, runs, monkeyp
         return replace(drawn, samples=replace(drawn.samples, images=images))
 
     monkeypatch.setattr(Drawing, "batch", draw)
-    assert run_stage(work, "evaluate").metrics["label_agreement"] > 0.8
+    assert run_stage(experiment, "evaluate").metrics["label_agreement"] > 0.8
 
 
 @pytest.mark.parametrize(("num_samples", "said"), [(20, 0), (25, 1)])
-def test_unequal_classes_are_told_once(make_work, runs, capsys, num_samples, said):
+def test_unequal_classes_are_told_once(make_experiment, runs, capsys, num_samples, said):
     note.cache_clear()
-    bench = Bench(make_work(runs))
+    bench = Bench(make_experiment(runs))
     for seed in (0, 1):
         changes = {"evaluate.num_samples": num_samples, "evaluate.seed": seed}
-        bench.drawing(make_work(runs, {**changes, "evaluate.model": "dense"}))
+        bench.drawing(make_experiment(runs, {**changes, "evaluate.model": "dense"}))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == said
     line = f"evaluate.num_samples={num_samples} is no multiple of 10 classes"
     assert [each for each in lines if not each.startswith(line)] == []
 
 
-def test_other_processes_draw_and_do_not_measure(make_work, runs, monkeypatch):
+def test_other_processes_draw_and_do_not_measure(make_experiment, runs, monkeypatch):
     """They return what the main one found."""
     theirs = StageResult({"fid_fake": 1.0})
     monkeypatch.setattr(evaluate, "is_main", lambda: False)
@@ -377,28 +383,28 @@ def test_other_processes_draw_and_do_not_measure(make_work, runs, monkeypatch):
     drawn = []
     monkeypatch.setattr(StoredDrawing, "draw", lambda self, progress: drawn.append(self))
     monkeypatch.setattr(evaluate, "Fidelity", lambda *_: pytest.fail("measures"))
-    assert evaluate.run(make_work(runs)) is theirs
+    assert evaluate.run(make_experiment(runs)) is theirs
     assert len(drawn) == 1
 
 
-def test_digits_alone_have_a_classifier(make_work, runs):
-    work = make_work(runs)
-    assert Bench(work).agreement is not None
-    pictures = replace(work.config.data, kind="image_folder", root="pictures")
-    other = Work(replace(work.config, data=pictures), work.baseline)
+def test_digits_alone_have_a_classifier(make_experiment, runs):
+    experiment = make_experiment(runs)
+    assert Bench(experiment).agreement is not None
+    pictures = replace(experiment.config.data, kind="image_folder", root="pictures")
+    other = Experiment(replace(experiment.config, data=pictures), experiment.baseline)
     assert Bench(other).agreement is None
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "sweep"])
-def test_what_cannot_be_measured_is_refused(make_work, no_work, stage):
+def test_what_cannot_be_measured_is_refused(make_experiment, no_work, stage):
     for changes, parts in (
         ({"sampling.more_smooth": True}, ("sampling.more_smooth=true", "pictures", "false")),
         ({"fidelity.reference": "gone.npz"}, ("fidelity.reference=gone.npz", "no such")),
     ):
-        work = make_work(changes=changes)
+        experiment = make_experiment(changes=changes)
         with pytest.raises(ConfigError) as caught:
-            run_stage(work, stage)
+            run_stage(experiment, stage)
         message = str(caught.value)
         assert "\n" not in message
         assert [part for part in parts if part not in message] == [], message
-        work.check("sample")
+        experiment.check("sample")

@@ -12,8 +12,8 @@ from dmoe_var import Threshold, TopK
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.errors import CheckpointError
+from dmoe_var.experiment.experiment import DEFAULT_VARIANT
 from dmoe_var.experiment.graph import run_stage, run_through
-from dmoe_var.experiment.work import DEFAULT_VARIANT
 from dmoe_var.stages import export
 from dmoe_var.stages.parts import loaded
 
@@ -44,8 +44,8 @@ def broken_disk(monkeypatch):
     monkeypatch.setattr(pretrained, "write_tensors", write_tensors)
 
 
-def saved_in(work):
-    return work.folder("export") / export.FOLDER
+def saved_in(experiment):
+    return experiment.folder("export") / export.FOLDER
 
 
 def same(ours, theirs):
@@ -59,17 +59,17 @@ def same(ours, theirs):
         ({"selection.rule": "top_k", "selection.k": 2}, TopK(2)),
     ],
 )
-def test_the_folder_is_the_configured_model(make_work, runs, pushed, changes, selection):
-    work = make_work(runs, changes)
-    record = run_stage(work, "export")
-    found, model = from_pretrained(saved_in(work)), loaded.dynamic(work)
+def test_the_folder_is_the_configured_model(make_experiment, runs, pushed, changes, selection):
+    experiment = make_experiment(runs, changes)
+    record = run_stage(experiment, "export")
+    found, model = from_pretrained(saved_in(experiment)), loaded.dynamic(experiment)
     assert same(found.state_dict(), model.state_dict())
     assert found.replaced_scales == (2, 3)
     assert found.selection == selection
     assert record.about["folder"] == "dynamic_var"
     assert record.metrics["dense_parameters_m"] == pytest.approx(size(model.dense) / 1e6)
     assert record.metrics["parameters_m"] == pytest.approx(size(model) / 1e6)
-    assert (work.folder("export") / "result.json").exists()
+    assert (experiment.folder("export") / "result.json").exists()
     assert pushed == []
 
 
@@ -78,67 +78,69 @@ def size(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_card_tells_of_the_stages_that_are_done(make_work, runs):
+def test_the_card_tells_of_the_stages_that_are_done(make_experiment, runs):
     """An evaluation of other thresholds, or of a pruned model, is not this model's."""
-    work = make_work(runs)
-    measured = run_stage(work, "evaluate")
+    experiment = make_experiment(runs)
+    measured = run_stage(experiment, "evaluate")
     for other in ({"selection.tau": [0.7]}, {"evaluate.model": "pruned"}):
-        run_stage(make_work(runs, other), "evaluate")
-    record = run_stage(work, "export")
+        run_stage(make_experiment(runs, other), "evaluate")
+    record = run_stage(experiment, "export")
     done = ("sparsify", "split", "train_router", "evaluate")
     assert record.about["records"] == [f"{stage}/{DEFAULT_VARIANT}" for stage in done]
-    card = (saved_in(work) / "README.md").read_text()
+    card = (saved_in(experiment) / "README.md").read_text()
     assert [stage for stage in done if f"- {stage}: seed 0, float32 on" not in card] == []
     assert "- sweep:" not in card
     assert f"{measured.metrics['flops_gmac']:.4f}" in card
     assert "| sparsify.steps | 2 |" in card
 
 
-def test_what_was_not_fine_tuned_is_held_once(make_work, runs):
+def test_what_was_not_fine_tuned_is_held_once(make_experiment, runs):
     """With the FFNs alone fine-tuned, all but experts and routers is the dense model's."""
-    whole = loaded.dynamic(make_work(runs))
-    work = make_work(runs, {"conversion.train": "ffn"})
-    record = run_through(work, "export", lambda stage, done: None)
-    names = loaded.split(work).named_parameters()
+    whole = loaded.dynamic(make_experiment(runs))
+    experiment = make_experiment(runs, {"conversion.train": "ffn"})
+    record = run_through(experiment, "export", lambda stage, done: None)
+    names = loaded.split(experiment).named_parameters()
     own = sum(tensor.numel() for name, tensor in names if ".ffn." in name)
     assert record.metrics["dense_parameters_m"] == pytest.approx(size(whole.dense) / 1e6)
     expected = record.metrics["dense_parameters_m"] + own / 1e6
     assert record.metrics["parameters_m"] == pytest.approx(expected)
     assert record.metrics["parameters_m"] < size(whole) / 1e6
-    assert (saved_in(work) / "model.safetensors").stat().st_size < 4 * size(whole)
-    found = from_pretrained(saved_in(work))
-    assert same(found.state_dict(), loaded.dynamic(work).state_dict())
+    assert (saved_in(experiment) / "model.safetensors").stat().st_size < 4 * size(whole)
+    found = from_pretrained(saved_in(experiment))
+    assert same(found.state_dict(), loaded.dynamic(experiment).state_dict())
 
 
 @pytest.mark.parametrize(("changes", "private"), [({}, True), ({"export.private": False}, False)])
-def test_pushed_where_asked(make_work, runs, pushed, changes, private):
+def test_pushed_where_asked(make_experiment, runs, pushed, changes, private):
     """Beside the folder, and again at the next call: the card may have more to tell."""
-    work = make_work(runs, {"export.push_to": REPOSITORY, **changes})
+    experiment = make_experiment(runs, {"export.push_to": REPOSITORY, **changes})
     for _ in range(2):
-        assert run_stage(work, "export").about["url"] == URL
-    assert from_pretrained(saved_in(work)).selection == Threshold(0.2)
+        assert run_stage(experiment, "export").about["url"] == URL
+    assert from_pretrained(saved_in(experiment)).selection == Threshold(0.2)
     told = (REPOSITORY, private, ["sparsify", "split", "train_router"])
     assert pushed == [told] * 2
 
 
-def test_the_main_process_alone_writes(make_work, runs, pushed, monkeypatch):
+def test_the_main_process_alone_writes(make_experiment, runs, pushed, monkeypatch):
     monkeypatch.setattr(export, "is_main", lambda: False)
-    work = make_work(runs, {"export.push_to": REPOSITORY})
-    assert export.run(work).metrics["parameters_m"] > 0
-    assert (saved_in(work).exists(), pushed) == (False, [])
+    experiment = make_experiment(runs, {"export.push_to": REPOSITORY})
+    assert export.run(experiment).metrics["parameters_m"] > 0
+    assert (saved_in(experiment).exists(), pushed) == (False, [])
 
 
-def test_nothing_is_left_of_a_folder_that_cannot_be_written(make_work, runs, broken_disk, pushed):
-    work = make_work(runs, {"export.push_to": REPOSITORY})
+def test_nothing_is_left_of_a_folder_that_cannot_be_written(
+    make_experiment, runs, broken_disk, pushed
+):
+    experiment = make_experiment(runs, {"export.push_to": REPOSITORY})
     with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)$"):
-        run_stage(work, "export")
-    assert [path.name for path in work.folder("export").iterdir()] == ["config.yaml"]
+        run_stage(experiment, "export")
+    assert [path.name for path in experiment.folder("export").iterdir()] == ["config.yaml"]
     assert pushed == []
 
 
-def test_a_hub_that_refuses(make_work, runs, monkeypatch):
+def test_a_hub_that_refuses(make_experiment, runs, monkeypatch):
     """There is no record then, and the next start pushes; the folder stays, for it is whole."""
-    work = make_work(runs, {"export.push_to": REPOSITORY})
+    experiment = make_experiment(runs, {"export.push_to": REPOSITORY})
     answers = iter([CheckpointError("the hub cannot be reached"), URL])
 
     def push_to_hub(*args, **kwargs):
@@ -149,7 +151,9 @@ def test_a_hub_that_refuses(make_work, runs, monkeypatch):
 
     monkeypatch.setattr(export, "push_to_hub", push_to_hub)
     with pytest.raises(CheckpointError, match="cannot be reached"):
-        run_stage(work, "export")
-    assert not (work.folder("export") / "result.json").exists()
-    assert same(from_pretrained(saved_in(work)).state_dict(), loaded.dynamic(work).state_dict())
-    assert run_stage(work, "export").about["url"] == URL
+        run_stage(experiment, "export")
+    assert not (experiment.folder("export") / "result.json").exists()
+    assert same(
+        from_pretrained(saved_in(experiment)).state_dict(), loaded.dynamic(experiment).state_dict()
+    )
+    assert run_stage(experiment, "export").about["url"] == URL

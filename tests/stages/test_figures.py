@@ -40,30 +40,30 @@ FEW = {
 
 
 @pytest.fixture
-def work_of(make_work):
+def experiment_of(make_experiment):
     """work_of(run_dir, names, **figures keys)."""
 
-    def work_of(run_dir, *names, **keys):
+    def experiment_of(run_dir, *names, **keys):
         given = {f"figures.{key}": value for key, value in keys.items()}
-        return make_work(run_dir, edited={**FEW, **given, "figures.figure": list(names)})
+        return make_experiment(run_dir, edited={**FEW, **given, "figures.figure": list(names)})
 
-    return work_of
-
-
-def shown(work, name):
-    return json.loads((work.folder("figures") / f"figure_{name}.json").read_text())
+    return experiment_of
 
 
-def test_data_against_the_records(work_of, runs):
+def shown(experiment, name):
+    return json.loads((experiment.folder("figures") / f"figure_{name}.json").read_text())
+
+
+def test_data_against_the_records(experiment_of, runs):
     """Every number of a figure, found again in result.json by other means."""
-    work = work_of(runs, "3", make=True, tau=[0.5], pruned_shares=[0.25])
-    run_stage(work, "figures")
-    data = shown(work, "3")
+    experiment = experiment_of(runs, "3", make=True, tau=[0.5], pruned_shares=[0.25])
+    run_stage(experiment, "figures")
+    data = shown(experiment, "3")
     assert data["curves"][0]["name"] == "dense VAR"
     for curve in data["curves"]:
         for row in curve["rows"]:
             records = [
-                json.loads((work.root / place / "result.json").read_text())
+                json.loads((experiment.root / place / "result.json").read_text())
                 for place in row["points"]
             ]
             fid = [record["metrics"]["fid_fake"] for record in records]
@@ -73,19 +73,19 @@ def test_data_against_the_records(work_of, runs):
             assert row["fid_std"] == pytest.approx(stdev(fid))
             gmac = fmean(record["metrics"]["flops_gmac"] for record in records)
             assert row["flops_gmac"] == pytest.approx(gmac)
-    assert (work.folder("figures") / "figure_3.pdf").stat().st_size > 1000
-    Image.open(work.folder("figures") / "figure_3.png").verify()
-    assert not missing(work)
+    assert (experiment.folder("figures") / "figure_3.pdf").stat().st_size > 1000
+    Image.open(experiment.folder("figures") / "figure_3.png").verify()
+    assert not missing(experiment)
 
 
-def test_points_of_the_calibration_are_those_of_its_record(work_of, runs):
+def test_points_of_the_calibration_are_those_of_its_record(experiment_of, runs):
     """Each way to choose tau is drawn at the tau that it chose."""
-    work = work_of(runs, "calibration", make=True, seeds=[0])
-    assert "calibration come after its tau are found" in plan_text(work, missing(work))
-    run_stage(work, "figures")
-    (calibration,) = FIGURES["calibration"](work).runs
-    record, curves = calibration.record(work), FIGURES["calibration"](work).curves[1:]
-    drawn = [curve["name"] for curve in shown(work, "calibration")["curves"][1:]]
+    experiment = experiment_of(runs, "calibration", make=True, seeds=[0])
+    assert "calibration come after its tau are found" in plan_text(experiment, missing(experiment))
+    run_stage(experiment, "figures")
+    (calibration,) = FIGURES["calibration"](experiment).runs
+    record, curves = calibration.record(experiment), FIGURES["calibration"](experiment).curves[1:]
+    drawn = [curve["name"] for curve in shown(experiment, "calibration")["curves"][1:]]
     assert drawn == [curve.name for curve in curves]
     assert {curve.method for curve in curves} == set(record.about["curves"])
     for curve in curves:
@@ -96,12 +96,12 @@ def test_points_of_the_calibration_are_those_of_its_record(work_of, runs):
             assert list(point.changes["selection.tau"]) == row["tau"]
 
 
-def test_training_curves_against_metrics_jsonl(work_of, runs):
-    work = work_of(runs, "6", "10", make=True, seeds=[0], tau=[0.5])
-    run_stage(work, "figures")
-    six, ten = shown(work, "6"), shown(work, "10")
+def test_training_curves_against_metrics_jsonl(experiment_of, runs):
+    experiment = experiment_of(runs, "6", "10", make=True, seeds=[0], tau=[0.5])
+    run_stage(experiment, "figures")
+    six, ten = shown(experiment, "6"), shown(experiment, "10")
     assert [run["name"] for run in six["runs"]] == ["alpha 0", "alpha 0.001"]
-    folder = vary(work, {"sparsify.alpha": 1e-3}).folder("sparsify")
+    folder = vary(experiment, {"sparsify.alpha": 1e-3}).folder("sparsify")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     logged = [line for line in lines if "ce" in line]
     assert logged
@@ -111,48 +111,48 @@ def test_training_curves_against_metrics_jsonl(work_of, runs):
     assert low != high
 
 
-def test_pictures_and_times(work_of, runs, warm_processes):
+def test_pictures_and_times(experiment_of, runs, warm_processes):
     few = {"expert_sizes": [32], "time_tau": [0.5]}
-    work = work_of(runs, "2a", "2b", "8b", "9", "12", make=True, **few)
-    run_stage(work, "figures")
+    experiment = experiment_of(runs, "2a", "2b", "8b", "9", "12", make=True, **few)
+    run_stage(experiment, "figures")
     for name in ("2a", "2b", "8b", "9", "12"):
-        Image.open(work.folder("figures") / f"figure_{name}.png").verify()
-    nine = shown(work, "9")["timings"]
+        Image.open(experiment.folder("figures") / f"figure_{name}.png").verify()
+    nine = shown(experiment, "9")["timings"]
     assert [timing["name"] for timing in nine] == ["experts of 32"]
     for timing in nine:
-        record = json.loads((work.root / timing["record"] / "result.json").read_text())
+        record = json.loads((experiment.root / timing["record"] / "result.json").read_text())
         assert timing["rows"] == record["about"]["timings"]
         assert {row["model"] for row in timing["rows"]} >= {"dense", "dynamic"}
 
 
-def test_missing_records_are_one_line(work_of, runs):
-    work = work_of(runs, "4")
+def test_missing_records_are_one_line(experiment_of, runs):
+    experiment = experiment_of(runs, "4")
     with pytest.raises(DataError, match=r"4: 10 records are missing.*result\.json.*make=true"):
-        run_stage(work, "figures")
-    assert not (work.root / "evaluate").exists()
+        run_stage(experiment, "figures")
+    assert not (experiment.root / "evaluate").exists()
 
 
-def test_plan(work_of, runs):
+def test_plan(experiment_of, runs):
     """What is done is not planned; the order has each step after what it builds on."""
-    work = work_of(runs, "5", "7")
-    steps = missing(work)
+    experiment = experiment_of(runs, "5", "7")
+    steps = missing(experiment)
     stages = [step.stage for step in steps]
     assert stages.count("train_var") == 1  # the other depth
-    folders = [str(step.work.folder(step.stage)) for step in steps]
+    folders = [str(step.experiment.folder(step.stage)) for step in steps]
     assert len(set(folders)) == len(folders)
     for i, step in enumerate(steps):
-        for upstream in step.work.needs(step.stage):
-            above = str(step.work.folder(upstream))
+        for upstream in step.experiment.needs(step.stage):
+            above = str(step.experiment.folder(upstream))
             assert above in folders[:i] or (Path(above) / "result.json").exists()
-    *lines, last = plan_text(work, steps).splitlines()
+    *lines, last = plan_text(experiment, steps).splitlines()
     assert [line.split() for line in lines] == [[str(i), f] for i, f in enumerate(folders, 1)]
     assert last == f"{len(steps)} steps"
-    assert missing(work) == steps  # nothing was made
+    assert missing(experiment) == steps  # nothing was made
 
 
-def test_make_goes_on_where_it_stopped(work_of, runs, monkeypatch):
+def test_make_goes_on_where_it_stopped(experiment_of, runs, monkeypatch):
     """Claims are those of all figures in the folder."""
-    work, made = work_of(runs, "4", seeds=[0]), []
+    experiment, made = experiment_of(runs, "4", seeds=[0]), []
 
     def stop_after(limit):
         def stopping(*args, **kwargs):
@@ -165,47 +165,49 @@ def test_make_goes_on_where_it_stopped(work_of, runs, monkeypatch):
 
     monkeypatch.setattr(figures, "run_stage", stop_after(2))
     with pytest.raises(KeyboardInterrupt):
-        make(work)
-    assert len(missing(work)) == 3
+        make(experiment)
+    assert len(missing(experiment)) == 3
     monkeypatch.setattr(figures, "run_stage", stop_after(99))
-    make(work)
+    make(experiment)
     assert len(made) == 5
-    assert not missing(work)
+    assert not missing(experiment)
     for name in ("4", "8a"):
-        run_stage(work_of(runs, name, seeds=[0], make=True), "figures")
-    judged = (work.folder("figures") / "claims.md").read_text()
+        run_stage(experiment_of(runs, name, seeds=[0], make=True), "figures")
+    judged = (experiment.folder("figures") / "claims.md").read_text()
     assert "| 4 | scale 4 alone | scale 2 alone |" in judged
     assert "| 8a | experts of 32 | experts of 64 |" in judged
 
 
-def test_quick_figures_say_so(work_of, tmp_path):
-    work = at_size(
-        work_of(tmp_path, "4", quick=True, quick_samples=10, tau=[0.0, 0.1, 0.2, 0.3, 0.4])
+def test_quick_figures_say_so(experiment_of, tmp_path):
+    experiment = at_size(
+        experiment_of(tmp_path, "4", quick=True, quick_samples=10, tau=[0.0, 0.1, 0.2, 0.3, 0.4])
     )
-    assert note(work).startswith("QUICK")
-    assert "10 images a point, 1 seed" in note(work)
-    figure = FIGURES["4"](work)
+    assert note(experiment).startswith("QUICK")
+    assert "10 images a point, 1 seed" in note(experiment)
+    figure = FIGURES["4"](experiment)
     assert [len(curve.points) for curve in figure.curves] == [1, 4, 4]
-    assert {need.work.config.evaluate.num_samples for need in figure.needs(work)} == {10}
-    assert len(figure.needs(work)) == 9
+    assert {need.experiment.config.evaluate.num_samples for need in figure.needs(experiment)} == {
+        10
+    }
+    assert len(figure.needs(experiment)) == 9
 
 
-def test_the_operating_point(make_work):
+def test_the_operating_point(make_experiment):
     """The sweep's chosen list, unless a selection was asked for; then that one, whole."""
     lists = {"sweep.lists": {"ours": [0.3, 0.6]}, "sweep.chosen": "ours"}
-    assert operating_point(make_work(edited=lists)) == {
+    assert operating_point(make_experiment(edited=lists)) == {
         "selection.rule": "threshold",
         "selection.tau": (0.3, 0.6),
     }
     asked = {"selection.layer_tau": [[0.1], [0.2]]}
-    assert operating_point(make_work(changes=asked, edited=lists)) == {}
-    assert operating_point(make_work(edited={"sweep.chosen": None})) == {}
+    assert operating_point(make_experiment(changes=asked, edited=lists)) == {}
+    assert operating_point(make_experiment(edited={"sweep.chosen": None})) == {}
 
 
 @pytest.mark.parametrize("name", ["3", "5"])
-def test_a_tau_for_each_layer_is_of_its_own_depth(work_of, make_work, name):
+def test_a_tau_for_each_layer_is_of_its_own_depth(experiment_of, make_experiment, name):
     """Curves of another depth do without it."""
-    work = make_work(changes={"selection.layer_tau": [[0.1], [0.2]]}, edited=FEW)
-    needed = [need.work.config for need in FIGURES[name](work).needs(work)]
+    experiment = make_experiment(changes={"selection.layer_tau": [[0.1], [0.2]]}, edited=FEW)
+    needed = [need.experiment.config for need in FIGURES[name](experiment).needs(experiment)]
     assert {config.var.depth for config in needed} == {1, 2}
     assert all(config.var.depth == 1 for config in needed if config.selection.layer_tau)

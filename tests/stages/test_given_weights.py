@@ -21,11 +21,12 @@ from dmoe_var.stages.parts import loaded
 
 
 @pytest.fixture(scope="module")
-def bases(trained, make_work):
+def bases(trained, make_experiment):
     """Checkpoint folders of a base VQ-VAE and VAR."""
-    work = make_work(trained)
+    experiment = make_experiment(trained)
     return {
-        f"base.{kind}": work.folder(f"train_{kind}") / "checkpoint" for kind in ("vqvae", "var")
+        f"base.{kind}": experiment.folder(f"train_{kind}") / "checkpoint"
+        for kind in ("vqvae", "var")
     }
 
 
@@ -44,30 +45,33 @@ def halved(bases, place, dtype):
     return {key: str(place / f"{key}.pth") for key in bases}
 
 
-def named(work):
-    return {stage: (work.variant(stage), work.fingerprint(stage)) for stage in STAGES}
+def named(experiment):
+    return {stage: (experiment.variant(stage), experiment.fingerprint(stage)) for stage in STAGES}
 
 
-def test_the_place_says_nothing(make_work, bases, tmp_path):
+def test_the_place_says_nothing(make_experiment, bases, tmp_path):
     """Of the experiment's own file or on the command line: the same folders, the same work."""
     here, there = at(bases, tmp_path / "here"), at(bases, tmp_path / "scratch" / "job 17")
-    own = make_work(tmp_path, edited=here)
+    own = make_experiment(tmp_path, edited=here)
     assert {variant for variant, _ in named(own).values()} == {"default"}
-    assert named(make_work(tmp_path, there, edited=here)) == named(own)
-    plain = make_work(tmp_path, here)
+    assert named(make_experiment(tmp_path, there, edited=here)) == named(own)
+    plain = make_experiment(tmp_path, here)
     assert plain.variant("sparsify") != "default"
-    assert named(make_work(tmp_path, there)) == named(plain)
+    assert named(make_experiment(tmp_path, there)) == named(plain)
     file = {key: f"{folder}/model.safetensors" for key, folder in there.items()}
-    assert named(make_work(tmp_path, file)) == named(plain)
+    assert named(make_experiment(tmp_path, file)) == named(plain)
 
 
-def test_the_content_says_all(make_work, bases, tmp_path):
+def test_the_content_says_all(make_experiment, bases, tmp_path):
     here, there = at(bases, tmp_path / "here"), at(bases, tmp_path / "there")
     var = load_var(there["base.var"])
     with torch.no_grad():
         var.head.bias += 1
     save_checkpoint(tmp_path / "there" / "base.var", var)
-    own, other = make_work(tmp_path, edited=here), make_work(tmp_path, there, edited=here)
+    own, other = (
+        make_experiment(tmp_path, edited=here),
+        make_experiment(tmp_path, there, edited=here),
+    )
     assert own.fingerprint("sparsify") != other.fingerprint("sparsify")
     name = other.variant("sparsify")
     assert name.startswith("var=")
@@ -77,20 +81,22 @@ def test_the_content_says_all(make_work, bases, tmp_path):
     assert other.folder("train_vqvae") == own.folder("train_vqvae")
 
 
-def test_a_moved_base_finds_its_work_done(make_work, bases, tmp_path, no_work):
+def test_a_moved_base_finds_its_work_done(make_experiment, bases, tmp_path, no_work):
     here, there = at(bases, tmp_path / "here"), at(bases, tmp_path / "there")
-    work = make_work(tmp_path, edited=here)
+    experiment = make_experiment(tmp_path, edited=here)
     record = Record(
-        "sparsify", "default", work.fingerprint("sparsify"), {}, dict(work.config.leaves), 0, 0,
-        "", "", "", "", 1, "", {}, weights=work.weights("sparsify"),
+        "sparsify", "default", experiment.fingerprint("sparsify"), {},
+        dict(experiment.config.leaves), 0, 0, "", "", "", "", 1, "", {}, weights=experiment.weights("sparsify"),
     )  # fmt: skip
-    work.folder("sparsify").mkdir(parents=True)
-    record.write(work.folder("sparsify"))
-    moved = make_work(tmp_path, there, edited=here)
+    experiment.folder("sparsify").mkdir(parents=True)
+    record.write(experiment.folder("sparsify"))
+    moved = make_experiment(tmp_path, there, edited=here)
     assert require(moved, "sparsify").config["base.var"] == here["base.var"]
     assert run_stage(moved, "sparsify").fingerprint == record.fingerprint
     assert moved.differing("sparsify", record) == []
-    other = make_work(tmp_path, {"base.var": "digits", **{"sparsify.alpha": 1.0}}, edited=here)
+    other = make_experiment(
+        tmp_path, {"base.var": "digits", **{"sparsify.alpha": 1.0}}, edited=here
+    )
     keys = [line.partition(" is ")[0] for line in other.differing("sparsify", record)]
     assert keys == ["base.var", "sparsify.alpha"]
 
@@ -108,11 +114,11 @@ def hub_of(monkeypatch):
     return files
 
 
-def test_a_published_file_under_its_path(make_work, bases, tmp_path, hub_of):
+def test_a_published_file_under_its_path(make_experiment, bases, tmp_path, hub_of):
     """Nothing is fetched to name a folder; what is in the cache is known."""
     path = halved(bases, tmp_path, torch.float32)["base.var"]
-    own = make_work(tmp_path, edited={"base.var": "var_d16"})
-    copied = make_work(tmp_path, {"base.var": path}, edited={"base.var": "var_d16"})
+    own = make_experiment(tmp_path, edited={"base.var": "var_d16"})
+    copied = make_experiment(tmp_path, {"base.var": path}, edited={"base.var": "var_d16"})
     assert own.variant("sparsify") == "default"
     unknown = copied.variant("sparsify")
     assert unknown.startswith("var=")
@@ -123,28 +129,33 @@ def test_a_published_file_under_its_path(make_work, bases, tmp_path, hub_of):
     assert copied.variant("sparsify") == "default"
 
 
-def test_a_published_name_names_its_folder(make_work, tmp_path, hub_of):
-    work = make_work(tmp_path, {"base.var": "var_d20"}, edited={"base.var": "var_d16"})
-    before = work.variant("sparsify")
+def test_a_published_name_names_its_folder(make_experiment, tmp_path, hub_of):
+    experiment = make_experiment(tmp_path, {"base.var": "var_d20"}, edited={"base.var": "var_d16"})
+    before = experiment.variant("sparsify")
     assert before.startswith("var=var_d20-")
     (tmp_path / "cached").write_bytes(b"weights")
     hub_of["var_d20"] = tmp_path / "cached"
-    assert work.variant("sparsify") == before  # once it is there as before
+    assert experiment.variant("sparsify") == before  # once it is there as before
 
 
-def test_pretrained_and_fidelity_weights_go_by_content(make_work, bases, tmp_path):
+def test_pretrained_and_fidelity_weights_go_by_content(make_experiment, bases, tmp_path):
     here, there = at(bases, tmp_path / "here"), at(bases, tmp_path / "there")
     for key, stage in (("sample.pretrained", "sample"), ("fidelity.weights", "evaluate")):
         ours, theirs = here["base.var"], there["base.var"]
         if key == "fidelity.weights":
             ours, theirs = f"{ours}/model.safetensors", f"{theirs}/model.safetensors"
-        own, moved = make_work(tmp_path, {key: ours}), make_work(tmp_path, {key: theirs})
+        own, moved = (
+            make_experiment(tmp_path, {key: ours}),
+            make_experiment(tmp_path, {key: theirs}),
+        )
         assert own.variant(stage) == moved.variant(stage) != "default"
         assert own.fingerprint(stage) == moved.fingerprint(stage)
-        assert make_work(tmp_path, {key: theirs}, edited={key: ours}).variant(stage) == "default"
+        assert (
+            make_experiment(tmp_path, {key: theirs}, edited={key: ours}).variant(stage) == "default"
+        )
 
 
-def test_half_a_base_is_computed_with_in_float32(make_work, bases, tmp_path):
+def test_half_a_base_is_computed_with_in_float32(make_experiment, bases, tmp_path):
     """As the same values in a float32 file: tokens, losses, trained weights; the record tells."""
     (tmp_path / "half").mkdir()
     (tmp_path / "whole").mkdir()
@@ -156,9 +167,9 @@ def test_half_a_base_is_computed_with_in_float32(make_work, bases, tmp_path):
     whole = {key: str(tmp_path / "whole" / f"{key}.pth") for key in given}
     found = []
     for name, changes in (("half", given), ("whole", whole)):
-        work = make_work(tmp_path / f"runs_{name}", changes)
-        records = [run_through(work, s, lambda *_: None) for s in ("train_var", "sparsify")]
-        found.append(([r.metrics for r in records], loaded.sparse(work).state_dict()))
+        experiment = make_experiment(tmp_path / f"runs_{name}", changes)
+        records = [run_through(experiment, s, lambda *_: None) for s in ("train_var", "sparsify")]
+        found.append(([r.metrics for r in records], loaded.sparse(experiment).state_dict()))
         told = "bfloat16" if name == "half" else "float32"
         for record in records:
             assert set(record.weights_dtype.values()) == {told}
@@ -199,19 +210,19 @@ FEW = {
         ("maps", {"maps.images": 2}),
     ],
 )
-def test_samples_in_bfloat16_use_the_tokens_of_float32(make_work, runs, stage, changes):
+def test_samples_in_bfloat16_use_the_tokens_of_float32(make_experiment, runs, stage, changes):
     """No second cache of tokens, and none of a rounded tokenizer."""
     caches = {path.name for path in (runs / "cache" / "tokens").iterdir()}
-    record = run_stage(make_work(runs, {**BF16, **changes}), stage)
+    record = run_stage(make_experiment(runs, {**BF16, **changes}), stage)
     assert record.dtype == "bfloat16"
     assert {path.name for path in (runs / "cache" / "tokens").iterdir()} == caches
     assert json.dumps(dict(record.metrics))
 
 
-def test_a_bench_samples_as_asked(make_work, bases, tmp_path):
+def test_a_bench_samples_as_asked(make_experiment, bases, tmp_path):
     """From a float16 file: float32 where nothing is said, bfloat16 where it is."""
     given = halved(bases, tmp_path, torch.float16)
     for changes, dtype in (({}, torch.float32), (BF16, torch.bfloat16)):
-        bench = Bench(make_work(tmp_path, {**given, **changes}))
+        bench = Bench(make_experiment(tmp_path, {**given, **changes}))
         for model in (bench.vqvae, bench.dense):
             assert {p.dtype for p in model.parameters()} == {dtype}

@@ -22,36 +22,36 @@ from dmoe_var.stages.parts import loaded
         ({"rule": "oracle", "tau": [0.5, 1.0]}, "oracle 0.5,1"),
     ],
 )
-def test_chosen_is_what_is_configured(make_work, runs, selection, name):
+def test_chosen_is_what_is_configured(make_experiment, runs, selection, name):
     """The chosen maps are of the configured rule, a tau for each layer included; the others of one
     tau."""
     changes = {f"selection.{key}": value for key, value in selection.items()}
     shown = {"maps.tau": [0.0, 0.5], "maps.images": 2, "maps.seed": 3}
-    work = make_work(runs, {**changes, **shown})
-    record = run_stage(work, "maps")
+    experiment = make_experiment(runs, {**changes, **shown})
+    record = run_stage(experiment, "maps")
     shown = [(each["name"], each["selection"]) for each in record.about["settings"]]
     assert shown == [("chosen", name), ("0", "threshold 0"), ("0.5", "threshold 0.5")]
-    chosen, every, half = (stored_maps(work.folder("maps"), i).maps for i in range(3))
+    chosen, every, half = (stored_maps(experiment.folder("maps"), i).maps for i in range(3))
     assert (every == 1).all()
     assert (half < 1).any()
     assert np.array_equal(chosen, half) == (selection.get("rule") != "oracle")
     drawn = generate(
-        loaded.dynamic(work), loaded.vqvae(work), [0, 1], seed=3,
-        selection=work.config.selection.rules(),
+        loaded.dynamic(experiment), loaded.vqvae(experiment), [0, 1], seed=3,
+        selection=experiment.config.selection.rules(),
     )  # fmt: skip
-    assert np.array_equal(stored_maps(work.folder("maps"), 0).images[:, 1], to_uint8(drawn))
+    assert np.array_equal(stored_maps(experiment.folder("maps"), 0).images[:, 1], to_uint8(drawn))
     assert (record.seed, record.num_samples) == (3, 2)
 
 
 def test_maps_are_of_the_class_and_of_all_layers(
-    make_work, make_vqvae, make_var, make_moe, tmp_path, no_grad
+    make_experiment, make_vqvae, make_var, make_moe, tmp_path, no_grad
 ):
     """Of models whose class matters: the null branch, or one layer alone, has other maps. Each
     scale's cells are enlarged to the finest scale's."""
-    work = make_work(tmp_path, {"var.depth": 2, "var.width": 64, "var.num_heads": 2})
+    experiment = make_experiment(tmp_path, {"var.depth": 2, "var.width": 64, "var.num_heads": 2})
     dense, labels, taus = make_var(num_classes=10), [3, 5], [0.4, 0.6]
     bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
-    images, maps = collect_maps(work, bench, labels, [Threshold(tau) for tau in taus], seed=1)
+    images, maps = collect_maps(experiment, bench, labels, [Threshold(tau) for tau in taus], seed=1)
     counts, model = ExpertCounts(), DynamicVAR(dense, bench.experts, (2, 3))
     drawn = generate(model, bench.vqvae, labels, seed=1, tau=taus, observer=counts)
     assert images.shape == (2, 2, 8, 8, 3)

@@ -21,42 +21,44 @@ def same(ours, theirs):
 
 
 @pytest.fixture
-def work(make_work, runs):
+def experiment(make_experiment, runs):
     """Fine-tuned, but not split."""
-    work = make_work(runs)
-    shutil.rmtree(work.folder("split"))
-    return work
+    experiment = make_experiment(runs)
+    shutil.rmtree(experiment.folder("split"))
+    return experiment
 
 
-def test_the_checkpoint_is_the_converted_model(make_work, work, monkeypatch):
+def test_the_checkpoint_is_the_converted_model(make_experiment, experiment, monkeypatch):
     """Of this seed, by which neurons are clustered and routers begin."""
-    work, seeds = make_work(work.config.run_dir, edited={"seed": 5}), []
+    experiment, seeds = make_experiment(experiment.config.run_dir, edited={"seed": 5}), []
     cluster_layer = split.cluster_layer
     monkeypatch.setattr(
         split, "cluster_layer", lambda *given: seeds.append(given[3:]) or cluster_layer(*given)
     )
-    result = split.run(work)
-    var = loaded.sparse(work)
-    expected = convert_to_moe(var, work.config.split.expert_size, 5)
-    assert same(loaded.split(work, "split").state_dict(), expected.state_dict())
+    result = split.run(experiment)
+    var = loaded.sparse(experiment)
+    expected = convert_to_moe(var, experiment.config.split.expert_size, 5)
+    assert same(loaded.split(experiment, "split").state_dict(), expected.state_dict())
     assert seeds == [(5,)]
     assert result.metrics == {"num_experts": 4, "expert_size": 32}
-    assert read_fingerprint(loaded.checkpoint(work, "split")) == work.fingerprint("split")
+    assert read_fingerprint(loaded.checkpoint(experiment, "split")) == experiment.fingerprint(
+        "split"
+    )
 
 
-def test_the_main_process_alone_writes(work, monkeypatch):
+def test_the_main_process_alone_writes(experiment, monkeypatch):
     monkeypatch.setattr(split, "is_main", lambda: False)
-    result = split.run(work)
+    result = split.run(experiment)
     assert result.metrics == {"num_experts": 4, "expert_size": 32}
-    assert not loaded.checkpoint(work, "split").exists()
+    assert not loaded.checkpoint(experiment, "split").exists()
 
 
-def test_processes_share_the_layers(make_work, monkeypatch):
+def test_processes_share_the_layers(make_experiment, monkeypatch):
     """Five layers over three processes: each is clustered once, and all get all of them."""
-    work = make_work(changes={"var.depth": DEPTH})
+    experiment = make_experiment(changes={"var.depth": DEPTH})
     torch.manual_seed(0)
-    var = VAR(work.config.var)
-    expected = split.cluster(work, var)
+    var = VAR(experiment.config.var)
+    expected = split.cluster(experiment, var)
     assert len(expected) == DEPTH
     by_process = []
     monkeypatch.setattr(split, "world_size", lambda: PROCESSES)
@@ -65,21 +67,21 @@ def test_processes_share_the_layers(make_work, monkeypatch):
         monkeypatch.setattr(split, "rank", lambda process=process: process)
         if process:
             with pytest.raises(KeyError):  # others' layers are not there yet
-                split.cluster(work, var)
-    labels = split.cluster(work, var)
+                split.cluster(experiment, var)
+    labels = split.cluster(experiment, var)
     assert sorted(layer for found in by_process for layer in found) == list(range(DEPTH))
     assert {len(found) for found in by_process} == {1, 2}
     assert all(torch.equal(a, b) for a, b in zip(labels, expected, strict=True))
 
 
-def test_a_process_without_a_layer(make_work, monkeypatch):
-    work = make_work()
+def test_a_process_without_a_layer(make_experiment, monkeypatch):
+    experiment = make_experiment()
     torch.manual_seed(0)
-    var, found_by = VAR(work.config.var), []
-    expected = split.cluster(work, var)
+    var, found_by = VAR(experiment.config.var), []
+    expected = split.cluster(experiment, var)
     monkeypatch.setattr(split, "world_size", lambda: 2)
     monkeypatch.setattr(split, "rank", lambda: 1)
     whole = dict(enumerate(expected))
     monkeypatch.setattr(split, "gathered", lambda found: found_by.append(found) or [whole, found])
-    assert torch.equal(split.cluster(work, var)[0], expected[0])
+    assert torch.equal(split.cluster(experiment, var)[0], expected[0])
     assert found_by == [{}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import record_if_done
 from dmoe_var.experiment.points import (
     Curve,
@@ -15,7 +16,6 @@ from dmoe_var.experiment.points import (
     tau_curve,
     vary,
 )
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.style import Paths
@@ -35,47 +35,47 @@ from dmoe_var.stages.catalogue.figure import (
 LAST_SCALES = "the last scales are the ones to sparsify"
 
 
-def draw(work: Work, data: Data, paths: Paths) -> None:
+def draw(experiment: Experiment, data: Data, paths: Paths) -> None:
     """Plot FID over FLOPs."""
     fid_over_flops.draw(data["curves"], data["fid"], heading(data), data["note"], paths)
 
 
-def draw_accounting(work: Work, data: Data, paths: Paths) -> None:
+def draw_accounting(experiment: Experiment, data: Data, paths: Paths) -> None:
     """Plot FID over FLOPs as we and as the authors count them."""
     given = data["curves"], data["fid"], heading(data), data["note"]
     fid_over_flops.draw_accounting(*given, paths)
 
 
 @figure("3")
-def trade(work: Work) -> Figure:
+def trade(experiment: Experiment) -> Figure:
     """Make figure 3: one tau on the last and on all scales, pruned FFNs, the chosen tau, and dense
     models of other depths, which show what the same FLOPs buy without experts."""
-    figures = work.config.figures
-    every = {"moe.scales": tuple(range(work.config.var.num_scales))}
-    last = _over_tau(work, "one tau, last scales", "last")
-    everywhere = _over_tau(work, "one tau, all scales", "all", every)
+    figures = experiment.config.figures
+    every = {"moe.scales": tuple(range(experiment.config.var.num_scales))}
+    last = _over_tau(experiment, "one tau, last scales", "last")
+    everywhere = _over_tau(experiment, "one tau, all scales", "all", every)
     shares = figures.along(figures.pruned_shares)
     changes = {"evaluate.model": "pruned"}
     pruned = _along("Pruned-FFN, last scales", "pruned", "pruning.share", shares, changes)
-    other = {d: s for d, s in figures.depths.items() if int(d) != work.config.var.depth}
+    other = {d: s for d, s in figures.depths.items() if int(d) != experiment.config.var.depth}
     others = [
-        dense_curve(f"dense, depth {d}", _of_depth(work, int(d), source), 1 - i / len(other))
+        dense_curve(f"dense, depth {d}", _of_depth(experiment, int(d), source), 1 - i / len(other))
         for i, (d, source) in enumerate(other.items())
     ]
     claims = [
         Claim(LAST_SCALES, last.name, everywhere.name),
         Claim("routing by token beats pruning", last.name, pruned.name),
     ]
-    curves = [last, everywhere, pruned, _chosen(work), *others]
+    curves = [last, everywhere, pruned, _chosen(experiment), *others]
     return _beside_dense("the trade: FID over FLOPs", curves, claims)
 
 
 @figure("4")
-def single_scales(work: Work) -> Figure:
+def single_scales(experiment: Experiment) -> Figure:
     """Make figure 4: experts at one scale alone."""
-    scales = sorted(work.config.figures.single_scales)
+    scales = sorted(experiment.config.figures.single_scales)
     curves = [
-        _over_tau(work, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
+        _over_tau(experiment, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
         for si, shade in zip(scales, shades(scales), strict=True)
     ]
     *coarser, finest = curves
@@ -84,16 +84,18 @@ def single_scales(work: Work) -> Figure:
 
 
 @figure("5")
-def depths(work: Work) -> Figure:
+def depths(experiment: Experiment) -> Figure:
     """Make figure 5: each depth beside its own dense model."""
-    own = {str(work.config.var.depth): work.config.base.var}
-    by_depth = sorted({**work.config.figures.depths, **own}.items(), key=lambda item: int(item[0]))
+    own = {str(experiment.config.var.depth): experiment.config.base.var}
+    by_depth = sorted(
+        {**experiment.config.figures.depths, **own}.items(), key=lambda item: int(item[0])
+    )
     curves = []
     for (depth, source), shade in zip(by_depth, shades(by_depth), strict=True):
-        changes = _of_depth(work, int(depth), source)
+        changes = _of_depth(experiment, int(depth), source)
         name = f"one tau, last scales, depth {depth}"
         curves.append(dense_curve(f"dense, depth {depth}", changes, shade))
-        curves.append(_over_tau(work, name, "last", changes, shade))
+        curves.append(_over_tau(experiment, name, "last", changes, shade))
     shallow, deep = (f"depth {by_depth[place][0]}" for place in (0, -1))
     claim = Claim(
         "a deeper model has more to give",
@@ -106,13 +108,13 @@ def depths(work: Work) -> Figure:
 
 
 @figure("7")
-def without_relu(work: Work) -> Figure:
+def without_relu(experiment: Experiment) -> Figure:
     """Make figure 7: what ReLU and the Hoyer loss each give, without errors of routers."""
     alone = {"sparsify.alpha": 0.0}
-    gelu = {"sparsify.activation": "gelu", "sparsify.alpha": work.config.figures.gelu_alpha}
-    both = _over_tau(work, "ReLU and Hoyer", "oracle", rule="oracle")
-    relu = _over_tau(work, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
-    hoyer = _over_tau(work, "GELU and Hoyer", "all", gelu, rule="oracle")
+    gelu = {"sparsify.activation": "gelu", "sparsify.alpha": experiment.config.figures.gelu_alpha}
+    both = _over_tau(experiment, "ReLU and Hoyer", "oracle", rule="oracle")
+    relu = _over_tau(experiment, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
+    hoyer = _over_tau(experiment, "GELU and Hoyer", "all", gelu, rule="oracle")
     claims = [
         Claim("ReLU gives more than Hoyer", relu.name, hoyer.name),
         Claim("Hoyer adds to ReLU", both.name, relu.name),
@@ -121,23 +123,25 @@ def without_relu(work: Work) -> Figure:
 
 
 @figure("8a")
-def sizes(work: Work) -> Figure:
+def sizes(experiment: Experiment) -> Figure:
     """Make figure 8a: expert sizes, without errors of routers."""
-    fitting = fitting_sizes(work)
+    fitting = fitting_sizes(experiment)
     curves = []
     for size, shade in zip(fitting, shades(fitting), strict=True):
         changes = {"split.expert_size": size}
-        curves.append(_over_tau(work, f"experts of {size}", "oracle", changes, shade, "oracle"))
+        curves.append(
+            _over_tau(experiment, f"experts of {size}", "oracle", changes, shade, "oracle")
+        )
     claim = Claim("smaller experts are better in FID", curves[0].name, curves[-1].name)
     claims = [claim] if len(curves) > 1 else []
     return _beside_dense("expert sizes (oracle selection)", curves, claims)
 
 
 @figure("rules")
-def rules(work: Work) -> Figure:
+def rules(experiment: Experiment) -> Figure:
     """Compare every selection rule on the last scales."""
-    figures = work.config.figures
-    num_experts = work.config.var.hidden // work.config.split.expert_size
+    figures = experiment.config.figures
+    num_experts = experiment.config.var.hidden // experiment.config.split.expert_size
     counts = sorted({max(1, round(s * num_experts)) for s in figures.along(figures.k_shares)})
     shares = figures.along(figures.cumulative_shares)
 
@@ -145,25 +149,28 @@ def rules(work: Work) -> Figure:
         changes = {"evaluate.model": "dynamic", "selection.rule": rule}
         return _along(name, rule, f"selection.{key}", values, changes)
 
-    routers, chance = _over_tau(work, "Eq. 3", "last"), curve("random k", "random", "k", counts)
+    routers, chance = (
+        _over_tau(experiment, "Eq. 3", "last"),
+        curve("random k", "random", "k", counts),
+    )
     curves = [
         routers,
         curve("top-k", "top_k", "k", counts),
         curve("cumulative share", "cumulative", "share", shares),
         chance,
-        _over_tau(work, "oracle, Eq. 3", "oracle", rule="oracle"),
-        _over_tau(work, "keys, Eq. 3", "keys", rule="keys"),
+        _over_tau(experiment, "oracle, Eq. 3", "oracle", rule="oracle"),
+        _over_tau(experiment, "keys, Eq. 3", "keys", rule="keys"),
     ]
     claims = [Claim("routers beat chance", routers.name, chance.name)]
     return _beside_dense("selection rules on the last scales", curves, claims)
 
 
 @figure("calibration")
-def calibration(work: Work) -> Figure:
+def calibration(experiment: Experiment) -> Figure:
     """Compare FID at tau of the calibration and its rivals. There is no curve until it has run."""
-    changes = {"calibrate.budgets": work.config.figures.budgets, "calibrate.budget_ms": None}
+    changes = {"calibrate.budgets": experiment.config.figures.budgets, "calibrate.budget_ms": None}
     run = StageRun("calibration", "calibrate", changes)
-    record = record_if_done(run.work(work), run.stage)
+    record = record_if_done(run.experiment(experiment), run.stage)
     fixed = {"evaluate.model": "dynamic", "selection.rule": "threshold"}
     found_by = record.about["curves"] if record else {}
     curves = [dense_curve()] if record else []
@@ -188,10 +195,10 @@ def calibration(work: Work) -> Figure:
 
 
 @figure("accounting")
-def accounting(work: Work) -> Figure:
+def accounting(experiment: Experiment) -> Figure:
     """Show what counting does to the axis."""
-    last = _over_tau(work, "one tau, last scales", "last")
-    curves = [dense_curve(), last, _chosen(work)]
+    last = _over_tau(experiment, "one tau, last scales", "last")
+    curves = [dense_curve(), last, _chosen(experiment)]
     return Figure("what counting does to the axis", draw_accounting, curves=curves)
 
 
@@ -201,7 +208,7 @@ def _beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) 
 
 
 def _over_tau(
-    work: Work,
+    experiment: Experiment,
     name: str,
     method: str,
     changes: Changes = {},  # noqa: B006
@@ -209,7 +216,7 @@ def _over_tau(
     rule: str = "threshold",
 ) -> Curve:
     """Make a point for each tau of the figures."""
-    figures = work.config.figures
+    figures = experiment.config.figures
     return tau_curve(name, method, figures.along(figures.tau), changes, shade, rule)
 
 
@@ -219,16 +226,16 @@ def _along(name: str, method: str, key: str, values: Sequence[float], changes: C
     return Curve(name, method, points)
 
 
-def _chosen(work: Work) -> Curve:
-    changes = {"evaluate.model": "dynamic", **operating_point(work)}
-    label = vary(work, changes).config.selection.text
+def _chosen(experiment: Experiment) -> Curve:
+    changes = {"evaluate.model": "dynamic", **operating_point(experiment)}
+    label = vary(experiment, changes).config.selection.text
     return single("chosen tau a scale", "chosen", label, changes)
 
 
-def _of_depth(work: Work, depth: int, source: str | None) -> Changes:
+def _of_depth(experiment: Experiment, depth: int, source: str | None) -> Changes:
     """Change the depth. What depth derives (width, heads, drop path, gain) is derived anew; what
     the configuration gives by itself stays."""
-    var = work.config.var
+    var = experiment.config.var
     derived = VARConfig(depth=var.depth)
     anew = {
         f"var.{name}": None

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.points import Curve, read_curves, vary
 from dmoe_var.experiment.record import RESULT_FILE, Record
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures.claims import Verdict, gap
 from dmoe_var.figures.style import Paths
 
 Changes = Mapping[str, Any]
-Make = TypeVar("Make", bound="Callable[[Work], Figure]")
+Make = TypeVar("Make", bound="Callable[[Experiment], Figure]")
 Data = dict[str, Any]
 """What a figure shows, as its JSON file has it."""
 
 
-MADE_BY: dict[str, Callable[[Work], Figure]] = {}
+MADE_BY: dict[str, Callable[[Experiment], Figure]] = {}
 """The functions that make figures, by the figures' names."""
 
 
@@ -43,7 +43,7 @@ class Need:
     """A stage that has to be done for a figure."""
 
     stage: str
-    work: Work
+    experiment: Experiment
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class StageRun:
     shade: float | None = None
     method: str = "last"
 
-    def work(self, work: Work) -> Work:
+    def experiment(self, experiment: Experiment) -> Experiment:
         """Make the stage's configuration."""
-        return vary(work, self.changes)
+        return vary(experiment, self.changes)
 
-    def place(self, work: Work) -> str:
+    def place(self, experiment: Experiment) -> str:
         """Name the folder of the record within the experiment's."""
-        return f"{self.stage}/{self.work(work).variant(self.stage)}"
+        return f"{self.stage}/{self.experiment(experiment).variant(self.stage)}"
 
-    def record(self, work: Work) -> Record:
-        return Record.read(self.work(work).folder(self.stage) / RESULT_FILE)
+    def record(self, experiment: Experiment) -> Record:
+        return Record.read(self.experiment(experiment).folder(self.stage) / RESULT_FILE)
 
 
 @dataclass(frozen=True)
@@ -88,27 +88,31 @@ class Figure:
     """
 
     title: str
-    draw: Callable[[Work, Data, Paths], None]
+    draw: Callable[[Experiment, Data, Paths], None]
     curves: Sequence[Curve] = ()
     runs: Sequence[StageRun] = ()
-    of_runs: Callable[[Work, Sequence[StageRun]], Data] = lambda work, runs: {}
+    of_runs: Callable[[Experiment, Sequence[StageRun]], Data] = lambda experiment, runs: {}
     claims: Sequence[Claim] = ()
     pending: str = ""
 
-    def needs(self, work: Work) -> list[Need]:
+    def needs(self, experiment: Experiment) -> list[Need]:
         """List all that the figure reads."""
-        seeds = work.config.figures.used_seeds
+        seeds = experiment.config.figures.used_seeds
         points = [point for curve in self.curves for point in curve.points]
-        evaluated = [Need("evaluate", point.work(work, seed)) for point in points for seed in seeds]
-        return [*(Need(run.stage, run.work(work)) for run in self.runs), *evaluated]
+        evaluated = [
+            Need("evaluate", point.experiment(experiment, seed))
+            for point in points
+            for seed in seeds
+        ]
+        return [*(Need(run.stage, run.experiment(experiment)) for run in self.runs), *evaluated]
 
-    def data(self, work: Work, name: str) -> Data:
+    def data(self, experiment: Experiment, name: str) -> Data:
         """Read all that the figure shows, from records alone."""
-        data: Data = {"figure": name, "title": self.title, "note": note(work)}
-        data["fingerprint"] = work.fingerprint("figures")
+        data: Data = {"figure": name, "title": self.title, "note": note(experiment)}
+        data["fingerprint"] = experiment.fingerprint("figures")
         if self.curves:
-            data |= read_curves(work, self.curves, work.config.figures.used_seeds)
-        return data | self.of_runs(work, self.runs)
+            data |= read_curves(experiment, self.curves, experiment.config.figures.used_seeds)
+        return data | self.of_runs(experiment, self.runs)
 
     def verdicts(self, data: Data) -> list[Verdict]:
         """Judge each claim by the data. A claim about a curve that is not there is left out."""
@@ -128,15 +132,19 @@ def heading(data: Data) -> str:
     return f"Figure {data['figure']}: {data['title']}"
 
 
-def at_size(work: Work) -> Work:
+def at_size(experiment: Experiment) -> Experiment:
     """Set the number of images per point that the figures ask for."""
-    figures = work.config.figures
-    return vary(work, {"evaluate.num_samples": figures.quick_samples}) if figures.quick else work
+    figures = experiment.config.figures
+    return (
+        vary(experiment, {"evaluate.num_samples": figures.quick_samples})
+        if figures.quick
+        else experiment
+    )
 
 
-def note(work: Work) -> str:
+def note(experiment: Experiment) -> str:
     """Say in one line what a figure rests on."""
-    config, figures = work.config, work.config.figures
+    config, figures = experiment.config, experiment.config.figures
     seeds = len(figures.used_seeds)
     text = f"{config.name}: {config.evaluate.num_samples} images a point, {seeds} seed"
     text += "s, bars: standard deviation over them" if seeds > 1 else ""
@@ -148,10 +156,10 @@ def shades(values: Collection[Any]) -> list[float]:
     return [i / max(1, len(values) - 1) for i in range(len(values))]
 
 
-def fitting_sizes(work: Work) -> tuple[int, ...]:
+def fitting_sizes(experiment: Experiment) -> tuple[int, ...]:
     """Find expert sizes that divide the FFN into two or more. Raise ConfigError if none does."""
-    hidden = work.config.var.hidden
-    sizes = sorted(work.config.figures.expert_sizes)
+    hidden = experiment.config.var.hidden
+    sizes = sorted(experiment.config.figures.expert_sizes)
     fitting = tuple(size for size in sizes if hidden % size == 0 and size < hidden)
     if not fitting:
         raise ConfigError(f"figures.expert_sizes={sizes}: none divides the FFN's {hidden} neurons")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.points import operating_point
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures import times
 from dmoe_var.figures.style import Paths
 from dmoe_var.stages.catalogue.figure import (
@@ -22,9 +22,9 @@ from dmoe_var.stages.catalogue.figure import (
 
 
 @figure("8b")
-def throughput(work: Work) -> Figure:
+def throughput(experiment: Experiment) -> Figure:
     """Make figure 8b: images per second through each scale, at the operating point."""
-    changes = {**_timing(work, ()), **operating_point(work)}
+    changes = {**_timing(experiment, ()), **operating_point(experiment)}
     changes |= {"benchmark.parts": True, "benchmark.chosen": True}
     return Figure(
         "throughput by scale",
@@ -35,10 +35,10 @@ def throughput(work: Work) -> Figure:
 
 
 @figure("9")
-def over_tau(work: Work) -> Figure:
+def over_tau(experiment: Experiment) -> Figure:
     """Make figure 9: the time of a batch over tau, for each size of experts."""
-    figures, sizes = work.config.figures, fitting_sizes(work)
-    changes = _timing(work, figures.along(figures.time_tau))
+    figures, sizes = experiment.config.figures, fitting_sizes(experiment)
+    changes = _timing(experiment, figures.along(figures.time_tau))
     runs = [
         StageRun(f"experts of {size}", "benchmark", {**changes, "split.expert_size": size}, shade)
         for size, shade in zip(sizes, shades(sizes), strict=True)
@@ -51,9 +51,9 @@ def over_tau(work: Work) -> Figure:
     )
 
 
-def _timing(work: Work, tau: Sequence[float]) -> dict[str, Any]:
+def _timing(experiment: Experiment, tau: Sequence[float]) -> dict[str, Any]:
     return {
-        "benchmark.batch_sizes": (work.config.figures.batch_size,),
+        "benchmark.batch_sizes": (experiment.config.figures.batch_size,),
         "benchmark.tau": tuple(tau),
         "benchmark.published": None,
         "benchmark.compile": "eager",
@@ -63,16 +63,16 @@ def _timing(work: Work, tau: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _timings(work: Work, runs: Sequence[StageRun], shown: str) -> Data:
+def _timings(experiment: Experiment, runs: Sequence[StageRun], shown: str) -> Data:
     """Collect the rows of each benchmark, and note where they were timed."""
     timings: list[Data] = []
     for run in runs:
-        record = run.record(work)
+        record = run.record(experiment)
         timings.append({
             "name": run.name,
             "method": run.method,
             "shade": run.shade,
-            "record": run.place(work),
+            "record": run.place(experiment),
             "device": record.device,
             "threads": record.threads,
             "rows": record.about["timings"],
@@ -82,7 +82,7 @@ def _timings(work: Work, runs: Sequence[StageRun], shown: str) -> Data:
     return {"timings": timings, "note": f"batch {batch}, {' and '.join(where)}; {shown}"}
 
 
-def draw_throughput(work: Work, data: Data, paths: Paths) -> None:
+def draw_throughput(experiment: Experiment, data: Data, paths: Paths) -> None:
     """Plot the models as they are, not compiled."""
     (timing,) = data["timings"]
     names = {"dense": ("dense VAR", "dense"), "dynamic": ("DMoE-VAR, chosen tau", "chosen")}
@@ -96,7 +96,7 @@ def draw_throughput(work: Work, data: Data, paths: Paths) -> None:
     times.draw_throughput(bars, heading(data), data["note"], paths)
 
 
-def draw_over_tau(work: Work, data: Data, paths: Paths) -> None:
+def draw_over_tau(experiment: Experiment, data: Data, paths: Paths) -> None:
     """Plot the models as they are, beside the dense one of the same benchmark."""
     curves = []
     for timing in data["timings"]:

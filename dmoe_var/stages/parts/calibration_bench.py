@@ -15,7 +15,7 @@ from dmoe_var.calibration.refinement import at_cost, most_losses, refine
 from dmoe_var.calibration.scores import Cell, Recorder, Tails, record_scores
 from dmoe_var.config.stages import CalibrateConfig
 from dmoe_var.errors import InputError
-from dmoe_var.experiment.work import Work
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.metrics.flops import FlopReport, report
 from dmoe_var.metrics.flops_fixed import FixedCost, fixed_cost
 from dmoe_var.models.dynamic_var import DynamicVAR
@@ -35,25 +35,27 @@ LOSSES_FILE = "losses.jsonl"
 class CalibrationBench:
     """The models, the images, and what is measured of them."""
 
-    work: Work
+    experiment: Experiment
 
     @property
     def config(self) -> CalibrateConfig:
-        return self.work.config.calibrate
+        return self.experiment.config.calibrate
 
     @cached_property
     def model(self) -> DynamicVAR:
-        return loaded.dynamic(self.work).to(self.work.config.sampling.torch_dtype)
+        return loaded.dynamic(self.experiment).to(self.experiment.config.sampling.torch_dtype)
 
     @cached_property
     def vqvae(self) -> Any:
-        return loaded.vqvae(self.work).to(self.work.config.sampling.torch_dtype)
+        return loaded.vqvae(self.experiment).to(self.experiment.config.sampling.torch_dtype)
 
     @cached_property
     def images(self) -> tuple[TeacherForced, TeacherForced]:
         """Images of the training set, and held-out ones."""
         counts = (self.config.images, self.config.held_out)
-        sets = token_sets(self.work, loaded.vqvae(self.work))  # float32, whatever dtype samples
+        sets = token_sets(
+            self.experiment, loaded.vqvae(self.experiment)
+        )  # float32, whatever dtype samples
         training, held_out = (
             TeacherForced(tokens, self.vqvae, count, self.config.batch_size)
             for tokens, count in zip(sets, counts, strict=True)
@@ -63,7 +65,10 @@ class CalibrationBench:
     @cached_property
     def training_loss(self) -> CrossEntropy:
         """Cross-entropy on training images, kept beside the record."""
-        folder, print_ = self.work.folder("calibrate"), self.work.fingerprint("calibrate")
+        folder, print_ = (
+            self.experiment.folder("calibrate"),
+            self.experiment.fingerprint("calibrate"),
+        )
         return self._loss(self.images[0], folder / LOSSES_FILE, print_)
 
     @cached_property
@@ -71,7 +76,7 @@ class CalibrationBench:
         return self._loss(self.images[1])
 
     def _loss(self, images: TeacherForced, *kept: Any) -> CrossEntropy:
-        impl, by_tokens = self.work.config.moe.impl, self.config.loss == "ce_tokens"
+        impl, by_tokens = self.experiment.config.moe.impl, self.config.loss == "ce_tokens"
         return CrossEntropy(self.model, images, impl, by_tokens, *kept)
 
     @cached_property
@@ -82,18 +87,18 @@ class CalibrationBench:
 
     @cached_property
     def fixed(self) -> FixedCost:
-        return fixed_cost(self.model, self.vqvae, **self.work.config.sampling.counted)
+        return fixed_cost(self.model, self.vqvae, **self.experiment.config.sampling.counted)
 
     @cached_property
     def dense_gmac(self) -> float:
-        fixed = fixed_cost(self.model.dense, self.vqvae, self.work.config.sampling.cfg)
+        fixed = fixed_cost(self.model.dense, self.vqvae, self.experiment.config.sampling.cfg)
         return report(fixed, ExpertHistogram.none(1), {}).total_gmac
 
     def drawn(
         self, rules: Sequence[SelectionRule], seed: int, observer: Observer | None = None
     ) -> FlopReport:
         """Sample images, balanced over the classes, and count their FLOPs."""
-        config = self.work.config
+        config = self.experiment.config
         labels = balanced_labels(self.config.drawn, config.var.num_classes)
         drawing = Drawing(
             self.model, self.vqvae, labels, seed, config.sampling, list(rules), config.moe.impl
@@ -197,4 +202,4 @@ class Calibration:
 
     def _bar(self, total: int, name: str) -> Any:
         by = " by layer" if self.by_layer else ""
-        return tqdm(total=total, desc=name + by, disable=not self.bench.work.progress)
+        return tqdm(total=total, desc=name + by, disable=not self.bench.experiment.progress)

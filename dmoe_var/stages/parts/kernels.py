@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import StageResult
-from dmoe_var.experiment.work import Work
 from dmoe_var.figures.kernels import draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
 from dmoe_var.moe.layer import MoEFFN
@@ -24,20 +24,24 @@ from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts import loaded
 
 
-def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
+def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> StageResult:
     """Time a layer of the configured width at each of `moe.scales` and, with `real_masks`, those of
     the model under each selection. Write kernels.png."""
-    benchmark, sampling, device = work.config.benchmark, work.config.sampling, work.device
-    shapes = _shapes(work)
+    benchmark, sampling, device = (
+        experiment.config.benchmark,
+        experiment.config.sampling,
+        experiment.device,
+    )
+    shapes = _shapes(experiment)
     rates = measured_rates(device, sampling.torch_dtype, benchmark.repeats)
     rows: list[dict[str, Any]] = []
-    for shape in tqdm(shapes, desc="kernels", unit="shape", disable=not work.progress):
+    for shape in tqdm(shapes, desc="kernels", unit="shape", disable=not experiment.progress):
         layer = random_layer(shape, benchmark.densities, device, sampling.torch_dtype)
         timed = time_layers(shape, [layer], rates, benchmark.repeats)
         rows += [row | {"masks": "random"} for row in timed]
     for size in benchmark.sizes if benchmark.real_masks else ():
         for name, selection in selections.items():
-            for shape, layers in _drawn(work, selection, size):
+            for shape, layers in _drawn(experiment, selection, size):
                 timed = time_layers(shape, layers, rates, benchmark.repeats)
                 rows += [row | {"masks": name} for row in timed]
     product, copy = rates.gflops_per_s, rates.gbytes_per_s
@@ -48,13 +52,13 @@ def run_kernels(work: Work, selections: Mapping[str, Selection]) -> StageResult:
         name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}{masks}"
         metrics[f"{name}_ms_median"] = row["ms_median"]
         metrics[f"{name}_time_ratio"] = row["time_ratio"]
-    draw_kernels(rows, work.folder("benchmark") / "kernels.png")
+    draw_kernels(rows, experiment.folder("benchmark") / "kernels.png")
     return StageResult(metrics, 0, {"kernels": rows}, dtype=sampling.dtype)
 
 
-def _shapes(work: Work) -> list[Shape]:
+def _shapes(experiment: Experiment) -> list[Shape]:
     """List the shapes. Raise ConfigError for experts that do not divide the hidden width."""
-    config, found = work.config, []
+    config, found = experiment.config, []
     branches_S = branches(by_scale(config.sampling.cfg, config.var.num_scales))
     for size in config.benchmark.expert_sizes:
         if config.var.hidden % size:
@@ -81,11 +85,13 @@ class _Given(Observer):
 
 
 @torch.no_grad()
-def _drawn(work: Work, selection: Selection, size: int) -> list[tuple[Shape, list[Layer]]]:
+def _drawn(
+    experiment: Experiment, selection: Selection, size: int
+) -> list[tuple[Shape, list[Layer]]]:
     """Sample `size` images; keep each sparse scale's expert FFNs with their tokens and masks."""
-    config, sampling = work.config, work.config.sampling
-    vqvae = loaded.vqvae(work).to(work.device, sampling.torch_dtype)
-    model = loaded.dynamic(work).to(work.device, sampling.torch_dtype)
+    config, sampling = experiment.config, experiment.config.sampling
+    vqvae = loaded.vqvae(experiment).to(experiment.device, sampling.torch_dtype)
+    model = loaded.dynamic(experiment).to(experiment.device, sampling.torch_dtype)
     given = _Given()
     labels = torch.from_numpy(balanced_labels(size, config.var.num_classes))
     generate(

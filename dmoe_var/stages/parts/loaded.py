@@ -20,7 +20,7 @@ from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import Seconds, TokenSet, tokenize
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import CheckpointError
-from dmoe_var.experiment.work import Work
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
@@ -37,50 +37,50 @@ TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
 """Fields that shape training, not the function: published files do not hold them."""
 
 
-def checkpoint(work: Work, stage: str) -> Path:
-    return work.folder(stage) / "checkpoint"
+def checkpoint(experiment: Experiment, stage: str) -> Path:
+    return experiment.folder(stage) / "checkpoint"
 
 
-def save(work: Work, stage: str, model: VAR | VQVAE) -> None:
+def save(experiment: Experiment, stage: str, model: VAR | VQVAE) -> None:
     """Write a stage's checkpoint, by the main process, with the fingerprint it belongs to."""
     if is_main():
-        save_checkpoint(checkpoint(work, stage), model, work.fingerprint(stage))
+        save_checkpoint(checkpoint(experiment, stage), model, experiment.fingerprint(stage))
 
 
-def vqvae(work: Work) -> VQVAE:
-    """Load the VQ-VAE of an experiment, in eval mode on the work's device."""
-    given = work.config.base.vqvae
-    source = given if given is not None else checkpoint(work, "train_vqvae")
-    model = load_vqvae(source, work.config.vqvae.patch_nums)
-    _check(str(source), model.config, work.config.vqvae, ("beta",))
-    return model.to(work.device, torch.float32).requires_grad_(False)
+def vqvae(experiment: Experiment) -> VQVAE:
+    """Load the VQ-VAE of an experiment, in eval mode on the experiment's device."""
+    given = experiment.config.base.vqvae
+    source = given if given is not None else checkpoint(experiment, "train_vqvae")
+    model = load_vqvae(source, experiment.config.vqvae.patch_nums)
+    _check(str(source), model.config, experiment.config.vqvae, ("beta",))
+    return model.to(experiment.device, torch.float32).requires_grad_(False)
 
 
-def dense(work: Work) -> VAR:
-    """Load the base VAR, in eval mode on the work's device."""
-    return var(work, "train_var")
+def dense(experiment: Experiment) -> VAR:
+    """Load the base VAR, in eval mode on the experiment's device."""
+    return var(experiment, "train_var")
 
 
-def sparse(work: Work) -> VAR:
+def sparse(experiment: Experiment) -> VAR:
     """Load the fine-tuned VAR, before it is split."""
-    return var(work, "sparsify")
+    return var(experiment, "sparsify")
 
 
-def split(work: Work, stage: str = "train_router") -> VAR:
+def split(experiment: Experiment, stage: str = "train_router") -> VAR:
     """Load the expert VAR as a stage left it: `split` (untrained routers) or `train_router`."""
-    return var(work, stage)
+    return var(experiment, stage)
 
 
-def var(work: Work, stage: str) -> VAR:
-    """Load the VAR as a stage left it, in eval mode on the work's device. The stage is train_var
-    (or the VAR is given), sparsify, split or train_router."""
-    given = work.config.base.var if stage == "train_var" else None
-    source, expected = given or checkpoint(work, stage), work.config.var
+def var(experiment: Experiment, stage: str) -> VAR:
+    """Load the VAR as a stage left it, in eval mode on the experiment's device. The stage is
+    train_var (or the VAR is given), sparsify, split or train_router."""
+    given = experiment.config.base.var if stage == "train_var" else None
+    source, expected = given or checkpoint(experiment, stage), experiment.config.var
     if stage != "train_var":
-        expected = replace(expected, activation=work.config.sparsify.activation)
+        expected = replace(expected, activation=experiment.config.sparsify.activation)
     if stage in ("split", "train_router"):
-        hidden = work.config.split.router_hidden or default_hidden(expected.C)
-        experts = ExpertConfig(work.config.split.expert_size, hidden)
+        hidden = experiment.config.split.router_hidden or default_hidden(expected.C)
+        experts = ExpertConfig(experiment.config.split.expert_size, hidden)
         expected = replace(expected, experts=experts)
     model = load_var(source)
     config = model.config
@@ -89,12 +89,12 @@ def var(work: Work, stage: str) -> VAR:
         config = replace(config, experts=experts)
     _check(str(source), config, expected, TRAINING_ONLY)
     configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
-    return configured.to(work.device, torch.float32)
+    return configured.to(experiment.device, torch.float32)
 
 
-def dynamic(work: Work) -> DynamicVAR:
+def dynamic(experiment: Experiment) -> DynamicVAR:
     """Load the dense and the expert VAR, joined at `moe.scales`."""
-    return DynamicVAR(dense(work), split(work), work.config.moe.scales)
+    return DynamicVAR(dense(experiment), split(experiment), experiment.config.moe.scales)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Models:
     """Models that the points of a sweep or a figure share. Each is looked up by a point's own
     configuration and loaded once. The latest of each kind is kept, in the dtype of sampling."""
 
-    work: Work
+    experiment: Experiment
     """The work whose models `vqvae`, `dense` and `experts` are."""
     _latest: dict[Hashable, tuple[object, Any]] = field(
         default_factory=dict, init=False, repr=False
@@ -111,28 +111,28 @@ class Models:
 
     @property
     def vqvae(self) -> VQVAE:
-        return self.vqvae_of(self.work)
+        return self.vqvae_of(self.experiment)
 
     @property
     def dense(self) -> VAR:
-        return self.var_of(self.work, "train_var")
+        return self.var_of(self.experiment, "train_var")
 
     @property
     def experts(self) -> VAR:
-        return self.var_of(self.work, "train_router")
+        return self.var_of(self.experiment, "train_router")
 
-    def vqvae_of(self, work: Work) -> VQVAE:
+    def vqvae_of(self, experiment: Experiment) -> VQVAE:
         """Load the VQ-VAE of a point, or reuse the latest."""
-        dtype = work.config.sampling.torch_dtype
-        key = (work.fingerprint_of_model("train_vqvae"), dtype)
-        return self.made("vqvae", key, lambda: vqvae(work).to(dtype))
+        dtype = experiment.config.sampling.torch_dtype
+        key = (experiment.fingerprint_of_model("train_vqvae"), dtype)
+        return self.made("vqvae", key, lambda: vqvae(experiment).to(dtype))
 
-    def var_of(self, work: Work, stage: str) -> VAR:
+    def var_of(self, experiment: Experiment, stage: str) -> VAR:
         """Load or reuse a point's VAR as a stage left it: dense, sparse, or split into experts."""
-        dtype = work.config.sampling.torch_dtype
+        dtype = experiment.config.sampling.torch_dtype
         kind = "experts" if stage in ("split", "train_router") else stage
-        key = (stage, work.fingerprint_of_model(stage), dtype)
-        return self.made(kind, key, lambda: var(work, stage).to(dtype))
+        key = (stage, experiment.fingerprint_of_model(stage), dtype)
+        return self.made(kind, key, lambda: var(experiment, stage).to(dtype))
 
     def made(self, kind: Hashable, key: object, make: Callable[[], T]) -> T:
         """Reuse the latest of a kind if it has the same key, else make a new one in its place."""
@@ -153,31 +153,31 @@ def _check(source: str, found: object, expected: object, free: tuple[str, ...]) 
         raise CheckpointError(f"{source}: belongs to another configuration: {'; '.join(differs)}")
 
 
-def image_sets(work: Work) -> tuple[Images, Images]:
+def image_sets(experiment: Experiment) -> tuple[Images, Images]:
     """Load training and held-out images, labelled for the configured VAR. Raise DataError if they
     cannot be."""
     return load_data(
-        work.config.data,
-        work.config.var.num_classes,
-        hashes=work.cache / "hashes",
-        progress=work.progress,
+        experiment.config.data,
+        experiment.config.var.num_classes,
+        hashes=experiment.cache / "hashes",
+        progress=experiment.progress,
     )
 
 
-def token_sets(work: Work, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
+def token_sets(experiment: Experiment, vqvae: VQVAE) -> tuple[TokenSet, TokenSet]:
     """Tokenize training and held-out images. Raise DataError if the VAR has other classes."""
-    config = work.config
+    config = experiment.config
     tokens = [
         tokenize(
             images,
             vqvae,
-            work.cache / "tokens",
+            experiment.cache / "tokens",
             batch_size=config.data.encode_batch,
             workers=config.data.workers,
             unreadable=config.data.unreadable,
             progress=config.progress,
         )
-        for images in image_sets(work)
+        for images in image_sets(experiment)
     ]
     return tokens[0], tokens[1]
 

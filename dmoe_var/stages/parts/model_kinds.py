@@ -13,8 +13,8 @@ from torch import Tensor
 from dmoe_var.config.root import Config
 from dmoe_var.conversion.pruning import kept_neurons, mean_activations, prune
 from dmoe_var.distributed import rank, world_size
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys
-from dmoe_var.experiment.work import Work
 from dmoe_var.files import write_text
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
@@ -35,15 +35,15 @@ class Dense:
         """Name the stage that its own weights come from."""
         return ("train_var",)
 
-    def load(self, models: Models, work: Work) -> VAR | DynamicVAR:
+    def load(self, models: Models, experiment: Experiment) -> VAR | DynamicVAR:
         """Load the model of a point. All processes call it at once."""
-        return models.var_of(work, "train_var")
+        return models.var_of(experiment, "train_var")
 
     def sampled_by(self, config: Config) -> dict[str, Any]:
         """Say how experts run as images are sampled: `selection` and `impl` of a Drawing."""
         return {"selection": None}
 
-    def about(self, models: Models, work: Work) -> dict[str, Any]:
+    def about(self, models: Models, experiment: Experiment) -> dict[str, Any]:
         """Tell what the record of a point adds once its images are sampled."""
         return {}
 
@@ -60,10 +60,10 @@ class Dynamic(Dense):
     def needs(self, config: Config) -> Keys:
         return ("train_router",) if config.selection.kind.needs_router else ("split",)
 
-    def load(self, models: Models, work: Work) -> DynamicVAR:
-        dense = models.var_of(work, "train_var")
-        (stage,) = self.needs(work.config)
-        return DynamicVAR(dense, models.var_of(work, stage), work.config.moe.scales)
+    def load(self, models: Models, experiment: Experiment) -> DynamicVAR:
+        dense = models.var_of(experiment, "train_var")
+        (stage,) = self.needs(experiment.config)
+        return DynamicVAR(dense, models.var_of(experiment, stage), experiment.config.moe.scales)
 
     def sampled_by(self, config: Config) -> dict[str, Any]:
         return {"selection": config.selection.rules(), "impl": config.moe.impl}
@@ -80,15 +80,15 @@ class Pruned(Dense):
     def needs(self, config: Config) -> Keys:
         return ("sparsify",) if config.pruning.model == "sparse" else ("train_var",)
 
-    def load(self, models: Models, work: Work) -> DynamicVAR:
-        dense = models.var_of(work, "train_var")
-        return DynamicVAR(dense, self.pruned(models, work)[0], work.config.moe.scales)
+    def load(self, models: Models, experiment: Experiment) -> DynamicVAR:
+        dense = models.var_of(experiment, "train_var")
+        return DynamicVAR(dense, self.pruned(models, experiment)[0], experiment.config.moe.scales)
 
-    def about(self, models: Models, work: Work) -> dict[str, Any]:
+    def about(self, models: Models, experiment: Experiment) -> dict[str, Any]:
         """Write pruning.json beside the record: the neurons that stay, by layer."""
-        _, kept = self.pruned(models, work)  # made when the images were sampled
-        content = {"hidden": work.config.var.hidden, "kept": kept}
-        write_text(work.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
+        _, kept = self.pruned(models, experiment)  # made when the images were sampled
+        content = {"hidden": experiment.config.var.hidden, "kept": kept}
+        write_text(experiment.folder("evaluate") / PRUNING_FILE, json.dumps(content) + "\n")
         return {"pruning": PRUNING_FILE, "kept_neurons": len(kept[0])}
 
     def text(self, config: Config) -> str:
@@ -96,15 +96,15 @@ class Pruned(Dense):
         how = f"{pruning.model} pruned by {pruning.share:g} ({pruning.rule})"
         return f"{how} at scales {_scales(config)}"
 
-    def pruned(self, models: Models, work: Work) -> tuple[VAR, list[list[int]]]:
+    def pruned(self, models: Models, experiment: Experiment) -> tuple[VAR, list[list[int]]]:
         """Prune the VAR of a point, or reuse the latest; also return the neurons that each layer
         kept, rising. All processes call it at once."""
-        pruning, scales = work.config.pruning, work.config.moe.scales
-        (stage,) = self.needs(work.config)
-        of_means = (pruning.rule, pruning.images, scales, work.config.sampling.torch_dtype)
-        key = (stage, work.fingerprint_of_model(stage), *of_means)
-        var = models.var_of(work, stage)
-        means = models.made(("means", *key), key, lambda: _mean_activations(work, var))
+        pruning, scales = experiment.config.pruning, experiment.config.moe.scales
+        (stage,) = self.needs(experiment.config)
+        of_means = (pruning.rule, pruning.images, scales, experiment.config.sampling.torch_dtype)
+        key = (stage, experiment.fingerprint_of_model(stage), *of_means)
+        var = models.var_of(experiment, stage)
+        means = models.made(("means", *key), key, lambda: _mean_activations(experiment, var))
 
         def make() -> tuple[VAR, list[list[int]]]:
             kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
@@ -125,10 +125,10 @@ def _scales(config: Config) -> str:
     return ",".join(map(str, config.moe.scales))
 
 
-def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
+def _mean_activations(experiment: Experiment, var: VAR) -> list[Tensor]:
     """Average over training images spread evenly over the set, which may be sorted by class."""
-    vqvae, pruning = loaded.vqvae(work), work.config.pruning
-    tokens, _ = token_sets(work, vqvae)
+    vqvae, pruning = loaded.vqvae(experiment), experiment.config.pruning
+    tokens, _ = token_sets(experiment, vqvae)
     num_images = min(pruning.images, len(tokens))
     indices = torch.arange(num_images) * len(tokens) // num_images
     batches = indices.split(IMAGES_AT_ONCE)[rank() :: world_size()]
@@ -136,7 +136,9 @@ def _mean_activations(work: Work, var: VAR) -> list[Tensor]:
     def inputs() -> Iterator[tuple[Tensor, Tensor]]:
         for indices_B in batches:
             tokens_BL, labels_B = tokens.batch(indices_B)
-            teacher = vqvae.teacher_input(tokens.by_scale(tokens_BL.to(work.device)))
-            yield labels_B.to(work.device), teacher
+            teacher = vqvae.teacher_input(tokens.by_scale(tokens_BL.to(experiment.device)))
+            yield labels_B.to(experiment.device), teacher
 
-    return mean_activations(var, inputs(), work.config.moe.scales, pruning.rule == "mean_signed")
+    return mean_activations(
+        var, inputs(), experiment.config.moe.scales, pruning.rule == "mean_signed"
+    )

@@ -21,6 +21,6 @@ KEYS = {
 
 
 @pytest.fixture
-def work(make_work):
+def experiment(make_experiment):
     """Four experts of 32 on scales 2 and 3 of four; its operating point is tau 0.3, 0.6."""
-    return make_work(edited=KEYS)
+    return make_experiment(edited=KEYS)

@@ -62,9 +62,9 @@ CURVES = {
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_curves(work, name):
+def test_curves(experiment, name):
     """Every point and no other; its value and label are what it differs in."""
-    curves = FIGURES[name](work).curves
+    curves = FIGURES[name](experiment).curves
     found = {c.name: [dict(p.changes) for p in c.points] for c in curves}
     assert found == CURVES[name]
     for curve in curves:
@@ -77,9 +77,9 @@ def test_curves(work, name):
     assert shades == sorted(set(shades))
 
 
-def test_main_curves(work):
+def test_main_curves(experiment):
     """Figure 3: dense models of other depths stand beside the experts of this one."""
-    curves = {c.name: [dict(p.changes) for p in c.points] for c in FIGURES["3"](work).curves}
+    curves = {c.name: [dict(p.changes) for p in c.points] for c in FIGURES["3"](experiment).curves}
     assert curves.pop("one tau, last scales") == over_tau()
     assert curves.pop("one tau, all scales") == over_tau(**{"moe.scales": (0, 1, 2, 3)})
     assert curves.pop("Pruned-FFN, last scales") == [
@@ -92,17 +92,17 @@ def test_main_curves(work):
     assert (third["var.depth"], third["base.var"], third["evaluate.model"]) == (3, "three", "dense")
 
 
-def test_depths_come_with_their_own_dense_model(work):
+def test_depths_come_with_their_own_dense_model(experiment):
     """Figure 5, in the order of depth, the experiment's own included. The deepest is compared with
     the shallowest, relative to their dense models."""
-    figure = FIGURES["5"](work)
+    figure = FIGURES["5"](experiment)
     (claim,), curves = figure.claims, figure.curves
     assert (claim.better, claim.worse) == (curves[-1].name, curves[1].name)
     assert claim.dense == (curves[-2].name, curves[0].name)
     kinds = ("dense", "one tau, last scales")
     names = [f"{kind}, depth {depth}" for depth in (1, 2, 3) for kind in kinds]
     assert [curve.name for curve in curves] == names
-    sources = {1: work.config.base.var, 2: None, 3: "three"}
+    sources = {1: experiment.config.base.var, 2: None, 3: "three"}
     for i, curve in enumerate(curves):
         (depth,) = {point.changes["var.depth"] for point in curve.points}
         assert depth == i // 2 + 1

@@ -10,7 +10,7 @@ from composing import composed
 
 from dmoe_var.config.parse import parse_config
 from dmoe_var.errors import ConfigError
-from dmoe_var.experiment.work import Work
+from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.claims import table
 from dmoe_var.stages.catalogue import FIGURES, named
@@ -24,7 +24,7 @@ JUDGED = ("3", "4", "5", "7", "8a", "rules")
 def digits():
     """The experiment of the committed records."""
     config = parse_config(composed("figures"))
-    return Work(config, config)
+    return Experiment(config, config)
 
 
 PAPER = ("2a", "2b", "3", "4", "5", "6", "7", "8a", "8b", "9", "10", "11", "12")
@@ -67,9 +67,9 @@ def test_claims_of_the_committed_figures(digits, text, names):
     assert table(found) + "\n" == (DRAWN / text).read_text()
 
 
-def test_claims_are_about_curves_of_their_figure(work):
+def test_claims_are_about_curves_of_their_figure(experiment):
     for name, make in FIGURES.items():
-        figure = make(work)
+        figure = make(experiment)
         named = {n for claim in figure.claims for n in (claim.better, claim.worse, *claim.dense)}
         known = set(NAMES.values()) if figure.pending else {curve.name for curve in figure.curves}
         assert named <= known

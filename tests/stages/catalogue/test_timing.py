@@ -6,8 +6,8 @@ from dmoe_var.figures import times
 from dmoe_var.stages.catalogue import timing as timing_figures
 
 
-def test_throughput_is_that_of_the_operating_point(work):
-    (run,) = timing_figures.throughput(work).runs
+def test_throughput_is_that_of_the_operating_point(experiment):
+    (run,) = timing_figures.throughput(experiment).runs
     assert run.stage == "benchmark"
     expected = {
         "benchmark.tau": (), "benchmark.chosen": True, "benchmark.parts": True,
@@ -16,8 +16,8 @@ def test_throughput_is_that_of_the_operating_point(work):
     assert {key: run.changes[key] for key in expected} == expected
 
 
-def test_every_size_of_experts_is_timed_at_every_tau(work):
-    runs = timing_figures.over_tau(work).runs
+def test_every_size_of_experts_is_timed_at_every_tau(experiment):
+    runs = timing_figures.over_tau(experiment).runs
     keys = ("benchmark.tau", "benchmark.batch_sizes", "benchmark.chosen", "split.expert_size")
     assert [(run.stage, *(run.changes[key] for key in keys)) for run in runs] == [
         ("benchmark", (0.0, 0.9), (2,), False, size) for size in (32, 64)

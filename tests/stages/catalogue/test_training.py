@@ -15,8 +15,8 @@ def runs_of(figure):
     return [(run.name, run.stage, run.changes, run.shade) for run in figure.runs]
 
 
-def test_every_alpha_with_every_expert(work):
-    figure = training.alphas(work)
+def test_every_alpha_with_every_expert(experiment):
+    figure = training.alphas(experiment)
     assert runs_of(figure) == [
         ("alpha 0", "sparsify", {"sparsify.alpha": 0.0}, 0),
         ("alpha 0.001", "sparsify", {"sparsify.alpha": 1e-3}, 1),
@@ -28,9 +28,9 @@ def test_every_alpha_with_every_expert(work):
     }
 
 
-def test_routers_of_a_low_and_a_high_alpha(work):
+def test_routers_of_a_low_and_a_high_alpha(experiment):
     """Each alpha's routers, and the curve over tau of the same name."""
-    figure = training.routers(work)
+    figure = training.routers(experiment)
     alphas = {"alpha 0.001": 1e-3, "alpha 0.1": 1e-1}
     assert runs_of(figure) == [
         (name, "train_router", {"sparsify.alpha": alpha}, shade)

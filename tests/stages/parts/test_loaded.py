@@ -36,32 +36,32 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def on_pictures(make_work, pictures, tmp_path):
-    """on_pictures(**changes of keys of data, others with dots) -> Work on the pictures."""
+def on_pictures(make_experiment, pictures, tmp_path):
+    """on_pictures(**changes of keys of data, others with dots) -> Experiment on the pictures."""
 
     def on_pictures(**changes):
         keys = {"kind": "image_folder", "root": str(pictures), "val": "test", **changes}
         dotted = {key if "." in key else f"data.{key}": value for key, value in keys.items()}
-        return make_work(tmp_path / "runs", {"var.num_classes": 2, **dotted})
+        return make_experiment(tmp_path / "runs", {"var.num_classes": 2, **dotted})
 
     return on_pictures
 
 
-def through(work, last):
-    return run_through(work, last, lambda stage, done: None)
+def through(experiment, last):
+    return run_through(experiment, last, lambda stage, done: None)
 
 
 def test_training_on_pictures(on_pictures, pictures):
     """The VQ-VAE trains on pictures directly, the VAR on their tokens; the record says how many."""
     readable(pictures)
-    work = on_pictures(augmentations=3, num_classes=2)
-    record = through(work, "train_var")
+    experiment = on_pictures(augmentations=3, num_classes=2)
+    record = through(experiment, "train_var")
     assert record.metrics["tokens_images"] == 9 * 3 + 5
     assert record.metrics["tokens_unreadable"] == 0
     assert record.metrics["tokens_decode_images_per_s"] > 0
     assert record.metrics["tokens_encode_images_per_s"] > 0
     assert np.isfinite(record.metrics["val_ce"])
-    vqvae = Record.read(work.folder("train_vqvae") / "result.json")
+    vqvae = Record.read(experiment.folder("train_vqvae") / "result.json")
     assert np.isfinite(vqvae.metrics["val_mse"])
 
 
@@ -96,9 +96,9 @@ def test_rates_are_of_all_sets():
 
 
 def test_classes_that_only_the_folder_tells(on_pictures, make_vqvae):
-    work = on_pictures(**{"var.num_classes": 3})
+    experiment = on_pictures(**{"var.num_classes": 3})
     with pytest.raises(DataError, match=r"found 2 class folders, expected var.num_classes=3"):
-        token_sets(work, make_vqvae())
+        token_sets(experiment, make_vqvae())
 
 
 def readable(pictures):
@@ -124,32 +124,32 @@ def test_other_pictures_in_the_same_experiment(on_pictures, pictures, tmp_path):
     readable(pictures)
     record = through(on_pictures(), "train_var")
     moved = pictures.rename(tmp_path / "moved")
-    work = on_pictures(root=str(moved))
-    assert record_if_done(work, "train_var") == record
+    experiment = on_pictures(root=str(moved))
+    assert record_if_done(experiment, "train_var") == record
     picture = moved / "train" / "dogs" / "1.png"
     before, times = picture.read_bytes(), picture.stat()
     other = (moved / "train" / "cats" / "1.png").read_bytes()
     assert other != before
     picture.write_bytes(other)
     os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert record_if_done(work, "train_var") is None
+    assert record_if_done(experiment, "train_var") is None
     with pytest.raises(InputError, match="data has other content than there"):
-        require(work, "train_var")
+        require(experiment, "train_var")
     assert record_if_done(on_pictures(root=str(tmp_path / "nowhere")), "train_var") == record
 
 
-def test_fewer_classes_than_the_model_s_are_no_wrong_configuration(make_work):
+def test_fewer_classes_than_the_model_s_are_no_wrong_configuration(make_experiment):
     changes = {"data.kind": "image_folder", "data.num_classes": 100, "var.num_classes": 1000}
-    assert make_work(changes=changes).config.data.num_classes == 100
+    assert make_experiment(changes=changes).config.data.num_classes == 100
 
 
-def test_classes_are_checked_without_the_disk(make_work):
+def test_classes_are_checked_without_the_disk(make_experiment):
     changes = {"data.kind": "image_folder", "data.num_classes": 1000, "var.num_classes": 999}
     with pytest.raises(ConfigError, match=r"var.num_classes=999 must be 1000.*image_folder") as c:
-        make_work(changes=changes)
+        make_experiment(changes=changes)
     assert "\n" not in str(c.value)
-    work = make_work(changes={**changes, "var.num_classes": 1000})
-    assert work.config.data.root is None
+    experiment = make_experiment(changes={**changes, "var.num_classes": 1000})
+    assert experiment.config.data.root is None
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,9 @@ def test_classes_are_checked_without_the_disk(make_work):
         ({"data.train": ""}, "data.train='': "),
     ],
 )
-def test_wrong_values(make_work, changes, message):
+def test_wrong_values(make_experiment, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        make_work(changes=changes)
+        make_experiment(changes=changes)
     assert "\n" not in str(caught.value)
 
 

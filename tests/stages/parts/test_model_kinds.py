@@ -22,9 +22,9 @@ from dmoe_var.stages.parts import loaded, model_kinds
 def inputs_of_training():
     """inputs_of_training(work, indices): labels and teacher input of training images."""
 
-    def inputs_of_training(work, indices):
-        vqvae = loaded.vqvae(work)
-        images = Bench(work).training_images
+    def inputs_of_training(experiment, indices):
+        vqvae = loaded.vqvae(experiment)
+        images = Bench(experiment).training_images
         pictures = torch.from_numpy(images.images[indices]).permute(0, 3, 1, 2).float()
         tokens = vqvae.encode(pictures / 127.5 - 1)
         return torch.from_numpy(images.labels[indices]), vqvae.teacher_input(tokens)
@@ -39,36 +39,36 @@ def inputs_of_training():
         ({"pruning.model": "sparse", "pruning.share": 0.3, "pruning.images": 15}, "sparsify"),
     ],
 )
-def test_a_pruned_point(make_work, runs, inputs_of_training, images_of, changes, stage):
+def test_a_pruned_point(make_experiment, runs, inputs_of_training, images_of, changes, stage):
     """What is pruned, by means taken anew of evenly spread training images, is what was drawn
     from, counted and written down."""
-    work = make_work(runs, {"evaluate.model": "pruned", **changes})
-    record = run_stage(work, "evaluate")
-    pruning, scales = work.config.pruning, work.config.moe.scales
-    dense, given = loaded.dense(work), loaded.var(work, stage)
+    experiment = make_experiment(runs, {"evaluate.model": "pruned", **changes})
+    record = run_stage(experiment, "evaluate")
+    pruning, scales = experiment.config.pruning, experiment.config.moe.scales
+    dense, given = loaded.dense(experiment), loaded.var(experiment, stage)
     indices = [0, 2, 5, 8, 10, 13, 16, 18, 21, 24, 26, 29, 32, 34, 37]
-    of_means = inputs_of_training(work, indices if pruning.images == 15 else list(range(40)))
+    of_means = inputs_of_training(experiment, indices if pruning.images == 15 else list(range(40)))
     signed = pruning.rule == "mean_signed"
     means = mean_activations(given, [of_means], scales, signed)
     kept = [kept_neurons(means_H, pruning.share).tolist() for means_H in means]
-    stored = json.loads((work.folder("evaluate") / "pruning.json").read_text())
+    stored = json.loads((experiment.folder("evaluate") / "pruning.json").read_text())
     assert stored == {"hidden": 128, "kept": kept}
     assert record.about["pruning"] == "pruning.json"
     assert record.about["kept_neurons"] == len(kept[0]) == 128 - int(128 * pruning.share)
 
     model = DynamicVAR(dense, prune(given, pruning.share, means), scales)
-    cfg = work.config.sampling.cfg
-    counted = count_flops(model, loaded.vqvae(work), [0], cfg=cfg)
+    cfg = experiment.config.sampling.cfg
+    counted = count_flops(model, loaded.vqvae(experiment), [0], cfg=cfg)
     assert record.metrics["flops_gmac"] == pytest.approx(counted.total_gmac)
     assert record.metrics["flops_gmac_authors"] == pytest.approx(counted.total_gmac)
     assert record.about["guidance"] == (cfg != 0)
     assert len(record.about["flops_histogram"]["images"]) == 1
-    image = generate(model, loaded.vqvae(work), [3], seed=0, start_index=3, cfg=cfg)
-    drawn = images_of(work.folder("evaluate") / "samples.npz")[3]
+    image = generate(model, loaded.vqvae(experiment), [3], seed=0, start_index=3, cfg=cfg)
+    drawn = images_of(experiment.folder("evaluate") / "samples.npz")[3]
     assert np.abs(image[0].permute(1, 2, 0).numpy() * 255 - drawn).max() < 0.51
 
 
-def test_means_are_over_the_whole_set(make_work, runs, inputs_of_training, monkeypatch):
+def test_means_are_over_the_whole_set(make_experiment, runs, inputs_of_training, monkeypatch):
     """Every image that they are taken over, which lie evenly: in all batches, with its label."""
     seen = []
 
@@ -77,10 +77,10 @@ def test_means_are_over_the_whole_set(make_work, runs, inputs_of_training, monke
         return [torch.rand(var.config.hidden)]
 
     monkeypatch.setattr(model_kinds, "mean_activations", record)
-    work = make_work(runs, {"evaluate.model": "pruned", "pruning.images": 37})
-    Bench(work).model(work)
+    experiment = make_experiment(runs, {"evaluate.model": "pruned", "pruning.images": 37})
+    Bench(experiment).model(experiment)
     indices = [i * 40 // 37 for i in range(37)]
-    labels, teacher = inputs_of_training(work, indices)
+    labels, teacher = inputs_of_training(experiment, indices)
     assert torch.cat([labels_B for labels_B, _ in seen]).tolist() == labels.tolist()
     torch.testing.assert_close(torch.cat([teacher_B for _, teacher_B in seen]), teacher)
 
@@ -96,14 +96,14 @@ RULES = [
 
 
 @pytest.mark.parametrize(("changes", "stage", "experts"), RULES)
-def test_every_rule_goes_the_same_way(make_work, runs, changes, stage, experts):
+def test_every_rule_goes_the_same_way(make_experiment, runs, changes, stage, experts):
     """Through the same sampler, counter and distance; a router is loaded only where the rule reads
     its scores, and counted as other scores are."""
-    work = make_work(runs, changes)
+    experiment = make_experiment(runs, changes)
     if stage == "split":
-        shutil.rmtree(work.folder("train_router"))
-    assert work.needs("evaluate") == (stage,)
-    metrics = run_stage(work, "evaluate").metrics
+        shutil.rmtree(experiment.folder("train_router"))
+    assert experiment.needs("evaluate") == (stage,)
+    metrics = run_stage(experiment, "evaluate").metrics
     assert metrics["fid_fake"] >= 0
     scored = stage == "train_router" or changes["selection.rule"] == "keys"
     assert (metrics["flops_router_gmac"] > 0) == scored
@@ -119,31 +119,31 @@ def test_every_rule_goes_the_same_way(make_work, runs, changes, stage, experts):
         assert metrics["flops_gmac"] - metrics["flops_gmac_authors"] == pytest.approx(spared)
 
 
-def test_one_bench_serves_points_of_different_models(make_work, runs, monkeypatch):
+def test_one_bench_serves_points_of_different_models(make_experiment, runs, monkeypatch):
     """Each point gets its own work's models, loaded once as long as they do not change."""
     asked, var = [], loaded.var
 
-    def counted(work, stage):
-        asked.append((stage, work.config.split.expert_size, work.config.sparsify.alpha))
-        return var(work, stage)
+    def counted(experiment, stage):
+        asked.append((stage, experiment.config.split.expert_size, experiment.config.sparsify.alpha))
+        return var(experiment, stage)
 
     rule = {"selection.rule": "random", "selection.k": 2}
     works = [
-        make_work(runs, rule),
-        make_work(runs, {**rule, "evaluate.seed": 1}),
-        make_work(runs, {**rule, "split.expert_size": 16}),
-        make_work(runs, {**rule, "sparsify.alpha": 0.5}),
-        make_work(runs, {"evaluate.model": "pruned"}),
-        make_work(runs, {"evaluate.model": "pruned", "pruning.share": 0.7}),
-        make_work(runs, {"evaluate.model": "pruned", "pruning.model": "sparse"}),
+        make_experiment(runs, rule),
+        make_experiment(runs, {**rule, "evaluate.seed": 1}),
+        make_experiment(runs, {**rule, "split.expert_size": 16}),
+        make_experiment(runs, {**rule, "sparsify.alpha": 0.5}),
+        make_experiment(runs, {"evaluate.model": "pruned"}),
+        make_experiment(runs, {"evaluate.model": "pruned", "pruning.share": 0.7}),
+        make_experiment(runs, {"evaluate.model": "pruned", "pruning.model": "sparse"}),
     ]
-    for work in works:
-        run_through(work, work.needs("evaluate")[0], lambda stage, done: None)
-    alone = [Bench(work).model(work).state_dict() for work in works]
-    bench = Bench(make_work(runs))
+    for experiment in works:
+        run_through(experiment, experiment.needs("evaluate")[0], lambda stage, done: None)
+    alone = [Bench(experiment).model(experiment).state_dict() for experiment in works]
+    bench = Bench(make_experiment(runs))
     monkeypatch.setattr(loaded, "var", counted)
-    for work, expected in zip(works, alone, strict=True):
-        found = bench.model(work).state_dict()
+    for experiment, expected in zip(works, alone, strict=True):
+        found = bench.model(experiment).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     alpha = works[0].config.sparsify.alpha
@@ -154,14 +154,14 @@ def test_one_bench_serves_points_of_different_models(make_work, runs, monkeypatc
     assert bench.dense is bench.var_of(works[0], "train_var")
 
 
-def test_means_are_taken_once_for_all_shares(make_work, runs, monkeypatch):
+def test_means_are_taken_once_for_all_shares(make_experiment, runs, monkeypatch):
     calls, taken = [], model_kinds.mean_activations
     monkeypatch.setattr(
         model_kinds, "mean_activations", lambda *given: calls.append(given) or taken(*given)
     )
-    bench, signed = Bench(make_work(runs)), {"pruning.rule": "mean_signed"}
+    bench, signed = Bench(make_experiment(runs)), {"pruning.rule": "mean_signed"}
     for changes in ({}, signed, {"pruning.share": 0.2}, {**signed, "evaluate.seed": 1}):
-        bench.model(make_work(runs, {"evaluate.model": "pruned", **changes}))
+        bench.model(make_experiment(runs, {"evaluate.model": "pruned", **changes}))
     assert len(calls) == 2
 
 
@@ -177,5 +177,5 @@ def test_means_are_taken_once_for_all_shares(make_work, runs, monkeypatch):
         ({"selection.rule": "all", "moe.scales": [1]}, "all at scales 1 seed 0"),
     ],
 )
-def test_description(make_work, changes, text):
-    assert describe(make_work(changes=changes)) == text
+def test_description(make_experiment, changes, text):
+    assert describe(make_experiment(changes=changes)) == text

@@ -38,7 +38,7 @@ SHOWN = 16
 
 
 @dataclass(frozen=True)
-class Work:
+class Experiment:
     """A configuration, and the experiment's own (`baseline`) that names what differs from it."""
 
     whole: Config
@@ -53,7 +53,7 @@ class Work:
             return self.whole
         return view(self.whole, self.reader, self.declared(self.reader))
 
-    def read_by(self, stage: str) -> Work:
+    def read_by(self, stage: str) -> Experiment:
         """Restrict the work to what a stage declared, for the stage to run."""
         return replace(self, reader=stage)
 

@@ -26,13 +26,13 @@ def from_(stage):
     return {*TRAINING[TRAINING.index(stage) :], *MEASURING}
 
 
-def variants(work):
-    return {stage: work.variant(stage) for stage in STAGES}
+def variants(experiment):
+    return {stage: experiment.variant(stage) for stage in STAGES}
 
 
-def other_than(plain, work):
+def other_than(plain, experiment):
     """The stages whose results may differ."""
-    return {stage for stage in STAGES if work.fingerprint(stage) != plain.fingerprint(stage)}
+    return {stage for stage in STAGES if experiment.fingerprint(stage) != plain.fingerprint(stage)}
 
 
 HOUSEKEEPING = [
@@ -49,10 +49,10 @@ HOUSEKEEPING = [
 @pytest.mark.parametrize(
     "changes", [{}, {"train_var.lr": 0.001}, {"moe.scales": (2, 3)}, *HOUSEKEEPING]
 )
-def test_what_does_not_change_a_result_changes_no_folder(make_work, changes):
-    work, plain = make_work(changes=changes), make_work()
-    assert set(variants(work).values()) == {"default"}
-    assert other_than(plain, work) == set()
+def test_what_does_not_change_a_result_changes_no_folder(make_experiment, changes):
+    experiment, plain = make_experiment(changes=changes), make_experiment()
+    assert set(variants(experiment).values()) == {"default"}
+    assert other_than(plain, experiment) == set()
 
 
 POINTS = {"sample", "evaluate", "sweep"}
@@ -92,17 +92,21 @@ READ_BY = [
 
 
 @pytest.mark.parametrize(("changes", "affected"), READ_BY)
-def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(make_work, changes, affected):
-    work, plain = make_work(changes=changes), make_work()
-    assert {stage for stage, variant in variants(work).items() if variant != "default"} == affected
-    assert affected == other_than(plain, work)
+def test_a_key_changes_the_stages_that_depend_on_it_and_no_others(
+    make_experiment, changes, affected
+):
+    experiment, plain = make_experiment(changes=changes), make_experiment()
+    assert {
+        stage for stage, variant in variants(experiment).items() if variant != "default"
+    } == affected
+    assert affected == other_than(plain, experiment)
 
 
 @pytest.mark.parametrize(("changes", "affected"), READ_BY[::6])
-def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_work, changes, affected):
-    work = make_work(edited=changes)
-    assert set(variants(work).values()) == {"default"}
-    assert affected == other_than(make_work(), work)
+def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_experiment, changes, affected):
+    experiment = make_experiment(edited=changes)
+    assert set(variants(experiment).values()) == {"default"}
+    assert affected == other_than(make_experiment(), experiment)
 
 
 TRAINED_BY = {
@@ -126,9 +130,9 @@ def test_every_setting_of_training_is_known():
         *((stage, "clip") for stage in ("train_vqvae", "train_var", "train_router")),
     ],
 )
-def test_how_a_stage_trains_is_part_of_what_it_is(make_work, stage, key):
-    work = make_work(changes={f"{stage}.{key}": TRAINED_BY[key]})
-    assert other_than(make_work(), work) == from_(stage) | DRAWN
+def test_how_a_stage_trains_is_part_of_what_it_is(make_experiment, stage, key):
+    experiment = make_experiment(changes={f"{stage}.{key}": TRAINED_BY[key]})
+    assert other_than(make_experiment(), experiment) == from_(stage) | DRAWN
 
 
 GRID = {
@@ -138,11 +142,11 @@ GRID = {
 CUT = ("x" * 80 + "1", "x" * 80 + "2", "a/b", "a-b", "../b")
 
 
-def test_points_of_a_multirun_never_share_a_folder(make_work):
+def test_points_of_a_multirun_never_share_a_folder(make_experiment):
     """Whatever the names are cut to; folders are plain names."""
     points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     points += [{"base.vqvae": path} for path in CUT]
-    names = [make_work(changes=point).variant("evaluate") for point in points]
+    names = [make_experiment(changes=point).variant("evaluate") for point in points]
     assert len(set(names)) == len(points)
     assert all(re.fullmatch(r"[A-Za-z0-9=._+-]{1,70}", name) for name in names)
 
@@ -188,25 +192,27 @@ PRUNED = {"evaluate.model": "pruned"}
         ),
     ],
 )  # fmt: skip
-def test_what_a_point_depends_on(make_work, point, needs, unread, read):
+def test_what_a_point_depends_on(make_experiment, point, needs, unread, read):
     """Its model: dense points not on experts, pruned ones not on the model that is not pruned."""
-    plain = make_work(changes=point)
+    plain = make_experiment(changes=point)
     assert plain.needs("evaluate") == (needs,)
     for changes, same in ((unread, True), (read, False)):
         for key, value in changes.items():
-            work = make_work(changes={**point, key: value})
-            assert (work.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same, key
-            assert (work.folder("evaluate") == plain.folder("evaluate")) == same, key
+            experiment = make_experiment(changes={**point, key: value})
+            assert (experiment.fingerprint("evaluate") == plain.fingerprint("evaluate")) == same, (
+                key
+            )
+            assert (experiment.folder("evaluate") == plain.folder("evaluate")) == same, key
 
 
-def test_training_run(make_work, tmp_path):
-    work = make_work(tmp_path, {"dtype": "bfloat16", "seed": 5, "wandb": "offline"})
-    run = work.training_run("sparsify")
-    assert run.folder == tmp_path / "tiny" / "sparsify" / work.variant("sparsify")
+def test_training_run(make_experiment, tmp_path):
+    experiment = make_experiment(tmp_path, {"dtype": "bfloat16", "seed": 5, "wandb": "offline"})
+    run = experiment.training_run("sparsify")
+    assert run.folder == tmp_path / "tiny" / "sparsify" / experiment.variant("sparsify")
     assert (run.seed, run.amp_dtype) == (5, torch.bfloat16)
-    assert run.tracking == Tracking("offline", "tiny", "sparsify", work.variant("sparsify"))
-    assert run.fingerprint == work.fingerprint("sparsify")
-    assert run.config["sparsify.lr"] == work.config.sparsify.lr
+    assert run.tracking == Tracking("offline", "tiny", "sparsify", experiment.variant("sparsify"))
+    assert run.fingerprint == experiment.fingerprint("sparsify")
+    assert run.config["sparsify.lr"] == experiment.config.sparsify.lr
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
@@ -247,8 +253,10 @@ def test_devices_of_a_machine_with_two_gpus(name, processes, expected, monkeypat
     assert found == expected
 
 
-def test_lists_of_another_length_are_the_sweeps_fault_alone(make_work):
-    work = make_work(changes={"sweep.lists": {"ours": [0.1, 0.2, 0.3]}, "sweep.chosen": "ours"})
-    work.check("evaluate")
+def test_lists_of_another_length_are_the_sweeps_fault_alone(make_experiment):
+    experiment = make_experiment(
+        changes={"sweep.lists": {"ours": [0.1, 0.2, 0.3]}, "sweep.chosen": "ours"}
+    )
+    experiment.check("evaluate")
     with pytest.raises(ConfigError, match=r"sweep.lists.ours=\[0.1, 0.2, 0.3\] must have 1 or 2"):
-        work.check("sweep")
+        experiment.check("sweep")
