@@ -90,8 +90,8 @@ def test_a_record_says_how_it_was_made(make_experiment, tmp_path, monkeypatch, g
     expected = {
         "stage": "train_vqvae", "variant": experiment.variant("train_vqvae"), "threads": 5,
         "fingerprint": experiment.fingerprint("train_vqvae"), "metrics": {"loss": 1.5},
-        "processes": 1, "config": experiment.config.leaves, "seed": 3, "dtype": "bfloat16", "num_samples": 0,
-        "weights": {}, "about": {},
+        "processes": 1, "config": experiment.config.leaves, "seed": 3, "dtype": "bfloat16",
+        "num_samples": 0, "weights": {}, "about": {},
     }  # fmt: skip
     assert {key: getattr(made, key) for key in expected} == {**expected, **given}
     assert made.started <= made.ended

@@ -86,7 +86,8 @@ def test_a_moved_base_finds_its_work_done(make_experiment, bases, tmp_path, no_w
     experiment = make_experiment(tmp_path, edited=here)
     record = Record(
         "sparsify", "default", experiment.fingerprint("sparsify"), {},
-        dict(experiment.config.leaves), 0, 0, "", "", "", "", 1, "", {}, weights=experiment.weights("sparsify"),
+        dict(experiment.config.leaves), 0, 0, "", "", "", "", 1, "", {},
+        weights=experiment.weights("sparsify"),
     )  # fmt: skip
     experiment.folder("sparsify").mkdir(parents=True)
     record.write(experiment.folder("sparsify"))
