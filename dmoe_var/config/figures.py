@@ -41,7 +41,8 @@ class FiguresConfig:
     __pydantic_config__ = STRICT
 
     figure: Figures = ("all",)
-    """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, accounting."""
+    """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, guidance,
+    accounting."""
     make: bool = False
     """First make the records that are missing."""
     plan: bool = False

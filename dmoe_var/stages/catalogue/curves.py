@@ -20,6 +20,7 @@ from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.style import Paths
 from dmoe_var.models.var import VARConfig
+from dmoe_var.sampling.guidance import by_scale
 from dmoe_var.stages.catalogue.figure import (
     Changes,
     Claim,
@@ -205,6 +206,19 @@ def accounting(experiment: Experiment) -> Figure:
 def _beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) -> Figure:
     """Make a figure of FID over FLOPs, with the dense model."""
     return Figure(title, draw, curves=[dense_curve(), *curves], claims=claims)
+
+
+@figure("guidance")
+def guidance(experiment: Experiment) -> Figure:
+    """Compare guidance at every scale with guidance that ends before the last three, with experts
+    and without."""
+    cfg_S = by_scale(experiment.config.sampling.cfg, experiment.config.var.num_scales)
+    early = {"sampling.cfg": (*cfg_S[:-3], 0.0, 0.0, 0.0)}
+    always = _over_tau(experiment, "one tau, guided at every scale", "last", {}, 0.5)
+    ends = _over_tau(experiment, "one tau, guided before the last three", "last", early, 1.0)
+    claim = Claim("the last three scales need no guidance", better=ends.name, worse=always.name)
+    dense = dense_curve("dense, guided before the last three", early, 0.5)
+    return _beside_dense("where guidance ends", [dense, always, ends], [claim])
 
 
 def _over_tau(
