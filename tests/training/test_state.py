@@ -62,7 +62,7 @@ def no_longer_a_state(path):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (cut_short, "cut short"),
+        (cut_short, "missing, cut short"),
         (emptied, "cut short"),
         (no_longer_a_state, "belongs to another configuration"),
     ],
