@@ -6,6 +6,7 @@ per expert, H = E D.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
-from dmoe_var.moe.experts import ExpertWeights, grouped, run_experts
+from dmoe_var.moe.experts import ExpertWeights, forget, grouped, run_experts
 from dmoe_var.moe.observer import Routed
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.routing import Routing
@@ -63,6 +64,12 @@ class MoEFFN(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         return ExpertWeights(self.w1_EDC, self.b1_ED, self.w2_EDC, self.b2_C)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoEFFN:
+        """Drop the packed copy of the old weights; `.to`, `.half` and `.cuda` call this."""
+        forget(self.weights)
+        super()._apply(fn, recurse)
+        return self
 
     def true_norms(self, x_BLC: Tensor) -> Tensor:
         """Compute ||act(x W1_e + b1_e) W2_e||_2 of every expert, (B, L, E): the router's target.

@@ -48,9 +48,8 @@ class SamplingConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cfg: Cfg = 1.5
-    """Strength of guidance at the last scale, to which it rises from 0 at the first. Or one value
-    per scale, each as if it were that of all; from where on all are 0, the unconditional half
-    stops."""
+    """Strength of guidance at the last scale, to which it rises from 0; or that for each scale
+    by itself. Zeros at the end stop the unconditional half."""
     top_k: Annotated[int, Field(ge=0)] = 900
     """Tokens are drawn from the k likeliest; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96

@@ -237,6 +237,14 @@ def test_packed_weights_are_made_once_and_go_with_the_weights(ffn, monkeypatch):
     assert len(packed._kept) == before - 1
 
 
+def test_a_model_that_is_cast_or_moved_drops_its_packed_weights(ffn):
+    run(tokens(20, 32), masks(20, 4)[0], ffn.weights)
+    place = ffn.w1_EDC
+    assert place in packed._kept
+    ffn.to(torch.bfloat16)
+    assert place not in packed._kept
+
+
 @pytest.mark.parametrize("number", [1, 16, 17, 1 << 14, (1 << 16) + 5, 300_001])
 def test_a_fingerprint_is_of_every_value_and_of_their_order(number, set_threads):
     """Whatever the number of threads."""

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dmoe_var import values
 from dmoe_var.moe.experts.dispatch import Dispatch
+from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.paths import (
     AUTO,
     FALLBACK,
@@ -34,6 +35,7 @@ __all__ = [
     "ExpertWeights",
     "Impl",
     "check_impl",
+    "forget",
     "paths_on",
     "run_experts",
 ]

@@ -73,3 +73,8 @@ def packed_of(
         memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
         kept.seen[sampling] = (places, memory)
     return kept.packed
+
+
+def forget(weights: Sequence[Tensor]) -> None:
+    """Drop the packed copy of these weights."""
+    _kept.pop(weights[0], None)
