@@ -135,12 +135,12 @@ def read_config(folder: Path, kind: str, cls: type[T]) -> T:
     try:
         # As JSON text, for which strict still takes a list for a tuple
         text = json.dumps(about.get("config"))
-        config: T = TypeAdapter(cls).validate_json(text, strict=True)
+        adapter: TypeAdapter[T] = TypeAdapter(cls)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in ("config", *first["loc"]))
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
-    return config
 
 
 def load_checkpoint(source: Path, kind: str) -> nn.Module:
