@@ -24,6 +24,8 @@ from dmoe_var.files import alone, note, whole_file
 
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fPIC")
+LONGEST = 300
+"""Seconds after which a command of the compiler is given up."""
 OPENMP = re.compile(r"lib(gomp|iomp5|omp)[^/]*\.(so[.0-9]*|dylib)$")
 
 
@@ -107,7 +109,12 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
 
 def _run(command: list[str]) -> str:
     """Run a command and return what it prints; if it fails, RuntimeError with its first line."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=LONGEST, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{command[0]} took more than {LONGEST} seconds") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError(f"{command[0]} failed ({done.returncode}): {said[0] if said else ''}")

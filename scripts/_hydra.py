@@ -42,6 +42,7 @@ with stopped_at_once():
     from dmoe_var.experiment.experiment import Experiment
     from dmoe_var.experiment.graph import prepare, run_stage
     from dmoe_var.experiment.record import Record
+    from dmoe_var.experiment.stage import STAGES
     from dmoe_var.training.tracking import Tracking
 
 LAUNCHER = re.compile(r"\+*launcher[.=]")
@@ -192,6 +193,8 @@ def _points(script: str, arguments: Namespace) -> list[Point]:
             experiment.config, [point.experiment.config for point in points], arguments.multirun
         )
         Tracking(experiment.config.wandb).check()
+        if script in STAGES:
+            experiment.check(script)
         if experiment.config.launcher.cluster is None:  # a job's machine may have another
             _ = experiment.device
         points.append(Point(each, experiment))

@@ -125,7 +125,9 @@ class PartClock(Observer):
                 handle.remove()
 
     def read(self) -> PartTimes:
-        """Wait for the device and return the times of a call that has ended."""
+        """Wait for the device and return the call's times; ValueError if no call has ended."""
+        if not self._stamps or self._stamps[-1][0] != "end":
+            raise ValueError("no call has ended under this clock")
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         times: dict[tuple[str, int | None], float] = {}

@@ -53,7 +53,7 @@ class DynamicVAR(nn.Module):
     before you join them.
 
     selection: the rule or rules that run if a call gives neither tau nor selection; None runs every
-    expert. Raises ValueError if models, scales or rules do not fit together.
+    expert. moe_scales rise. Raises ValueError if models, scales or rules do not fit together.
     """
 
     _selection: Selection = None
@@ -193,17 +193,31 @@ class DynamicVAR(nn.Module):
         model_card.save_pretrained(self, folder, records)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> DynamicVAR:
-        """See `checkpoints.pretrained.from_pretrained`, also for the options."""
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> DynamicVAR:
+        """See `checkpoints.pretrained.from_pretrained`."""
         from dmoe_var.checkpoints import pretrained
 
-        return pretrained.from_pretrained(source, **options)
+        return pretrained.from_pretrained(source, revision, cache_dir, local_files_only, token)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """See `report.model_card.push_to_hub`, also for the options."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a DynamicVAR",
+        records: Sequence[Any] = (),
+    ) -> str:
+        """See `report.model_card.push_to_hub`."""
         from dmoe_var.report import model_card
 
-        return model_card.push_to_hub(self, repo_id, **options)
+        return model_card.push_to_hub(self, repo_id, private, token, commit_message, records)
 
 
 def _over_common_tensors(dense: VAR, moe: VAR) -> VAR:

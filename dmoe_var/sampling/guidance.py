@@ -16,34 +16,35 @@ from dmoe_var import values
 
 def _given(cfg: Any) -> float | tuple[float, ...]:
     if values.is_list(cfg):
-        return tuple(values.numbers("cfg", cfg, 0))
+        cfg_S = tuple(values.numbers("cfg", cfg, 0))
+        return cfg_S[0] if len(cfg_S) == 1 else cfg_S
     return values.number("cfg", cfg, 0)
 
 
 Cfg = Annotated[float | tuple[float, ...], BeforeValidator(_given)]
-"""One value, or one per scale."""
+"""One value, or one per scale. Scale si of S is guided with strength cfg si / (S - 1)."""
 
 
 def by_scale(cfg: Any, num_scales: int) -> tuple[float, ...]:
     """Return cfg at each scale; one value is that of all. Raise ValueError for another number."""
     given = _given(cfg)
-    cfg_S = (given,) if isinstance(given, float) else given
-    if len(cfg_S) == 1:
-        return cfg_S * num_scales
-    if len(cfg_S) != num_scales:
+    if isinstance(given, float):
+        return (given,) * num_scales
+    if len(given) != num_scales:
         raise ValueError(
-            f"cfg={values.shown(cfg)} has {len(cfg_S)} values; allowed: 1, or one for each of "
+            f"cfg={values.shown(cfg)} has {len(given)} values; allowed: 1, or one for each of "
             f"{num_scales} scales"
         )
-    return cfg_S
+    return given
 
 
 def branches(cfg_S: Sequence[float]) -> tuple[int, ...]:
-    """Return the rows per image at each scale: 2 up to the last scale whose cfg is not 0, then 1.
+    """Return the rows per image at each scale: 2 up to the last scale that is guided, then 1.
 
-    An unguided scale before it still runs both, since later ones read its keys and values.
+    An unguided scale before it, as the first one always is, still runs both, since later ones read
+    its keys and values.
     """
-    guided = [si for si, cfg in enumerate(cfg_S) if cfg != 0]
+    guided = [si for si, cfg in enumerate(cfg_S) if si > 0 and cfg != 0]
     last = guided[-1] if guided else -1
     return tuple(2 if si <= last else 1 for si in range(len(cfg_S)))
 

@@ -48,8 +48,8 @@ class SamplingConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cfg: Cfg = 1.5
-    """Strength of guidance at the last scale, to which it rises from 0; or that for each scale
-    by itself. Zeros at the end stop the unconditional half."""
+    """Guidance: its strength rises from 0 at the first scale to cfg at the last. One value, or one
+    per scale, each in its place on that rise; zeros at the end stop the unconditional half."""
     top_k: Annotated[int, Field(ge=0)] = 900
     """Tokens are drawn from the k likeliest; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
@@ -169,12 +169,11 @@ def generate(
     tokens are drawn from that one generator, in the published order.
 
     tau, selection: see `resolve_rules`. Without both the model's own `selection` runs, and without
-    that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg: one value, or one
-    per scale; where none is left but 0, the unconditional branch stops. top_k, top_p, more_smooth,
-    share_mask: see `SamplingConfig`. adaln_every_scale: compute AdaLN's projections at each scale,
-    as the published sampler does, instead of once per image. observer: is shown f_hat and which
-    experts run, see `moe.observer`, whose `joined` joins several. Images, and what an observer
-    sees, are plain tensors without a gradient.
+    that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg, top_k, top_p,
+    more_smooth, share_mask: see `SamplingConfig`. adaln_every_scale: compute AdaLN's projections at
+    each scale, as the published sampler does, instead of once per image. observer: is shown f_hat
+    and which experts run, see `moe.observer`, whose `joined` joins several. Images, and what an
+    observer sees, are plain tensors without a gradient.
 
     Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
     has no meaning, and at the end if logits were not finite.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -20,10 +21,11 @@ from dmoe_var.experiment.graph import order, record_if_done, run_stage
 from dmoe_var.experiment.record import RESULT_FILE
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import claims
+from dmoe_var.files import note as say_once
 from dmoe_var.files import read_json, write_text
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.catalogue import FIGURES, named
-from dmoe_var.stages.catalogue.figure import Figure, Need, at_size, note
+from dmoe_var.stages.catalogue.figure import Data, Figure, Need, at_size, note
 
 
 def chosen(experiment: Experiment) -> dict[str, Figure]:
@@ -127,10 +129,20 @@ def _verdicts(experiment: Experiment) -> list[claims.Verdict]:
     now = at_size(experiment).fingerprint("figures")
     for name, figure in FIGURES.items():
         path = experiment.folder("figures") / f"figure_{name}.json"
-        data = read_json(path, DataError) if path.exists() else {}
+        data = _stored(path) if path.exists() else {}
         if data.get("fingerprint") == now:
             found += figure(at_size(experiment)).verdicts(data)
     return found
+
+
+def _stored(path: Path) -> Data:
+    """Read a figure's data. Give none, with a note, if the file holds something else."""
+    try:
+        data = read_json(path, DataError)
+    except DataError as error:
+        say_once(f"{error}; left out")
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _refuse(config: Config) -> None:

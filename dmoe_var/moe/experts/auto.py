@@ -90,7 +90,7 @@ def _seconds(
         key = f"{dtype} C={C} D={D} E={E} N={tokens} {products} {names}"
         file = _file(x_NC.device)
         found = _read(file).get(key)
-        if found is None:
+        if found is None or found.keys() != paths.keys():
             found = _measured(paths, x_NC, weights, act)
             _keep(file, key, found)
         _known[case] = found
@@ -136,8 +136,13 @@ def _read(file: Path) -> dict[str, Seconds]:
     """Read a table; a missing or broken file gives an empty one, and all is measured again."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return content["seconds"] if content["format"] == FORMAT else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        if content["format"] != FORMAT:
+            return {}
+        return {
+            str(key): {str(name): (float(low), float(high)) for name, (low, high) in times.items()}
+            for key, times in content["seconds"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

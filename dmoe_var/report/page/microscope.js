@@ -255,7 +255,7 @@ class Microscope {
   showReadouts(map, tau) {
     const { si, layer, branch } = this.state;
     const gmac = this.gmac();
-    const where = `scale ${si + 1}, ${layer === null ? "mean of layers" : `layer ${layer + 1}`}, ${["conditional", "unconditional"][branch]}`;
+    const where = `scale ${si + 1}, ${layer === null ? "mean of layers" : `layer ${layer + 1}`}, ${["conditional", "unconditional"][Math.min(branch, this.picture.scales.get(si).branches - 1)]}`;
     const experts = average(map.experts);
     const error = average(map.errors);
     const share = this.picture.share(si, tau);

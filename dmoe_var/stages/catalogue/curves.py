@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import record_if_done
 from dmoe_var.experiment.points import (
@@ -212,7 +213,10 @@ def _beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) 
 def guidance(experiment: Experiment) -> Figure:
     """Compare guidance at every scale with guidance that ends before the last three, with experts
     and without."""
-    cfg_S = by_scale(experiment.config.sampling.cfg, experiment.config.var.num_scales)
+    num_scales = experiment.config.var.num_scales
+    if num_scales < 5:
+        raise ConfigError(f"figure=guidance needs 5 scales or more, the model has {num_scales}")
+    cfg_S = by_scale(experiment.config.sampling.cfg, num_scales)
     early = {"sampling.cfg": (*cfg_S[:-3], 0.0, 0.0, 0.0)}
     always = _over_tau(experiment, "one tau, guided at every scale", "last", {}, 0.5)
     ends = _over_tau(experiment, "one tau, guided before the last three", "last", early, 1.0)
