@@ -113,6 +113,8 @@ def test_a_model_whose_parts_are_not_told_apart(dynamic, make_vqvae):
 def test_a_call_that_fails(dynamic, make_vqvae):
     """Its hooks go."""
     clock = PartClock(CPU)
+    with pytest.raises(ValueError, match="no call has ended"):
+        clock.read()
     with pytest.raises(ValueError, match="labels"), clock.running(dynamic):
         generate(dynamic, make_vqvae(), [99], observer=clock)
     assert hooks(dynamic) == 0

@@ -98,7 +98,10 @@ def test_a_known_case_is_looked_up_alone(layer, monkeypatch):
     assert auto.fastest(*given) == "grouped"
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"format": "other"}', "nonsense"])
+LIST = f'{{"format": "{auto.FORMAT}", "seconds": []}}'
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"format": "other"}', "nonsense", LIST])
 def test_a_broken_table_is_measured_again(layer, monkeypatch, cache, content):
     asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
     auto._file(CPU).write_text(content)
@@ -114,7 +117,19 @@ def test_the_first_who_measures_counts(layer, monkeypatch):
     (key,) = json.loads(auto._file(CPU).read_text())["seconds"]
     mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
     auto._keep(auto._file(CPU), key, mine)
-    assert mine == {"native": [1.0, 1.0], "reference": [2.0, 2.0]}
+    assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
+
+
+def test_a_table_without_a_path_is_measured_again(layer, monkeypatch):
+    asked = timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
+    run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
+    content = json.loads(auto._file(CPU).read_text())
+    (times,) = content["seconds"].values()
+    del times["grouped"]
+    auto._file(CPU).write_text(json.dumps(content))
+    monkeypatch.setattr(auto, "_known", {})
+    run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
+    assert len(asked) == 2
 
 
 def test_a_table_that_cannot_be_written(layer, monkeypatch, cache, capfd):

@@ -39,6 +39,7 @@ WRONG = [
     ("train_var", ["hydra.run.dir=x"], ("hydra.run.dir=x", "are not read", "run_dir", "-cd")),
     ("train_var", ["--cfg", "job", "sede=1"], ("sede=1: unknown key", "did you mean seed?")),
     ("train_var", ["base.var="], ("base.var=''", "at least 1 character")),
+    ("figures", ["-m", "figure=[3],[99]"], ("figures.figure=99: no figure", "allowed: all, 2a")),
     ("split", [], ("sparsify is not done", "scripts/sparsify.py")),
 ]
 if not torch.cuda.is_available():
