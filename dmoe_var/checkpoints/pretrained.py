@@ -186,9 +186,9 @@ def _load_folder(folder: Path) -> DynamicVAR:
     config = read_config(folder, KIND, DynamicVARConfig)
     path = folder / MODEL_FILE
     tensors, about = read_tensors(path)
-    both = sorted(about.keys() & tensors.keys())
-    if both:
-        raise CheckpointError(f"{path}: {', '.join(both)}: there, and said to be left out")
+    doubled = sorted(about.keys() & tensors.keys())
+    if doubled:
+        raise CheckpointError(f"{path}: {', '.join(doubled)}: there, and said to be left out")
     # A name whose twin is not there stays missing
     tensors |= {name: tensors[kept] for name, kept in about.items() if kept in tensors}
     for name, shape in (("dense", config.dense), ("moe", config.moe)):

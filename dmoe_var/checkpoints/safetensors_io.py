@@ -149,7 +149,7 @@ def load_checkpoint(source: Path, kind: str) -> nn.Module:
     CPU, in eval mode."""
     path = source / MODEL_FILE if source.is_dir() else source
     model, config_class = KINDS[kind]
-    config = read_config(path.parent, kind, config_class)
+    config: VARConfig | VQVAEConfig = read_config(path.parent, kind, config_class)
     tensors, _ = read_tensors(path)
     check_size(config, tensors, str(path))
     return build_strictly(lambda: model(config), tensors, path)
