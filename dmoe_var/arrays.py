@@ -124,6 +124,8 @@ def is_intact(path: Path) -> bool:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # a broken archive makes the readers raise nearly anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{path}: missing or no readable .npz file ({reason})") from error

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import time
@@ -66,11 +67,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     On an error (a full disk, an interrupt) the temporary file is removed. Its content is on the
     disk before it gets its name; otherwise a crash of the machine could leave an empty file.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if _abandoned(leftover):
-            leftover.unlink(missing_ok=True)
-    owner = f"{platform.node()}-{os.getpid()}.{next(_writers)}"
-    temporary = path.with_name(f".{path.name}.{owner}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         _write_through(temporary)
@@ -81,6 +78,18 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Name a temporary file or folder for this writer alone; remove those of killed processes."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _abandoned(leftover):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    owner = f"{platform.node()}-{os.getpid()}.{next(_writers)}"
+    return path.with_name(f".{path.name}.{owner}.tmp")
 
 
 def _write_through(path: Path) -> None:
@@ -94,13 +103,13 @@ def _write_through(path: Path) -> None:
 
 
 def _abandoned(temporary: Path) -> bool:
-    """Say whether a temporary file is of a killed process, here or, by its age, elsewhere."""
+    """Say whether a temporary file or folder is of a killed process (elsewhere: by its age)."""
     owner = re.search(rf"\.{re.escape(platform.node())}-(\d+)\.\d+\.tmp$", temporary.name)
     try:
         if owner:
             os.kill(int(owner[1]), 0)
         return time.time() - temporary.stat().st_mtime > ABANDONED
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
     except (PermissionError, FileNotFoundError):  # of another user, or just removed by another
         return False

@@ -94,6 +94,15 @@ def test_files_cut_short_are_one_line(tmp_path, left):
     assert not is_intact(path)
 
 
+def test_too_little_memory_is_no_broken_file(tmp_path, monkeypatch):
+    def too_large(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "load", too_large)
+    with pytest.raises(MemoryError):
+        read_npz(tmp_path / "file.npz", ["a"])
+
+
 def test_a_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / "file.npz"
     write_npz(path, ARRAYS)

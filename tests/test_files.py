@@ -313,6 +313,7 @@ def test_a_killed_process_of_this_machine_leaves_nothing(old_file):
     child.start()
     child.join()
     leftover(old_file, 0, f"{platform.node()}-{child.pid}")
+    leftover(old_file, 0, f"{platform.node()}-{2**31}")  # no process has this number
     running = leftover(old_file, 0, f"{platform.node()}-{os.getppid()}")
     write_text(old_file, "new")
     assert sorted(os.listdir(old_file.parent)) == [running.name, "file.txt"]

@@ -169,14 +169,14 @@ def _version() -> str:
 
 def _check_replaceable(folder: Path) -> None:
     """Raise CheckpointError for a folder with files but without the config.json of a saved model.
-    Hidden files are no obstacle."""
+    Hidden files are no obstacle, nor is what a save leaves that is killed before config.json."""
     inside = sorted(path.name for path in folder.glob("[!.]*"))
     if CONFIG_FILE in inside:
         try:
             read_config(folder, KIND, DynamicVARConfig)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: not replaced, no saved model ({error})") from error
-    elif inside:
+    elif inside and not {MODEL_FILE} <= {*inside} <= {*FILES}:
         raise CheckpointError(
             f"{folder}: not replaced, it holds other files than a saved model's: {inside[0]}"
         )
@@ -186,6 +186,9 @@ def _load_folder(folder: Path) -> DynamicVAR:
     config = read_config(folder, KIND, DynamicVARConfig)
     path = folder / MODEL_FILE
     tensors, about = read_tensors(path)
+    doubled = sorted(about.keys() & tensors.keys())
+    if doubled:
+        raise CheckpointError(f"{path}: {', '.join(doubled)}: there, and said to be left out")
     # A name whose twin is not there stays missing
     tensors |= {name: tensors[kept] for name, kept in about.items() if kept in tensors}
     for name, shape in (("dense", config.dense), ("moe", config.moe)):

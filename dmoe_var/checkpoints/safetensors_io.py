@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dmoe_var.checkpoints.file_kinds import kind_of_file
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
-from dmoe_var.files import read_json, whole_file, write_text
+from dmoe_var.files import read_json, temporary_beside, whole_file, write_text
 from dmoe_var.models.build import _first_line, build_strictly
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
@@ -78,16 +78,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     those of `folder`, in which others stay.
 
     config.json is taken away first and put back last, so that no kill leaves a mixture that loads.
+    The weights are put in place first: they tell that what a kill leaves is of a model.
     """
     folder = folder.resolve()  # a link stays, and what it points to is filled
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         folder.mkdir(exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        order = {MODEL_FILE: 0, CONFIG_FILE: 2}
+        for path in sorted(temporary.iterdir(), key=lambda path: order.get(path.name, 1)):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -148,10 +149,9 @@ def load_checkpoint(source: Path, kind: str) -> nn.Module:
     CPU, in eval mode."""
     path = source / MODEL_FILE if source.is_dir() else source
     model, config_class = KINDS[kind]
-    config = read_config(path.parent, kind, config_class)
+    config: VARConfig | VQVAEConfig = read_config(path.parent, kind, config_class)
     tensors, _ = read_tensors(path)
-    if kind == "var":
-        check_size(config, tensors, str(path))
+    check_size(config, tensors, str(path))
     return build_strictly(lambda: model(config), tensors, path)
 
 

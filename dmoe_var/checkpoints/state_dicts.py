@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
     """
     found: dict[str, dict[str, Any]] = {}
     others: set[str] = set()
-    for place, candidate in _mappings(content):
-        names = {_unwrapped(name): value for name, value in candidate.items()}
+    for place, candidate in _mappings(content, set()):
+        names = _unwrapped(candidate, path)
         if any(n.startswith("dense.") for n in names) and any(n.startswith("moe.") for n in names):
             raise CheckpointError(
                 f"{path}: both models of a DynamicVAR: {READ_BY['dynamic_var']} take its folder"
@@ -89,20 +90,28 @@ def meant(content: object, kind: str, path: Path) -> dict[str, Tensor]:
 
 
 def _mappings(
-    content: object, place: str = "", depth: int = 0
+    content: object, seen: set[int], place: str = "", depth: int = 0
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every dictionary with names in a file's content, with its place ("trainer.var.")."""
-    if not isinstance(content, Mapping) or depth > DEEPEST:
+    """Yield every dictionary with names in a file's content once, with its place ("trainer.var.").
+    seen: the ids of those before."""
+    if not isinstance(content, Mapping) or id(content) in seen or depth > DEEPEST:
         return
+    seen.add(id(content))
     named = {key: value for key, value in content.items() if isinstance(key, str)}
     yield place, named
     for key, value in named.items():
-        yield from _mappings(value, f"{place}{key}.", depth + 1)
+        yield from _mappings(value, seen, f"{place}{key}.", depth + 1)
 
 
-def _unwrapped(name: str) -> str:
-    """Drop the words of torch's wrappers from a name."""
-    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+def _unwrapped(names: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Drop the words of torch's wrappers from names; raise CheckpointError if two become one."""
+    plain: dict[str, Any] = {}
+    for name, value in names.items():
+        short = ".".join(word for word in name.split(".") if word not in WRAPPERS)
+        if short in plain and isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {short} is there twice, wrapped and not")
+        plain[short] = value
+    return plain
 
 
 def _of_kind(names: Mapping[str, Any], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,7 +141,8 @@ def _without(content: object, kind: str, others: set[str]) -> str:
 def _plain(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Bring tensors into the usual order of memory (channels-last weights are in another). Raise
     CheckpointError for one that is sparse, quantised or without values, or that repeats its
-    numbers: a file of a few kilobytes could claim to hold any size."""
+    numbers: a file of a few kilobytes could claim to hold any size. Raise it also for two over the
+    same memory: training one would change the other."""
     odd = [
         name
         for name, tensor in tensors.items()
@@ -143,7 +153,12 @@ def _plain(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     ]
     if odd:
         raise CheckpointError(f"{path}: no plain numbers in {', '.join(odd)}")
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    places = sorted((t.data_ptr(), t.nbytes, name) for name, t in plain.items() if t.nbytes)
+    for (start, size, name), (next_start, _, other) in pairwise(places):
+        if next_start < start + size:
+            raise CheckpointError(f"{path}: {name} and {other} share memory")
+    return plain
 
 
 def _can_be_mapped(path: Path) -> bool:

@@ -28,20 +28,34 @@ def count(tensors: Mapping[str, Tensor], pattern: str, source: str) -> int:
     return len(numbers)
 
 
-def check_size(config: VARConfig, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError if a configuration is of other depth or tokens than its tensors.
+def check_size(config: VARConfig | VQVAEConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError if a configuration is of more modules or tokens than its tensors.
 
     Building is unsafe without it: a number in a text file can ask for more than any machine has.
     """
-    tokens = config.num_tokens
-    found = {
-        "depth": (count(tensors, r"blocks\.(\d+)\.", source), config.depth),
-        "pos_1LC": (_shape(tensors, "pos_1LC", source, 3), (1, tokens, config.width)),
-        "attn_bias_for_masking": (
-            _shape(tensors, "attn_bias_for_masking", source, 4),
-            (1, 1, tokens, tokens),
-        ),
-    }
+    found: dict[str, tuple[object, object]]
+    if isinstance(config, VARConfig):
+        tokens = config.num_tokens
+        found = {
+            "depth": (count(tensors, r"blocks\.(\d+)\.", source), config.depth),
+            "pos_1LC": (_shape(tensors, "pos_1LC", source, 3), (1, tokens, config.width)),
+            "attn_bias_for_masking": (
+                _shape(tensors, "attn_bias_for_masking", source, 4),
+                (1, 1, tokens, tokens),
+            ),
+        }
+    else:
+        found = {
+            "levels": (count(tensors, r"encoder\.down\.(\d+)\.", source), len(config.ch_mult)),
+            "num_res_blocks": (
+                count(tensors, r"encoder\.down\.0\.block\.(\d+)\.", source),
+                config.num_res_blocks,
+            ),
+            "num_phi": (
+                count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", source),
+                config.num_phi if config.num_phi > 1 else 0,
+            ),
+        }
     for name, (there, said) in found.items():
         if there != said:
             raise CheckpointError(f"{source}: {name} is {there}, its config.json says {said}")

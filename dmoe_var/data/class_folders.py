@@ -79,7 +79,7 @@ def list_pictures(folder: Path) -> Listing:
 
 def _pictures_in(folder: Path, name: str, passed_over: Counter[str]) -> list[str]:
     """List paths relative to a class folder, by the text of the folder's path, then by name."""
-    found, start = [], len(os.path.join(folder, name, ""))
+    found, start = [], len(os.path.join(folder / name, ""))
     for path in visible_files(folder / name, passed_over, (os.path.realpath(folder),)):
         if path.lower().endswith(EXTENSIONS):
             found.append(path[start:])

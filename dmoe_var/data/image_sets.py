@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,12 +79,16 @@ class ImageFolder:
 
     @classmethod
     def open(cls, folder: Path, image_size: int, hashes: Path | None = None) -> ImageFolder:
-        """List the files, in subfolders and behind links too, but not what is hidden. Other files
-        than images are passed over, with a note. Raise DataError if there are no images."""
+        """List the files, in subfolders and behind links too, but not what is hidden; a folder that
+        is reached twice counts once. Other files than images are passed over, with a note. Raise
+        DataError if there are no images."""
         try:
             found = sorted(filter(Path.is_file, map(Path, visible_files(folder, Counter()))))
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        places = sorted({path.parent for path in found}, reverse=True)
+        once = {*{os.path.realpath(place): place for place in places}.values()}
+        found = [path for path in found if path.parent in once]
         files = tuple(path for path in found if path.name.lower().endswith(EXTENSIONS))
         others = [path.name for path in found if not path.name.lower().endswith(EXTENSIONS)]
         if not files:

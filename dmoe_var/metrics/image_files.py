@@ -75,8 +75,9 @@ def open_images(
         raise DataError(f"{key}={path}: no such .npz file or folder of images; allowed: {ALLOWED}")
     sha256 = content_sha256(path, hashes)
     found = _arrays_in(key, path)
-    statistics = {*found} >= STATISTICS
-    if not statistics and IMAGES not in found:
+    there = STATISTICS & {*found}
+    statistics = there == STATISTICS
+    if not statistics and (there or IMAGES not in found):
         held = ", ".join(found[:5]) or "no arrays"
         raise DataError(f"{key}={path}: holds {held}; allowed: {ALLOWED}")
     images = None

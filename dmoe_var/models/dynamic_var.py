@@ -172,10 +172,12 @@ class DynamicVAR(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load as torch does; ValueError if a tensor that is held once is given two values."""
+        """Load as torch does, then share again; ValueError if a tensor that is held once is given
+        two values, unless they are assigned."""
+        shared = self.shared_names
         differ = [
             name
-            for name in self.shared_names
+            for name in shared
             if {f"dense.{name}", f"moe.{name}"} <= state_dict.keys()
             and not _same_bits(state_dict[f"dense.{name}"], state_dict[f"moe.{name}"])
         ]
@@ -184,7 +186,12 @@ class DynamicVAR(nn.Module):
                 f"{', '.join(differ)}: held once, but given with one value for the dense and "
                 "another for the MoE model; join the two models anew"
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict(state_dict, strict, assign)
+        dense, moe = _tensors(self.dense), _tensors(self.moe)
+        for name in shared:
+            if _same_bits(moe[name], dense[name]):
+                _put(self.moe, name, dense[name])
+        return result
 
     def save_pretrained(self, folder: str | Path, records: Sequence[Any] = ()) -> None:
         """See `report.model_card.save_pretrained`."""

@@ -131,9 +131,9 @@ class ConversionConfig:
     def scale_numbers(self, num_scales: int) -> tuple[int, ...]:
         """List the scales whose tokens enter the loss."""
         every = tuple(range(num_scales))
-        if isinstance(self.scales, tuple):
-            return self.scales
-        return every if self.scales == "all" else every[-3:]
+        if self.scales == "all":
+            return every
+        return every[-3:] if self.scales == "last3" else tuple(self.scales)
 
 
 @dataclass(frozen=True)

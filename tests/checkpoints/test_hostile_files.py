@@ -186,6 +186,15 @@ def test_odd_tensors_are_refused_or_work(make_var, make_teacher, tmp_path, name)
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("start", [0, 32])
+def test_two_names_for_one_memory(make_var, tmp_path, start):
+    """Whole or in part: a step on one would move the other."""
+    ones = torch.ones(100)
+    shared = {"blocks.0.attn.q_bias": ones[:64], "blocks.0.attn.v_bias": ones[start : start + 64]}
+    path = save_changed(tmp_path / "var.pth", make_var(), **shared)
+    assert_refused(load_var, path, "q_bias", "v_bias", "share memory")
+
+
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_the_mask_is_not_built_for_scales_that_the_file_has_none_for(make_var, tmp_path, as_folder):
     """66,100 tokens take 0.5 MB to name, and a mask of them 22 GB: it has to be in the file."""
@@ -235,6 +244,13 @@ def folder(make_var, tmp_path):
     return tmp_path / "var"
 
 
+def reconfigure(folder, change):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["config"].update(change)
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -250,11 +266,15 @@ def folder(make_var, tmp_path):
     ids=str,
 )
 def test_absurd_configurations(folder, change):
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content["config"].update(change)
-    path.write_text(json.dumps(content))
+    reconfigure(folder, change)
     assert_refused(load_var, folder)
+
+
+@pytest.mark.parametrize("name", ["num_res_blocks", "num_phi"])
+def test_absurd_configurations_of_a_vqvae(make_vqvae, tmp_path, name):
+    save_checkpoint(tmp_path / "vqvae", make_vqvae())
+    reconfigure(tmp_path / "vqvae", {name: 10**9})
+    assert_refused(load_vqvae, tmp_path / "vqvae", f"{name} is ")
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"kind": "a\\nb"}', "9" * 5000])

@@ -4,6 +4,7 @@ a card that says what records say."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -179,6 +180,11 @@ def test_a_twin_that_is_not_there_is_missing(folder):
     refused(folder, "missing 1 keys: moe.head.bias")
 
 
+def test_a_twin_beside_its_tensor_is_refused(folder):
+    rewrite(folder, lambda tensors: tensors.update({"moe.head.bias": torch.zeros(32)}))
+    refused(folder, "moe.head.bias: there, and said to be left out")
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "said"),
     [
@@ -292,6 +298,29 @@ def test_a_failed_save_leaves_the_older_model(make_model, folder, monkeypatch):
         make_model().save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("old", [True, False])
+def test_a_killed_save_can_be_repeated(model, folder, monkeypatch, old, number):
+    rename, renamed = os.replace, []
+
+    def killed(source, target):
+        if target.parent == folder:
+            renamed.append(target)
+            if len(renamed) > number:
+                raise KeyboardInterrupt
+        rename(source, target)
+
+    if not old:
+        shutil.rmtree(folder)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    monkeypatch.undo()
+    assert not (folder / "config.json").exists()
+    model.save_pretrained(folder)
+    assert same(DynamicVAR.from_pretrained(folder), model)
 
 
 class FakeHub:

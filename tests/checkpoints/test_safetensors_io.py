@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 
 import checking
@@ -18,6 +19,7 @@ from dmoe_var.checkpoints.safetensors_io import (
     read_fingerprint,
     read_tensors,
     save_checkpoint,
+    whole_folder,
     write_tensors,
 )
 from dmoe_var.errors import CheckpointError
@@ -139,6 +141,17 @@ def test_a_kill_while_files_are_put_in_place(folder, models, monkeypatch, number
     assert_refused(folder, "config.json: cannot be read (No such file")
     save_checkpoint(folder, models["moe"])
     assert same(load_checkpoint(folder, "var"), models["moe"])
+
+
+def test_two_writers(folder, models):
+    """Neither takes the other's files away; what a killed one left is removed."""
+    killed = folder.with_name(f".checkpoint.{platform.node()}-{2**31 - 1}.0.tmp")
+    (killed / "deep").mkdir(parents=True)
+    with whole_folder(folder) as temporary:
+        (temporary / "first").touch()
+        save_checkpoint(folder, models["moe"])
+        assert (temporary / "first").exists()
+    assert os.listdir(folder.parent) == ["checkpoint"]
 
 
 def test_a_link_to_a_folder_elsewhere(folder, models, tmp_path):

@@ -87,6 +87,7 @@ WRAPPED = {
     "model": lambda s: {"model": s, "epoch": 3},
     "state_dict": lambda s: {"state_dict": renamed(s, "module."), "best": 0.5},
     "a larger module": lambda s: {"state_dict": {**renamed(s, "net.var."), "x": torch.zeros(1)}},
+    "one under two names": lambda s: {"model": s, "ema": s},
     "options": lambda s: {"model": s, "args": argparse.Namespace(depth=2, name="a")},
 }
 
@@ -108,6 +109,8 @@ def test_one_of_several_is_not_guessed(make_var, tmp_path):
     torch.save({"model": state, "ema": {k: t + 1 for k, t in state.items()}}, tmp_path / "var.pth")
     said = "several state dicts of a VAR: model, ema; save"
     assert_refused(load_var, tmp_path / "var.pth", said)
+    torch.save({**renamed(state, "module."), **state}, tmp_path / "var.pth")
+    assert_refused(load_var, tmp_path / "var.pth", "is there twice")
 
 
 def test_an_endless_file_ends(tmp_path):

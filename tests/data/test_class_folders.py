@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,11 @@ def test_pictures_are_torchvisions_in_its_order(tmp_path):
     found = [str(tmp_path / "root" / name / path) for name, paths in ours.items() for path in paths]
     assert found == [path for path, _ in theirs.samples]
     assert list(ours) == theirs.classes
+
+
+def test_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(touch(tmp_path, "cat/1.jpg", "cat/in/2.jpg"))
+    assert list_pictures(Path()).pictures == {"cat": ["1.jpg", "in/2.jpg"]}
 
 
 def test_what_is_passed_over_is_counted_in_one_line(tmp_path):

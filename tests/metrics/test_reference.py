@@ -204,6 +204,7 @@ OTHER_FILES = {
     "text": (lambda path: path.write_text("mu"), "no .npz file"),
     "other arrays": (lambda path: np.savez(path.open("wb"), x=0, y=0), "holds x, y"),
     "mu alone": (lambda path: np.savez(path.open("wb"), mu=0), "holds mu"),
+    "images, mu": (lambda path: np.savez(path.open("wb"), arr_0=0, mu=0), "holds arr_0, mu"),
 }
 
 
@@ -381,6 +382,7 @@ def test_what_lies_in_a_folder(folder, tmp_path, capsys):
     away = (folder / "class_1").rename(tmp_path / "away")
     (folder / "class_1").symlink_to(away)
     (folder / "class_0" / "up").symlink_to(folder)
+    (folder / "class_3").symlink_to(folder / "class_2")
     found = ImageFolder.open(folder, SIZE)
     assert len(found) == 20
     (said,) = capsys.readouterr().err.splitlines()

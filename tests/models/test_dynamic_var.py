@@ -276,6 +276,20 @@ def test_two_values_for_what_is_held_once_raise(tuned):
     assert torch.equal(model.dense.head.bias, state["dense.head.bias"])
 
 
+def test_what_is_assigned_is_shared_again(tuned):
+    """All but what is given two values."""
+    dense, _, moe = tuned
+    model = DynamicVAR(dense, moe, (2, 3))
+    shared, state = set(model.shared_names), model.state_dict()
+    model.load_state_dict(state, assign=True)
+    assert set(model.shared_names) == shared
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state["moe.head.bias"] += 1
+    model.load_state_dict(state, assign=True)
+    assert set(model.shared_names) == shared - {"head.bias"}
+    assert torch.equal(model.moe.head.bias, state["moe.head.bias"])
+
+
 def test_a_model_runs_its_own_selection(dense, moe, teacher, make_vqvae):
     vqvae, rules = make_vqvae().double(), [Threshold(0.4), TopK(2)]
     plain, model = (DynamicVAR(dense, moe, (2, 3), selection) for selection in (None, rules))

@@ -107,7 +107,7 @@ def test_sparsify_loss_is_cross_entropy_plus_alpha_hoyer(build, batch, activatio
 
 @pytest.mark.parametrize(
     ("scales", "num_scales", "expected"),
-    [("all", 4, (0, 1, 2, 3)), ("last3", 4, (1, 2, 3)), ("last3", 2, (0, 1)), ((1,), 4, (1,))],
+    [("all", 4, (0, 1, 2, 3)), ("last3", 4, (1, 2, 3)), ("last3", 2, (0, 1)), ([1], 4, (1,))],
 )
 def test_names_of_scales(scales, num_scales, expected):
     assert ConversionConfig(scales=scales).scale_numbers(num_scales) == expected
