@@ -408,7 +408,7 @@ def test_given_bases_that_do_not_fit(make_experiment, runs):
 
 
 def test_unknown_stage(make_experiment):
-    with pytest.raises(ValueError, match="stage='nothing' is none of train_vqvae, "):
+    with pytest.raises(ValueError, match="stage='nothing' is none of benchmark, "):
         run_stage(make_experiment(), "nothing")
 
 

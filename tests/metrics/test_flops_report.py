@@ -37,7 +37,7 @@ def report_of(rules, *batches):
 
 
 HAND_MADE = FixedCost(
-    branches=2,
+    branches=(2, 2),
     macs=dict.fromkeys(("qkv_proj", "attention", "ffn", "adaln", "other"), (0, 0))
     | {"head": (1 * 10**9, 2 * 10**9)},
     decoder_macs=5 * 10**9,

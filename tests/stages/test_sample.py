@@ -148,7 +148,7 @@ def test_given_base_models_need_no_stage_and_no_data(make_experiment, runs, tmp_
     def no_data(config: DataConfig):
         raise AssertionError("data are loaded")
 
-    for module in ("loaded", "train_vqvae"):
+    for module in ("parts.loaded", "train_vqvae"):
         monkeypatch.setattr(f"dmoe_var.stages.{module}.load_data", no_data)
     base = base_of(make_experiment, runs)
     experiment, note = settled(make_experiment(tmp_path / "new", {**CHOSEN, **base}))

@@ -143,7 +143,7 @@ def test_validation_by_branch_layer_and_scale(build, held_out, monkeypatch):
 def test_rank_agreement_is_spearmans():
     """Ties count as ties: sparse experts have a norm of exactly 0. Where there is no order to
     predict it is 0."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     predicted_BLE = torch.rand(3, 4, 7, generator=generator)
     for num_values in (3, 10**6):
         true_BLE = torch.randint(num_values, (3, 4, 7), generator=generator).float()
