@@ -48,8 +48,8 @@ class SamplingConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     cfg: Cfg = 1.5
-    """Guidance: its strength rises from 0 at the first scale to cfg at the last. One value, or one
-    per scale, each in its place on that rise; zeros at the end stop the unconditional half."""
+    """Strength of guidance, which rises from 0 at the first scale to cfg at the last. One value, or
+    one per scale on that rise; zeros at the end stop the unconditional half."""
     top_k: Annotated[int, Field(ge=0)] = 900
     """Tokens are drawn from the k likeliest; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96

@@ -211,17 +211,16 @@ def _beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) 
 
 @figure("guidance")
 def guidance(experiment: Experiment) -> Figure:
-    """Compare guidance at every scale with guidance that ends before the last three, with experts
-    and without."""
+    """Compare guidance at every scale with none at the last three, with experts and without."""
     num_scales = experiment.config.var.num_scales
-    if num_scales < 5:
-        raise ConfigError(f"figure=guidance needs 5 scales or more, the model has {num_scales}")
+    if num_scales < 3:
+        raise ConfigError(f"figure=guidance needs 3 scales or more, the model has {num_scales}")
     cfg_S = by_scale(experiment.config.sampling.cfg, num_scales)
     early = {"sampling.cfg": (*cfg_S[:-3], 0.0, 0.0, 0.0)}
     always = _over_tau(experiment, "one tau, guided at every scale", "last", {}, 0.5)
-    ends = _over_tau(experiment, "one tau, guided before the last three", "last", early, 1.0)
+    ends = _over_tau(experiment, "one tau, unguided at the last three", "last", early, 1.0)
     claim = Claim("the last three scales need no guidance", better=ends.name, worse=always.name)
-    dense = dense_curve("dense, guided before the last three", early, 0.5)
+    dense = dense_curve("dense, unguided at the last three", early, 0.5)
     return _beside_dense("where guidance ends", [dense, always, ends], [claim])
 
 
