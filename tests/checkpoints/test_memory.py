@@ -18,8 +18,9 @@ from checking import same
 from dmoe_var import VAR, VARConfig, load_var
 from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, save_checkpoint
 
-ALLOWED = 1.15
-"""Peak of resident memory over the bytes of the weights, once every weight has been read."""
+ALLOWED = 1.3
+"""Peak of resident memory over the bytes of the weights, once every weight has been read; code that
+is read on the way takes up to 30 MB."""
 
 PROBE = """
 import json, os, sys
