@@ -95,7 +95,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
-    """Write a model's checkpoint folder, whole or not at all; replace an older one of that name.
+    """Write a model's checkpoint folder, whole or not at all; replace an older one of that name. A
+    kill while its files are put in place may leave neither (see `whole_folder`).
 
     fingerprint: of the configuration that made it (`read_fingerprint`). Raise CheckpointError or
     OSError if the disk refuses, or if something else is in the way.

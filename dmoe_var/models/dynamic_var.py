@@ -102,7 +102,7 @@ class DynamicVAR(nn.Module):
         return self.moe if si in self.replaced_scales else self.dense
 
     def plan(
-        self, branches: Sequence[int] = (1,), adaln_every_scale: bool = False
+        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
     ) -> tuple[Step, ...]:
         """See `VAR.plan`; both backbones share the dense model's cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]

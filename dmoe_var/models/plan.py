@@ -44,14 +44,14 @@ def steps(
     backbones: Sequence[Backbone],
     cache: Backbone,
     scale_slices: Sequence[slice],
-    branches: Sequence[int],
+    branches: Sequence[int] | None,
     adaln_every_scale: bool,
 ) -> tuple[Step, ...]:
     """Plan one step per scale, each on its backbone, all over one cache.
 
-    branches: rows per image at each scale; a single value is that of all.
+    branches: rows per image at each scale; None is one at all.
     """
-    branches_S = branches if len(branches) > 1 else (*branches,) * len(scale_slices)
+    branches_S = branches or (1,) * len(scale_slices)
     found: list[Step] = []
     for si, (backbone, tokens) in enumerate(zip(backbones, scale_slices, strict=True)):
         projects = adaln_every_scale or all(backbone is not step.backbone for step in found)

@@ -229,11 +229,11 @@ class VAR(nn.Module):
         return self
 
     def plan(
-        self, branches: Sequence[int] = (1,), adaln_every_scale: bool = False
+        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
     ) -> tuple[Step, ...]:
-        """Plan the steps of an image in order, see `models.plan`. branches: rows per image,
-        one value or one per scale.
-        adaln_every_scale: each step computes AdaLN's projections, not just a backbone's first."""
+        """Plan the steps of an image in order, see `models.plan`. branches: rows per image at
+        each scale; None is one at all. adaln_every_scale: each step computes AdaLN's projections,
+        not just a backbone's first."""
         backbones = [self] * self.config.num_scales
         return steps(backbones, self, self.config.scale_slices, branches, adaln_every_scale)
 

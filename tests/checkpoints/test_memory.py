@@ -18,9 +18,8 @@ from checking import same
 from dmoe_var import VAR, VARConfig, load_var
 from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, save_checkpoint
 
-ALLOWED = 1.3
-"""Peak of resident memory over the bytes of the weights, once every weight has been read; code that
-is read on the way takes up to 30 MB."""
+ALLOWED = 1.15
+"""Peak of resident memory over the bytes of the weights, once every weight has been read."""
 
 PROBE = """
 import json, os, sys
@@ -90,9 +89,9 @@ def write_both(folder, **fields):
 
 @pytest.fixture(scope="module")
 def loading(tmp_path_factory, make_var):
-    """Measurements of a 180 MB file and folder (published width, 2 layers), and of tiny ones."""
+    """Measurements of a 260 MB file and folder (published width, 3 layers), and of tiny ones."""
     folder = tmp_path_factory.mktemp("memory")
-    path, ours = write_both(folder, depth=2, width=1024, num_heads=16)
+    path, ours = write_both(folder, depth=3, width=1024, num_heads=16)
     save_checkpoint(folder / "shared", make_var(shared_adaln=True))
     found = measured(path, ours, folder / "shared")
     for file in (path, ours / MODEL_FILE):
@@ -103,7 +102,7 @@ def loading(tmp_path_factory, make_var):
 @needs_proc
 def test_weights_are_held_once(loading):
     for found in loading[:2]:
-        assert found["bytes"] > 150e6
+        assert found["bytes"] > 250e6
         assert found["sum"] == pytest.approx(found["bytes"] / 4 * 2**-10, rel=0.02)
         assert found["peak"] / found["bytes"] <= ALLOWED, found
         # Below 1 the weights would not have been read, or not been counted.
@@ -114,6 +113,15 @@ def test_weights_are_held_once(loading):
 def test_loading_imports_no_compiler(loading):
     """torch's compiler and sympy take seconds and up to 160 MB, and loading needs neither."""
     assert [found["imported"] for found in loading] == [[], [], []]
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_d16_weights_are_held_once(tmp_path, shared_adaln):
+    for found in measured(*write_both(tmp_path, depth=16, shared_adaln=shared_adaln)):
+        assert found["bytes"] > 800e6
+        assert found["peak"] / found["bytes"] <= 1.06, found
 
 
 # Independent of the file

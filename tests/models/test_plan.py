@@ -16,7 +16,7 @@ def test_a_step_a_scale(make_var, branches):
     """Every token once, in order; AdaLN once a backbone; one cache."""
     dense = make_var()
     model = DynamicVAR(dense, make_var(seed=1, activation="relu"), (1, 3))
-    plan = model.plan((branches,))
+    plan = model.plan((branches,) * 4)
     assert [step.si for step in plan] == [0, 1, 2, 3]
     names = {id(model.dense): "dense", id(model.moe): "moe"}
     assert [names[id(step.backbone)] for step in plan] == ["dense", "moe", "dense", "moe"]
@@ -24,8 +24,8 @@ def test_a_step_a_scale(make_var, branches):
     assert [step.tokens for step in plan] == [slice(0, 1), slice(1, 5), slice(5, 14), slice(14, 30)]
     assert {step.branches for step in plan} == {branches}
     assert all(step.cache is model.dense for step in plan)
-    assert all(step.projects for step in model.plan((branches,), adaln_every_scale=True))
-    alone = dense.plan((branches,))
+    assert all(step.projects for step in model.plan((branches,) * 4, adaln_every_scale=True))
+    alone = dense.plan((branches,) * 4)
     assert all(step.backbone is step.cache is dense for step in alone)
     assert [step.projects for step in alone] == [True, False, False, False]
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 FOUR_SCALES = (1, 2, 3, 4)
 LABELS = torch.tensor([1, 4, 2])
 NULL = 5
-EXACT = {"rtol": 0, "atol": 1e-9}
+EXACT = {"rtol": 0, "atol": 1e-12}
 BY_LAYER = [LayerThreshold((0.2, 0.8, 0.5)), LayerThreshold((0.7, 0.4, 0.1))]
 CASES = {  # patch_nums, what a call is given, the rule of each scale of the second model
     "all experts": (FOUR_SCALES, {}, {3: None}),
