@@ -1,7 +1,8 @@
 """Save whole dynamic models as folders that the Hugging Face Hub can hold, and load them.
 
 A folder holds model.safetensors (tensors by their state-dict names), config.json (both shapes, the
-scales, the selection rules) and README.md, the model card. What both models share is stored once.
+scales, the selection rules, what means of skipped experts are of) and README.md, the model card.
+What both models share is stored once.
 The file's metadata names each left-out tensor's twin, as safetensors' own save_model does.
 """
 
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ConfigDict
 from torch import nn
 
@@ -33,6 +35,7 @@ from dmoe_var.models.build import build_strictly
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.moe.selection import selection_from_json, selection_to_json
+from dmoe_var.moe.skipped import SkippedMeans
 
 KIND = "dynamic_var"
 CARD_FILE = "README.md"
@@ -41,6 +44,15 @@ EXPORTED = "dynamic_var"
 """Name that the export stage gives to a saved model's folder."""
 FRAMEWORK = {"format": "pt"}
 """Entry of a file's metadata that the hub's tools look for; the others name shared tensors."""
+
+
+@dataclass(frozen=True)
+class SkippedConfig:
+    """What config.json says of `SkippedMeans`. selection: as in `DynamicVARConfig`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    selection: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class DynamicVARConfig:
     moe: VARConfig
     moe_scales: tuple[int, ...]
     selection: Any = None
+    skipped: SkippedConfig | None = None
+    """Left out if there are no means."""
 
 
 def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
@@ -62,19 +76,25 @@ def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
     Raise CheckpointError if there are other files and no saved model, or if writing fails.
     """
     folder = Path(folder)
+    means, skipped = model.skipped, None
     try:
         selection = selection_to_json(model.selection)
+        if means is not None:
+            skipped = SkippedConfig(selection_to_json(means.selection))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     scales = model.replaced_scales
-    config = DynamicVARConfig(model.dense.config, model.moe.config, scales, selection)
+    config = DynamicVARConfig(model.dense.config, model.moe.config, scales, selection, skipped)
+    content = asdict(config)
+    if skipped is None:
+        del content["skipped"]
     twins = {f"moe.{name}": f"dense.{name}" for name in model.shared_names}
     tensors = {name: t for name, t in model.state_dict().items() if name not in twins}
     try:
         _check_replaceable(folder)
         with whole_folder(folder) as temporary:
             write_tensors(temporary / MODEL_FILE, tensors, FRAMEWORK | twins)
-            write_config(temporary, KIND, asdict(config), library_version=_version())
+            write_config(temporary, KIND, content, library_version=_version())
             (temporary / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from error
@@ -195,17 +215,32 @@ def _load_folder(folder: Path) -> DynamicVAR:
         prefix = f"{name}."
         own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         check_size(shape, own, f"{path}: {name}")
-    both = build_strictly(
-        lambda: nn.ModuleDict({"dense": VAR(config.dense), "moe": VAR(config.moe)}), tensors, path
-    )
+
+    def parts() -> nn.ModuleDict:
+        models = {"dense": VAR(config.dense), "moe": VAR(config.moe)}
+        return nn.ModuleDict({**models, "skipped": _no_means(config)} if config.skipped else models)
+
+    both = build_strictly(parts, tensors, path)
     dense, moe = both["dense"], both["moe"]
     assert isinstance(dense, VAR)
     assert isinstance(moe, VAR)
     try:
         selection = selection_from_json(config.selection)
-        return DynamicVAR(dense, moe, config.moe_scales, selection).eval()
+        model = DynamicVAR(dense, moe, config.moe_scales, selection).eval()
+        if config.skipped is not None:
+            skipped = both["skipped"]
+            assert isinstance(skipped, SkippedMeans)
+            skipped.selection = selection_from_json(config.skipped.selection)
+            model.set_skipped(skipped)
+        return model
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: config: {error}") from error
+
+
+def _no_means(config: DynamicVARConfig) -> SkippedMeans:
+    """Build means of the model's shape, without values."""
+    shape = (config.moe.depth, config.moe.num_experts, config.moe.C)
+    return SkippedMeans({si: torch.empty(shape) for si in config.moe_scales})
 
 
 def _download(

@@ -24,7 +24,7 @@ from dmoe_var.config.stages import (
     SampleConfig,
     SweepConfig,
 )
-from dmoe_var.config_fields import STRICT, PathOrName, Scales, Seed
+from dmoe_var.config_fields import STRICT, PathOrName, Positive, Scales, Seed
 from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data.class_names import class_index
 from dmoe_var.data.config import DataConfig
@@ -68,6 +68,11 @@ class MoEConfig:
     impl: Impl = "auto"
     """Compute path of the experts: auto (the fastest here), native, triton, grouped or
     reference."""
+    skipped: Literal["zero", "mean"] = "zero"
+    """What stands for an expert that does not run: zero, as in the paper, or the mean of its output
+    on the tokens that skip it."""
+    mean_images: Positive = 256
+    """Training images over which these means are taken."""
 
 
 @dataclass(frozen=True)

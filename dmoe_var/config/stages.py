@@ -55,7 +55,8 @@ class SampleConfig:
     pretrained: PathOrName | None = None
     """Source of both models: a DynamicVAR of save_pretrained, as a folder or a name on the hub."""
     selection: Literal["stored", "given"] = "stored"
-    """With pretrained: the rule that is stored with it, or the one given under `selection`."""
+    """With pretrained: the rule and means that are stored with it, or the rule given under
+    `selection`, with the stored means if moe.skipped is mean."""
 
 
 @dataclass(frozen=True)

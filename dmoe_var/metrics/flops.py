@@ -14,7 +14,7 @@ every expert runs, both are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, pstdev
 from typing import Any
@@ -28,11 +28,12 @@ from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram, other_scales
 from dmoe_var.moe.observer import Observer, joined
-from dmoe_var.moe.selection import SelectionRule
+from dmoe_var.moe.selection import All, SelectionRule
 from dmoe_var.sampling.sampler import Call, Labels, generate
 
 SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "adaln")
-"""Parts that make up the total. `ffn`: dense FFNs; `experts`: FFNs that are split into experts."""
+"""Parts that make up the total. `ffn`: dense FFNs; `experts`: FFNs that are split into experts, with
+the means that stand for those that do not run."""
 GIGA = 1e9
 BINS = 20
 
@@ -50,6 +51,8 @@ class FlopReport:
     """Experts that ran, by scale with a selection rule; without rules all of `fixed` ran."""
     score_macs: Mapping[int, int]
     """MACs of the router, or of what a rule has in its place, by scale at which a rule selected."""
+    skipped_macs: Mapping[int, int] = field(default_factory=dict)
+    """MACs of adding means of skipped experts, by scale at which they are added."""
 
     @property
     def num_images(self) -> int:
@@ -71,10 +74,11 @@ class FlopReport:
     @property
     def by_part_and_scale_gmac(self) -> dict[str, tuple[float, ...]]:
         """Mean GMAC of every part but the decoder, by scale."""
-        scales, costs, pairs = range(self.fixed.num_scales), self.fixed.experts, self.pairs
+        scales, pairs = range(self.fixed.num_scales), self.pairs
+        experts = {si: fmean(self._expert_macs(si, pairs[si])) for si in pairs}
         macs: dict[str, Sequence[float]] = {
             **self.fixed.macs,
-            "experts": [fmean(pairs[i]) * costs[i].pair_macs if i in pairs else 0 for i in scales],
+            "experts": [experts.get(si, 0) for si in scales],
             "router": [self.score_macs.get(si, 0) for si in scales],
         }
         return {part: tuple(m / GIGA for m in macs[part]) for part in (*SAMPLER_PARTS, OTHER)}
@@ -162,8 +166,13 @@ class FlopReport:
         return {**totals, **parts, **scales, **shares}
 
     def _expert_gmac_per_image(self, pairs: Mapping[int, Sequence[float]]) -> tuple[float, ...]:
-        macs = [[n * self.fixed.experts[si].pair_macs for n in pairs[si]] for si in pairs]
+        macs = [self._expert_macs(si, pairs[si]) for si in pairs]
         return tuple(sum(image) / GIGA for image in zip(*macs, strict=True))
+
+    def _expert_macs(self, si: int, pairs: Sequence[float]) -> list[float]:
+        """Count the MACs of the experts at a scale, for each image's pairs."""
+        cost, added = self.fixed.experts[si].pair_macs, self.skipped_macs.get(si, 0)
+        return [n * cost + added for n in pairs]
 
 
 def count_flops(
@@ -217,4 +226,9 @@ def report(
                 f"{fixed.branches[si]} rows an image"
             )
     scores = {si: fixed.experts[si].score_macs(rule) for si, rule in rules.items()}
-    return FlopReport(fixed, ran, scores)
+    skipped = {
+        si: fixed.experts[si].skipped_macs
+        for si, rule in rules.items()
+        if not isinstance(rule, All)
+    }
+    return FlopReport(fixed, ran, scores, skipped)

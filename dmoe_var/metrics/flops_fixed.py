@@ -46,6 +46,8 @@ class ExpertCost:
     """Tokens whose experts a rule scores, over all layers and the rows that select."""
     width: int = 0
     num_experts: int = 0
+    skipped_macs: int = 0
+    """MACs of adding the means of skipped experts, if a rule selects: C per pair."""
 
     def score_macs(self, rule: SelectionRule) -> int:
         """Count the MACs of all scores that a rule reads, except an oracle's true norms."""
@@ -104,7 +106,7 @@ def fixed_cost(
         if more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
         if backbone.config.experts is not None:
-            experts[si] = _expert_cost(step, macs["ffn"], share_mask)
+            experts[si] = _expert_cost(step, macs["ffn"], share_mask, model.skipped is not None)
             macs["ffn"] = 0
         scales.append(macs)
     by_part = {part: tuple(macs[part] for macs in scales) for part in FIXED_PARTS}
@@ -169,7 +171,9 @@ def _decoder_macs(vqvae: VQVAE) -> int:
     return _trace(vqvae.decode_f_hat, f_hat_1CHW, vqvae=vqvae)[""].total()
 
 
-def _expert_cost(step: Step, all_experts_macs: int, share_mask: bool) -> ExpertCost:
+def _expert_cost(
+    step: Step, all_experts_macs: int, share_mask: bool, adds_means: bool
+) -> ExpertCost:
     """Count pairs and router MACs of one scale. all_experts_macs: traced cost of its FFNs."""
     backbone, config = step.backbone, step.backbone.config
     num_tokens = config.patch_nums[step.si] ** 2
@@ -184,7 +188,11 @@ def _expert_cost(step: Step, all_experts_macs: int, share_mask: bool) -> ExpertC
     routers = nn.ModuleList(block.ffn.router for block in backbone.blocks)  # type: ignore
     macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
     scored = config.depth * selecting * num_tokens
-    return ExpertCost(num_pairs, pair_macs, macs[""].total(), scored, config.C, config.num_experts)
+    skipped_macs = num_pairs * config.C if adds_means else 0
+    router_macs, width = macs[""].total(), config.C
+    return ExpertCost(
+        num_pairs, pair_macs, router_macs, scored, width, config.num_experts, skipped_macs
+    )
 
 
 def _trace(

@@ -2,13 +2,13 @@
 
 Scale-awareness (DMoE-VAR, section on scale-aware routing): scales outside `moe_scales` run the
 untouched pretrained model, and those inside run the fine-tuned expert model, each with its own
-head. Embeddings are the dense model's. Legend: B batch, l tokens of a scale, L of all, C width,
-V vocabulary, Cvae latent channels.
+head. Embeddings are the dense model's. Legend: B batch, R rows (branches x B), l tokens of a scale,
+L of all, C width, V vocabulary, Cvae latent channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.moe.skipped import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau, resolve_rules
 
 PAPER_MOE_SCALES = (7, 8, 9)
@@ -56,6 +57,8 @@ class DynamicVAR(nn.Module):
     expert. moe_scales rise. Raises ValueError if models, scales or rules do not fit together.
     """
 
+    skipped: SkippedMeans | None
+    """What stands for experts that do not run (`set_skipped`); None: nothing, as in the paper."""
     _selection: Selection = None
 
     def __init__(
@@ -86,6 +89,7 @@ class DynamicVAR(nn.Module):
         self.moe_scales = scales if moe.config.experts else ()
         """Scales at which experts are selected (none if the second model is not split)."""
         self.selection = selection
+        self.set_skipped(None)
 
     @property
     def selection(self) -> Selection:
@@ -96,6 +100,30 @@ class DynamicVAR(nn.Module):
     def selection(self, selection: Selection) -> None:
         rules_of(self, selection=selection)
         self._selection = selection
+
+    def set_skipped(self, means: SkippedMeans | None) -> None:
+        """Let means stand for the experts that do not run, on this model's device and in its dtype.
+        Raise ValueError if they are not of its scales, layers, experts and width, or not finite."""
+        self.register_module("skipped", None)
+        if means is None:
+            return
+        config, like = self.moe.config, self.moe.pos_start
+        if means.scales != self.moe_scales:
+            raise ValueError(
+                f"skipped: means of scales {means.scales}, experts are at {self.moe_scales}"
+            )
+        fitting = (config.depth, config.num_experts, config.C)
+        for si in means.scales:
+            found = means.at(si)
+            if tuple(found.shape) != fitting or not found.is_floating_point():
+                raise ValueError(
+                    f"skipped: means of scale {si} are {tuple(found.shape)}, {found.dtype}; "
+                    f"allowed: {fitting} (layers, experts, width), floating"
+                )
+            if not found.is_meta and not found.isfinite().all():
+                raise ValueError(f"skipped: means of scale {si} are not finite")
+        ours = {si: means.at(si).to(like.device, like.dtype) for si in means.scales}
+        self.skipped = SkippedMeans(ours, means.selection)
 
     def backbone_at(self, si: int) -> VAR:
         """Return the backbone that runs scale si."""
@@ -135,23 +163,47 @@ class DynamicVAR(nn.Module):
         """
         rules = rules_of(self, tau, selection)
         check_impl(impl)
+        given = self.dense.check_teacher(labels_B, teacher_BLC)
+        logits = self.teacher_forced(*given, rules, impl, observer, skipped=self.skipped)
+        return torch.cat(list(logits), dim=1)
+
+    def teacher_forced(
+        self,
+        labels_B: Tensor,
+        teacher_BLC: Tensor,
+        rules: Mapping[int, SelectionRule],
+        impl: str = "auto",
+        observer: Observer | None = None,
+        branches: Sequence[int] | None = None,
+        share_mask: bool = False,
+        skipped: SkippedMeans | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the teacher-forced logits (R, l, V) of scale after scale, as `forward` has them.
+
+        branches: rows per image at each scale (see `plan`); the second half has the null class.
+        share_mask: both halves run the first one's experts. skipped: what stands for the others.
+        """
         in_layers = None if observer is None else observer.in_layers()
-        labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
-        cond_BC = self.condition(labels_B)
-        passes, plan = Passes(cond_BC, len(labels_B)), self.plan()
-        first_l = plan[0].tokens.stop
-        logits = []
+        plan = self.plan(branches)
+        null_B = torch.full_like(labels_B, self.config.num_classes)
+        cond_RC = self.condition(torch.cat([labels_B, null_B][: plan[0].branches]))
+        passes, first_l = Passes(cond_RC, len(labels_B)), plan[0].tokens.stop
         for step in plan:
             si, tokens = step.si, step.tokens
             if si == 0:
-                x_BlC = self.embed_start(cond_BC)
+                x_RlC = self.embed_start(cond_RC)
             else:
                 given_BlC = teacher_BLC[:, tokens.start - first_l : tokens.stop - first_l]
-                x_BlC = self.embed_scale(given_BlC, si)
-            routing = Routing(rules[si], si, impl, in_layers) if si in rules else None
+                x_RlC = self.embed_scale(given_BlC, si).repeat(step.branches, 1, 1)
+            routing = None
+            if si in rules:
+                sharing = step.branches if share_mask else 1
+                means_KEC = None if skipped is None else skipped.at(si)
+                routing = Routing(
+                    rules[si], si, impl, in_layers, sharing=sharing, means_KEC=means_KEC
+                )
             passes.begin(step)
-            logits.append(passes.run(step, x_BlC, routing))
-        return torch.cat(logits, dim=1)
+            yield passes.run(step, x_RlC, routing)
 
     @property
     def shared_names(self) -> tuple[str, ...]:

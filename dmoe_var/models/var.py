@@ -152,6 +152,8 @@ class VAR(nn.Module):
     attn_bias_for_masking: Tensor
     selection: ClassVar[None] = None
     """A VAR has no selection rule of its own: if none is given, every expert runs."""
+    skipped: ClassVar[None] = None
+    """Nothing stands for experts that do not run."""
 
     def __init__(self, config: VARConfig):
         super().__init__()

@@ -20,6 +20,7 @@ from dmoe_var.moe.observer import Routed
 from dmoe_var.moe.router import Router, default_hidden
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import All
+from dmoe_var.moe.skipped import add_means
 from dmoe_var.ops import activated_linear, activation, linear
 
 
@@ -95,6 +96,8 @@ class MoEFFN(nn.Module):
                 observer.on_part("experts", routing.si)
             x_NC, mask_NE = x_BLC.flatten(0, 1), mask_BLE.flatten(0, 1)
             out_NC = run_experts(x_NC, mask_NE, self.weights, self.act, routing.impl)
+            if routing.means_KEC is not None:
+                out_NC = add_means(out_NC, mask_NE, routing.means_KEC[routing.layer])
             out_BLC = out_NC.view_as(x_BLC)
         if routing is not None and observer is not None:
             si, layer = routing.si, routing.layer

@@ -1,6 +1,6 @@
 """What the sampler hands down to the expert FFNs of a scale.
 
-Legend: B batch, L tokens, C width, E experts.
+Legend: B batch, L tokens, C width, E experts, K layers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Routing:
     sharing: int = 1
     """Number of equal parts of the batch that all run the experts that the first one selects."""
     layer: int = 0
-    """Set only if the rule differs by layer or somebody observes."""
+    """Set only if the rule or the means differ by layer, or somebody observes."""
+    means_KEC: Tensor | None = None
+    """What stands for experts that do not run (see `moe.skipped`); None adds nothing."""
 
     def at(self, layer: int) -> Routing:
         """Return the routing of one layer."""
         rule = self.rule.at(layer)
-        if rule is self.rule and self.observer is None:
+        if rule is self.rule and self.observer is None and self.means_KEC is None:
             return self
         return replace(self, rule=rule, layer=layer)

@@ -19,7 +19,7 @@ from dmoe_var.errors import DataError
 from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
-from dmoe_var.moe.selection import SelectionRule, Threshold, recorded_selection
+from dmoe_var.moe.selection import SelectionRule, Threshold, describe, recorded_selection
 from dmoe_var.moe.tau_schedule import by_scale
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -52,6 +52,8 @@ class Measured:
     cfg: float | Sequence[float]
     fidelity: str
     row: Mapping[str, Any]
+    skipped: str = "zero"
+    """What stood for experts that did not run (`moe.skipped`)."""
 
 
 def save_pretrained(model: DynamicVAR, folder: str | Path, records: Records = ()) -> None:
@@ -133,6 +135,8 @@ def _shown_selection(model: DynamicVAR) -> str:
     for si, rule in rules_of(model).items():
         values = [f"{f.name} {_shown_value(getattr(rule, f.name))}" for f in fields(rule)]  # type: ignore[arg-type]
         shown.append(" ".join([f"scale {si}: {type(rule).__name__}", *values]))
+    if model.skipped is not None:
+        shown.append(f"skipped experts add their means under {describe(model.skipped.selection)}")
     return "; ".join(shown) or "every expert"
 
 
@@ -183,7 +187,8 @@ def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
 
 def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
     """Tell whether a setting has the scales and rules that the model is stored with."""
-    if not measured.rules or measured.scales != model.moe_scales:
+    skipped = "zero" if model.skipped is None else "mean"
+    if not measured.rules or (measured.scales, measured.skipped) != (model.moe_scales, skipped):
         return False
     rules = by_scale("tau", measured.rules, model.config.num_scales, measured.scales)
     return rules == list(rules_of(model).values())
@@ -228,6 +233,7 @@ def _evaluated(records: Sequence[Record]) -> Measured:
         cfg=config["sampling.cfg"],
         fidelity=first.about["fidelity"],
         row=joined(records),
+        skipped=config.get("moe.skipped", "zero"),
     )
 
 
@@ -245,6 +251,7 @@ def _swept(record: Record) -> Iterator[Measured]:
                 cfg=record.config["sampling.cfg"],
                 fidelity=record.about["fidelity"],
                 row=row,
+                skipped=record.config.get("moe.skipped", "zero"),
             )
 
 

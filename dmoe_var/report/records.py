@@ -184,7 +184,8 @@ def setting_of(config: Mapping[str, Any]) -> tuple[str, str, str]:
     rule, values = selection.kind, selection.values
     several = "," in values or ";" in values
     method = ("lists" if several else "last") if rule.proposed else rule.name
-    return method, f"{rule.label}, scales {scales}", values.replace(",", ", ") or rule.name
+    means = ", means of skipped experts" if config.get("moe.skipped") == "mean" else ""
+    return method, f"{rule.label}, scales {scales}{means}", values.replace(",", ", ") or rule.name
 
 
 def mean_of(records: Sequence[Record], metric: str) -> float | None:

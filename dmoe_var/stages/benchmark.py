@@ -36,11 +36,13 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
+from dmoe_var.moe.skipped import SkippedMeans
 from dmoe_var.sampling.guidance import text
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.kernels import run_kernels
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.skipped import let_means_stand
 
 OURS, PUBLISHED = "dense", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
@@ -66,6 +68,7 @@ class Task:
     moe_scales: tuple[int, ...] = ()
     selection: Selection = None
     impl: str = "auto"
+    skipped: SkippedMeans | None = None
     compiled: bool = False
 
     def load(self) -> tuple[VAR | DynamicVAR, VQVAE]:
@@ -75,6 +78,7 @@ class Task:
         if self.moe:
             assert isinstance(model, VAR)
             model = DynamicVAR(model, load_var(self.moe, vqvae), self.moe_scales)
+            model.set_skipped(self.skipped)
         dtype = self.sampling.torch_dtype
         return model.to(self.device, dtype), vqvae.to(self.device, dtype)
 
@@ -335,6 +339,7 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
             selection=selection,
             impl=config.moe.impl,
         )
+        dynamic = replace(dynamic, skipped=_means(experiment, dynamic))
         flops = dynamic.flops()
         cases.append(Case(f"dynamic_{name}", "dynamic", tau, dynamic, flops))
         if benchmark.random_masks:  # of the same density
@@ -352,6 +357,17 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
     if benchmark.published is not None:
         cases.append(replace(dense, name=PUBLISHED, model="published"))
     return cases
+
+
+def _means(experiment: Experiment, dynamic: Task) -> SkippedMeans | None:
+    """Get what stands for the experts that a sampler skips, on the CPU; None for nothing."""
+    if experiment.config.moe.skipped == "zero":
+        return None
+    model, vqvae = dynamic.load()
+    assert isinstance(model, DynamicVAR)
+    let_means_stand(Models(experiment), experiment, model, vqvae, dynamic.selection)
+    assert model.skipped is not None
+    return model.skipped.cpu()
 
 
 def _selections(experiment: Experiment) -> list[tuple[str, float | None, Selection]]:
@@ -384,6 +400,14 @@ def _check_published(folder: str, sources: Mapping[str, str]) -> None:
             )
 
 
+def refuse(config: Config) -> None:
+    """Raise ConfigError for kernels with means, which no kernel adds."""
+    if config.benchmark.kernels and config.moe.skipped == "mean":
+        raise ConfigError(
+            "moe.skipped=mean: benchmark.kernels=true times experts alone; allowed: zero"
+        )
+
+
 def reads(config: Config, ours: Config) -> Keys:
     """Declare what is timed. Random weights come from no file; a dense model runs no expert."""
     benchmark = config.benchmark
@@ -398,4 +422,4 @@ def needs(config: Config) -> Keys:
     return ("train_router",) if config.benchmark.dynamic else ()
 
 
-STAGE = Stage("benchmark", run, reads, needs, one_process=True, always_runs=True)
+STAGE = Stage("benchmark", run, reads, needs, refuse=refuse, one_process=True, always_runs=True)

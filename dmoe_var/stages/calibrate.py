@@ -15,8 +15,9 @@ from dmoe_var.calibration import rivals
 from dmoe_var.calibration.calibrate import Plan, Taus, taus_for
 from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import from_main, is_main
-from dmoe_var.errors import InputError
+from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import calibration as figure
@@ -251,6 +252,14 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
     return compared
 
 
+def refuse(config: Config) -> None:
+    """Raise ConfigError for budgets that cannot be compared, and for means of skipped experts,
+    which every tau that is tried would need anew."""
+    rivals.check(config.calibrate.budgets)
+    if config.moe.skipped == "mean":
+        raise ConfigError("moe.skipped=mean: tau is calibrated without means; allowed here: zero")
+
+
 STAGE = Stage(
     "calibrate",
     run,
@@ -259,5 +268,5 @@ STAGE = Stage(
     one_process=True,
     reads_pictures=True,
     always_runs=lambda config: config.calibrate.budget_ms is not None,  # it times this very machine
-    refuse=lambda config: rivals.check(config.calibrate.budgets),
+    refuse=refuse,
 )

@@ -6,25 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import is_main
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import require
 from dmoe_var.experiment.record import Record
-from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.view import OPTIONAL, within
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
 from dmoe_var.report.records import found
 from dmoe_var.stages.parts import loaded
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.skipped import let_means_stand
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""
 
 
 def run(experiment: Experiment) -> StageResult:
-    """Write dynamic_var/, with `selection` as what runs by default."""
+    """Write dynamic_var/, with `selection` as what runs by default, and means of what it skips if
+    `moe.skipped` asks for them."""
     model = loaded.dynamic(experiment)
     model.selection = experiment.config.selection.rules()
+    if experiment.config.moe.skipped == "mean":
+        vqvae = loaded.vqvae(experiment)
+        let_means_stand(Models(experiment), experiment, model, vqvae, model.selection)
     records = [require(experiment, stage) for stage in MAKING] + measured(experiment)
     folder = experiment.folder("export") / FOLDER
     about = {"folder": FOLDER, "records": [f"{r.stage}/{r.variant}" for r in records]}
@@ -52,9 +58,12 @@ def measured(experiment: Experiment) -> list[Record]:
 
 def _is_ours(experiment: Experiment, record: Record) -> bool:
     model = record.config.get("evaluate.model")
-    if record.stage == "sweep" or model == "dense":
+    if model == "dense":
         return True
-    return model != "pruned" and _rule(record.config) == _rule(experiment.whole.leaves)
+    if record.config.get("moe.skipped", "zero") != experiment.whole.moe.skipped:
+        return False
+    alike = _rule(record.config) == _rule(experiment.whole.leaves)
+    return record.stage == "sweep" or (model != "pruned" and alike)
 
 
 def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,4 +75,10 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("export", run, reads=(*EXPERTS, "export"), needs=("train_router",), always_runs=True)
+def reads(config: Config, ours: Config) -> Keys:
+    """Declare the keys; means of skipped experts are of what the sampler runs."""
+    means = ("sampling",) if config.moe.skipped == "mean" else ()
+    return (*EXPERTS, "export", *means)
+
+
+STAGE = Stage("export", run, reads, needs=("train_router",), always_runs=True)

@@ -21,6 +21,7 @@ from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.skipped import get_means, let_means_stand
 
 MAPS_FILE = "maps.npz"
 CHOSEN = "chosen"
@@ -32,8 +33,10 @@ def run(experiment: Experiment) -> StageResult:
     config, maps = experiment.config, experiment.config.maps
     shown = {CHOSEN: config.selection, **{f"{t:g}": SelectionConfig(tau=(t,)) for t in maps.tau}}
     labels = list(range(min(maps.images, config.var.num_classes)))
+    models = Models(experiment)
+    get_means(models, experiment, [each.rules() for each in shown.values()])
     if is_main():
-        models, arrays = Models(experiment), dict[str, np.ndarray]()
+        arrays = dict[str, np.ndarray]()
         for i, selection in enumerate(shown.values()):
             found = collect_maps(experiment, models, labels, selection.rules(), maps.seed)
             arrays |= {f"images_{i}": found.images, f"maps_{i}": found.maps}
@@ -54,9 +57,11 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
 def collect_maps(
     experiment: Experiment, models: Models, labels: Sequence[int], selection: Selection, seed: int
 ) -> ExpertMaps:
-    """Sample one image per label and map it at `moe.scales`."""
+    """Sample one image per label and map it at `moe.scales`. If several processes run, all get the
+    means of the selection before (`get_means`)."""
     config = experiment.config
     model = DynamicVAR(models.dense, models.experts, config.moe.scales)
+    let_means_stand(models, experiment, model, models.vqvae, selection)
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(
         model,

@@ -33,6 +33,7 @@ from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, refuse_given_samples
 from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.skipped import get_means, let_means_stand
 
 REPORT_FILE = "report.html"
 MB = 1e6
@@ -42,10 +43,12 @@ PICTURES = 4
 
 def run(experiment: Experiment) -> StageResult:
     """Write report.html. The main process samples its few pictures."""
-    return from_main(_write(experiment) if is_main() else StageResult({}))
+    bench = Bench(experiment)
+    get_means(bench, experiment, map(Threshold, experiment.config.report.tau))
+    return from_main(_write(experiment, bench) if is_main() else StageResult({}))
 
 
-def _write(experiment: Experiment) -> StageResult:
+def _write(experiment: Experiment, bench: Bench) -> StageResult:
     config = experiment.config
     data: dict[str, Any] = {"about": _about(config), "stages": stages(experiment)}
     data["quality"] = Curves(experiment).shown()
@@ -55,7 +58,7 @@ def _write(experiment: Experiment) -> StageResult:
             f"report.max_mb={config.report.max_mb:g}: the page takes {without / MB:.1f} MB without "
             "its microscope; allow more, or lower report.grid_images or report.grid_side"
         )
-    data["microscope"] = _microscope(experiment, config.report.max_mb * MB - without)
+    data["microscope"] = _microscope(experiment, bench, config.report.max_mb * MB - without)
     text = page.build(f"DMoE-VAR: {config.name}", data)
     write_text(experiment.folder("report") / REPORT_FILE, text)
     pictures = len(data["microscope"]["pictures"])
@@ -87,10 +90,11 @@ def _about(config: Config) -> dict[str, Any]:
     }
 
 
-def _microscope(experiment: Experiment, budget: float) -> dict[str, Any]:
+def _microscope(experiment: Experiment, bench: Bench, budget: float) -> dict[str, Any]:
     """Record costs and, in order, as many of the pictures as fit into `budget` bytes."""
-    config, bench = experiment.config, Bench(experiment)
+    config = experiment.config
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
+    let_means_stand(bench, experiment, model, bench.vqvae, Threshold(config.report.tau[0]))
     fixed = fixed_cost(model, bench.vqvae, **config.sampling.counted)
     names = class_names(config.data.kind, config.var.num_classes)
     experts = config.var.hidden // config.split.expert_size
@@ -120,12 +124,13 @@ def _microscope(experiment: Experiment, budget: float) -> dict[str, Any]:
 
 def costs(fixed: FixedCost, dense: FixedCost) -> dict[str, Any]:
     """Count GMAC of an image without its experts, of a (token, expert) pair by sparse scale, and of
-    the dense model's image. The sampler's parts count, the decoder does not."""
+    the dense model's image. The sampler's parts count, the decoder does not. Means of skipped
+    experts cost the same whatever runs."""
     always, everything = (
         sum(sum(cost.macs[part]) for part in SAMPLER_PARTS if part in cost.macs)
         for cost in (fixed, dense)
     )
-    routers = sum(cost.router_macs for cost in fixed.experts.values())
+    routers = sum(cost.router_macs + cost.skipped_macs for cost in fixed.experts.values())
     return {
         "branches": max(fixed.branches[si] for si in fixed.experts),
         "fixed_gmac": (always + routers) / GIGA,
@@ -159,6 +164,7 @@ def _picture(
     drawn = []
     for tau in given.tau:
         rule, counts = Threshold(tau), ExpertCounts()
+        let_means_stand(bench, experiment, model, bench.vqvae, rule)
         image = _draw(experiment, bench, model, index, label, rule, counts)
         rules = dict.fromkeys(config.moe.scales, rule)
         cost = report(fixed, ExpertHistogram.of(counts, rules, 1), rules)

@@ -35,7 +35,8 @@ from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts import loaded
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.skipped import let_means_stand
 
 MOST_CLASSES = 10  # sampled if `sample.classes` is null
 GRID_FILE = "grid.png"
@@ -154,10 +155,12 @@ def run(experiment: Experiment) -> StageResult:
     vqvae = loaded.vqvae(experiment).to(config.sampling.torch_dtype)
     panels = {}
     about: dict[str, object] = {"grid": GRID_FILE, "seeds": list(pictures.seeds)}
-    for name, drawer in _drawers(experiment).items():
+    for name, drawer in _drawers(experiment, vqvae).items():
         images = _draw(experiment, drawer, vqvae, pictures, name)
         panels[drawer.title] = images
         about[name] = drawer.title
+        if drawer.model.skipped is not None:
+            about["means_of"] = describe(drawer.model.skipped.selection)
         about.setdefault("samples", f"{name}/{SAMPLES_FILE}")
         if is_main():
             _write(images, pictures, folder / name, config.sample.single_pngs)
@@ -168,7 +171,7 @@ def run(experiment: Experiment) -> StageResult:
     return StageResult({}, len(pictures.cells), about, pictures.seeds[0], config.sampling.dtype)
 
 
-def _drawers(experiment: Experiment) -> dict[str, Drawer]:
+def _drawers(experiment: Experiment, vqvae: VQVAE) -> dict[str, Drawer]:
     """Load the models to sample from, by the name of their folder."""
     config, sample = experiment.config, experiment.config.sample
     dtype, stored = config.sampling.torch_dtype, None
@@ -180,6 +183,10 @@ def _drawers(experiment: Experiment) -> dict[str, Drawer]:
         dynamic = stored or DynamicVAR(dense, loaded.split(experiment).to(dtype), config.moe.scales)
         own = stored is not None and sample.selection == "stored"
         rules: Selection = dynamic.selection if own else config.selection.rules()
+        if stored is None:
+            let_means_stand(Models(experiment), experiment, dynamic, vqvae, rules)
+        elif not own and config.moe.skipped == "zero":
+            dynamic.set_skipped(None)
         drawers["dynamic"] = Drawer(dynamic, f"DMoE-VAR, {describe(rules)}", rules, config.moe.impl)
     return drawers
 
@@ -199,6 +206,10 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
             raise CheckpointError(
                 f"{source}: {name} is {theirs}, the configuration says var.{name}={ours}"
             )
+    if "dynamic" in _models(config) and config.moe.skipped == "mean" and model.skipped is None:
+        raise CheckpointError(
+            f"{source}: moe.skipped=mean, but it holds no means of skipped experts; allowed: zero"
+        )
     if config.sample.selection == "given" and "dynamic" in _models(config):
         shape, given = model.moe.config, config.selection
         scales = (shape.num_scales, model.moe_scales)

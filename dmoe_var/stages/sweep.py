@@ -29,6 +29,7 @@ from dmoe_var.sampling import guidance
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
+from dmoe_var.stages.parts.skipped import get_means
 
 GRID_CLASSES = 10  # columns of samples.png, one per class
 GRID_ROWS = 6  # its images per class
@@ -119,6 +120,7 @@ def run(experiment: Experiment) -> StageResult:
         row["flops_saved"] = 1 - row["flops_gmac"] / dense["flops_gmac"]
         row["fid_change"] = row["fid_mean"] / dense["fid_mean"] - 1
     fid_name = records[0].about["fidelity"]
+    get_means(bench, experiment, [taus.rules() for taus in _mapped(experiment).values()])
     if is_main():
         _draw(experiment, bench, rows, fid_name)
     barrier()
@@ -165,6 +167,7 @@ def _draw(
     title = (
         f"{config.name}: {config.evaluate.num_samples} images a point, "
         f"{len(config.sweep.seeds)} seed(s), cfg {guidance.text(config.sampling.cfg)}"
+        f"{', means of skipped experts' if config.moe.skipped == 'mean' else ''}"
     )
     fid_over_flops.draw(curves_of(rows), fid_name, title, "", folder / "fid_over_flops.png")
     write_text(folder / "table.md", table(rows, fid_name) + "\n")
@@ -181,13 +184,23 @@ def _draw(
         f"DMoE-VAR, tau {', '.join(f'{t:g}' for t in tau)}": _first_images(dynamic),
     }
     sample_grid.draw(panels, min(GRID_CLASSES, config.var.num_classes), folder / "samples.png")
-    twice = tuple(min(1.0, 2 * value) for value in tau)
     labels = list(range(min(MAP_IMAGES, config.var.num_classes)))
     by_tau = {
-        name: collect_maps(experiment, bench, labels, SelectionConfig(tau=taus).rules(), seed)
-        for name, taus in (("tau 0", (0.0,)), ("chosen tau", tau), ("twice that", twice))
+        name: collect_maps(experiment, bench, labels, taus.rules(), seed)
+        for name, taus in _mapped(experiment).items()
     }
     expert_maps.draw(by_tau, list(config.moe.scales), folder / "expert_maps.png")
+
+
+def _mapped(experiment: Experiment) -> dict[str, SelectionConfig]:
+    """List the selections whose maps are plotted, by name; none without an operating point."""
+    sweep = experiment.config.sweep
+    if sweep.chosen is None:
+        return {}
+    tau = sweep.lists[sweep.chosen]
+    twice = tuple(min(1.0, 2 * value) for value in tau)
+    shown = {"tau 0": (0.0,), "chosen tau": tau, "twice that": twice}
+    return {name: SelectionConfig(tau=taus) for name, taus in shown.items()}
 
 
 def _first_images(point_experiment: Experiment) -> np.ndarray:

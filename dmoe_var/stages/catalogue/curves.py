@@ -224,6 +224,17 @@ def guidance(experiment: Experiment) -> Figure:
     return _beside_dense("where guidance ends", [dense, always, ends], [claim])
 
 
+@figure("skipped")
+def skipped(experiment: Experiment) -> Figure:
+    """Compare experts whose mean output stands for them when they do not run, with nothing."""
+    nothing, means = (
+        _over_tau(experiment, name, "last", {"moe.skipped": what}, shade)
+        for name, what, shade in (("nothing", "zero", 0.3), ("their mean", "mean", 1.0))
+    )
+    claim = Claim("the mean of skipped experts is better than nothing", means.name, nothing.name)
+    return _beside_dense("what stands for skipped experts", [nothing, means], [claim])
+
+
 def _over_tau(
     experiment: Experiment,
     name: str,

@@ -20,6 +20,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import EXPERTS, Models, token_sets
+from dmoe_var.stages.parts.skipped import let_means_stand
 
 PRUNING_FILE = "pruning.json"
 IMAGES_AT_ONCE = 16
@@ -63,13 +64,21 @@ class Dynamic(Dense):
     def load(self, models: Models, experiment: Experiment) -> DynamicVAR:
         dense = models.var_of(experiment, "train_var")
         (stage,) = self.needs(experiment.config)
-        return DynamicVAR(dense, models.var_of(experiment, stage), experiment.config.moe.scales)
+        model = DynamicVAR(dense, models.var_of(experiment, stage), experiment.config.moe.scales)
+        vqvae, selection = models.vqvae_of(experiment), experiment.config.selection.rules()
+        let_means_stand(models, experiment, model, vqvae, selection)
+        return model
 
     def sampled_by(self, config: Config) -> dict[str, Any]:
         return {"selection": config.selection.rules(), "impl": config.moe.impl}
 
+    def about(self, models: Models, experiment: Experiment) -> dict[str, Any]:
+        config = experiment.config
+        return {} if config.moe.skipped == "zero" else {"means_of": config.selection.text}
+
     def text(self, config: Config) -> str:
-        return f"{config.selection.text} at scales {_scales(config)}"
+        means = "" if config.moe.skipped == "zero" else " with means"
+        return f"{config.selection.text}{means} at scales {_scales(config)}"
 
 
 class Pruned(Dense):
