@@ -32,7 +32,7 @@ from dmoe_var.moe.selection import All, SelectionRule
 from dmoe_var.sampling.sampler import Call, Labels, generate
 
 SAMPLER_PARTS = ("qkv_proj", "attention", "ffn", "experts", "router", "head", "adaln")
-"""Parts that make up the total. `ffn`: dense FFNs; `experts`: FFNs that are split into experts, with
+"""Parts that make up the total. `ffn`: dense FFNs; `experts`: FFNs that are split into experts, and
 the means that stand for those that do not run."""
 GIGA = 1e9
 BINS = 20
@@ -226,9 +226,5 @@ def report(
                 f"{fixed.branches[si]} rows an image"
             )
     scores = {si: fixed.experts[si].score_macs(rule) for si, rule in rules.items()}
-    skipped = {
-        si: fixed.experts[si].skipped_macs
-        for si, rule in rules.items()
-        if not isinstance(rule, All)
-    }
-    return FlopReport(fixed, ran, scores, skipped)
+    adding = [si for si, rule in rules.items() if not isinstance(rule, All)]
+    return FlopReport(fixed, ran, scores, {si: fixed.experts[si].skipped_macs for si in adding})

@@ -78,6 +78,8 @@ WRONG = [
     ({"progress": 2}, ("progress=2", "boolean")),
     ({"run_dir": 3}, ("run_dir=3", "string")),
     ({"moe.scales": 4}, ("moe.scales=4", "array")),
+    ({"moe.skipped": "means"}, ("moe.skipped='means'", "'zero' or 'mean'")),
+    ({"moe.mean_images": 0}, ("moe.mean_images=0", "greater than 0")),
     ({"selection.tau": "high"}, ("selection.tau='high'",)),
     # ranges
     ({"seed": -1}, ("seed=-1", "greater than or equal to 0")),

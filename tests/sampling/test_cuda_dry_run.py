@@ -18,6 +18,7 @@ from dmoe_var.errors import InputError
 from dmoe_var.models.var import check_labels
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.skipped import SkippedMeans
 from dmoe_var.sampling.draw import Drawing
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.sampling_time import sampling
@@ -76,10 +77,17 @@ def both(request, tiny_models, cuda_dry_run):
         (False, {"impl": "reference", "tau": 0.4, "adaln_every_scale": True}, {}),
         (False, {"impl": "grouped", "tau": 0.4, "cfg": 0.0}, GROUPED),
         (False, {"impl": "auto", "tau": 0.4}, {}),  # experts are one operator, not looked into
+        (False, {"impl": "reference", "tau": 0.4, "means": True}, {}),
     ],
-    ids=["dense", "dense unguided", "reference", "grouped unguided", "auto"],
+    ids=["dense", "dense unguided", "reference", "grouped unguided", "auto", "means"],
 )
 def test_images(both, cuda_dry_run, dense, options, more_waits):
+    options = dict(options)
+    means = {si: torch.linspace(-1, 1, 1024).view(2, 8, 64) for si in (2, 3)}
+    skipped = SkippedMeans(means) if options.pop("means", False) else None
+    with cuda_dry_run():
+        for model, _ in both:
+            model.set_skipped(skipped)
     here, there = ((model.dense if dense else model, vqvae) for model, vqvae in both)
     counts, counts_there = ExpertCounts(), ExpertCounts()
     on_cpu = generate(*here, LABELS, observer=counts, **options)

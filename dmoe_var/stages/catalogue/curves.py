@@ -1,4 +1,5 @@
-"""Make figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours: rules, calibration, accounting."""
+"""Make figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours: rules, calibration, guidance,
+skipped, accounting."""
 
 from __future__ import annotations
 
@@ -196,6 +197,17 @@ def calibration(experiment: Experiment) -> Figure:
     )
 
 
+@figure("skipped")
+def skipped(experiment: Experiment) -> Figure:
+    """Compare experts whose mean output stands for them when they do not run, with nothing."""
+    nothing, means = (
+        _over_tau(experiment, name, "last", {"moe.skipped": what}, shade)
+        for name, what, shade in (("nothing", "zero", 0.3), ("their mean", "mean", 1.0))
+    )
+    claim = Claim("the mean of skipped experts is better than nothing", means.name, nothing.name)
+    return _beside_dense("what stands for skipped experts", [nothing, means], [claim])
+
+
 @figure("accounting")
 def accounting(experiment: Experiment) -> Figure:
     """Show what counting does to the axis."""
@@ -222,17 +234,6 @@ def guidance(experiment: Experiment) -> Figure:
     claim = Claim("the last three scales need no guidance", better=ends.name, worse=always.name)
     dense = dense_curve("dense, unguided at the last three", early, 0.5)
     return _beside_dense("where guidance ends", [dense, always, ends], [claim])
-
-
-@figure("skipped")
-def skipped(experiment: Experiment) -> Figure:
-    """Compare experts whose mean output stands for them when they do not run, with nothing."""
-    nothing, means = (
-        _over_tau(experiment, name, "last", {"moe.skipped": what}, shade)
-        for name, what, shade in (("nothing", "zero", 0.3), ("their mean", "mean", 1.0))
-    )
-    claim = Claim("the mean of skipped experts is better than nothing", means.name, nothing.name)
-    return _beside_dense("what stands for skipped experts", [nothing, means], [claim])
 
 
 def _over_tau(

@@ -49,6 +49,11 @@ CURVES = {
         "one tau, last scales": over_tau(),
         "chosen tau a scale": [CHOSEN],
     },
+    "skipped": {
+        "dense VAR": [DENSE],
+        "nothing": over_tau(**{"moe.skipped": "zero"}),
+        "their mean": over_tau(**{"moe.skipped": "mean"}),
+    },
     "rules": {
         "dense VAR": [DENSE],
         "Eq. 3": over_tau(),
