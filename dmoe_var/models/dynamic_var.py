@@ -89,7 +89,7 @@ class DynamicVAR(nn.Module):
         self.moe_scales = scales if moe.config.experts else ()
         """Scales at which experts are selected (none if the second model is not split)."""
         self.selection = selection
-        self.set_skipped(None)
+        self.register_module("skipped", None)
 
     @property
     def selection(self) -> Selection:
@@ -104,8 +104,8 @@ class DynamicVAR(nn.Module):
     def set_skipped(self, means: SkippedMeans | None) -> None:
         """Let means stand for the experts that do not run, on this model's device and in its dtype.
         Raise ValueError if they are not of its scales, layers, experts and width, or not finite."""
-        self.register_module("skipped", None)
         if means is None:
+            self.skipped = None
             return
         config, like = self.moe.config, self.moe.pos_start
         if means.scales != self.moe_scales:

@@ -187,7 +187,8 @@ def _drawers(experiment: Experiment, vqvae: VQVAE) -> dict[str, Drawer]:
             let_means_stand(Models(experiment), experiment, dynamic, vqvae, rules)
         elif not own and config.moe.skipped == "zero":
             dynamic.set_skipped(None)
-        drawers["dynamic"] = Drawer(dynamic, f"DMoE-VAR, {describe(rules)}", rules, config.moe.impl)
+        how = describe(rules) + ("" if dynamic.skipped is None else " with means")
+        drawers["dynamic"] = Drawer(dynamic, f"DMoE-VAR, {how}", rules, config.moe.impl)
     return drawers
 
 
