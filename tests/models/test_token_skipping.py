@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -67,9 +68,8 @@ def far_from_mean(x_lC):
 @pytest.mark.parametrize("measure", ["distance", "router"])
 def test_a_block(dynamic, measure):
     """Against its equations in float64, row by row and token by token."""
-    var, torch_seed = dynamic.moe, torch.Generator().manual_seed(0)
-    block, C, H = var.blocks[1].double(), 64, 2
-    draw = lambda *shape: torch.randn(*shape, generator=torch_seed, dtype=torch.float64)  # noqa: E731
+    block, C, H = copy.deepcopy(dynamic.moe.blocks[1]).double(), 64, 2
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x_RlC, mod, earlier = draw(2, 9, C), draw(2, 1, 6, C), draw(2, 2, 4, C)
     past_k, past_v = draw(2, 2, H, 3, C // H)
     cache = KVCache((2, 2, H, 20, C // H), like=x_RlC)
@@ -103,7 +103,6 @@ def test_a_block(dynamic, measure):
             hidden = [F.relu(ffn.w1_EDC[e] @ h[i] + ffn.b1_ED[e]) @ ffn.w2_EDC[e] for e in runs]
             fed[i] = sum(hidden) + ffn.b2_C
         assert_close(found[row], x + gamma2 * fed, rtol=0, atol=1e-10)
-    var.float()
 
 
 @pytest.mark.parametrize("options", [{}, {"tau": 0.5}, {"selection": Random(2)}], ids=str)

@@ -1,11 +1,11 @@
-"""Where token skipping is refused before any work, and where it says nothing."""
+"""Where token skipping is refused before any work."""
 
 from __future__ import annotations
 
 import pytest
 
 from dmoe_var.errors import ConfigError
-from dmoe_var.experiment.stage import STAGES, find
+from dmoe_var.experiment.stage import find
 
 ON = {"sampling.skipping.ratios": [0, 0, 0.5, 0.5], "sampling.skipping.first_layer": 0}
 BY_ROUTER = {**ON, "sampling.skipping.measure": "router"}
@@ -41,18 +41,3 @@ def test_where_it_is_refused(make_experiment, stage, changes, message):
         find(stage).check(config)
     assert str(caught.value).startswith(message)
     assert "allowed here: " in str(caught.value)
-
-
-def test_without_ratios_it_says_nothing(make_experiment):
-    """Neither in names of variants nor in what makes a stage done; with them, where one samples."""
-    plain, off, on = (
-        make_experiment(changes=each)
-        for each in ({}, {"sampling.skipping.first_layer": 0, "sampling.skipping.source": 1}, ON)
-    )
-    for stage in STAGES:
-        assert off.variant(stage) == plain.variant(stage)
-        assert off.fingerprint(stage) == plain.fingerprint(stage)
-    samples = {"sample", "evaluate", "sweep", "calibrate", "maps", "report", "benchmark", "figures"}
-    differ = {stage for stage in STAGES if on.fingerprint(stage) != plain.fingerprint(stage)}
-    assert differ == samples
-    assert "ratios=0.0-0.0-0.5-0.5" in on.variant("evaluate")
