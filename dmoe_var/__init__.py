@@ -11,6 +11,7 @@ from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, VARConfig, build_models
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
@@ -25,6 +26,7 @@ __all__ = [
     "Oracle",
     "Random",
     "Threshold",
+    "TokenSkipping",
     "TopK",
     "VARConfig",
     "VQVAEConfig",

@@ -12,6 +12,7 @@ import operator
 import reprlib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from numbers import Real
 from typing import Any
@@ -131,7 +132,9 @@ def _adapters(cls: type) -> Mapping[str, TypeAdapter[Any]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     finite = ConfigDict(allow_inf_nan=False)
     names: Iterable[str] = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    return {name: TypeAdapter(hints[name], config=finite) for name in names}
+    # A section within a section says for itself what it allows.
+    configs = {name: None if is_dataclass(hints[name]) else finite for name in names}
+    return {name: TypeAdapter(hints[name], config=config) for name, config in configs.items()}
 
 
 def _is_array(value: Any) -> bool:

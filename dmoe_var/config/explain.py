@@ -69,10 +69,17 @@ def explained(values: Mapping[str, Any], reads: Collection[str]) -> str:
         if section != last:
             lines += ["", f"{section}: # {texts[section]}"]
             last = section
-        value = (values.get(section, {}) if section else values).get(name)
+        value = _at(values, section).get(name)
         shown = value if isinstance(value, str) else json.dumps(value)
         lines.append(f"{'  ' if section else ''}{name}: {shown} # {text}")
     return "\n".join(lines)
+
+
+def _at(values: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """Look up a section by its dotted name; {} if it is not there."""
+    for name in section.split(".") if section else ():
+        values = values.get(name, {})
+    return values
 
 
 def _fields(section: Any) -> Iterator[tuple[Any, Any]]:

@@ -42,7 +42,7 @@ class FiguresConfig:
 
     figure: Figures = ("all",)
     """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, guidance,
-    skipped, accounting."""
+    skipped, skipping, accounting."""
     make: bool = False
     """First make the records that are missing."""
     plan: bool = False
@@ -82,6 +82,8 @@ class FiguresConfig:
     """Images per batch in timings (figures 8b and 9)."""
     time_tau: Annotated[tuple[Share, ...], Several, Distinct] = (0.0, 0.1, 0.2, 0.4)
     """Tau that are timed (figure 9)."""
+    skipped: Annotated[tuple[NotAll, ...], Several] = (0.25, 0.4, 0.5)
+    """Shares of the tokens that are skipped at the last two scales (figure skipping)."""
 
     @property
     def used_seeds(self) -> tuple[int, ...]:

@@ -190,6 +190,7 @@ class Config:
     def _check_scales(self) -> None:
         try:
             guidance.by_scale(self.sampling.cfg, self.var.num_scales)
+            self.sampling.skipping.check(self.var.num_scales, self.var.depth)
         except ValueError as error:
             raise ValueError(f"sampling.{error}") from error
         last = self.var.num_scales - 1
@@ -208,6 +209,14 @@ class Config:
         check_configured(
             self.selection, self.var.num_scales, self.moe.scales, self.var.depth, num_experts
         )
+        skipping = self.sampling.skipping
+        if skipping.scales and skipping.measure == "router":
+            outside = sorted({*skipping.scales} - {*self.moe.scales})
+            why = f"no experts at {outside} (moe.scales={list(self.moe.scales)})" if outside else ""
+            if not self.selection.kind.needs_router:
+                why = f"selection.rule={self.selection.rule} runs no router"
+            if why:
+                raise ValueError(f"sampling.skipping.measure=router: {why}; allowed: distance")
 
     @cached_property
     def leaves(self) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from dmoe_var.experiment.contents import (
 )
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
 from dmoe_var.experiment.stage import Keys, find
-from dmoe_var.experiment.view import HOUSEKEEPING, OPTIONAL, view, within
+from dmoe_var.experiment.view import HOUSEKEEPING, says, view, within
 from dmoe_var.training.step import Run
 from dmoe_var.training.tracking import Tracking
 
@@ -102,8 +102,7 @@ class Experiment:
             keys |= self.relevant(upstream, config)
         reads = find(stage).reads_of(config, self.whole)
         for key, value in config.leaves.items():
-            said = bool(value) or key not in OPTIONAL
-            if said and within(key, reads) and not within(key, HOUSEKEEPING):
+            if says(key, config.leaves) and within(key, reads) and not within(key, HOUSEKEEPING):
                 keys[key] = value
         return keys
 

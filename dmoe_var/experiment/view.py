@@ -5,7 +5,7 @@ A result then depends on nothing but what its fingerprint says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -28,8 +28,12 @@ HOUSEKEEPING = (
 with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
 which points a run measures, not what they are."""
 
-OPTIONAL = ("selection.layer_tau", "evaluate.samples")
-"""Keys that say nothing if they are empty."""
+OPTIONAL = {
+    "selection.layer_tau": "selection.layer_tau",
+    "evaluate.samples": "evaluate.samples",
+    "sampling.skipping": "sampling.skipping.ratios",
+}
+"""Keys and sections that say nothing if a key, their own or one of theirs, is empty."""
 
 
 class UndeclaredRead(RuntimeError):
@@ -39,6 +43,11 @@ class UndeclaredRead(RuntimeError):
 def within(key: str, keys: Iterable[str]) -> bool:
     """Tell whether a dotted key is one of these, or lies below one."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def says(key: str, leaves: Mapping[str, Any]) -> bool:
+    """Tell whether a key says something among all keys and their values."""
+    return all(leaves[switch] for place, switch in OPTIONAL.items() if within(key, (place,)))
 
 
 def view(config: Config, stage: str, declared: Iterable[str]) -> Config:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dmoe_var.models.blocks import Modulation
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.plan import Step
+from dmoe_var.models.plan import Passes, Step
+from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import SelectionRule
@@ -37,7 +37,7 @@ class ExpertCost:
     """Cost of one scale's expert FFNs and routers, all layers, for one image."""
 
     num_pairs: int
-    """Number of (token, expert) pairs: layers x R x l x E."""
+    """Number of (token, expert) pairs: over all layers R x l x E, without skipped tokens."""
     pair_macs: int
     """MACs per pair: 2CD."""
     router_macs: int
@@ -80,28 +80,28 @@ def fixed_cost(
     adaln_every_scale: bool = False,
     more_smooth: bool = False,
     share_mask: bool = False,
+    skipping: TokenSkipping | None = None,
 ) -> FixedCost:
     """Trace one image through the calls that the sampler makes, on the models' own device.
 
-    cfg, adaln_every_scale, more_smooth, share_mask: as in `generate`. It costs about as much as
-    sampling one image. Raise UnknownOperatorError for an operator whose cost is not known.
+    cfg, adaln_every_scale, more_smooth, share_mask, skipping: as in `generate`. It costs about as
+    much as sampling one image. Raise UnknownOperatorError for an operator whose cost is not known.
     """
     check_pair(vqvae, model.config)
     config = model.config
     branches = guidance.branches(guidance.by_scale(cfg, config.num_scales))
     null_R = torch.full(branches[:1], config.num_classes, device=config_device(model))
     cond_RC = model.condition(null_R)
-    modulations: dict[int, Modulation] = {}
+    passes = Passes(cond_RC, 1)
     scales: list[dict[str, int]] = []
     experts = {}
-    for step in model.plan(branches, adaln_every_scale):
+    for step in model.plan(branches, adaln_every_scale, skipping, share_mask):
         si, backbone = step.si, step.backbone
         macs = dict.fromkeys(FIXED_PARTS, 0)
-        cond_RC = cond_RC[: step.branches]
         if step.projects:
-            modulations[id(backbone)] = backbone.modulation(cond_RC)
-            macs.update(_modulation_macs(backbone, cond_RC))
-        macs.update(_step_macs(step, modulations[id(backbone)].of_rows(step.branches)))
+            macs.update(_modulation_macs(backbone, cond_RC[: step.branches]))
+        passes.begin(step)
+        macs.update(_step_macs(step, passes))
         macs[OTHER] += _input_macs(model, vqvae, si)
         if more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
@@ -125,15 +125,16 @@ def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
     return {"adaln": macs[""].total() - head_norm, OTHER: head_norm}
 
 
-def _step_macs(step: Step, mod: Modulation) -> dict[str, int]:
-    """Trace blocks and head at one scale, over a cache of all earlier ones; every expert runs."""
+def _step_macs(step: Step, passes: Passes) -> dict[str, int]:
+    """Trace blocks and head at one scale, after all earlier ones; every expert runs, and routers
+    are counted elsewhere."""
     backbone, tokens = step.backbone, step.tokens
-    cache = step.cache.new_cache(step.branches)
-    cache.length = tokens.start
+    if step.skipping is not None:
+        step = replace(step, skipping=replace(step.skipping, measure="distance"))
     x_RlC = backbone.pos_start.new_zeros(
         step.branches, tokens.stop - tokens.start, backbone.config.C
     )
-    macs = _trace(lambda x: backbone.step(x, mod, cache), x_RlC, backbone=backbone)
+    macs = _trace(lambda x: passes.run(step, x), x_RlC, backbone=backbone)
     layers = range(backbone.config.depth)
     attn = sum((macs[f"backbone.blocks.{i}.attn"] for i in layers), Counter())
     qkv_proj = attn["linear"] + attn["addmm"]
@@ -176,23 +177,31 @@ def _expert_cost(
 ) -> ExpertCost:
     """Count pairs and router MACs of one scale. all_experts_macs: traced cost of its FFNs."""
     backbone, config = step.backbone, step.backbone.config
-    num_tokens = config.patch_nums[step.si] ** 2
-    num_pairs = config.depth * step.branches * num_tokens * config.num_experts
+    passing_by_layer = [step.num_passing(layer) for layer in range(config.depth)]
+    num_pairs = step.branches * sum(passing_by_layer) * config.num_experts
     pair_macs = 2 * config.C * config.hidden // config.num_experts
     if num_pairs * pair_macs != all_experts_macs:
         raise RuntimeError(
             f"{num_pairs} pairs of {pair_macs} MACs at scale {step.si}, but {all_experts_macs} ran"
         )
     selecting = 1 if share_mask else step.branches
+    num_tokens = step.tokens.stop - step.tokens.start
+    if step.skipping is not None and step.skipping.measure == "router":
+        scored_by_layer = [num_tokens] * config.depth  # before it is known which are kept
+    else:
+        scored_by_layer = passing_by_layer
     x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, config.C)
     routers = nn.ModuleList(block.ffn.router for block in backbone.blocks)  # type: ignore
-    macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
-    scored = config.depth * selecting * num_tokens
+
+    def score(x_RlC: Tensor) -> tuple[Tensor, ...]:
+        each = zip(routers, scored_by_layer, strict=True)
+        return tuple(router(x_RlC[:, :num_scored]) for router, num_scored in each)
+
+    macs = _trace(score, x_RlC, routers=routers)[""].total()
+    scored = selecting * sum(scored_by_layer)
     skipped_macs = num_pairs * config.C if adds_means else 0
-    router_macs, width = macs[""].total(), config.C
-    return ExpertCost(
-        num_pairs, pair_macs, router_macs, scored, width, config.num_experts, skipped_macs
-    )
+    shape = (config.C, config.num_experts)
+    return ExpertCost(num_pairs, pair_macs, macs, scored, *shape, skipped_macs)
 
 
 def _trace(

@@ -77,7 +77,7 @@ FREE = (
     "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bicubic2d",
     # moving, looking up, drawing
     "alias", "clone", "lift_fresh", "numpy_T", "expand_as", "view_as", "unflatten", "repeat",
-    "pad", "embedding", "bernoulli_",
+    "pad", "embedding", "bernoulli_", "topk", "sort", "scatter",
 )  # fmt: skip
 """Operators (of the namespace aten) that count as nothing. fvcore ignores some more on its own
 (jit_analysis._IGNORED_OPS): shapes, indices, copies, comparisons, clamps and ReLU, no product."""

@@ -7,6 +7,7 @@ order gamma1, gamma2, scale1, scale2, shift1, shift2.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.ops import Linear, activated, activation, at_least_float32, linear
 
 if TYPE_CHECKING:
+    from dmoe_var.models.token_skipping import Skip
     from dmoe_var.moe.routing import Routing
 
 MAX_SCALE_MUL = math.log(100)
@@ -165,15 +167,23 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         routing: Routing | None = None,
         rows: Rows | None = None,
+        skip: Skip | None = None,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
         if cache is None:  # with a cache nothing is trained, even in train mode
             gamma1, gamma2 = self.drop_path(gamma1, rows), self.drop_path(gamma2, rows)
         h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
-        attended = self.attn(h_BLC, layer, mask_11LL, cache)
+        if skip is None:
+            attended = self.attn(h_BLC, layer, mask_11LL, cache)
+        else:
+            attention = partial(self.attn, layer=layer, mask_11LL=mask_11LL, cache=cache)
+            attended = skip.attended(attention, x_BLC, h_BLC)
         x_BLC = torch.addcmul(x_BLC, attended, gamma1)
         h_BLC = torch.addcmul(shift2, self._norm(x_BLC), 1 + scale2)
-        fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
+        if skip is None:
+            fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
+        else:
+            fed = skip.fed(self.ffn, x_BLC, h_BLC, routing)
         return torch.addcmul(x_BLC, fed, gamma2)
 
 

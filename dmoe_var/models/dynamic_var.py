@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmoe_var import values
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.plan import Passes, Step, steps
+from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, Labels, VARConfig
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
@@ -130,11 +131,16 @@ class DynamicVAR(nn.Module):
         return self.moe if si in self.replaced_scales else self.dense
 
     def plan(
-        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+        self,
+        branches: Sequence[int] | None = None,
+        adaln_every_scale: bool = False,
+        skipping: TokenSkipping | None = None,
+        share_mask: bool = False,
     ) -> tuple[Step, ...]:
         """See `VAR.plan`; both backbones share the dense model's cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
-        return steps(backbones, self.dense, self.config.scale_slices, branches, adaln_every_scale)
+        how = (branches, adaln_every_scale, skipping, share_mask)
+        return steps(backbones, self.dense, *how)
 
     def condition(self, labels_B: Tensor) -> Tensor:
         return self.dense.condition(labels_B)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class KVCache:
-    """Holds one buffer for all layers. Every layer of a scale writes, then `advance` moves on.
+    """Holds one buffer for all layers. A layer writes a scale, then `advance` moves it on. Layers
+    that skip tokens hold fewer.
 
     The dense and the MoE backbone of a DynamicVAR write into the same cache. So the MoE backbone
     sees the keys and values of the scales that the dense one ran.
@@ -19,17 +20,18 @@ class KVCache:
     def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor):
         """shape: (N, B, H, L, D). like: a tensor of the cache's dtype and device."""
         self._k_NBHLD, self._v_NBHLD = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
+        self.lengths = [0] * shape[0]
 
     def append(self, layer: int, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
         """Store one scale's keys and values of a layer; return all so far, (B, H, length, D)."""
-        end = self.length + k_BHlD.shape[2]
+        start = self.lengths[layer]
+        end = start + k_BHlD.shape[2]
         capacity = self._k_NBHLD.shape[3]
         if end > capacity:
             raise ValueError(f"the K/V cache holds {capacity} tokens, {end} were written")
         k_BHLD, v_BHLD = self._k_NBHLD[layer], self._v_NBHLD[layer]
-        k_BHLD[:, :, self.length : end] = k_BHlD
-        v_BHLD[:, :, self.length : end] = v_BHlD
+        k_BHLD[:, :, start:end] = k_BHlD
+        v_BHLD[:, :, start:end] = v_BHlD
         return k_BHLD[:, :, :end], v_BHLD[:, :, :end]
 
     def keep_rows(self, num_rows: int) -> None:
@@ -37,6 +39,6 @@ class KVCache:
         self._k_NBHLD = self._k_NBHLD[:, :num_rows].clone()
         self._v_NBHLD = self._v_NBHLD[:, :num_rows].clone()
 
-    def advance(self, num_tokens: int) -> None:
-        """Move past a scale of `num_tokens` tokens, after all layers have written it."""
-        self.length += num_tokens
+    def advance(self, layer: int, num_tokens: int) -> None:
+        """Move a layer past the `num_tokens` tokens of a scale that it has written."""
+        self.lengths[layer] += num_tokens

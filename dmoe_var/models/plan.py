@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmoe_var.models.blocks import Modulation
 from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.token_skipping import Outputs, ScaleSkipping, Skip, TokenSkipping
 
 if TYPE_CHECKING:
     from dmoe_var.moe.routing import Routing
@@ -38,29 +39,39 @@ class Step:
     """The model whose K/V cache it reads and writes; steps with the same model share a cache."""
     projects: bool
     """Whether it computes AdaLN's projections, and does not use those of an earlier step."""
+    skipping: ScaleSkipping | None = None
+    """How its blocks skip tokens, or note their outputs for a step that does; None is neither."""
+
+    def num_passing(self, layer: int) -> int:
+        """Count the tokens that pass a block."""
+        if self.skipping is None:
+            return self.tokens.stop - self.tokens.start
+        return self.skipping.num_passing(layer)
 
 
 def steps(
     backbones: Sequence[Backbone],
     cache: Backbone,
-    scale_slices: Sequence[slice],
     branches: Sequence[int] | None,
     adaln_every_scale: bool,
+    skipping: TokenSkipping | None,
+    share_mask: bool,
 ) -> tuple[Step, ...]:
-    """Plan one step per scale, each on its backbone, all over one cache.
-
-    branches: rows per image at each scale; None is one at all.
-    """
-    branches_S = branches or (1,) * len(scale_slices)
+    """Plan one step per scale, each on its backbone, all over one cache. See `VAR.plan`."""
+    shape = cache.config
+    branches_S = branches or (1,) * shape.num_scales
     found: list[Step] = []
-    for si, (backbone, tokens) in enumerate(zip(backbones, scale_slices, strict=True)):
+    for si, (backbone, tokens) in enumerate(zip(backbones, shape.scale_slices, strict=True)):
         projects = adaln_every_scale or all(backbone is not step.backbone for step in found)
-        found.append(Step(si, backbone, branches_S[si], tokens, cache, projects))
+        sharing = branches_S[si] if share_mask else 1
+        skips = None if skipping is None else skipping.at(si, shape.patch_nums, sharing)
+        found.append(Step(si, backbone, branches_S[si], tokens, cache, projects, skips))
     return tuple(found)
 
 
 class Passes:
-    """Carries AdaLN's projections and the K/V caches from step to step of a plan.
+    """Carries AdaLN's projections, the K/V caches and outputs for skipped tokens from step to step
+    of a plan.
 
     cond_RC: the condition of the first step's rows, those of the conditional branch first. Rows
     that a later step leaves out are dropped for good.
@@ -71,6 +82,7 @@ class Passes:
         self._num_images = num_images
         self._modulations: dict[int, Modulation] = {}
         self._caches: dict[int, KVCache] = {}
+        self._outputs: Outputs = {}
 
     def begin(self, step: Step) -> None:
         """Make the projections and the cache that this step is the first to need, and drop the
@@ -85,10 +97,12 @@ class Passes:
     def run(self, step: Step, x_RlC: Tensor, routing: Routing | None = None) -> Tensor:
         """Compute the logits (R, l, V) of a step that has begun."""
         mod, cache = self._modulations[id(step.backbone)], self._caches[id(step.cache)]
-        return step.backbone.step(x_RlC, mod, cache, routing)
+        skip = None if step.skipping is None else Skip(step.skipping, self._outputs)
+        return step.backbone.step(x_RlC, mod, cache, routing, skip)
 
     def _keep_rows(self, num_rows: int) -> None:
         self._cond_RC = self._cond_RC[:num_rows]
         self._modulations = {key: m.of_rows(num_rows) for key, m in self._modulations.items()}
         for cache in self._caches.values():
             cache.keep_rows(num_rows)
+        self._outputs = {key: out[:num_rows].clone() for key, out in self._outputs.items()}

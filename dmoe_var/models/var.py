@@ -20,6 +20,7 @@ from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import Step, steps
+from dmoe_var.models.token_skipping import Skip, TokenSkipping
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, PatchNums, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
@@ -231,13 +232,18 @@ class VAR(nn.Module):
         return self
 
     def plan(
-        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+        self,
+        branches: Sequence[int] | None = None,
+        adaln_every_scale: bool = False,
+        skipping: TokenSkipping | None = None,
+        share_mask: bool = False,
     ) -> tuple[Step, ...]:
         """Plan the steps of an image in order, see `models.plan`. branches: rows per image at
         each scale; None is one at all. adaln_every_scale: each step computes AdaLN's projections,
-        not just a backbone's first."""
-        backbones = [self] * self.config.num_scales
-        return steps(backbones, self, self.config.scale_slices, branches, adaln_every_scale)
+        not just a backbone's first. share_mask: all rows of an image keep the tokens that its first
+        one chooses."""
+        how = (branches, adaln_every_scale, skipping, share_mask)
+        return steps([self] * self.config.num_scales, self, *how)
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Embed classes, (B, C); label `num_classes` is the null class."""
@@ -271,13 +277,19 @@ class VAR(nn.Module):
         return KVCache(shape, like=self.word_embed.weight)
 
     def step(
-        self, x_BlC: Tensor, mod: Modulation, cache: KVCache, routing: Routing | None = None
+        self,
+        x_BlC: Tensor,
+        mod: Modulation,
+        cache: KVCache,
+        routing: Routing | None = None,
+        skip: Skip | None = None,
     ) -> Tensor:
         """Run one scale over the cache of those before it; logits (B, l, V), float32 at least."""
         for i, block in enumerate(self.blocks):
             here = None if routing is None else routing.at(i)
-            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=here)
-        cache.advance(x_BlC.shape[1])
+            skipped = None if skip is None else skip.at(i)
+            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=here, skip=skipped)
+            cache.advance(i, int(x_BlC.shape[1]) if skipped is None else skipped.scale.num_kept)
         return self.logits(x_BlC, mod)
 
     def logits(self, x_BLC: Tensor, mod: Modulation) -> Tensor:

@@ -15,8 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dmoe_var.moe.kept import Kept
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import SelectionRule
+
+SKIPPED = -1
+"""Stands for the number of experts of a token that skipped the FFN."""
 
 
 class ExpertCounts(Observer):
@@ -29,20 +33,24 @@ class ExpertCounts(Observer):
         self._by_scale: dict[int, list[Tensor]] = {}
         self.num_experts = 0
 
-    def record(self, si: int, mask_BLE: Tensor) -> None:
+    def record(self, si: int, mask_BLE: Tensor, kept: Kept | None = None) -> None:
         """Add one layer's mask; layers arrive in order."""
         self.num_experts = mask_BLE.shape[-1]
-        self._by_scale.setdefault(si, []).append(mask_BLE.sum(-1, dtype=torch.int16))
+        ran_BL = mask_BLE.sum(-1, dtype=torch.int16)
+        if kept is not None:
+            skipped_BL = ran_BL.new_full((len(ran_BL), kept.num_tokens), SKIPPED)
+            ran_BL = kept.put(ran_BL[..., None], skipped_BL[..., None]).squeeze(-1)
+        self._by_scale.setdefault(si, []).append(ran_BL)
 
     def on_routing(self, routed: Routed) -> None:
-        self.record(routed.si, routed.mask_BLE)
+        self.record(routed.si, routed.mask_BLE, routed.kept)
 
     @property
     def scales(self) -> list[int]:
         return sorted(self._by_scale)
 
     def per_token(self, si: int) -> Tensor:
-        """How many experts ran on each token, int16 (layers, B, L)."""
+        """How many experts ran on each token, int16 (layers, B, L); SKIPPED if it passed none."""
         return torch.stack(self._by_scale[si])
 
 
@@ -74,8 +82,9 @@ class ExpertHistogram:
                     f"experts were counted for {ran.shape[1]} rows of {num_images} images"
                 )
             image_R1 = torch.arange(ran.shape[1])[:, None] % num_images
-            times = torch.bincount((image_R1 * K + ran).flatten(), minlength=num_images * K)
-            times_NSK[:, place] = times.view(num_images, K).numpy()
+            bins = image_R1 * (K + 1) + ran - SKIPPED  # an image's first is of skipped tokens
+            times = torch.bincount(bins.flatten(), minlength=num_images * (K + 1))
+            times_NSK[:, place] = times.view(num_images, K + 1)[:, 1:].numpy()
         return cls(tuple(counts.scales), times_NSK)
 
     @classmethod

@@ -100,8 +100,8 @@ class MoEFFN(nn.Module):
                 out_NC = add_means(out_NC, mask_NE, routing.means_KEC[routing.layer])
             out_BLC = out_NC.view_as(x_BLC)
         if routing is not None and observer is not None:
-            si, layer = routing.si, routing.layer
-            observer.on_routing(Routed(si, layer, self, x_BLC, scores_bLE, mask_BLE))
+            si, layer, kept = routing.si, routing.layer, routing.kept
+            observer.on_routing(Routed(si, layer, self, x_BLC, scores_bLE, mask_BLE, kept))
         return out_BLC
 
     def select(self, x_BLC: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +109,9 @@ class MoEFFN(nn.Module):
         rule, noise = routing.rule, None
         if routing.noise is not None and not rule.uses_scores:
             noise = routing.noise(x_BLC.shape[1], self.num_experts)
-        scores_bLE = rule.scores(self, x_BLC[: len(x_BLC) // routing.sharing])
+        scores_bLE = routing.scores_bLE
+        if scores_bLE is None:
+            scores_bLE = rule.scores(self, x_BLC[: len(x_BLC) // routing.sharing])
         # Not rule(...): torch 2.11's compiler hashes the callee before its fields are set.
         mask_bLE = rule.__call__(scores_bLE, noise)
         mask_BLE = mask_bLE if routing.sharing == 1 else mask_bLE.repeat(routing.sharing, 1, 1)

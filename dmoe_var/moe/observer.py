@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dmoe_var.moe.kept import Kept
+
 
 class Routed(NamedTuple):
     """Tells what an expert FFN has done at a scale."""
@@ -24,6 +26,8 @@ class Routed(NamedTuple):
     """The scores that experts were selected by; None if the rule reads no scores."""
     mask_BLE: Tensor
     """Which experts ran."""
+    kept: Kept | None = None
+    """Where the L tokens lie, if others were skipped; None is all of the scale, in order."""
 
 
 class Observer:

@@ -1,6 +1,6 @@
 """What the sampler hands down to the expert FFNs of a scale.
 
-Legend: B batch, L tokens, C width, E experts, K layers.
+Legend: B batch, b those of its rows that select, L tokens, C width, E experts, K layers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from dmoe_var.moe.kept import Kept
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import SelectionRule
 
@@ -26,6 +27,10 @@ class Routing:
     """Draws uniform noise (B, L, E), given L and E, for rules that select by chance."""
     sharing: int = 1
     """Number of equal parts of the batch that all run the experts that the first one selects."""
+    kept: Kept | None = None
+    """The tokens that pass the FFN; None is all."""
+    scores_bLE: Tensor | None = None
+    """Scores of those tokens by which the rule is to select; None lets it compute them."""
     layer: int = 0
     """Set only if the rule or the means differ by layer, or somebody observes."""
     means_KEC: Tensor | None = None

@@ -18,6 +18,7 @@ from dmoe_var.config.root import flatten
 from dmoe_var.errors import DataError
 from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
+from dmoe_var.experiment.view import says
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.moe.selection import SelectionRule, Threshold, describe, recorded_selection
 from dmoe_var.moe.tau_schedule import by_scale
@@ -34,6 +35,7 @@ experts, they also agree in `moe` and `selection`."""
 CHECKED = ("depth", "width", "num_heads", "num_classes", "patch_nums")
 """Fields of VARConfig that tell a record of another model."""
 UNKNOWN = "-"
+SKIPPING = ", tokens skipped"
 
 Records = Sequence[Record | str | Path]
 
@@ -188,7 +190,9 @@ def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
 def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
     """Tell whether a setting has the scales and rules that the model is stored with."""
     skipped = "zero" if model.skipped is None else "mean"
-    if not measured.rules or (measured.scales, measured.skipped) != (model.moe_scales, skipped):
+    if (measured.scales, measured.skipped) != (model.moe_scales, skipped):
+        return False
+    if not measured.rules or SKIPPING in measured.name:
         return False
     rules = by_scale("tau", measured.rules, model.config.num_scales, measured.scales)
     return rules == list(rules_of(model).values())
@@ -201,7 +205,9 @@ def _settings(records: Sequence[Record]) -> list[Measured]:
     for record in records:
         dense = record.config.get("evaluate.model") == "dense"
         same = SAME if dense else (*SAME, "moe.", "selection.")
-        keys = {k: v for k, v in record.config.items() if k.startswith(same)}
+        keys = {
+            k: v for k, v in record.config.items() if k.startswith(same) and says(k, record.config)
+        }
         keys |= {"evaluate.seed": None, "num_samples": record.num_samples}
         if record.stage == "evaluate":
             groups.setdefault(json.dumps(keys, sort_keys=True), []).append(record)
@@ -224,8 +230,10 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     selection = recorded_selection(config)
     rule, found = selection.kind, selection.rules()
     rules = tuple(found) if isinstance(found, list) else (found,)
+    name = "dense" if dense else rule.wording or rule.name
+    skips = any(config.get("sampling.skipping.ratios", ()))
     return Measured(
-        name="dense" if dense else rule.wording or rule.name,
+        name=name + SKIPPING if skips else name,
         rules=() if dense else rules,
         scales=() if dense else tuple(config["moe.scales"]),
         num_images=first.num_samples,
@@ -261,7 +269,9 @@ def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
         key: value
         for record in records
         for key, value in record.config.items()
-        if key.startswith(SETTINGS) and key.rpartition(".")[2] not in HOUSEKEEPING
+        if key.startswith(SETTINGS)
+        and says(key, record.config)
+        and key.rpartition(".")[2] not in HOUSEKEEPING
     }
 
 

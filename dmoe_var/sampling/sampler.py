@@ -7,7 +7,7 @@ a scale, C width, V vocabulary, Cvae latent channels. In shapes of images R is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from torch import Tensor
 from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.plan import Passes
+from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, Labels, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.experts import check_impl
@@ -57,7 +58,9 @@ class SamplingConfig:
     more_smooth: bool = False
     """Whether codes are mixed by Gumbel softmax: for pictures, never for FID."""
     share_mask: bool = False
-    """Whether both halves of guidance run the conditional half's experts (beyond the paper)."""
+    """Whether both halves of guidance run the conditional half's experts, and skip its tokens
+    (beyond the paper)."""
+    skipping: TokenSkipping = field(default_factory=TokenSkipping)
     batch_size: Annotated[int, Field(gt=0)] = 128
     """Images sampled at once; it changes an image only by rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -69,13 +72,13 @@ class SamplingConfig:
     @property
     def options(self) -> dict[str, Any]:
         """The fields that are arguments of `generate`."""
-        names = ("cfg", "top_k", "top_p", "more_smooth", "share_mask")
+        names = ("cfg", "top_k", "top_p", "more_smooth", "share_mask", "skipping")
         return {name: getattr(self, name) for name in names}
 
     @property
     def counted(self) -> dict[str, Any]:
         """The fields that are arguments of `metrics.flops_fixed.fixed_cost`."""
-        return {name: getattr(self, name) for name in ("cfg", "share_mask")}
+        return {name: getattr(self, name) for name in ("cfg", "share_mask", "skipping")}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -95,6 +98,7 @@ class Call(NamedTuple):
     more_smooth: bool
     share_mask: bool
     adaln_every_scale: bool
+    skipping: TokenSkipping
 
     @classmethod
     def of(cls, *args: Any, **named: Any) -> Call:
@@ -107,9 +111,12 @@ class Call(NamedTuple):
         _check_generator(given.generator, device)
         if given.observer is not None and not isinstance(given.observer, Observer):
             raise ValueError(f"observer={values.shown(given.observer)} must be an Observer or None")
+        rules = rules_of(given.model, given.tau, given.selection)
+        skipping = _checked_skipping(given.skipping, given.model.config)
+        skipping.check_routers(rules)
         return cls(
             check_labels(given.labels, given.model.config.num_classes, device),
-            rules_of(given.model, given.tau, given.selection),
+            rules,
             guidance.by_scale(given.cfg, given.model.config.num_scales),
             values.whole("top_k", given.top_k, 0),
             values.number("top_p", given.top_p, 0, 1),
@@ -118,6 +125,7 @@ class Call(NamedTuple):
             values.flag("more_smooth", given.more_smooth),
             values.flag("share_mask", given.share_mask),
             values.flag("adaln_every_scale", given.adaln_every_scale),
+            skipping,
         )
 
 
@@ -132,6 +140,14 @@ def _check_models(model: VAR | DynamicVAR, vqvae: VQVAE) -> torch.device:
     if device != other:
         raise ValueError(f"the model is on {device}, but the VQ-VAE is on {other}")
     return device
+
+
+def _checked_skipping(given: Any, config: VARConfig) -> TokenSkipping:
+    skipping = TokenSkipping() if given is None else given
+    if not isinstance(skipping, TokenSkipping):
+        raise ValueError(f"skipping={values.shown(given)} must be a TokenSkipping or None")
+    skipping.check(config.num_scales, config.depth)
+    return skipping
 
 
 def _check_generator(generator: Any, device: torch.device) -> None:
@@ -161,6 +177,7 @@ def generate(
     impl: str = "auto",
     adaln_every_scale: bool = False,
     observer: Observer | None = None,
+    skipping: TokenSkipping | None = None,
 ) -> Tensor:
     """Sample images (B, 3, R, R) in [0, 1] of the given classes.
 
@@ -170,7 +187,8 @@ def generate(
 
     tau, selection: see `resolve_rules`. Without both the model's own `selection` runs, and without
     that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg, top_k, top_p,
-    more_smooth, share_mask: see `SamplingConfig`. adaln_every_scale: compute AdaLN's projections at
+    more_smooth, share_mask: see `SamplingConfig`. skipping: which tokens of late scales skip the
+    blocks; None is none. adaln_every_scale: compute AdaLN's projections at
     each scale, as the published sampler does, instead of once per image. observer: is shown f_hat
     and which experts run, see `moe.observer`, whose `joined` joins several. Images, and what an
     observer sees, are plain tensors without a gradient.
@@ -180,7 +198,7 @@ def generate(
     """
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
-        more_smooth, share_mask, impl, adaln_every_scale, observer,
+        more_smooth, share_mask, impl, adaln_every_scale, observer, skipping,
     )  # fmt: skip
     config, labels_B, rules = model.config, call.labels_B, call.rules
     branches_S = guidance.branches(call.cfg_S)
@@ -198,7 +216,7 @@ def generate(
     watching.on_part("embedding", 0)
     cond_RC = model.condition(labels_R)
     passes = Passes(cond_RC, len(labels_B))
-    plan = model.plan(branches_S, call.adaln_every_scale)
+    plan = model.plan(branches_S, call.adaln_every_scale, call.skipping, call.share_mask)
     x_RlC = model.embed_start(cond_RC)
     f_hat_BCHW = torch.zeros((), device=device)
     # Scale by scale

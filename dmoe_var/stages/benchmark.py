@@ -33,13 +33,14 @@ from dmoe_var.metrics.part_timing import PartClock, median_by_part, median_by_sc
 from dmoe_var.metrics.timing import Call, Timing, time_in_turn
 from dmoe_var.models.blocks import Block
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.moe.skipped import SkippedMeans
 from dmoe_var.sampling.guidance import text
 from dmoe_var.sampling.sampler import SamplingConfig, generate
-from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.kernels import run_kernels
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
 from dmoe_var.stages.parts.skipped import let_means_stand
@@ -348,7 +349,8 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
             chance = replace(dynamic, selection=rules)
             cases.append(Case(f"random_{name}", "random", tau, chance, chance.flops()))
     if benchmark.smaller is not None:
-        smaller = replace(task, var=sources["smaller"])
+        plain = replace(task.sampling, skipping=TokenSkipping())  # what fewer FLOPs buy without
+        smaller = replace(task, var=sources["smaller"], sampling=plain)
         cases.append(Case("smaller", "smaller", None, smaller, smaller.flops()))
     if benchmark.compile == "both":
         cases += [case.compiled() for case in cases]
@@ -400,14 +402,6 @@ def _check_published(folder: str, sources: Mapping[str, str]) -> None:
             )
 
 
-def refuse(config: Config) -> None:
-    """Raise ConfigError for kernels with means, which no kernel adds."""
-    if config.benchmark.kernels and config.moe.skipped == "mean":
-        raise ConfigError(
-            "moe.skipped=mean: benchmark.kernels=true times experts alone; allowed: zero"
-        )
-
-
 def reads(config: Config, ours: Config) -> Keys:
     """Declare what is timed. Random weights come from no file; a dense model runs no expert."""
     benchmark = config.benchmark
@@ -422,4 +416,20 @@ def needs(config: Config) -> Keys:
     return ("train_router",) if config.benchmark.dynamic else ()
 
 
-STAGE = Stage("benchmark", run, reads, needs, refuse=refuse, one_process=True, always_runs=True)
+def refuse(config: Config) -> None:
+    """Raise ConfigError for what cannot be timed: means by themselves, and some token skipping."""
+    benchmark = config.benchmark
+    if benchmark.kernels and config.moe.skipped == "mean":
+        raise ConfigError(
+            "moe.skipped=mean: benchmark.kernels=true times experts alone; allowed: zero"
+        )
+    skipping.refuse_router(config, "a benchmark")
+    if benchmark.published is not None:
+        skipping.refuse(config, "the published sampler (benchmark.published) skips none")
+    if benchmark.kernels:
+        skipping.refuse(config, "benchmark.kernels=true times layers on all tokens")
+    if benchmark.compile != "eager":
+        skipping.refuse(config, f"benchmark.compile={benchmark.compile} compiles plain blocks")
+
+
+STAGE = Stage("benchmark", run, reads, needs, one_process=True, always_runs=True, refuse=refuse)

@@ -23,6 +23,7 @@ from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
+from dmoe_var.stages.parts import skipping
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
 
 HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
@@ -253,11 +254,12 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
 
 
 def refuse(config: Config) -> None:
-    """Raise ConfigError for budgets that cannot be compared, and for means of skipped experts,
-    which every tau that is tried would need anew."""
+    """Raise ConfigError for budgets that cannot be compared, for means of skipped experts, which
+    every tau that is tried would need anew, and for sampling that tau cannot be calibrated for."""
     rivals.check(config.calibrate.budgets)
     if config.moe.skipped == "mean":
         raise ConfigError("moe.skipped=mean: tau is calibrated without means; allowed here: zero")
+    skipping.refuse(config, "losses are measured under teacher forcing, which skips no token")
 
 
 STAGE = Stage(

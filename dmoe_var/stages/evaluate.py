@@ -29,6 +29,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
+from dmoe_var.stages.parts import skipping
 from dmoe_var.stages.parts.loaded import Models, image_sets
 from dmoe_var.stages.parts.model_kinds import kind_of
 
@@ -218,6 +219,8 @@ def refuse(config: Config) -> None:
             "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "
             "measured on images that were drawn without it; allowed here: false"
         )
+    if config.evaluate.model != "dynamic" and samples is None:
+        skipping.refuse_router(config, f"evaluate.model={config.evaluate.model}")
     reference = config.fidelity.reference
     if reference is None and config.data.unreadable == "skip":
         raise ConfigError(

@@ -76,7 +76,8 @@ def collect_maps(
     most = config.var.depth * (config.var.hidden // config.split.expert_size)
     sides, maps = config.var.patch_nums, []
     for si in config.moe.scales:
-        conditional_Nl = counts.per_token(si)[:, : len(labels)].sum(0).float() / most
+        ran_KNl = counts.per_token(si)[:, : len(labels)].clamp_min(0)  # skipped tokens ran none
+        conditional_Nl = ran_KNl.sum(0).float() / most
         share_N1pp = conditional_Nl.view(len(labels), 1, sides[si], sides[si])
         maps.append(F.interpolate(share_N1pp, size=sides[-1], mode="nearest")[:, 0].cpu().numpy())
     images = np.stack([pictures.by_scale[si] for si in config.moe.scales], axis=1)

@@ -32,6 +32,7 @@ from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, refuse_given_samples
+from dmoe_var.stages.parts import skipping
 from dmoe_var.stages.parts.loaded import EXPERTS
 from dmoe_var.stages.parts.skipped import get_means, let_means_stand
 
@@ -203,6 +204,12 @@ def _draw(
     return to_uint8(image_13RR)[0]
 
 
+def refuse(config: Config) -> None:
+    """Raise ConfigError for samples or sampling that a report does not tell of."""
+    refuse_given_samples(config)
+    skipping.refuse(config, "the report shows what routers did for every token")
+
+
 STAGE = Stage(
     "report",
     run,
@@ -211,6 +218,6 @@ STAGE = Stage(
         "report",
     ),
     needs=("train_router",),
-    refuse=refuse_given_samples,
+    refuse=refuse,
     always_runs=True,
 )  # fmt: skip

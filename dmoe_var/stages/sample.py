@@ -34,7 +34,7 @@ from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
 from dmoe_var.stages.parts.skipped import let_means_stand
 
@@ -279,4 +279,10 @@ def needs(config: Config) -> Keys:
     return ("train_vqvae",) if base.vqvae is None else ()
 
 
-STAGE = Stage("sample", run, reads, needs)
+def refuse(config: Config) -> None:
+    """Raise ConfigError for what a model to sample from cannot do."""
+    if "dense" in _models(config):
+        skipping.refuse_router(config, f"sample.model={config.sample.model}")
+
+
+STAGE = Stage("sample", run, reads, needs, refuse=refuse)

@@ -534,6 +534,16 @@ def test_evaluations_of_one_setting_are_joined_over_their_seeds(card_of):
     ]
 
 
+def test_skipped_tokens_are_told(card_of):
+    """Such images are not those of the model as it is stored."""
+    skips = {"sampling.skipping.ratios": [0, 0, 0, 0.5], "sampling.skipping.source": None}
+    off = {"sampling.skipping.ratios": [], "sampling.skipping.source": 1}
+    card = card_of([DENSE, *(replace(POINT, config=CONFIG | each) for each in (skips, off, {}))])
+    assert card.text.count("| threshold, tokens skipped | ") == 1
+    assert card.text.count("(this model's rule and scales)") == 1
+    assert "sampling.skipping.source" not in card_of([replace(POINT, config=CONFIG | off)]).text
+
+
 def test_a_path_on_this_machine_is_not_shown(card_of):
     config = CONFIG | {"base.var": "/home/me/var_d16", "base.vqvae": "/home/me/vae.pth"}
     card = card_of([replace(POINT, config=config)])

@@ -79,8 +79,12 @@ def test_declared_keys_are_those_of_the_configuration():
 
 
 def test_explained():
-    values = {"name": "a", "seed": 3, "evaluate": {"seed": 4}, "sweep": {"lists": {"x": [0.5]}}}
-    assert explained(values, {"name", "evaluate.seed", "sweep.lists", "train"}).splitlines() == [
+    values = {
+        "name": "a", "seed": 3, "evaluate": {"seed": 4}, "sweep": {"lists": {"x": [0.5]}},
+        "sampling": {"skipping": {"source": 2}},
+    }  # fmt: skip
+    reads = {"name", "evaluate.seed", "sweep.lists", "train", "sampling.skipping.source"}
+    assert explained(values, reads).splitlines() == [
         f"name: a # {explanations()['name']}",
         "",
         f"evaluate: # {explanations()['evaluate']}",

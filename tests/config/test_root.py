@@ -103,6 +103,19 @@ WRONG = [
     ({"selection.shares": 1}, ("selection.shares: unknown key", "did you mean share?")),
     ({"selection.rule": "top_k", "selection.layer_tau": [[0.1]]}, ("layer_tau=[[0.1]] goes with",)),
     ({"sampling.cfg": [1.5, 0]}, ("sampling.cfg=(1.5, 0", "has 2 values", "each of 7 scales")),
+    ({"sampling.skipping.ratios": [0, 0.5]}, ("sampling.skipping.ratios=(0.0, 0.5) has 2 values",)),
+    ({"sampling.skipping.ratio": [0]}, ("sampling.skipping.ratio: unknown key", "mean ratios?")),
+    (
+        {"sampling.skipping": {"ratios": [0, 0, 0, 0.5, 0, 0, 0], "measure": "router"}},
+        ("sampling.skipping.measure=router: no experts at [3] (moe.scales=[4, 5, 6])", "distance"),
+    ),
+    (
+        {
+            "sampling.skipping": {"ratios": [0, 0, 0, 0, 0, 0, 0.5], "measure": "router"},
+            "selection.rule": "random",
+        },
+        ("sampling.skipping.measure=router: selection.rule=random runs no router", "distance"),
+    ),
     ({"evaluate.num_samples": 1}, ("evaluate.num_samples=1", "greater than or equal to 2")),
     ({"evaluate.model": "sparse"}, ("evaluate.model='sparse'", "'dynamic' or 'pruned'")),
     ({"pruning.rule": "mean"}, ("pruning.rule='mean'", "'mean_abs' or 'mean_signed'")),

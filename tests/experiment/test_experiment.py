@@ -43,6 +43,7 @@ HOUSEKEEPING = [
     {"figures.figure": "4", "figures.make": True, "figures.plan": True},
     {"sweep.parts": 2, "sweep.part": 1},
     {"sampling.batch_size": 3, "fidelity.batch_size": 5},
+    {"sampling.skipping.first_layer": 0, "sampling.skipping.source": 1},  # nothing is skipped
 ]
 
 
@@ -73,6 +74,10 @@ READ_BY = [
     ({"train_router.scales": [3]}, from_("train_router") | DRAWN),
     ({"moe.impl": "reference"}, POINTS | SHOWN | {"calibrate", "export"} | DRAWN),
     ({"sampling.cfg": 2}, POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN),
+    (
+        {"sampling.skipping.ratios": [0, 0, 0, 0.5], "sampling.skipping.first_layer": 0},
+        POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN,
+    ),
     ({"selection.tau": 0.5}, {"sample", "evaluate", "export"} | SHOWN | DRAWN),
     ({"evaluate.seed": 1}, {"evaluate"} | TIMED),
     ({"evaluate.num_samples": 30}, {"evaluate", "sweep", "report"} | DRAWN),

@@ -55,12 +55,18 @@ def test_append_returns_all_so_far_of_that_layer(cache):
             now = k[layer][:, :, tokens], v[layer][:, :, tokens]
             so_far = k[layer][:, :, : tokens.stop], v[layer][:, :, : tokens.stop]
             assert_close(cache.append(layer, *now), so_far, rtol=0, atol=0)
-        cache.advance(tokens.stop - tokens.start)
-    assert cache.length == 5
+            cache.advance(layer, tokens.stop - tokens.start)
+    assert cache.lengths == [5, 5]
+
+
+def test_layers_may_hold_different_numbers_of_tokens(cache):
+    cache.advance(1, 3)
+    ones = torch.ones(3, 2, 1, 4)
+    assert [len(cache.append(layer, ones, ones)[0][0, 0]) for layer in (0, 1)] == [1, 4]
 
 
 def test_a_full_cache_raises(cache):
-    cache.advance(4)
+    cache.advance(0, 4)
     two = torch.zeros(3, 2, 2, 4)
     with pytest.raises(ValueError, match="holds 5 tokens, 6"):
         cache.append(0, two, two)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var import Cumulative, Oracle, Random, Threshold, TopK, generate
+from dmoe_var import Cumulative, Oracle, Random, Threshold, TokenSkipping, TopK, generate
 from dmoe_var.errors import InputError
 from dmoe_var.models.var import check_labels
 from dmoe_var.moe.counts import ExpertCounts
@@ -29,6 +29,8 @@ A_CALL = {"models/var.py:check_labels": 1, "sampling_time.py:end": 1}
 GROUPED = {"moe/experts/dispatch.py:tokens_P": 4, "moe/experts/dispatch.py:counts": 4}
 """`grouped` has to know each expert's tokens: two waits in each layer of each sparse scale."""
 SMALL = {"top_k": 20, "top_p": 0.9}
+RATIOS = (0.0, 0.0, 0.4, 0.5)
+BY_DISTANCE, BY_ROUTER = (TokenSkipping(RATIOS, m, first_layer=1) for m in ("distance", "router"))
 
 
 def moved(models, device="cpu", dtype=torch.float32):
@@ -78,8 +80,19 @@ def both(request, tiny_models, cuda_dry_run):
         (False, {"impl": "grouped", "tau": 0.4, "cfg": 0.0}, GROUPED),
         (False, {"impl": "auto", "tau": 0.4}, {}),  # experts are one operator, not looked into
         (False, {"impl": "reference", "tau": 0.4, "means": True}, {}),
+        (True, {"skipping": BY_DISTANCE, "cfg": (1.5, 1.5, 1.5, 0.0)}, {}),
+        (False, {"skipping": BY_ROUTER, "impl": "reference", "tau": 0.4}, {}),
     ],
-    ids=["dense", "dense unguided", "reference", "grouped unguided", "auto", "means"],
+    ids=[
+        "dense",
+        "dense unguided",
+        "reference",
+        "grouped unguided",
+        "auto",
+        "means",
+        "dense skipping",
+        "skipping by router",
+    ],
 )
 def test_images(both, cuda_dry_run, dense, options, more_waits):
     options = dict(options)

@@ -10,6 +10,7 @@ import pytest
 from dmoe_var import DynamicVAR, Threshold, generate
 from dmoe_var.data.images import to_uint8
 from dmoe_var.experiment.graph import run_stage
+from dmoe_var.experiment.points import vary
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.stages.maps import collect_maps, stored_maps
 from dmoe_var.stages.parts import loaded
@@ -62,3 +63,16 @@ def test_maps_are_of_the_class_and_of_all_layers(
     assert np.allclose(maps[:, 1], experts[:, :2].sum(0) / 16)
     for others in (experts[:, 2:].sum(0) / 16, experts[0, :2] / 8, experts[1, :2] / 8):
         assert not np.allclose(maps[:, 1], others)
+
+
+def test_skipped_tokens_run_no_expert(make_experiment, make_vqvae, make_var, make_moe, tmp_path):
+    """One layer runs every expert on all tokens, the other on half of them."""
+    experiment = make_experiment(tmp_path, {"var.depth": 2, "var.width": 64, "var.num_heads": 2})
+    skips = {"ratios": (0.0, 0.0, 0.0, 0.5), "first_layer": 1}
+    experiment = vary(experiment, {f"sampling.skipping.{k}": v for k, v in skips.items()})
+    dense = make_var(num_classes=10)
+    bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
+    _, maps = collect_maps(experiment, bench, [3, 5], [Threshold(0.0)] * 2, seed=1)
+    assert (maps[:, 0] == 1).all()
+    assert [np.sort(each).ravel().tolist().count(1) for each in maps[:, 1]] == [8, 8]
+    assert set(maps[:, 1].ravel()) == {0.5, 1.0}

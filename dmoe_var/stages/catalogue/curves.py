@@ -236,6 +236,41 @@ def guidance(experiment: Experiment) -> Figure:
     return _beside_dense("where guidance ends", [dense, always, ends], [claim])
 
 
+@figure("skipping")
+def skipping(experiment: Experiment) -> Figure:
+    """Skip tokens at the last two scales, in the dense model and beside the chosen experts."""
+    config, figures = experiment.config, experiment.config.figures
+    num_scales = config.var.num_scales
+    if num_scales < 3:
+        raise ConfigError(f"figure=skipping needs 3 scales or more, the model has {num_scales}")
+    early = (0.0,) * (num_scales - 2)
+    chosen = {"evaluate.model": "dynamic", **operating_point(experiment)}
+    by_router = {**chosen, "sampling.skipping.measure": "router"}
+
+    def curve(name: str, method: str, changes: Changes, shade: float) -> Curve:
+        points = tuple(
+            Point(f"{r:g}", r, {**changes, "sampling.skipping.ratios": (*early, r, r)})
+            for r in figures.along(figures.skipped)
+        )
+        return Curve(name, method, points, shade)
+
+    alone = _over_tau(experiment, "one tau, no token skipped", "last")
+    both = curve("chosen tau, tokens skipped", "chosen", chosen, 0.6)
+    curves = [
+        alone,
+        _chosen(experiment),
+        curve("dense, tokens skipped", "dense", {"evaluate.model": "dense"}, 0.2),
+        both,
+    ]
+    if {num_scales - 2, num_scales - 1} <= {*config.moe.scales}:
+        curves.append(curve("chosen tau, tokens skipped by router", "chosen", by_router, 1.0))
+    claims = [
+        Claim("skipped tokens cost less than skipped experts", better.name, alone.name)
+        for better in curves[2:4]
+    ]
+    return _beside_dense("tokens skipped at the last two scales", curves, claims)
+
+
 def _over_tau(
     experiment: Experiment,
     name: str,

@@ -17,6 +17,7 @@ KEYS = {
     "figures.cumulative_shares": [0.9],
     "figures.time_tau": [0.0, 0.9],
     "figures.batch_size": 2,
+    "figures.skipped": [0.25, 0.5],
 }
 
 

@@ -25,7 +25,18 @@ def rule(name, key, *values):
 CHOSEN = {
     "evaluate.model": "dynamic", "selection.rule": "threshold", "selection.tau": (0.3, 0.6),
 }  # fmt: skip
+SKIPPING = [{"sampling.skipping.ratios": (0.0, 0.0, r, r)} for r in (0.25, 0.5)]
 CURVES = {
+    "skipping": {
+        "dense VAR": [DENSE],
+        "one tau, no token skipped": over_tau(),
+        "chosen tau a scale": [CHOSEN],
+        "dense, tokens skipped": [{**DENSE, **each} for each in SKIPPING],
+        "chosen tau, tokens skipped": [{**CHOSEN, **each} for each in SKIPPING],
+        "chosen tau, tokens skipped by router": [
+            {**CHOSEN, "sampling.skipping.measure": "router", **each} for each in SKIPPING
+        ],
+    },
     "4": {
         "dense VAR": [DENSE],
         "scale 2 alone": over_tau(**{"moe.scales": (1,)}),
@@ -75,7 +86,7 @@ def test_curves(experiment, name):
     for curve in curves:
         for point in curve.points:
             if point.value is not None:
-                said = [v[0] if isinstance(v, tuple) else v for v in point.changes.values()]
+                said = [v[-1] if isinstance(v, tuple) else v for v in point.changes.values()]
                 assert point.value in said
                 assert float(point.label) == point.value
     shades = [curve.shade for curve in curves if curve.shade is not None]

@@ -1,0 +1,43 @@
+"""Where token skipping is refused before any work."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.stage import find
+
+ON = {"sampling.skipping.ratios": [0, 0, 0.5, 0.5], "sampling.skipping.first_layer": 0}
+BY_ROUTER = {**ON, "sampling.skipping.measure": "router"}
+ALL = "sampling.skipping.ratios=[0.0, 0.0, 0.5, 0.5]: "
+ROUTER = "sampling.skipping.measure=router: "
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("calibrate", ON, f"{ALL}losses are measured under teacher forcing"),
+        ("report", ON, f"{ALL}the report shows what routers did for every token"),
+        ("benchmark", {**ON, "benchmark.published": "x"}, f"{ALL}the published sampler"),
+        ("benchmark", {**ON, "benchmark.kernels": True}, f"{ALL}benchmark.kernels=true"),
+        ("benchmark", {**ON, "benchmark.compile": "both"}, f"{ALL}benchmark.compile=both"),
+        ("benchmark", BY_ROUTER, f"{ROUTER}a benchmark samples from a model without routers"),
+        ("sweep", BY_ROUTER, f"{ROUTER}a sweep samples"),
+        ("sample", BY_ROUTER, f"{ROUTER}sample.model=None samples"),
+        ("evaluate", {**BY_ROUTER, "evaluate.model": "dense"}, f"{ROUTER}evaluate.model=dense"),
+        ("evaluate", {**BY_ROUTER, "evaluate.model": "pruned"}, f"{ROUTER}evaluate.model=pruned"),
+        ("evaluate", {**BY_ROUTER, "evaluate.model": "dynamic"}, None),
+        ("evaluate", {**ON, "evaluate.model": "dense"}, None),
+        ("sample", {**BY_ROUTER, "sample.model": "dynamic"}, None),
+        *((stage, ON, None) for stage in ("sample", "sweep", "benchmark", "maps")),
+    ],
+)
+def test_where_it_is_refused(make_experiment, stage, changes, message):
+    config = make_experiment(changes=changes).config
+    if message is None:
+        find(stage).check(config)
+        return
+    with pytest.raises(ConfigError) as caught:
+        find(stage).check(config)
+    assert str(caught.value).startswith(message)
+    assert "allowed here: " in str(caught.value)
