@@ -11,14 +11,16 @@ from typing import Any, cast
 
 from dmoe_var.config.root import Config
 
+TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router")
 HOUSEKEEPING = (
     "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
     "data.root", "data.workers", "data.encode_batch",
     *(
         f"{stage}.{key}"
-        for stage in ("train_vqvae", "train_var", "sparsify", "train_router")
+        for stage in TRAININGS
         for key in ("log_every", "validate_every", "checkpoint_every", "micro_batch_size")
     ),
+    "train_var.snapshot_every",
     "train_var.activation_checkpointing", "sparsify.activation_checkpointing",
     "sampling.batch_size", "fidelity.batch_size",
     "sweep.part", "sweep.parts",
@@ -28,7 +30,10 @@ HOUSEKEEPING = (
 with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
 which points a run measures, not what they are."""
 
-OPTIONAL = ("selection.layer_tau", "evaluate.samples")
+OPTIONAL = (
+    "selection.layer_tau", "evaluate.samples", "data.flip",
+    *(f"{stage}.ema" for stage in TRAININGS),
+)  # fmt: skip
 """Keys that say nothing if they are empty."""
 
 
