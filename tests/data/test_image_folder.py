@@ -160,7 +160,8 @@ def test_every_second_augmentation_is_mirrored(root, folder_images):
     plain_KRR3, flipped_KRR3 = plain.pixels(everything), flipped.pixels(everything)
     assert np.array_equal(flipped_KRR3[::2], plain_KRR3[::2])
     assert np.array_equal(flipped_KRR3[1::2], plain_KRR3[1::2, :, ::-1])
-    assert flipped.key != plain.key and same.key == held_out.key
+    assert flipped.key != plain.key
+    assert same.key == held_out.key
 
 
 def test_flips_need_augmentations():
