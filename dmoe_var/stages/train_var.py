@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
@@ -13,6 +15,8 @@ from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import token_about, token_metrics, token_sets
 from dmoe_var.training.loop import Snapshots, train
 from dmoe_var.training.objectives import VARObjective
+
+SNAPSHOTS = "snapshots"
 
 
 def run(experiment: Experiment) -> StageResult:
@@ -29,7 +33,7 @@ def run(experiment: Experiment) -> StageResult:
     var = VAR(config.var).to(experiment.device)
     objective = VARObjective(var, *given)
     run = experiment.training_run("train_var")
-    metrics = train(objective, config.train_var, run, _snapshots(experiment, var))
+    metrics = train(objective, config.train_var, run, _keep(experiment, var))
     loaded.save(experiment, "train_var", var)
     return StageResult(
         {**metrics, **token_metrics(tokens)},
@@ -37,12 +41,17 @@ def run(experiment: Experiment) -> StageResult:
     )
 
 
-def _snapshots(experiment: Experiment, var: VAR) -> Snapshots | None:
-    """Keep checkpoints, which base.var takes, under snapshots/ by their step."""
+def snapshots(experiment: Experiment) -> dict[int, Path]:
+    """List the models that training has left on its way, which base.var takes, by their step."""
+    folder = experiment.folder("train_var") / SNAPSHOTS
+    return {int(path.name): path for path in sorted(folder.glob("[0-9]*"))}
+
+
+def _keep(experiment: Experiment, var: VAR) -> Snapshots | None:
     every = experiment.config.train_var.snapshot_every
     if every is None:
         return None
-    folder = experiment.folder("train_var") / "snapshots"
+    folder = experiment.folder("train_var") / SNAPSHOTS
     fingerprint = experiment.fingerprint("train_var")
     return Snapshots(every, lambda step: save_checkpoint(folder / f"{step:06d}", var, fingerprint))
 
