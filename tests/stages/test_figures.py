@@ -221,7 +221,7 @@ def test_base_training_from_its_snapshots(make_experiment, runs, images_of, monk
     points' first of each class. Without snapshots one line says so."""
     keys = {**FEW, "figures.figure": ["learning"], "figures.seeds": [0], "figures.make": True}
     experiment = make_experiment(runs, edited=keys)
-    with pytest.raises(ConfigError, match="train_var.snapshot_every=None: figure=learning needs"):
+    with pytest.raises(ConfigError, match="snapshot_every=None: figure=learning needs"):
         run_stage(experiment, "figures")
     training = make_experiment(
         runs,
