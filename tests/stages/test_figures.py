@@ -228,13 +228,13 @@ def test_base_training_from_its_snapshots(make_experiment, runs, images_of, monk
         edited={**keys, "seed": 1, "train_var.snapshot_every": 1, "train_var.validate_every": 1},
     )
     run_through(training, "train_var", lambda stage, done: None)
-    strips = []
-    draw = learning.draw
-    monkeypatch.setattr(
-        learning,
-        "draw",
-        lambda data, strip, *rest: strips.append(strip) or draw(data, strip, *rest),
-    )
+    strips, draw = [], learning.draw
+
+    def see(data, strip, *rest):
+        strips.append(strip)
+        draw(data, strip, *rest)
+
+    monkeypatch.setattr(learning, "draw", see)
     run_stage(training, "figures")
     data = shown(training, "learning")
     lines = (training.folder("train_var") / "metrics.jsonl").read_text().splitlines()
