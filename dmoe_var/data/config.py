@@ -44,6 +44,8 @@ class DataConfig:
     """Shorter side of a picture before it is cut, as a multiple of image_size."""
     augmentations: Count = 1
     """Random crops per training picture; held-out crops are central."""
+    flip: bool = False
+    """Whether every second augmentation of a training picture is mirrored."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the crops."""
     limit: Count | None = None
@@ -60,6 +62,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "image_folder":
+            if self.flip and self.augmentations == 1:
+                raise ValueError(
+                    "flip=true needs augmentations of 2 or more, of which every second is mirrored"
+                )
             return
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -51,13 +51,15 @@ picture only the middle is kept; the whole would take gigabytes."""
 @dataclass(frozen=True)
 class Cut:
     """How a picture becomes R x R pixels. Lanczos resizes its shorter side to round(resize_ratio *
-    R). The crop is the centre or, if `random`, a random place per augmentation; no flip."""
+    R). The crop is the centre or, if `random`, a random place per augmentation, of which `flip`
+    mirrors every second."""
 
     image_size: int
     resize_ratio: float
     random: bool
     augmentations: int
     seed: int
+    flip: bool = False
 
     def opened(self, path: Path) -> Picture:
         """Open a file as a resized RGB picture. Raise UnreadablePictureError if it cannot be."""
@@ -75,7 +77,13 @@ class Cut:
             left, top = (int(generator.integers(pixels + 1)) for pixels in spare)
         else:
             left, top = (round(pixels / 2) for pixels in spare)
-        return np.asarray(picture.crop((left, top, left + R, top + R)))
+        pixels_RR3 = np.asarray(picture.crop((left, top, left + R, top + R)))
+        return pixels_RR3[:, ::-1] if self.flip and augmentation % 2 else pixels_RR3
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the pixels depend on; unset `flip` is left out, as caches without it have it."""
+        return {k: v for k, v in asdict(self).items() if k != "flip" or v}
 
 
 def _shortened(picture: Picture) -> Picture:
@@ -118,7 +126,7 @@ class FolderImages:
         the ledger does not know, once."""
         paths = [os.fsdecode(path) for path in self.paths_P]
         files = sha256_of_all(self.folder, paths, self.hashes, progress=self.progress)
-        content = hashlib.sha256(json.dumps([asdict(self.cut), files]).encode())
+        content = hashlib.sha256(json.dumps([self.cut.key, files]).encode())
         content.update(self.labels.tobytes())
         crop = "random" if self.cut.random else "centre"
         return f"folder-{crop}-{self.cut.image_size}-{content.hexdigest()[:16]}"
@@ -193,10 +201,11 @@ def load_image_folders(
         for line in filter(None, (listing.line() for listing in listings)):
             note(line)
     # Build both sets
-    cut = Cut(config.image_size, config.resize_ratio, True, config.augmentations, config.seed)
-    central = replace(cut, random=False, augmentations=1, seed=0)
+    how = (config.augmentations, config.seed, config.flip)
+    random = Cut(config.image_size, config.resize_ratio, True, *how)
+    central = replace(random, random=False, augmentations=1, seed=0, flip=False)
     sets = []
-    for listing, how, key in ((listings[0], cut, "limit"), (listings[1], central, "held_out")):
+    for listing, cut, key in ((listings[0], random, "limit"), (listings[1], central, "held_out")):
         pictures, number = listing.pictures, getattr(config, key)
         if number is not None:
             pictures = balanced(pictures, number, listing.folder, f"data.{key}")
@@ -208,9 +217,9 @@ def load_image_folders(
                 classes=classes,
                 num_classes=num_classes,
                 paths_P=np.array(paths),
-                labels=labels_P.repeat(how.augmentations).astype(np.int64),
+                labels=labels_P.repeat(cut.augmentations).astype(np.int64),
                 passed_over=listing.passed_over,
-                cut=how,
+                cut=cut,
                 workers=config.workers,
                 hashes=hashes,
                 progress=progress,

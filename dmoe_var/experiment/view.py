@@ -11,14 +11,16 @@ from typing import Any, cast
 
 from dmoe_var.config.root import Config
 
+TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router")
 HOUSEKEEPING = (
     "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
     "data.root", "data.workers", "data.encode_batch",
     *(
         f"{stage}.{key}"
-        for stage in ("train_vqvae", "train_var", "sparsify", "train_router")
+        for stage in TRAININGS
         for key in ("log_every", "validate_every", "checkpoint_every", "micro_batch_size")
     ),
+    "train_var.snapshot_every",
     "train_var.activation_checkpointing", "sparsify.activation_checkpointing",
     "sampling.batch_size", "fidelity.batch_size",
     "sweep.part", "sweep.parts",
@@ -28,12 +30,14 @@ HOUSEKEEPING = (
 with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
 which points a run measures, not what they are."""
 
+OFF: tuple[Any, ...] = (None, False, [], "none", "zero")
 OPTIONAL = {
-    "selection.layer_tau": "selection.layer_tau",
-    "evaluate.samples": "evaluate.samples",
+    **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
+    **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
+    "moe.mean_images": "moe.skipped",
     "sampling.skipping": "sampling.skipping.ratios",
 }
-"""Keys and sections that say nothing if a key, their own or one of theirs, is empty."""
+"""Keys and sections that say nothing if a key, their own or one of theirs, is OFF."""
 
 
 class UndeclaredRead(RuntimeError):
@@ -47,7 +51,8 @@ def within(key: str, keys: Iterable[str]) -> bool:
 
 def says(key: str, leaves: Mapping[str, Any]) -> bool:
     """Tell whether a key says something among all keys and their values."""
-    return all(leaves[switch] for place, switch in OPTIONAL.items() if within(key, (place,)))
+    switches = (switch for place, switch in OPTIONAL.items() if within(key, (place,)))
+    return all(leaves.get(switch) not in OFF for switch in switches)
 
 
 def view(config: Config, stage: str, declared: Iterable[str]) -> Config:

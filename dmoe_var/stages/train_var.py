@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.config.root import Config
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.models.var import VAR
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import token_about, token_metrics, token_sets
-from dmoe_var.training.loop import train
+from dmoe_var.training.loop import Snapshots, train
 from dmoe_var.training.objectives import VARObjective
+
+SNAPSHOTS = "snapshots"
 
 
 def run(experiment: Experiment) -> StageResult:
@@ -27,12 +32,28 @@ def run(experiment: Experiment) -> StageResult:
     torch.manual_seed(config.seed)
     var = VAR(config.var).to(experiment.device)
     objective = VARObjective(var, *given)
-    metrics = train(objective, config.train_var, experiment.training_run("train_var"))
+    run = experiment.training_run("train_var")
+    metrics = train(objective, config.train_var, run, _keep(experiment, var))
     loaded.save(experiment, "train_var", var)
     return StageResult(
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},
     )
+
+
+def snapshots(experiment: Experiment) -> dict[int, Path]:
+    """List the models that training has left on its way, which base.var takes, by their step."""
+    folder = experiment.folder("train_var") / SNAPSHOTS
+    return {int(path.name): path for path in sorted(folder.glob("[0-9]*"))}
+
+
+def _keep(experiment: Experiment, var: VAR) -> Snapshots | None:
+    every = experiment.config.train_var.snapshot_every
+    if every is None:
+        return None
+    folder = experiment.folder("train_var") / SNAPSHOTS
+    fingerprint = experiment.fingerprint("train_var")
+    return Snapshots(every, lambda step: save_checkpoint(folder / f"{step:06d}", var, fingerprint))
 
 
 def reads(config: Config, ours: Config) -> Keys:

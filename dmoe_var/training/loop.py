@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from dmoe_var.distributed import gathered, is_main
 from dmoe_var.errors import CheckpointError, TrainingDiverged
+from dmoe_var.training.average import AveragedWeights
 from dmoe_var.training.rehearsal import rehearse
 from dmoe_var.training.state import STATE_FILE, StateFile, trainable
 from dmoe_var.training.step import Objective, OptimConfig, Run, StepGradients, step_seed
@@ -61,8 +64,18 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, float]:
+class Snapshots(NamedTuple):
+    """Says how often copies of the weights are kept, and how: `keep` is given the step."""
+
+    every: int
+    keep: Callable[[int], None]
+
+
+def train(
+    objective: Objective, config: OptimConfig, run: Run, snapshots: Snapshots | None = None
+) -> dict[str, float]:
     """Train to the end, from the stored state if there is one. Return the last validation metrics.
+    Validation, snapshots and the caller find the averaged weights in the module if there are any.
 
     Raise TrainingDiverged for a loss, gradient or metric that is not finite; the state file then
     holds the last good step.
@@ -75,7 +88,9 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
     state = StateFile(run.folder / STATE_FILE, fingerprint)
     num_steps = config.num_steps(objective.num_examples)
     order = BatchOrder(objective.num_examples, config.batch_size, run.seed)
-    first = state.load(module, optimizer)
+    average = None if config.ema is None else AveragedWeights(module, config.ema)
+    averages = {} if average is None else average.tensors
+    first = state.load(module, optimizer, averages)
     if len(set(gathered(first))) > 1:
         raise CheckpointError(
             f"{state.path}: the processes found different states: {gathered(first)}"
@@ -106,6 +121,8 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
             _check_finite({"loss": logged["loss"], "gradient norm": norm}, done, run)
             optimizer.step()
             objective.after_step(step, num_steps)
+            if average is not None:
+                average.update(step)
             # Log, validate, save
             bar.update()
             if done % config.log_every == 0 or last:
@@ -113,14 +130,22 @@ def train(objective: Objective, config: OptimConfig, run: Run) -> dict[str, floa
                 loss, *others = logged.items()
                 log.write(done, dict([loss, ("lr", lr), ("step_s", seconds), *others]))
                 bar.set_postfix(loss=f"{logged['loss']:.4f}")
-            if done % config.validate_every == 0 or last:
+            validates = done % config.validate_every == 0 or last
+            kept = snapshots if snapshots and done % snapshots.every == 0 else None
+            if validates or kept:
                 module.eval()
-                with torch.no_grad():
-                    metrics = objective.validate()
+                with torch.no_grad(), nullcontext() if average is None else average.in_place():
+                    if validates:
+                        metrics = objective.validate()
+                    if kept and is_main():
+                        kept.keep(done)
+            if validates:
                 _check_finite(metrics, done, run)
                 log.write(done, metrics)
             if (done % config.checkpoint_every == 0 or last) and is_main():
-                state.save(done, module, optimizer)
+                state.save(done, module, optimizer, averages)
+    if average is not None:
+        average.put()
     module.eval()
     if not metrics:  # killed after its last step: the weights are there, the metrics are not
         with torch.no_grad():

@@ -85,6 +85,8 @@ class VARTrainingConfig(OptimConfig):
 
     activation_checkpointing: bool = False
     """Whether blocks run again in the backward pass, to store less for a third more work."""
+    snapshot_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps from one model that is kept in snapshots/ to the next (train_var); null keeps none."""
 
 
 class VARObjective(TokenObjective):

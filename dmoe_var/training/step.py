@@ -51,6 +51,9 @@ class OptimConfig:
     """Weight decay of AdamW."""
     clip: Positive = 1.0
     """Largest norm of the gradient."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of a moving average of the weights, which is what is validated and kept; null
+    keeps the last step's."""
     log_every: Annotated[int, Field(gt=0)] = 20
     """Steps from one line of metrics.jsonl to the next."""
     validate_every: Annotated[int, Field(gt=0)] = 200

@@ -17,6 +17,7 @@ from dmoe_var.config_fields import Share
 from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.ops import at_least_float32
 from dmoe_var.training.objectives import VALIDATION_BATCH, Mean
 from dmoe_var.training.step import OptimConfig
 
@@ -72,7 +73,8 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False).eval()
 
     def _features(self, images_B3RR: Tensor) -> list[Tensor]:
-        x = F.interpolate(images_B3RR, self.input_size, mode="bilinear", antialias=True)
+        x = at_least_float32(images_B3RR)  # on a CPU antialiasing has no bfloat16 gradient
+        x = F.interpolate(x, self.input_size, mode="bilinear", antialias=True)
         x = self.stem(x)
         features = []
         for i, block in enumerate(self.blocks):

@@ -153,6 +153,22 @@ def test_neither_batches_nor_threads_matter(root, folder_images):
     assert images.pixels(torch.arange(0)).shape == (0, 8, 8, 3)
 
 
+def test_every_second_augmentation_is_mirrored(root, folder_images):
+    plain, held_out = folder_images(root, augmentations=4)
+    flipped, same = folder_images(root, augmentations=4, flip=True)
+    everything = torch.arange(len(plain))
+    plain_KRR3, flipped_KRR3 = plain.pixels(everything), flipped.pixels(everything)
+    assert np.array_equal(flipped_KRR3[::2], plain_KRR3[::2])
+    assert np.array_equal(flipped_KRR3[1::2], plain_KRR3[1::2, :, ::-1])
+    assert flipped.key != plain.key
+    assert same.key == held_out.key
+
+
+def test_flips_need_augmentations():
+    with pytest.raises(ValueError, match="flip=true needs augmentations of 2 or more"):
+        DataConfig(kind="image_folder", flip=True)
+
+
 def test_augmentations_of_a_picture_cost_one_decoding(root, folder_images, monkeypatch):
     images, opened, times = folder_images(root, augmentations=4)[0], Cut.opened, []
     monkeypatch.setattr(Cut, "opened", lambda cut, path: times.append(path) or opened(cut, path))

@@ -7,11 +7,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from dmoe_var.errors import DataError
-from dmoe_var.experiment.graph import run_stage
+from dmoe_var.errors import ConfigError, DataError
+from dmoe_var.experiment.graph import run_stage, run_through
 from dmoe_var.experiment.points import operating_point, vary
+from dmoe_var.figures import learning
 from dmoe_var.stages import figures
 from dmoe_var.stages.catalogue import FIGURES
 from dmoe_var.stages.catalogue.figure import at_size, note
@@ -211,3 +214,39 @@ def test_a_tau_for_each_layer_is_of_its_own_depth(experiment_of, make_experiment
     needed = [need.experiment.config for need in FIGURES[name](experiment).needs(experiment)]
     assert {config.var.depth for config in needed} == {1, 2}
     assert all(config.var.depth == 1 for config in needed if config.selection.layer_tau)
+
+
+def test_base_training_from_its_snapshots(make_experiment, runs, images_of, monkeypatch):
+    """A point per model that training left; losses are those that it logged. The pictures are the
+    points' first of each class. Without snapshots one line says so."""
+    keys = {**FEW, "figures.figure": ["learning"], "figures.seeds": [0], "figures.make": True}
+    experiment = make_experiment(runs, edited=keys)
+    with pytest.raises(ConfigError, match="snapshot_every=None: figure=learning needs"):
+        run_stage(experiment, "figures")
+    training = make_experiment(
+        runs,
+        edited={**keys, "seed": 1, "train_var.snapshot_every": 1, "train_var.validate_every": 1},
+    )
+    run_through(training, "train_var", lambda stage, done: None)
+    strips, draw = [], learning.draw
+
+    def see(data, strip, *rest):
+        strips.append(strip)
+        draw(data, strip, *rest)
+
+    monkeypatch.setattr(learning, "draw", see)
+    run_stage(training, "figures")
+    data = shown(training, "learning")
+    lines = (training.folder("train_var") / "metrics.jsonl").read_text().splitlines()
+    ce = [each["val_ce_scale3"] for each in map(json.loads, lines) if "val_ce" in each]
+    assert data["validated"]["steps"] == [1, 2]
+    assert data["validated"]["ce"][3] == ce
+    rows = data["curves"][0]["rows"]
+    assert [row["value"] for row in rows] == [1, 2]
+    weights = load_file(training.folder("train_var") / "checkpoint" / "model.safetensors")
+    last = load_file(training.folder("train_var") / "snapshots" / "000002" / "model.safetensors")
+    assert all(torch.equal(weights[name], last[name]) for name in weights)
+    for row, (name, pictures) in zip(rows, strips[0].items(), strict=True):
+        samples = images_of(training.root / row["points"][0] / "samples.npz")
+        assert name == f"step {row['value']}"
+        assert (pictures == samples[:10]).all()

@@ -111,12 +111,12 @@ def toy():
 
 @pytest.fixture
 def run_in():
-    """run_in(folder, objective, config, **fields of Run) -> metrics of a training run."""
+    """run_in(folder, objective, config, snapshots, **fields of Run) -> metrics of a run."""
 
-    def run_in(folder, objective, config, **fields):
+    def run_in(folder, objective, config, snapshots=None, **fields):
         folder.mkdir(exist_ok=True)
         about = {"fingerprint": "ours", "name": "test", "seed": SEED, "progress": False, **fields}
-        return train(objective, config, Run(folder, **about))
+        return train(objective, config, Run(folder, **about), snapshots)
 
     return run_in
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmoe_var.errors import TrainingDiverged
-from dmoe_var.training.loop import BatchOrder, parameter_groups
+from dmoe_var.training.loop import BatchOrder, Snapshots, parameter_groups
 from dmoe_var.training.state import STATE_FILE, StateFile
 from dmoe_var.training.step import OptimConfig
 
@@ -121,11 +121,11 @@ def test_what_decays(experts, shared, make_var, make_moe):
     assert {names[p] for p in spared["params"]} == set(names.values()) - expected
 
 
-@pytest.mark.parametrize("kind", ["vqvae", "sparsify", "router"])
-def test_two_and_two_steps_are_four(kind, build, run_in, tmp_path):
+@pytest.mark.parametrize(("kind", "ema"), [("vqvae", None), ("sparsify", None), ("router", 0.9)])
+def test_two_and_two_steps_are_four(kind, ema, build, run_in, tmp_path):
     """Stopped after step 3, where only step 2 is stored, and started again: bitwise the same.
     Started once more, nothing trains again, as where a kill came after the last step."""
-    whole, config = build(kind, steps=4, checkpoint_every=2)
+    whole, config = build(kind, steps=4, checkpoint_every=2, ema=ema)
     metrics = run_in(tmp_path / "whole", whole, config)
     written = lines(tmp_path / "whole")
     assert [line["step"] for line in written] == [1, 2, 2, 3, 4, 4]
@@ -138,6 +138,29 @@ def test_two_and_two_steps_are_four(kind, build, run_in, tmp_path):
         assert run_in(parts, rest, config) == metrics
         assert_same_weights(rest.module, whole.module)
         assert lines(parts) == written
+
+
+def test_averaged_weights(toy, run_in, tmp_path):
+    """Each step's weights w enter as avg = d avg + (1 - d) w, d = min(ema, (1 + t) / (10 + t)),
+    from the initial weights on. The average is what is validated, kept and left in the module;
+    training goes on from the last step's weights."""
+    seen, plain, averaged = [], toy(), toy()
+    plain.after_step = lambda *_: seen.append(plain.module.weight.detach().double())
+    expected = [plain.module.weight.detach().double()]
+    run_in(tmp_path / "plain", plain, OptimConfig(steps=4, lr=0.1))
+    for t, weight in enumerate(seen):
+        decay = min(0.15, (1 + t) / (10 + t))
+        expected.append(decay * expected[-1] + (1 - decay) * weight)
+    kept = {}
+    keep = lambda step: kept.update({step: averaged.module.weight.double()})  # noqa: E731
+    config = OptimConfig(steps=4, lr=0.1, ema=0.15, validate_every=2)
+    snapshots = Snapshots(3, keep)
+    metrics = run_in(tmp_path / "averaged", averaged, config, snapshots)
+    torch.testing.assert_close(kept, {3: expected[3]}, rtol=0, atol=1e-6)
+    torch.testing.assert_close(averaged.module.weight.double(), expected[4], rtol=0, atol=1e-6)
+    validated = [each["val_norm"] for each in lines(tmp_path / "averaged") if "val_norm" in each]
+    assert validated == pytest.approx([float(expected[step].norm()) for step in (2, 4)])
+    assert metrics == {"val_norm": validated[-1]}
 
 
 def test_unused_parameters_do_not_keep_a_run_from_resuming(toy, run_in, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dmoe_var.models.blocks import whole
 from dmoe_var.training.vqvae_objective import (
@@ -120,6 +121,20 @@ def test_perceptual_term(objective, digits):
     assert float(loss - plain) == pytest.approx(3 * logged["perceptual"], rel=1e-4)
     loss.backward()
     assert objective.vqvae.encoder.conv_in.weight.grad.abs().max() > 0
+
+
+def test_perceptual_term_under_autocast():
+    """A reconstruction is then bfloat16; its gradient is the float32 one but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    a_B3RR, b_B3RR = torch.rand(2, 2, 3, 16, 16, generator=generator).mul_(2).sub_(1)
+    distance, gradients = PerceptualDistance(32), []
+    for dtype in (torch.float32, torch.bfloat16):
+        given_B3RR = a_B3RR.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            distance(given_B3RR, b_B3RR).backward()
+        gradients.append(given_B3RR.grad.flatten())
+    plain, half = gradients
+    assert F.cosine_similarity(plain, half.float(), dim=0) > 0.9
 
 
 def test_codes_are_counted_on_whole_batches():
