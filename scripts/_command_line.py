@@ -6,6 +6,7 @@ before Hydra reads it, so that a path may hold whatever a path can hold.
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from dmoe_var.config.parse import is_declared, is_entry, is_text
+from dmoe_var.config.recipe import read_recipe
 from dmoe_var.errors import ConfigError
 
 USE = "settings are key=value, options --help, --cfg job, -m"
@@ -69,9 +71,21 @@ def read(in_full: Callable[[list[str]], list[str]]) -> Namespace:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir={arguments.config_dir}: no such folder")
         arguments.config_dir = str(folder)
-    written = in_full(arguments.overrides)
+    written = in_full(_with_recipe(arguments.overrides))
     arguments.overrides = [written_out(each, arguments.multirun) for each in written]
     return arguments
+
+
+def _with_recipe(overrides: list[str]) -> list[str]:
+    """Put the settings of recipe=FILE in its place, before all others, which stand above them."""
+    given = [each for each in overrides if each.startswith("recipe=")]
+    if len(given) > 1:
+        raise ConfigError(f"{' '.join(given)}: one recipe at most")
+    rest = [each for each in overrides if each not in given]
+    for each in given:
+        keys = read_recipe(Path(each.partition("=")[2]).expanduser())
+        rest = [f"{key}={json.dumps(value)}" for key, value in keys.items()] + rest
+    return rest
 
 
 def _refuse(message: str) -> NoReturn:

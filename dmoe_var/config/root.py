@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dmoe_var.config.figures import FiguresConfig
+from dmoe_var.config.recipe import FindRecipeConfig
 from dmoe_var.config.stages import (
     BenchmarkConfig,
     CalibrateConfig,
@@ -125,6 +126,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    find_recipe: FindRecipeConfig = field(default_factory=FindRecipeConfig)
     maps: MapsConfig = field(default_factory=MapsConfig)
     figures: FiguresConfig = field(default_factory=FiguresConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

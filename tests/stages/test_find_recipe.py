@@ -1,0 +1,98 @@
+"""The search for a recipe: the budget is met, the best FID wins, and evaluate reads what is left."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from dmoe_var.config.recipe import read_recipe
+from dmoe_var.errors import ConfigError, InputError
+from dmoe_var.experiment.graph import record_if_done, run_stage
+from dmoe_var.experiment.points import vary
+from dmoe_var.metrics.flops import count_flops
+from dmoe_var.stages.evaluate import Bench
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = {
+    "find_recipe.num_samples": 20,
+    "find_recipe.skipped_tokens": [0.0, 0.5],
+    "find_recipe.unguided": [0, 1, 2],
+    "moe.mean_images": 8,
+    "calibrate.densities": [0.7, 0.4],
+    "calibrate.images": 20,
+    "calibrate.held_out": 20,
+    "calibrate.drawn": 60,
+    "calibrate.refinements": 0,
+    "sampling.skipping.first_layer": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def found(make_experiment, kept_runs):
+    """A search for 70 % of the FLOPs, and its record."""
+    experiment = make_experiment(kept_runs, edited={**FEW, "find_recipe.budget": 0.7})
+    return experiment, run_stage(experiment, "find_recipe")
+
+
+def test_the_budget_is_met_by_what_runs(found):
+    """Counted once more, of other images, under the keys of the recipe."""
+    experiment, record = found
+    best = vary(experiment, record.about["keys"])
+    bench = Bench(best)
+    labels = [i % 10 for i in range(100)]
+    plain = count_flops(bench.dense, bench.vqvae, labels[:1]).total_gmac
+    model, sampling = bench.model(best), best.config.sampling
+    rules = best.config.selection.rules() if best.config.evaluate.model == "dynamic" else None
+    gmac = count_flops(
+        model, bench.vqvae, labels, seed=5, selection=rules, **sampling.options
+    ).total_gmac
+    assert record.metrics["dense_gmac"] == pytest.approx(plain)
+    assert gmac <= 0.72 * plain
+    assert record.metrics["flops_share"] == pytest.approx(gmac / plain, rel=0.03)
+
+
+def test_the_best_of_what_was_tried_within_the_budget(found):
+    """Every end of guidance, then skipped tokens and means beside the best: one after the other."""
+    experiment, record = found
+    tried = record.about["tried"]
+    target = 0.7 * record.metrics["dense_gmac"]
+    within = [each for each in tried if each["flops_gmac"] <= 1.01 * target]
+    best = min(within, key=lambda each: each["fid"])
+    assert record.about["keys"] == best["keys"]
+    ends = [tuple(each["keys"]["sampling.cfg"]) for each in tried]
+    assert ends[:3] == [(1.5,) * 4, (1.5, 1.5, 1.5, 0.0), (1.5, 1.5, 0.0, 0.0)]
+    assert len(set(ends[3:])) == 1
+    assert any("sampling.skipping.ratios" in each["keys"] for each in tried)
+
+
+def test_evaluate_reads_the_recipe(found, monkeypatch):
+    """Its keys stand on the command line before all others; the point that was measured is done."""
+    experiment, record = found
+    path = experiment.folder("find_recipe") / "recipe.json"
+    assert read_recipe(path) == json.loads(json.dumps(record.about["keys"]))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr("sys.argv", ["evaluate", "evaluate.seed=2000", f"recipe={path}"])
+    arguments = importlib.import_module("_command_line").read(list)
+    keys = dict(each.partition("=")[::2] for each in arguments.overrides)
+    assert [*keys][-1] == "evaluate.seed"
+    assert {key: json.loads(keys[key]) for key in read_recipe(path)} == read_recipe(path)
+    point = vary(
+        experiment, {**record.about["keys"], "evaluate.seed": 2000, "evaluate.num_samples": 20}
+    )
+    assert record_if_done(point, "evaluate") is not None
+
+
+def test_what_is_refused(make_experiment, kept_runs, tmp_path):
+    given = make_experiment(kept_runs, edited={**FEW, "moe.skipped": "mean"})
+    with pytest.raises(ConfigError, match="moe.skipped=mean: find_recipe chooses it"):
+        run_stage(given, "find_recipe")
+    far = {**FEW, "find_recipe.budget": 0.01, "find_recipe.unguided": [0]}
+    with pytest.raises(InputError, match=r"find_recipe.budget=0.01: out of reach"):
+        run_stage(make_experiment(kept_runs, edited=far), "find_recipe")
+    other = tmp_path / "recipe.json"
+    other.write_text("{}")
+    with pytest.raises(ConfigError, match=r"recipe.json: no recipe"):
+        read_recipe(other)
