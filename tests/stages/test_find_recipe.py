@@ -1,4 +1,4 @@
-"""The search for a recipe: the budget is met, the best FID wins, and evaluate reads what is left."""
+"""The search for a recipe: the budget is met, the best FID wins, and evaluate reads its file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_budget_is_met_by_what_runs(found):
 
 def test_the_best_of_what_was_tried_within_the_budget(found):
     """Every end of guidance, then skipped tokens and means beside the best: one after the other."""
-    experiment, record = found
+    _, record = found
     tried = record.about["tried"]
     target = 0.7 * record.metrics["dense_gmac"]
     within = [each for each in tried if each["flops_gmac"] <= 1.01 * target]
@@ -87,7 +87,7 @@ def test_evaluate_reads_the_recipe(found, monkeypatch):
 
 def test_what_is_refused(make_experiment, kept_runs, tmp_path):
     given = make_experiment(kept_runs, edited={**FEW, "moe.skipped": "mean"})
-    with pytest.raises(ConfigError, match="moe.skipped=mean: find_recipe chooses it"):
+    with pytest.raises(ConfigError, match=r"moe.skipped=mean: find_recipe chooses it"):
         run_stage(given, "find_recipe")
     far = {**FEW, "find_recipe.budget": 0.01, "find_recipe.unguided": [0]}
     with pytest.raises(InputError, match=r"find_recipe.budget=0.01: out of reach"):
