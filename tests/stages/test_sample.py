@@ -287,5 +287,6 @@ def test_half_precision(make_experiment, runs):
     """The models are drawn from in sampling.dtype."""
     experiment = make_experiment(runs, {"sample.classes": [1], "sampling.dtype": "bfloat16"})
     assert run_stage(experiment, "sample").dtype == "bfloat16"
-    for drawer in sample._drawers(experiment).values():
+    vqvae = loaded.vqvae(experiment)
+    for drawer in sample._drawers(experiment, vqvae).values():
         assert {parameter.dtype for parameter in drawer.model.parameters()} == {torch.bfloat16}
