@@ -29,5 +29,5 @@ def load_data(
     if config.kind == "digits":
         return load_digits(config.image_size)
     if config.kind == "cifar10":
-        return load_cifar10(config.root, config.limit, config.held_out, fetch=fetch)
+        return load_cifar10(config, fetch=fetch)
     return load_image_folders(config, num_classes, hashes, progress)

@@ -16,6 +16,8 @@ from dmoe_var.files import alone
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torchvision.datasets import CIFAR10
 
+    from dmoe_var.data.config import DataConfig
+
 IMAGE_SIZE = 32
 CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -23,20 +25,17 @@ CLASS_NAMES = (
 """By label; in the order of the alphabet, so that class folders of these names have the same."""
 
 
-def load_cifar10(
-    root: str | None, limit: int | None, held_out: int | None, *, fetch: bool = True
-) -> tuple[ImageSet, ImageSet]:
+def load_cifar10(config: DataConfig, *, fetch: bool = True) -> tuple[ImageSet, ImageSet]:
     """Load training (50,000) and test images (10,000), or the first of each class.
 
-    root: the folder of cifar-10-batches-py (None: the cache folder), into which torchvision
-    downloads what is missing, unless `fetch` is off. Raise DataError if it is not there and cannot
-    be fetched.
+    fetch: whether torchvision downloads what is missing in `root`. Raise DataError if it is not
+    there and cannot be fetched.
     """
-    folder = cache_folder() if root is None else Path(root).expanduser()
+    folder = cache_folder() if config.root is None else Path(config.root).expanduser()
     sets = []
-    for name, key, number in (("train", "limit", limit), ("test", "held_out", held_out)):
+    for name, key in (("train", "limit"), ("test", "held_out")):
         dataset = _opened(folder, name == "train", fetch)
-        images, labels = dataset.data, np.array(dataset.targets)
+        images, labels, number = dataset.data, np.array(dataset.targets), getattr(config, key)
         if number is not None:
             if number > len(images):
                 raise DataError(
@@ -45,8 +44,18 @@ def load_cifar10(
                 )
             chosen = spread(labels, number)
             images, labels = images[chosen], labels[chosen]
+        if name == "train":
+            images = _augmented(images, config.augmentations, config.flip)
+            labels = labels.repeat(config.augmentations)
         sets.append(ImageSet.named(f"cifar10-{name}", images, labels, len(CLASS_NAMES)))
     return sets[0], sets[1]
+
+
+def _augmented(images: np.ndarray, number: int, flip: bool) -> np.ndarray:
+    """Repeat each image `number` times; mirror every second one."""
+    views = [images[:, :, ::-1] if flip and view % 2 else images for view in range(number)]
+    augmented: np.ndarray = np.stack(views, axis=1).reshape(-1, *images.shape[1:])
+    return augmented
 
 
 def _opened(folder: Path, train: bool, fetch: bool) -> CIFAR10:

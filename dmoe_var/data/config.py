@@ -15,8 +15,10 @@ Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0)]
 IN_MEMORY = {
     "digits": ("kind", "image_size", "num_classes"),
-    "cifar10": ("kind", "image_size", "num_classes", "root", "limit", "held_out"),
-}
+    "cifar10": (
+        "kind", "image_size", "num_classes", "root", "augmentations", "flip", "limit", "held_out",
+    ),
+}  # fmt: skip
 """The keys that each kind in memory reads; image_folder reads all."""
 NUM_CLASSES = {"digits": digits.NUM_CLASSES, "cifar10": len(cifar10.CLASS_NAMES)}
 
@@ -32,8 +34,8 @@ class DataConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["digits", "cifar10", "image_folder"] = "digits"
-    """digits (scikit-learn's), cifar10 (torchvision's; reads root, limit and held_out as well) or
-    image_folder, which alone reads all keys after num_classes."""
+    """digits (scikit-learn's; reads no key after num_classes), cifar10 (torchvision's; reads root,
+    augmentations, flip, limit and held_out) or image_folder, which reads all."""
     image_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     """Side in pixels of the images that the models see."""
     num_classes: Count | None = None
@@ -49,6 +51,8 @@ class DataConfig:
     """Shorter side of a picture before it is cut, as a multiple of image_size."""
     augmentations: Count = 1
     """Random crops per training picture; held-out crops are central."""
+    flip: bool = False
+    """Whether every second augmentation of a training picture is mirrored."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the crops."""
     limit: Count | None = None
@@ -64,8 +68,14 @@ class DataConfig:
     """Images per batch of the encoder."""
 
     def __post_init__(self) -> None:
-        if self.kind == "image_folder":
-            return
+        if self.kind != "image_folder":
+            self._check_in_memory()
+        if self.flip and self.augmentations == 1:
+            raise ValueError(
+                "flip=true needs augmentations of 2 or more, of which every second is mirrored"
+            )
+
+    def _check_in_memory(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in IN_MEMORY[self.kind] and value != field.default:

@@ -38,7 +38,7 @@ class DataSet:
 
 Given = Path | DataSet
 
-GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
+GIVEN = ("base.vqvae", "base.var", "base.classifier", "sample.pretrained", "fidelity.weights")
 """Keys that name files. Their content counts, and not where they lie."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
 """Contents that one thread holds: runs in two threads end in any order."""

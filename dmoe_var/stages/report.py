@@ -31,7 +31,7 @@ from dmoe_var.report import microscope, page
 from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.evaluate import Bench, refuse_given_samples
+from dmoe_var.stages.evaluate import Bench, needs_classifier, refuse_given_samples
 from dmoe_var.stages.parts.loaded import EXPERTS
 
 REPORT_FILE = "report.html"
@@ -204,7 +204,7 @@ STAGE = Stage(
         *EXPERTS, "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep",
         "report",
     ),
-    needs=("train_router",),
+    needs=lambda config: ("train_router", *needs_classifier(config)),
     refuse=refuse_given_samples,
     always_runs=True,
 )  # fmt: skip

@@ -88,6 +88,21 @@ def test_limits_take_the_first_of_each_class_in_turns(loaded):
         loaded(held_out=31)
 
 
+def test_every_second_augmentation_is_mirrored(loaded):
+    """Of the training pictures that `limit` leaves, one after the other."""
+    plain, _ = loaded(limit=20)
+    augmented, held_out = loaded(limit=20, augmentations=3, flip=True)
+    views = augmented.images.reshape(20, 3, 32, 32, 3)
+    for view in (0, 2):
+        assert np.array_equal(views[:, view], plain.images)
+    assert np.array_equal(views[:, 1], plain.images[:, :, ::-1])
+    assert np.array_equal(augmented.labels, np.repeat(plain.labels, 3))
+    assert held_out.key == loaded()[1].key
+    assert loaded(limit=20, augmentations=3)[0].key not in (plain.key, augmented.key)
+    with pytest.raises(ValueError, match="flip=true needs augmentations of 2 or more"):
+        loaded(flip=True)
+
+
 def test_other_pixels_or_labels_have_another_key(loaded, fake, tmp_path, monkeypatch):
     keys = [images.key for images in (*loaded(), *loaded(limit=149, held_out=29))]
     assert len(set(keys)) == 4

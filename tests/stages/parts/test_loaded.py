@@ -161,8 +161,8 @@ def test_classes_are_checked_without_the_disk(make_experiment):
         ({"data.kind": "folder"}, "data.kind='folder': .*'digits', 'cifar10' or 'image_folder'"),
         ({"data.kind": "cifar10"}, "data: image_size=8 must be 32 for kind=cifar10"),
         (
-            {"data.kind": "cifar10", "data.augmentations": 2},
-            "data: augmentations=2 is read by kind=image_folder alone",
+            {"data.kind": "cifar10", "data.resize_ratio": 2},
+            "data: resize_ratio=2.0 is read by kind=image_folder alone",
         ),
         ({"data.unreadable": "drop"}, "data.unreadable='drop': .*'refuse' or 'skip'"),
         ({"data.augmentations": 0}, "data.augmentations=0: .*greater than 0"),
