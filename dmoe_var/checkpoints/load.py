@@ -22,6 +22,7 @@ from dmoe_var.checkpoints.safetensors_io import (
 from dmoe_var.checkpoints.state_dicts import meant, read_pth
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.build import build_strictly
+from dmoe_var.models.classifier import ResNetClassifier
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 
@@ -165,6 +166,14 @@ def load_var(source: str | Path, vqvae: VQVAE | None = None) -> VAR:
     if vqvae is not None:
         with _as_checkpoint_error(path):
             check_pair(vqvae, model.config)
+    return model
+
+
+def load_classifier(source: str | Path) -> ResNetClassifier:
+    """Load a classifier in eval mode on the CPU from a checkpoint of ours: its folder, that of its
+    stage, or the .safetensors file in it. Raise CheckpointError if anything does not fit."""
+    model = load_checkpoint(_locate(source, "classifier"), "classifier")
+    assert isinstance(model, ResNetClassifier)
     return model
 
 

@@ -21,6 +21,7 @@ from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.files import read_json, temporary_beside, whole_file, write_text
 from dmoe_var.models.build import _first_line, build_strictly
+from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 
@@ -32,11 +33,13 @@ READ_BY = {
     "vqvae": "load_vqvae, base.vqvae",
     "var": "load_var, base.var",
     "dynamic_var": "DynamicVAR.from_pretrained, sample.pretrained",
+    "classifier": "load_classifier, base.classifier",
 }
 """What reads a checkpoint of each kind, in Python and as a configuration key."""
 KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "vqvae": (VQVAE, VQVAEConfig),
     "var": (VAR, VARConfig),
+    "classifier": (ResNetClassifier, ClassifierConfig),
 }
 
 
@@ -94,7 +97,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_checkpoint(folder: Path, model: VAR | VQVAE, fingerprint: str = "") -> None:
+def save_checkpoint(
+    folder: Path, model: VAR | VQVAE | ResNetClassifier, fingerprint: str = ""
+) -> None:
     """Write a model's checkpoint folder, whole or not at all; replace an older one of that name. A
     kill while its files are put in place may leave neither (see `whole_folder`).
 
@@ -150,9 +155,11 @@ def load_checkpoint(source: Path, kind: str) -> nn.Module:
     CPU, in eval mode."""
     path = source / MODEL_FILE if source.is_dir() else source
     model, config_class = KINDS[kind]
-    config: VARConfig | VQVAEConfig = read_config(path.parent, kind, config_class)
+    config: VARConfig | VQVAEConfig | ClassifierConfig
+    config = read_config(path.parent, kind, config_class)
     tensors, _ = read_tensors(path)
-    check_size(config, tensors, str(path))
+    if not isinstance(config, ClassifierConfig):  # whose size has limits
+        check_size(config, tensors, str(path))
     return build_strictly(lambda: model(config), tensors, path)
 
 

@@ -39,6 +39,7 @@ from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import SamplingConfig
+from dmoe_var.training.classifier_objective import ClassifierTrainingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
 from dmoe_var.training.router_objective import RouterConfig
 from dmoe_var.training.tracking import WandbMode
@@ -56,6 +57,8 @@ class BaseConfig:
     """Source of the VQ-VAE; null trains one (train_vqvae)."""
     var: PathOrName | None = None
     """Source of the dense VAR; null trains one (train_var)."""
+    classifier: PathOrName | None = None
+    """Source of the classifier that sees labels, a path; null trains one (train_classifier)."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Config:
     sparsify: SparsifyConfig = field(default_factory=lambda: SparsifyConfig(steps=1))
     split: ExpertConfig = field(default_factory=ExpertConfig)
     train_router: RouterConfig = field(default_factory=lambda: RouterConfig(steps=1))
+    train_classifier: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dmoe_var.data.cifar10 import load_cifar10
 from dmoe_var.data.config import DataConfig
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.image_folder import load_image_folders
@@ -16,13 +17,17 @@ def load_data(
     *,
     hashes: Path | None = None,
     progress: bool = False,
+    fetch: bool = True,
 ) -> tuple[Images, Images]:
     """Load training and held-out images.
 
     num_classes: the classes of the model that their labels are for (None: as many as the data
-    has). hashes: a folder that keeps hashes of picture files between runs. Raise ConfigError if
-    image_folder has no `root`, and DataError if its folders are not as DataConfig says.
+    has). hashes: a folder that keeps hashes of picture files between runs. fetch: whether a set is
+    downloaded that is not on this machine. Raise ConfigError if image_folder has no `root`, and
+    DataError if its folders are not as DataConfig says, or if a set is not to be had.
     """
     if config.kind == "digits":
         return load_digits(config.image_size)
+    if config.kind == "cifar10":
+        return load_cifar10(config, fetch=fetch)
     return load_image_folders(config, num_classes, hashes, progress)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+from dmoe_var.data import cifar10
 from dmoe_var.errors import ConfigError
 
 IMAGENET_CLASSES = 1000
@@ -23,10 +24,12 @@ def imagenet_names() -> tuple[str, ...]:
 def class_names(kind: str, num_classes: int) -> tuple[str, ...] | None:
     """Name the classes of a kind of data by index; return None if only indices are known.
 
-    digits: "0" to "9". image_folder with 1,000 classes: ImageNet's.
+    digits: "0" to "9". cifar10: its own. image_folder with 1,000 classes: ImageNet's.
     """
     if kind == "digits":
         return tuple(str(digit) for digit in range(num_classes))
+    if kind == "cifar10":
+        return cifar10.CLASS_NAMES
     return imagenet_names() if num_classes == IMAGENET_CLASSES else None
 
 

@@ -9,12 +9,18 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from dmoe_var.config_fields import PathOrName
-from dmoe_var.data import digits
+from dmoe_var.data import cifar10, digits
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0)]
-IN_MEMORY = ("kind", "image_size", "num_classes")
-"""The keys that kind=digits reads."""
+IN_MEMORY = {
+    "digits": ("kind", "image_size", "num_classes"),
+    "cifar10": (
+        "kind", "image_size", "num_classes", "root", "augmentations", "flip", "limit", "held_out",
+    ),
+}  # fmt: skip
+"""The keys that each kind in memory reads; image_folder reads all."""
+NUM_CLASSES = {"digits": digits.NUM_CLASSES, "cifar10": len(cifar10.CLASS_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,16 @@ class DataConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    kind: Literal["digits", "image_folder"] = "digits"
-    """digits (scikit-learn's, in memory) or image_folder, which alone reads the keys after
-    num_classes."""
+    kind: Literal["digits", "cifar10", "image_folder"] = "digits"
+    """digits (scikit-learn's; reads no key after num_classes), cifar10 (torchvision's; reads root,
+    augmentations, flip, limit and held_out) or image_folder, which reads all."""
     image_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     """Side in pixels of the images that the models see."""
     num_classes: Count | None = None
     """Class folders that must be there, or classes of the model; null takes what is there."""
     root: PathOrName | None = None
-    """Folder that holds train and val."""
+    """Folder that holds train and val. cifar10: that of cifar-10-batches-py, downloaded if it is
+    not there; null takes the cache folder."""
     train: Name = "train"
     """Folder of the training pictures, with one folder per class."""
     val: Name = "val"
@@ -61,25 +68,33 @@ class DataConfig:
     """Images per batch of the encoder."""
 
     def __post_init__(self) -> None:
-        if self.kind == "image_folder":
-            if self.flip and self.augmentations == 1:
-                raise ValueError(
-                    "flip=true needs augmentations of 2 or more, of which every second is mirrored"
-                )
-            return
+        if self.kind != "image_folder":
+            self._check_in_memory()
+        if self.flip and self.augmentations == 1:
+            raise ValueError(
+                "flip=true needs augmentations of 2 or more, of which every second is mirrored"
+            )
+
+    def _check_in_memory(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in IN_MEMORY and value != field.default:
-                raise ValueError(f"{field.name}={value} is read by kind=image_folder alone")
-        if self.num_classes not in (None, digits.NUM_CLASSES):
+            if field.name not in IN_MEMORY[self.kind] and value != field.default:
+                others = [kind for kind, keys in IN_MEMORY.items() if field.name in keys]
+                kinds = " and ".join([*others, "image_folder"])
+                raise ValueError(f"{field.name}={value} is read by kind={kinds} alone")
+        if self.num_classes not in (None, NUM_CLASSES[self.kind]):
             raise ValueError(
-                f"num_classes={self.num_classes} must be {digits.NUM_CLASSES} or null for "
+                f"num_classes={self.num_classes} must be {NUM_CLASSES[self.kind]} or null for "
                 f"kind={self.kind}"
+            )
+        if self.kind == "cifar10" and self.image_size != cifar10.IMAGE_SIZE:
+            raise ValueError(
+                f"image_size={self.image_size} must be {cifar10.IMAGE_SIZE} for kind=cifar10"
             )
 
     def known_classes(self) -> int | None:
         """Return the number of classes; None if only the folder can tell."""
-        return digits.NUM_CLASSES if self.kind == "digits" else self.num_classes
+        return NUM_CLASSES.get(self.kind, self.num_classes)
 
     def suits(self, num_classes: int) -> bool:
         """Tell whether a model of num_classes classes may train on this: folders may be fewer."""

@@ -1,54 +1,18 @@
 """Load scikit-learn's handwritten digits, enlarged: real images that need no download.
 
-Legend: N images, R image side in pixels.
+Legend: N images.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from dmoe_var.data.images import Decoded, Indices, scaled
+from dmoe_var.data.in_memory import ImageSet
 
 NUM_CLASSES = 10
 TEST_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images in memory with their labels. `key` names the content (for caches)."""
-
-    images: np.ndarray
-    """uint8 (N, R, R, 3)."""
-    labels: np.ndarray
-    """int64 (N,)."""
-    num_classes: int
-    key: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def about(self) -> dict[str, Any]:
-        return {"content": self.key}
-
-    def pixels(self, indices: Indices) -> np.ndarray:
-        """Return images, uint8 (B, R, R, 3)."""
-        return self.images[np.asarray(indices, dtype=np.int64)]
-
-    def tensors(self, indices: Indices) -> Tensor:
-        """Return images (B, 3, R, R) in [-1, 1], float32."""
-        return scaled(torch.from_numpy(self.pixels(indices)))
-
-    def decode(self, indices: Sequence[int]) -> Decoded:
-        """Return images, uint8 (B, R, R, 3); none is unreadable."""
-        return Decoded(self.pixels(indices), [])
 
 
 def load_digits(image_size: int) -> tuple[ImageSet, ImageSet]:
@@ -68,9 +32,10 @@ def load_digits(image_size: int) -> tuple[ImageSet, ImageSet]:
     chosen = train_test_split(
         np.arange(len(images)), test_size=TEST_SHARE, random_state=0, stratify=labels_N
     )
-    sets = []
-    for name, indices in zip(("train", "test"), chosen, strict=True):
-        part, labels = np.ascontiguousarray(images[indices]), labels_N[indices].astype(np.int64)
-        content = hashlib.sha256(part.tobytes() + labels.tobytes()).hexdigest()[:16]
-        sets.append(ImageSet(part, labels, NUM_CLASSES, f"digits-{name}-{image_size}-{content}"))
-    return sets[0], sets[1]
+    training, test = (
+        ImageSet.named(
+            f"digits-{name}-{image_size}", images[indices], labels_N[indices], NUM_CLASSES
+        )
+        for name, indices in zip(("train", "test"), chosen, strict=True)
+    )
+    return training, test

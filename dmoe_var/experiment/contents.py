@@ -38,7 +38,7 @@ class DataSet:
 
 Given = Path | DataSet
 
-GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
+GIVEN = ("base.vqvae", "base.var", "base.classifier", "sample.pretrained", "fidelity.weights")
 """Keys that name files. Their content counts, and not where they lie."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
 """Contents that one thread holds: runs in two threads end in any order."""
@@ -79,7 +79,7 @@ def content(given: Given, cache: Path) -> str | None:
         return held[at]
     try:
         if isinstance(given, DataSet):
-            sets = load_data(given.config, given.num_classes, hashes=cache / HASHES)
+            sets = load_data(given.config, given.num_classes, hashes=cache / HASHES, fetch=False)
             found = " ".join(images.key for images in (sets if given.held_out else sets[:1]))
         else:
             found = content_sha256(given, cache / HASHES)

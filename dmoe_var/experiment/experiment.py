@@ -120,7 +120,7 @@ class Experiment:
         """Hash all that the images which a stage samples depend on. The keys `measuring`, which say
         how images are measured or stored, do not count."""
         keys = {**self._settings(stage), **self.weights(stage)}
-        made_of = self._pictures_of_models(stage)
+        made_of = self._pictures_of_models(stage, besides=measuring)
         kept = {key: value for key, value in keys.items() if not within(key, measuring)}
         return hash_of({**kept, **({"pictures": made_of} if made_of else {})})
 
@@ -137,10 +137,12 @@ class Experiment:
         made_of = None if "data" in hashes else self._pictures_of_models(stage)
         return {**hashes, **({"data": made_of} if made_of else {})}
 
-    def _pictures_of_models(self, stage: str) -> str | None:
-        """Find the hash of the pictures that a stage's upstream models were trained on, by their
-        records; None if there is none."""
+    def _pictures_of_models(self, stage: str, besides: Keys = ()) -> str | None:
+        """Find the hash of the pictures that a stage's upstream models, `besides` some, were
+        trained on, by their records; None if there is none."""
         for upstream in self.needs(stage):
+            if upstream in besides:
+                continue
             path, is_given = self.folder(upstream) / RESULT_FILE, self.is_given(upstream)
             record = None if is_given else whole_record(path, f"{upstream} is not done")
             if record is not None and "data" in record.weights:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from dmoe_var.config.root import Config
 
-TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router")
+TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router", "train_classifier")
 HOUSEKEEPING = (
     "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
     "data.root", "data.workers", "data.encode_batch",
@@ -33,6 +33,7 @@ which points a run measures, not what they are."""
 OFF: tuple[Any, ...] = (None, False, [], "none", "zero")
 OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
+    **{key: key for key in ("base.classifier", "fidelity.classifier")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     "moe.mean_images": "moe.skipped",
     "sampling.skipping": "sampling.skipping.ratios",

@@ -85,6 +85,9 @@ class FidelityConfig:
     """Nearest neighbours that precision and recall count."""
     reference_images: Annotated[int, Field(gt=0)] = 10_000
     """Most reference images to use for precision and recall."""
+    classifier: Literal["resnet"] | None = None
+    """What sees the labels of images: null (an SVC for data.kind=digits, else nothing), or resnet
+    (a network that train_classifier trains)."""
 
 
 def precision_recall(

@@ -20,7 +20,7 @@ from dmoe_var.experiment.contents import hash_of
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.files import note
-from dmoe_var.metrics.agreement import LabelAgreement
+from dmoe_var.metrics.agreement import Classifier, LabelAgreement, NetworkAgreement
 from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
 from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
@@ -29,12 +29,12 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
-from dmoe_var.stages.parts import skipping
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.loaded import Models, image_sets
 from dmoe_var.stages.parts.model_kinds import kind_of
 
-MEASURING = ("fidelity", "evaluate.format")
-"""Keys that say how images are measured or stored, not which they are."""
+MEASURING = ("fidelity", "evaluate.format", "train_classifier", "base.classifier")
+"""Keys, and the stage, that say how images are measured or stored, not which they are."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,12 @@ class Bench(Models):
     Models are looked up by a point's own work; all else comes from the bench's work."""
 
     @cached_property
+    def image_sets(self) -> tuple[Images, Images]:
+        return image_sets(self.experiment)
+
+    @property
     def training_images(self) -> Images:
-        return image_sets(self.experiment)[0]
+        return self.image_sets[0]
 
     @cached_property
     def fidelity(self) -> Fidelity:
@@ -62,9 +66,14 @@ class Bench(Models):
         )
 
     @cached_property
-    def agreement(self) -> LabelAgreement | None:
-        """The classifier of digits; None for other data, of which it knows nothing."""
-        if self.experiment.config.data.kind != "digits":
+    def agreement(self) -> Classifier | None:
+        """What sees labels: a trained network if one is asked for, else the classifier of digits;
+        None for other data, of which that knows nothing."""
+        config = self.experiment.config
+        if config.fidelity.classifier is not None:
+            network = loaded.classifier(self.experiment)
+            return NetworkAgreement(network, self.image_sets[1], config.fidelity.batch_size)
+        if config.data.kind != "digits":
             return None
         return LabelAgreement(all_pixels(self.training_images), self.training_images.labels)
 
@@ -171,13 +180,15 @@ def _compare(
     metrics = bench.fidelity.score(
         images, reference.statistics, reference.features_MD, progress=progress
     )
+    by: dict[str, Any] = {}
     if labels is not None and bench.agreement is not None:
-        accuracy = bench.agreement.accuracy(all_pixels(images), labels)
-        metrics = {**metrics, "label_agreement": accuracy}
+        accuracy = bench.agreement.accuracy(images, labels)
+        metrics, by = {**metrics, "label_agreement": accuracy}, bench.agreement.about
     return metrics, {
         "fidelity": bench.fidelity.name,
         "fidelity_weights_sha256": bench.fidelity.weights_sha256,
         **reference.about,
+        **by,
     }
 
 
@@ -242,7 +253,13 @@ def reads(config: Config, ours: Config) -> Keys:
 
 
 def needs(config: Config) -> Keys:
-    return kind_of(config).needs(config) if config.evaluate.samples is None else ()
+    models = kind_of(config).needs(config) if config.evaluate.samples is None else ()
+    return (*models, *needs_classifier(config))
+
+
+def needs_classifier(config: Config) -> Keys:
+    """Name the stage of the network that sees labels, if one is asked for."""
+    return () if config.fidelity.classifier is None else ("train_classifier",)
 
 
 STAGE = Stage("evaluate", run, reads, needs, refuse=refuse, compares=True)

@@ -19,7 +19,7 @@ from dmoe_var.experiment.contents import held
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import order, record_if_done, run_stage
 from dmoe_var.experiment.record import RESULT_FILE
-from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures import claims
 from dmoe_var.files import note as say_once
 from dmoe_var.files import read_json, write_text
@@ -156,4 +156,10 @@ READS = (
     "moe", "selection", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity",
     "sweep", "pruning", "sample", "benchmark", "calibrate", "maps", "figures",
 )  # fmt: skip
-STAGE = Stage("figures", run, READS, refuse=_refuse, always_runs=True)
+
+
+def reads(config: Config, ours: Config) -> Keys:
+    return (*READS, *evaluate.needs_classifier(config))
+
+
+STAGE = Stage("figures", run, reads, refuse=_refuse, always_runs=True)

@@ -281,7 +281,7 @@ STAGE = Stage(
     "sweep",
     run,
     reads=("moe", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep"),
-    needs=("train_router",),
+    needs=lambda config: ("train_router", *evaluate.needs_classifier(config)),
     refuse=refuse,
     compares=True,
 )

@@ -44,6 +44,7 @@ HOUSEKEEPING = [
     {"sweep.parts": 2, "sweep.part": 1},
     {"sampling.batch_size": 3, "fidelity.batch_size": 5},
     {"sampling.skipping.first_layer": 0, "sampling.skipping.source": 1},  # nothing is skipped
+    {"train_classifier.log_every": 3, "train_classifier.checkpoint_every": 7},
 ]
 
 
@@ -59,10 +60,11 @@ def test_what_does_not_change_a_result_changes_no_folder(make_experiment, change
 POINTS = {"sample", "evaluate", "sweep"}
 SHOWN = {"maps", "report"}
 DRAWN = {"figures"}
+CLASSIFIER = {"train_classifier"}
 
 READ_BY = [
-    ({"seed": 1}, from_("train_vqvae") | DRAWN),
-    ({"dtype": "bfloat16"}, from_("train_vqvae") | DRAWN),
+    ({"seed": 1}, from_("train_vqvae") | CLASSIFIER | DRAWN),
+    ({"dtype": "bfloat16"}, from_("train_vqvae") | CLASSIFIER | DRAWN),
     ({"vqvae.beta": 0.5}, from_("train_vqvae") | TIMED | DRAWN),
     ({"base.vqvae": "digits"}, from_("train_vqvae") | TIMED | DRAWN),
     ({"train_vqvae.restart_every": 5}, from_("train_vqvae") | DRAWN),
@@ -93,6 +95,8 @@ READ_BY = [
     ({"calibrate.loss": "norm"}, {"calibrate"} | DRAWN),
     ({"report.seed": 1}, {"report"}),
     ({"figures.tau": [0.3]}, DRAWN),
+    ({"train_classifier.width": 16}, CLASSIFIER),
+    ({"fidelity.classifier": "resnet"}, {"evaluate", "sweep", "report"} | DRAWN),
 ]
 
 

@@ -42,5 +42,5 @@ def test_declared_keys_are_known(make_experiment, stage, changes):
 def test_other_keys_are_known(make_experiment):
     config = make_experiment().config
     given = [find(stage).given for stage in STAGES if find(stage).given]
-    assert sorted(given) == ["base.var", "base.vqvae"]
+    assert sorted(given) == ["base.classifier", "base.var", "base.vqvae"]
     assert [k for k in (*HOUSEKEEPING, *OPTIONAL, *given) if not is_known(k, config)] == []

@@ -1,4 +1,4 @@
-"""The four objectives on tiny models and a few real digits, and runs of the training loop."""
+"""The objectives on tiny models and a few real digits, and runs of the training loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.token_cache import tokenize
+from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
+from dmoe_var.training.classifier_objective import ClassifierObjective, ClassifierTrainingConfig
 from dmoe_var.training.loop import train
 from dmoe_var.training.objectives import (
     ConversionConfig,
@@ -30,6 +32,7 @@ CONFIGS = {
     "var": VARTrainingConfig,
     "sparsify": SparsifyConfig,
     "router": RouterConfig,
+    "classifier": ClassifierTrainingConfig,
 }
 
 
@@ -60,7 +63,12 @@ def build(digits, tokens, vqvae, make_vqvae, make_var, make_moe):
     config. conversion: fields of a ConversionConfig; var: fields of the VARConfig."""
 
     def build(kind, dtype=torch.float32, conversion=None, var=None, device="cpu", **fields):
-        config = CONFIGS[kind](**{"steps": 6, **EVERY_STEP, **fields})
+        length = {"steps": 6, **({"epochs": None} if kind == "classifier" else {})}
+        config = CONFIGS[kind](**{**length, **EVERY_STEP, **fields})
+        if kind == "classifier":
+            torch.manual_seed(1)
+            network = ResNetClassifier(ClassifierConfig(10, 4)).to(device)
+            return ClassifierObjective(network, *digits, config), config
         if kind == "vqvae":
             return VQVAEObjective(make_vqvae(seed=1).to(device), *digits, config), config
         act = "gelu" if getattr(config, "activation", "relu") == "gelu" else "relu"

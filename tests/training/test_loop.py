@@ -121,7 +121,10 @@ def test_what_decays(experts, shared, make_var, make_moe):
     assert {names[p] for p in spared["params"]} == set(names.values()) - expected
 
 
-@pytest.mark.parametrize(("kind", "ema"), [("vqvae", None), ("sparsify", None), ("router", 0.9)])
+KINDS_AND_EMA = [("vqvae", None), ("sparsify", None), ("router", 0.9), ("classifier", None)]
+
+
+@pytest.mark.parametrize(("kind", "ema"), KINDS_AND_EMA)
 def test_two_and_two_steps_are_four(kind, ema, build, run_in, tmp_path):
     """Stopped after step 3, where only step 2 is stored, and started again: bitwise the same.
     Started once more, nothing trains again, as where a kill came after the last step."""

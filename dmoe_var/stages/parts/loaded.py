@@ -14,14 +14,17 @@ from typing import Any, TypeVar
 import torch
 
 from dmoe_var.checkpoints import load_var, load_vqvae
+from dmoe_var.checkpoints.load import load_classifier
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.data import load_data
+from dmoe_var.data.config import DataConfig
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import Seconds, TokenSet, tokenize
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.models.build import build_strictly
+from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
@@ -41,7 +44,7 @@ def checkpoint(experiment: Experiment, stage: str) -> Path:
     return experiment.folder(stage) / "checkpoint"
 
 
-def save(experiment: Experiment, stage: str, model: VAR | VQVAE) -> None:
+def save(experiment: Experiment, stage: str, model: VAR | VQVAE | ResNetClassifier) -> None:
     """Write a stage's checkpoint, by the main process, with the fingerprint it belongs to."""
     if is_main():
         save_checkpoint(checkpoint(experiment, stage), model, experiment.fingerprint(stage))
@@ -90,6 +93,28 @@ def var(experiment: Experiment, stage: str) -> VAR:
     _check(str(source), config, expected, TRAINING_ONLY)
     configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
     return configured.to(experiment.device, torch.float32)
+
+
+def classifier_config(experiment: Experiment) -> ClassifierConfig:
+    """Say which shape `train_classifier` trains."""
+    shape = experiment.config.train_classifier
+    return ClassifierConfig(experiment.config.var.num_classes, shape.width, shape.blocks)
+
+
+def classifier(experiment: Experiment) -> ResNetClassifier:
+    """Load the classifier of pictures, in eval mode on the experiment's device. One that is given
+    may have any shape."""
+    given = experiment.config.base.classifier
+    source = given or checkpoint(experiment, "train_classifier")
+    network = load_classifier(source)
+    if given is None:
+        _check(str(source), network.config, classifier_config(experiment), ())
+    elif network.config.num_classes != experiment.config.var.num_classes:
+        raise CheckpointError(
+            f"{source}: a classifier of {network.config.num_classes} classes; expected "
+            f"var.num_classes={experiment.config.var.num_classes}"
+        )
+    return network.to(experiment.device, torch.float32).requires_grad_(False)
 
 
 def dynamic(experiment: Experiment) -> DynamicVAR:
@@ -153,11 +178,11 @@ def _check(source: str, found: object, expected: object, free: tuple[str, ...]) 
         raise CheckpointError(f"{source}: belongs to another configuration: {'; '.join(differs)}")
 
 
-def image_sets(experiment: Experiment) -> tuple[Images, Images]:
-    """Load training and held-out images, labelled for the configured VAR. Raise DataError if they
-    cannot be."""
+def image_sets(experiment: Experiment, data: DataConfig | None = None) -> tuple[Images, Images]:
+    """Load training and held-out images (`data`: others than configured), labelled for the
+    configured VAR. Raise DataError if they cannot be."""
     return load_data(
-        experiment.config.data,
+        data or experiment.config.data,
         experiment.config.var.num_classes,
         hashes=experiment.cache / "hashes",
         progress=experiment.progress,

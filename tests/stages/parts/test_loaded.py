@@ -155,10 +155,15 @@ def test_classes_are_checked_without_the_disk(make_experiment):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.root": "x"}, "data: root=x is read by kind=image_folder alone"),
+        ({"data.root": "x"}, "data: root=x is read by kind=cifar10 and image_folder alone"),
         ({"data.workers": 2}, "data: workers=2 is read by kind=image_folder alone"),
         ({"data.num_classes": 4}, "data: num_classes=4 must be 10 or null for kind=digits"),
-        ({"data.kind": "folder"}, "data.kind='folder': .*'digits' or 'image_folder'"),
+        ({"data.kind": "folder"}, "data.kind='folder': .*'digits', 'cifar10' or 'image_folder'"),
+        ({"data.kind": "cifar10"}, "data: image_size=8 must be 32 for kind=cifar10"),
+        (
+            {"data.kind": "cifar10", "data.resize_ratio": 2},
+            "data: resize_ratio=2.0 is read by kind=image_folder alone",
+        ),
         ({"data.unreadable": "drop"}, "data.unreadable='drop': .*'refuse' or 'skip'"),
         ({"data.augmentations": 0}, "data.augmentations=0: .*greater than 0"),
         ({"data.train": ""}, "data.train='': "),
@@ -174,10 +179,9 @@ def test_wrong_values(make_experiment, changes, message):
 def test_every_data_set_composes(path):
     data = json.dumps(composed("pipeline", f"data={path.stem}")["data"])
     config = TypeAdapter(DataConfig).validate_json(data, strict=True)
-    sizes = {"digits": 16, "cifar10": 32, "imagenet": 256, "imagenet_512": 512}
-    assert config.image_size == sizes[path.stem]
-    classes = {"digits": 10, "cifar10": 10, "imagenet": 1000, "imagenet_512": 1000}
-    assert config.known_classes() == classes[path.stem]
+    sizes = {"digits": 16, "cifar10": 32, "cifar10_download": 32, "imagenet": 256}
+    assert config.image_size == {**sizes, "imagenet_512": 512}[path.stem]
+    assert config.known_classes() == (1000 if "imagenet" in path.stem else 10)
 
 
 def test_published_models_take_imagenet():
