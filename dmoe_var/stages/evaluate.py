@@ -18,6 +18,7 @@ from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError, DataError
 from dmoe_var.experiment.contents import hash_of
 from dmoe_var.experiment.experiment import Experiment
+from dmoe_var.experiment.points import vary
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.files import note
 from dmoe_var.metrics.agreement import Classifier, LabelAgreement, NetworkAgreement
@@ -51,6 +52,15 @@ class Bench(Models):
         return self.image_sets[0]
 
     @cached_property
+    def reference_images(self) -> Images:
+        """The training images without those that are mirrored."""
+        data = self.experiment.config.data
+        if not data.flip:
+            return self.training_images
+        upright = {"data.flip": False, "data.augmentations": (data.augmentations + 1) // 2}
+        return image_sets(vary(self.experiment, upright))[0]
+
+    @cached_property
     def fidelity(self) -> Fidelity:
         return Fidelity(self.experiment.config.fidelity, self.experiment.device)
 
@@ -59,7 +69,7 @@ class Bench(Models):
         config = self.experiment.config
         return load_reference(
             self.fidelity,
-            lambda: self.training_images,
+            lambda: self.reference_images,
             config.data.image_size,
             self.experiment.cache / "fidelity",
             progress=config.progress,

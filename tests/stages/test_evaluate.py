@@ -408,3 +408,12 @@ def test_what_cannot_be_measured_is_refused(make_experiment, no_work, stage):
         assert "\n" not in message
         assert [part for part in parts if part not in message] == [], message
         experiment.check("sample")
+
+
+def test_the_reference_has_no_mirrored_pictures(make_experiment, monkeypatch):
+    """Of four augmentations every second is mirrored: two are left."""
+    folder = {"data.kind": "image_folder", "data.root": "x"}
+    flipped = {**folder, "data.augmentations": 4, "data.flip": True}
+    monkeypatch.setattr(evaluate, "image_sets", lambda work: (work.config.data, None))
+    left = evaluate.Bench(make_experiment(edited=flipped)).reference_images
+    assert left == make_experiment(edited={**folder, "data.augmentations": 2}).config.data
