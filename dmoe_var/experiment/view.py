@@ -16,7 +16,7 @@ HOUSEKEEPING = (
     "data.root", "data.workers", "data.encode_batch",
     *(
         f"{stage}.{key}"
-        for stage in ("train_vqvae", "train_var", "sparsify", "train_router")
+        for stage in ("train_vqvae", "train_var", "sparsify", "train_router", "tune_experts")
         for key in ("log_every", "validate_every", "checkpoint_every", "micro_batch_size")
     ),
     "train_var.activation_checkpointing", "sparsify.activation_checkpointing",
@@ -28,8 +28,9 @@ HOUSEKEEPING = (
 with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
 which points a run measures, not what they are."""
 
-OPTIONAL = ("selection.layer_tau", "evaluate.samples")
-"""Keys that say nothing if they are empty."""
+OPTIONAL = ("selection.layer_tau", "evaluate.samples", "train_router.condition")
+"""Keys that say nothing if their value is one of SAYS_NOTHING."""
+SAYS_NOTHING = (None, [], "none")
 
 
 class UndeclaredRead(RuntimeError):

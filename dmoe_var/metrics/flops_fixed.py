@@ -20,6 +20,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.plan import Step
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.router import Context
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import config_device
@@ -182,7 +183,13 @@ def _expert_cost(step: Step, all_experts_macs: int, share_mask: bool) -> ExpertC
     selecting = 1 if share_mask else step.branches
     x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, config.C)
     routers = nn.ModuleList(block.ffn.router for block in backbone.blocks)  # type: ignore
-    macs = _trace(lambda x: tuple(router(x) for router in routers), x_RlC, routers=routers)
+    null_R = torch.full((selecting,), config.num_classes, device=x_RlC.device)
+
+    def scores(x_RlC: Tensor) -> tuple[Tensor, ...]:
+        context = Context(x_RlC, step.si, null_R)
+        return tuple(router(x_RlC, context) for router in routers)
+
+    macs = _trace(scores, x_RlC, routers=routers)
     scored = config.depth * selecting * num_tokens
     return ExpertCost(num_pairs, pair_macs, macs[""].total(), scored, config.C, config.num_experts)
 

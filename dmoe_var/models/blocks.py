@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.ops import Linear, activated, activation, at_least_float32, linear
 
 if TYPE_CHECKING:
@@ -172,8 +173,12 @@ class Block(nn.Module):
         h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
         attended = self.attn(h_BLC, layer, mask_11LL, cache)
         x_BLC = torch.addcmul(x_BLC, attended, gamma1)
-        h_BLC = torch.addcmul(shift2, self._norm(x_BLC), 1 + scale2)
-        fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
+        normed_BLC = self._norm(x_BLC)
+        h_BLC = torch.addcmul(shift2, normed_BLC, 1 + scale2)
+        if routing is None and not isinstance(self.ffn, MoEFFN):
+            fed = self.ffn(h_BLC)
+        else:
+            fed = self.ffn(h_BLC, routing, normed_BLC)
         return torch.addcmul(x_BLC, fed, gamma2)
 
 

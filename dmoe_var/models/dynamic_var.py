@@ -131,14 +131,38 @@ class DynamicVAR(nn.Module):
 
         Without tau and selection the model's own selection runs, and without that every expert.
         teacher_BLC: (B, L - 1, Cvae). observer: sees only the routing, see `moe.observer`. No
-        gradients flow, because the cache is written in place.
+        gradients flow, because the cache is written in place (see `forward_with_gradients`).
         """
+        return self._forward(labels_B, teacher_BLC, tau, selection, impl, observer, False)
+
+    def forward_with_gradients(
+        self,
+        labels_B: Labels,
+        teacher_BLC: Tensor,
+        tau: Tau,
+        impl: str,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """Compute what `forward` does with gradients, which only the impl grouped and reference
+        have. Masks have none, and those of router scores stay in the routers."""
+        return self._forward(labels_B, teacher_BLC, tau, None, impl, observer, True)
+
+    def _forward(
+        self,
+        labels_B: Labels,
+        teacher_BLC: Tensor,
+        tau: Tau,
+        selection: Selection,
+        impl: str,
+        observer: Observer | None,
+        gradients: bool,
+    ) -> Tensor:
         rules = rules_of(self, tau, selection)
         check_impl(impl)
         in_layers = None if observer is None else observer.in_layers()
         labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
         cond_BC = self.condition(labels_B)
-        passes, plan = Passes(cond_BC, len(labels_B)), self.plan()
+        passes, plan = Passes(cond_BC, len(labels_B), gradients), self.plan()
         first_l = plan[0].tokens.stop
         logits = []
         for step in plan:
@@ -148,7 +172,9 @@ class DynamicVAR(nn.Module):
             else:
                 given_BlC = teacher_BLC[:, tokens.start - first_l : tokens.stop - first_l]
                 x_BlC = self.embed_scale(given_BlC, si)
-            routing = Routing(rules[si], si, impl, in_layers) if si in rules else None
+            routing = None
+            if si in rules:
+                routing = Routing(rules[si], si, impl, in_layers, labels_B=labels_B)
             passes.begin(step)
             logits.append(passes.run(step, x_BlC, routing))
         return torch.cat(logits, dim=1)

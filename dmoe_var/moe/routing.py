@@ -1,6 +1,6 @@
 """What the sampler hands down to the expert FFNs of a scale.
 
-Legend: B batch, L tokens, C width, E experts.
+Legend: B batch, L tokens, E experts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Routing:
     """Draws uniform noise (B, L, E), given L and E, for rules that select by chance."""
     sharing: int = 1
     """Number of equal parts of the batch that all run the experts that the first one selects."""
+    labels_B: Tensor | None = None
+    """The class of each row, for routers under a condition."""
     layer: int = 0
     """Set only if the rule differs by layer or somebody observes."""
 

@@ -209,7 +209,8 @@ def generate(
         if si in rules:
             sharing = step.branches if call.share_mask else 1
             noise = partial(streams.routing_noise, branches=step.branches // sharing)
-            routing = Routing(rules[si], si, impl, in_layers, noise, sharing)
+            rows_R = labels_R[: step.branches * len(labels_B)]
+            routing = Routing(rules[si], si, impl, in_layers, noise, sharing, rows_R)
         # Predict, guide, draw
         watching.on_part("transformer", si)
         logits_RlV = passes.run(step, x_RlC, routing)

@@ -13,9 +13,9 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.experiment.view import OPTIONAL, within
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
-from dmoe_var.report.records import found
+from dmoe_var.report.records import found, other_experts
 from dmoe_var.stages.parts import loaded
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""
@@ -25,7 +25,8 @@ def run(experiment: Experiment) -> StageResult:
     """Write dynamic_var/, with `selection` as what runs by default."""
     model = loaded.dynamic(experiment)
     model.selection = experiment.config.selection.rules()
-    records = [require(experiment, stage) for stage in MAKING] + measured(experiment)
+    making = dict.fromkeys((*MAKING, experiment.whole.expert_stage))
+    records = [require(experiment, stage) for stage in making] + measured(experiment)
     folder = experiment.folder("export") / FOLDER
     about = {"folder": FOLDER, "records": [f"{r.stage}/{r.variant}" for r in records]}
     if is_main():
@@ -43,11 +44,7 @@ def measured(experiment: Experiment) -> list[Record]:
     """Find evaluations of this very model under this rule, of the dense one, and sweeps, whatever
     their sample counts and references. Broken records are left out."""
     records = [record for stage in MEASURING for _, record in found(experiment, stage)]
-    return [
-        r
-        for r in records
-        if _is_ours(experiment, r) and not experiment.differing("train_router", r)
-    ]
+    return [r for r in records if _is_ours(experiment, r) and not other_experts(experiment, r)]
 
 
 def _is_ours(experiment: Experiment, record: Record) -> bool:
@@ -66,4 +63,4 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("export", run, reads=(*EXPERTS, "export"), needs=("train_router",), always_runs=True)
+STAGE = Stage("export", run, reads=(*EXPERTS, "export"), needs=needs_experts, always_runs=True)

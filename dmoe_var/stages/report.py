@@ -32,7 +32,7 @@ from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, refuse_given_samples
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts
 
 REPORT_FILE = "report.html"
 MB = 1e6
@@ -204,7 +204,7 @@ STAGE = Stage(
         *EXPERTS, "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep",
         "report",
     ),
-    needs=("train_router",),
+    needs=needs_experts,
     refuse=refuse_given_samples,
     always_runs=True,
 )  # fmt: skip

@@ -29,6 +29,7 @@ from dmoe_var.sampling import guidance
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
+from dmoe_var.stages.parts.loaded import needs_experts
 
 GRID_CLASSES = 10  # columns of samples.png, one per class
 GRID_ROWS = 6  # its images per class
@@ -266,7 +267,7 @@ STAGE = Stage(
     "sweep",
     run,
     reads=("moe", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep"),
-    needs=("train_router",),
+    needs=needs_experts,
     refuse=refuse,
     compares=True,
 )

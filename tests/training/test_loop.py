@@ -121,7 +121,7 @@ def test_what_decays(experts, shared, make_var, make_moe):
     assert {names[p] for p in spared["params"]} == set(names.values()) - expected
 
 
-@pytest.mark.parametrize("kind", ["vqvae", "sparsify", "router"])
+@pytest.mark.parametrize("kind", ["vqvae", "sparsify", "router", "tune"])
 def test_two_and_two_steps_are_four(kind, build, run_in, tmp_path):
     """Stopped after step 3, where only step 2 is stored, and started again: bitwise the same.
     Started once more, nothing trains again, as where a kill came after the last step."""
@@ -197,6 +197,7 @@ def within_blocks_and_head(name):
         ("sparsify", {"conversion": {"train": "ffn"}}, lambda name: ".ffn." in name),
         ("sparsify", {"conversion": {"train": "blocks+head"}}, within_blocks_and_head),
         ("router", {}, lambda name: ".router." in name),
+        ("tune", {}, lambda name: ".ffn." in name),
     ],
 )
 def test_what_is_frozen_stays(kind, fields, trains, build, run_in, tmp_path):

@@ -25,6 +25,7 @@ def rule(name, key, *values):
 CHOSEN = {
     "evaluate.model": "dynamic", "selection.rule": "threshold", "selection.tau": (0.3, 0.6),
 }  # fmt: skip
+UNTUNED = {"tune_experts.steps": None, "tune_experts.epochs": None}
 CURVES = {
     "4": {
         "dense VAR": [DENSE],
@@ -48,6 +49,28 @@ CURVES = {
         "dense VAR": [DENSE],
         "one tau, last scales": over_tau(),
         "chosen tau a scale": [CHOSEN],
+    },
+    "conditions": {
+        "dense VAR": [DENSE],
+        **{
+            f"routers told {words}": over_tau(**{"train_router.condition": name})
+            for name, words in (
+                ("none", "nothing more"),
+                ("scale", "scale"),
+                ("class", "class"),
+                ("both", "scale and class"),
+            )
+        },
+    },
+    "tuned": {
+        "dense VAR": [DENSE],
+        "one tau, experts not tuned": over_tau(**UNTUNED),
+        **{
+            f"one tau, experts tuned at {tau}": over_tau(
+                **{**UNTUNED, "tune_experts.steps": 150, "tune_experts.tau": (tau,)}
+            )
+            for tau in (0.4, 0.5)
+        },
     },
     "rules": {
         "dense VAR": [DENSE],
