@@ -42,7 +42,7 @@ class FiguresConfig:
 
     figure: Figures = ("all",)
     """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, guidance,
-    skipped, skipping, accounting, learning."""
+    skipped, skipping, conditions, tuned, accounting, learning."""
     make: bool = False
     """First make the records that are missing."""
     plan: bool = False
@@ -71,6 +71,10 @@ class FiguresConfig:
     """Neurons per expert."""
     single_scales: Scales = (5, 6, 7, 8, 9)
     """Scales that run experts alone."""
+    tuned_tau: Annotated[tuple[Share, ...], Several, Distinct] = (0.4, 0.5)
+    """Tau that experts are tuned at (figure tuned)."""
+    tuned_steps: Positive = 150
+    """Steps of that tuning."""
     depths: Mapping[Annotated[str, Field(pattern=r"^[1-9]\d*$")], PathOrName | None] = field(
         default_factory=dict
     )

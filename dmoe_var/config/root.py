@@ -34,15 +34,16 @@ from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
 from dmoe_var.moe.experts import Impl
-from dmoe_var.moe.layer import ExpertConfig
+from dmoe_var.moe.layer import SplitConfig
 from dmoe_var.moe.selection import SelectionConfig
-from dmoe_var.moe.tau_schedule import check_configured
+from dmoe_var.moe.tau_schedule import by_scale, check_configured
 from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.classifier_objective import ClassifierTrainingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
 from dmoe_var.training.router_objective import RouterConfig
 from dmoe_var.training.tracking import WandbMode
+from dmoe_var.training.tuning_objective import TuneConfig
 from dmoe_var.training.vqvae_objective import VQVAETrainingConfig
 
 
@@ -103,9 +104,9 @@ class Config:
     """Whether Weights & Biases gets the lines of metrics.jsonl: disabled, offline or online."""
     progress: bool = True
     """Whether progress bars are shown."""
-    until: Literal["train_vqvae", "train_var", "sparsify", "split", "train_router", "sweep"] = (
-        "sweep"
-    )
+    until: Literal[
+        "train_vqvae", "train_var", "sparsify", "split", "train_router", "tune_experts", "sweep"
+    ] = "sweep"
     """Last stage that scripts/pipeline.py runs."""
     data: DataConfig = field(default_factory=DataConfig)
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
@@ -115,8 +116,9 @@ class Config:
     train_var: VARTrainingConfig = field(default_factory=lambda: VARTrainingConfig(steps=1))
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     sparsify: SparsifyConfig = field(default_factory=lambda: SparsifyConfig(steps=1))
-    split: ExpertConfig = field(default_factory=ExpertConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     train_router: RouterConfig = field(default_factory=lambda: RouterConfig(steps=1))
+    tune_experts: TuneConfig = field(default_factory=TuneConfig)
     train_classifier: ClassifierTrainingConfig = field(default_factory=ClassifierTrainingConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -223,6 +225,13 @@ class Config:
                 why = f"selection.rule={self.selection.rule} runs no router"
             if why:
                 raise ValueError(f"sampling.skipping.measure=router: {why}; allowed: distance")
+        tau = self.tune_experts.tau
+        by_scale(f"tune_experts.tau={list(tau)}", tau, self.var.num_scales, self.moe.scales)
+
+    @property
+    def expert_stage(self) -> str:
+        """The stage that leaves the experts in use."""
+        return "tune_experts" if self.tune_experts.on else "train_router"
 
     @cached_property
     def leaves(self) -> Mapping[str, Any]:

@@ -14,8 +14,10 @@ from torch import Tensor
 from dmoe_var import values
 from dmoe_var.conversion.balanced_kmeans import balanced_labels
 from dmoe_var.models.blocks import FFN
+from dmoe_var.models.build import build_strictly
 from dmoe_var.models.var import VAR, Labels
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.router import Condition, Router
 
 
 @torch.no_grad()
@@ -83,3 +85,23 @@ def convert_to_moe(
         labels_H = torch.tensor(values.whole_numbers("labels", given))
         fill_experts(block.ffn, ffn, labels_H.to(ffn.fc1.weight.device))  # type: ignore[arg-type]
     return moe.train(var.training)
+
+
+def informed(moe: VAR, condition: Condition) -> VAR:
+    """Tell the routers of a VAR with experts what `condition` says, over the same memory; vectors
+    of scales and classes are 0. The model itself is returned if the condition is none."""
+    experts = moe.config.experts
+    assert experts is not None
+    if condition == "none":
+        return moe
+    config = replace(moe.config, experts=replace(experts, router_condition=condition))
+    tensors = dict(moe.state_dict())
+    for i in range(config.depth):
+        fc1_RC = tensors[f"blocks.{i}.ffn.router.fc1.weight"]
+        shape = (*fc1_RC.shape[::-1], config.num_experts, condition)
+        router = Router(*shape, config.num_scales, config.num_classes).to(fc1_RC)
+        for name, embedding in router.named_parameters(recurse=False):
+            tensors[f"blocks.{i}.ffn.router.{name}"] = embedding.detach()
+    return build_strictly(lambda: VAR(config), tensors, "the model with experts").train(
+        moe.training
+    )

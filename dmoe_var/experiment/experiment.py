@@ -25,7 +25,7 @@ from dmoe_var.experiment.contents import (
 )
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
 from dmoe_var.experiment.stage import Keys, find
-from dmoe_var.experiment.view import HOUSEKEEPING, says, view, within
+from dmoe_var.experiment.view import HOUSEKEEPING, optional, says, view, within
 from dmoe_var.training.step import Run
 from dmoe_var.training.tracking import Tracking
 
@@ -182,9 +182,12 @@ class Experiment:
         weights, contents = self.weights(stage), self.contents(stage, kept)
         changed = {key for key in ours if key not in GIVEN and ours[key] != theirs.get(key)}
         changed |= {key for key in GIVEN if key in ours and weights.get(key) != kept.get(key)}
+        declared = self.declared(stage)
+        silent = {key for key in theirs if key not in ours and within(key, declared)}
+        changed |= {key for key in silent if optional(key) and says(key, theirs)}
         others = [key for key, value in contents.items() if value != kept.get(key)]
         return [f"{key} has other content than there" for key in others] + [
-            f"{key} is {ours[key]}, there {theirs.get(key)}" for key in sorted(changed)
+            f"{key} is {ours.get(key, 'none')}, there {theirs.get(key)}" for key in sorted(changed)
         ]
 
     def variant(self, stage: str) -> str:

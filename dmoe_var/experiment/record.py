@@ -57,6 +57,11 @@ class Record:
     """What is not a number: file names, tau lists, sources of weights."""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether experts are tuned by its configuration."""
+        return any(self.config.get(f"tune_experts.{key}") for key in ("steps", "epochs"))
+
     def write(self, folder: Path) -> None:
         """Write folder/result.json, whole or not at all."""
         write_text(folder / RESULT_FILE, json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 from dmoe_var.config.root import Config
 
-TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router", "train_classifier")
+TRAININGS = (
+    "train_vqvae", "train_var", "sparsify", "train_router", "tune_experts", "train_classifier",
+)  # fmt: skip
 HOUSEKEEPING = (
     "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
     "data.root", "data.workers", "data.encode_batch",
@@ -33,7 +35,7 @@ which points a run measures, not what they are."""
 OFF: tuple[Any, ...] = (None, False, [], "none", "zero")
 OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
-    **{key: key for key in ("base.classifier", "fidelity.classifier")},
+    **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     "moe.mean_images": "moe.skipped",
     "sampling.skipping": "sampling.skipping.ratios",
@@ -48,6 +50,11 @@ class UndeclaredRead(RuntimeError):
 def within(key: str, keys: Iterable[str]) -> bool:
     """Tell whether a dotted key is one of these, or lies below one."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def optional(key: str) -> bool:
+    """Tell whether a key may say nothing."""
+    return any(within(key, (place,)) for place in OPTIONAL)
 
 
 def says(key: str, leaves: Mapping[str, Any]) -> bool:

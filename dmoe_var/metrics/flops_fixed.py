@@ -20,6 +20,7 @@ from dmoe_var.models.plan import Passes, Step
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.router import Context
 from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import config_device
@@ -192,10 +193,12 @@ def _expert_cost(
         scored_by_layer = passing_by_layer
     x_RlC = backbone.pos_start.new_zeros(selecting, num_tokens, config.C)
     routers = nn.ModuleList(block.ffn.router for block in backbone.blocks)  # type: ignore
+    null_R = torch.full((selecting,), config.num_classes, device=x_RlC.device)
 
     def score(x_RlC: Tensor) -> tuple[Tensor, ...]:
         each = zip(routers, scored_by_layer, strict=True)
-        return tuple(router(x_RlC[:, :num_scored]) for router, num_scored in each)
+        given = ((router, x_RlC[:, :num_scored]) for router, num_scored in each)
+        return tuple(router(x_RKC, Context(x_RKC, step.si, null_R)) for router, x_RKC in given)
 
     macs = _trace(score, x_RlC, routers=routers)[""].total()
     scored = selecting * sum(scored_by_layer)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.moe.layer import feed
 from dmoe_var.ops import Linear, activated, activation, at_least_float32, linear
 
 if TYPE_CHECKING:
@@ -179,11 +180,12 @@ class Block(nn.Module):
             attention = partial(self.attn, layer=layer, mask_11LL=mask_11LL, cache=cache)
             attended = skip.attended(attention, x_BLC, h_BLC)
         x_BLC = torch.addcmul(x_BLC, attended, gamma1)
-        h_BLC = torch.addcmul(shift2, self._norm(x_BLC), 1 + scale2)
+        normed_BLC = self._norm(x_BLC)
+        h_BLC = torch.addcmul(shift2, normed_BLC, 1 + scale2)
         if skip is None:
-            fed = self.ffn(h_BLC) if routing is None else self.ffn(h_BLC, routing)
+            fed = feed(self.ffn, h_BLC, normed_BLC, routing)
         else:
-            fed = skip.fed(self.ffn, x_BLC, h_BLC, routing)
+            fed = skip.fed(self.ffn, x_BLC, h_BLC, normed_BLC, routing)
         return torch.addcmul(x_BLC, fed, gamma2)
 
 

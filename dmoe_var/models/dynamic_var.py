@@ -165,12 +165,37 @@ class DynamicVAR(nn.Module):
 
         Without tau and selection the model's own selection runs, and without that every expert.
         teacher_BLC: (B, L - 1, Cvae). observer: sees only the routing, see `moe.observer`. No
-        gradients flow, because the cache is written in place.
+        gradients flow, because the cache is written in place (see `forward_with_gradients`).
         """
+        return self._forward(labels_B, teacher_BLC, tau, selection, impl, observer, False)
+
+    def forward_with_gradients(
+        self,
+        labels_B: Labels,
+        teacher_BLC: Tensor,
+        tau: Tau,
+        impl: str,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """Compute what `forward` does with gradients, which only the impl grouped and reference
+        have. Masks have none, and those of router scores stay in the routers."""
+        return self._forward(labels_B, teacher_BLC, tau, None, impl, observer, True)
+
+    def _forward(
+        self,
+        labels_B: Labels,
+        teacher_BLC: Tensor,
+        tau: Tau,
+        selection: Selection,
+        impl: str,
+        observer: Observer | None,
+        gradients: bool,
+    ) -> Tensor:
         rules = rules_of(self, tau, selection)
         check_impl(impl)
         given = self.dense.check_teacher(labels_B, teacher_BLC)
-        logits = self.teacher_forced(*given, rules, impl, observer, skipped=self.skipped)
+        how = {"skipped": self.skipped, "gradients": gradients}
+        logits = self.teacher_forced(*given, rules, impl, observer, **how)  # type: ignore[arg-type]
         return torch.cat(list(logits), dim=1)
 
     def teacher_forced(
@@ -183,17 +208,20 @@ class DynamicVAR(nn.Module):
         branches: Sequence[int] | None = None,
         share_mask: bool = False,
         skipped: SkippedMeans | None = None,
+        gradients: bool = False,
     ) -> Iterator[Tensor]:
         """Yield the teacher-forced logits (R, l, V) of scale after scale, as `forward` has them.
 
         branches: rows per image at each scale (see `plan`); the second half has the null class.
         share_mask: both halves run the first one's experts. skipped: what stands for the others.
+        gradients: whether they flow through the cache.
         """
         in_layers = None if observer is None else observer.in_layers()
         plan = self.plan(branches)
         null_B = torch.full_like(labels_B, self.config.num_classes)
-        cond_RC = self.condition(torch.cat([labels_B, null_B][: plan[0].branches]))
-        passes, first_l = Passes(cond_RC, len(labels_B)), plan[0].tokens.stop
+        labels_R = torch.cat([labels_B, null_B][: plan[0].branches])
+        cond_RC = self.condition(labels_R)
+        passes, first_l = Passes(cond_RC, len(labels_B), gradients), plan[0].tokens.stop
         for step in plan:
             si, tokens = step.si, step.tokens
             if si == 0:
@@ -206,8 +234,9 @@ class DynamicVAR(nn.Module):
                 sharing = step.branches if share_mask else 1
                 means_KEC = None if skipped is None else skipped.at(si)
                 routing = Routing(
-                    rules[si], si, impl, in_layers, sharing=sharing, means_KEC=means_KEC
-                )
+                    rules[si], si, impl, in_layers, sharing=sharing, means_KEC=means_KEC,
+                    labels_B=labels_R[: step.branches * len(labels_B)],
+                )  # fmt: skip
             passes.begin(step)
             yield passes.run(step, x_RlC, routing)
 

@@ -6,6 +6,7 @@ one scale, D head dimension.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +43,23 @@ class KVCache:
     def advance(self, layer: int, num_tokens: int) -> None:
         """Move a layer past the `num_tokens` tokens of a scale that it has written."""
         self.lengths[layer] += num_tokens
+
+
+class GrowingCache(KVCache):
+    """Joins a scale's keys and values to a copy of those so far, so that gradients flow."""
+
+    def __init__(self) -> None:
+        self._so_far: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self._so_far:
+            k_BHLD, v_BHLD = self._so_far[layer]
+            k_BHlD, v_BHlD = torch.cat([k_BHLD, k_BHlD], 2), torch.cat([v_BHLD, v_BHlD], 2)
+        self._so_far[layer] = k_BHlD, v_BHlD
+        return self._so_far[layer]
+
+    def keep_rows(self, num_rows: int) -> None:
+        self._so_far = {i: (k[:num_rows], v[:num_rows]) for i, (k, v) in self._so_far.items()}
+
+    def advance(self, layer: int, num_tokens: int) -> None:
+        """Do nothing: what was joined stays."""

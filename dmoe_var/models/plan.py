@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dmoe_var.models.blocks import Modulation
-from dmoe_var.models.kv_cache import KVCache
+from dmoe_var.models.kv_cache import GrowingCache, KVCache
 from dmoe_var.models.token_skipping import Outputs, ScaleSkipping, Skip, TokenSkipping
 
 if TYPE_CHECKING:
@@ -74,10 +74,12 @@ class Passes:
     of a plan.
 
     cond_RC: the condition of the first step's rows, those of the conditional branch first. Rows
-    that a later step leaves out are dropped for good.
+    that a later step leaves out are dropped for good. gradients: whether they flow through the
+    caches, which then take more memory.
     """
 
-    def __init__(self, cond_RC: Tensor, num_images: int):
+    def __init__(self, cond_RC: Tensor, num_images: int, gradients: bool = False):
+        self._gradients = gradients
         self._cond_RC = cond_RC
         self._num_images = num_images
         self._modulations: dict[int, Modulation] = {}
@@ -92,7 +94,9 @@ class Passes:
         if step.projects:
             self._modulations[id(step.backbone)] = step.backbone.modulation(self._cond_RC)
         if id(step.cache) not in self._caches:
-            self._caches[id(step.cache)] = step.cache.new_cache(len(self._cond_RC))
+            rows = len(self._cond_RC)
+            made = GrowingCache() if self._gradients else step.cache.new_cache(rows)
+            self._caches[id(step.cache)] = made
 
     def run(self, step: Step, x_RlC: Tensor, routing: Routing | None = None) -> Tensor:
         """Compute the logits (R, l, V) of a step that has begun."""

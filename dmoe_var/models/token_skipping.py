@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.moe.kept import Kept
+from dmoe_var.moe.layer import context_of, feed
 from dmoe_var.ops import at_least_float32
 
 if TYPE_CHECKING:
@@ -141,21 +142,31 @@ class Skip:
         kept = self._largest(distances(self._choosing(x_RlC)))
         return self._completed("attention", attention(kept.take(h_RlC)), kept)
 
-    def fed(self, ffn: nn.Module, x_RlC: Tensor, h_RlC: Tensor, routing: Routing | None) -> Tensor:
-        """Compute the FFN (R, l, C) of its input x, which AdaLN turned into h."""
+    def fed(
+        self,
+        ffn: nn.Module,
+        x_RlC: Tensor,
+        h_RlC: Tensor,
+        normed_RlC: Tensor,
+        routing: Routing | None,
+    ) -> Tensor:
+        """Compute the FFN (R, l, C) of its input x, which was normed and AdaLN turned into h."""
         if self._is_source:
-            return self._noted("ffn", ffn(h_RlC) if routing is None else ffn(h_RlC, routing))
+            return self._noted("ffn", feed(ffn, h_RlC, normed_RlC, routing))
         scores_rKE = None
         if self.scale.measure == "router":
-            scores_rlE = ffn.router(self._choosing(h_RlC))  # type: ignore[operator]
+            assert routing is not None
+            context = context_of(routing, normed_RlC)
+            scores_rlE = ffn.router(self._choosing(h_RlC), context)  # type: ignore[operator]
             kept = self._largest(scores_rlE.sum(-1))
             scores_rKE = kept.take(scores_rlE)
         else:
             kept = self._largest(distances(self._choosing(x_RlC)))
-        given = (kept.take(h_RlC),)
         if routing is not None:
-            given = (*given, replace(routing, kept=kept, scores_bLE=scores_rKE))  # type: ignore
-        return self._completed("ffn", ffn(*given), kept)
+            routing = replace(routing, kept=kept, scores_bLE=scores_rKE)
+        return self._completed(
+            "ffn", feed(ffn, kept.take(h_RlC), kept.take(normed_RlC), routing), kept
+        )
 
     @property
     def _is_source(self) -> bool:

@@ -188,7 +188,8 @@ class VAR(nn.Module):
         config = self.config
         if config.experts is None:
             return FFN(config.C, config.hidden, config.activation)
-        return MoEFFN(config.C, config.hidden, config.activation, config.experts)
+        shape = (config.C, config.hidden, config.activation, config.experts)
+        return MoEFFN(*shape, config.num_scales, config.num_classes)
 
     @torch.no_grad()
     def _init_weights(self) -> None:

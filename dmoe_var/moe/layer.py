@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dmoe_var import values
 from dmoe_var.moe.experts import ExpertWeights, forget, grouped, run_experts
 from dmoe_var.moe.observer import Routed
-from dmoe_var.moe.router import Router, default_hidden
+from dmoe_var.moe.router import Condition, Context, Router, default_hidden
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import All
 from dmoe_var.moe.skipped import add_means
@@ -25,7 +25,7 @@ from dmoe_var.ops import activated_linear, activation, linear
 
 
 @dataclass(frozen=True)
-class ExpertConfig:
+class SplitConfig:
     """How an FFN is cut into experts."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -39,10 +39,34 @@ class ExpertConfig:
         values.take_fields(self)
 
 
+@dataclass(frozen=True)
+class ExpertConfig(SplitConfig):
+    """The shape of experts and routers."""
+
+    router_condition: Condition = "none"
+    """What routers are told beside the token."""
+
+
+def context_of(routing: Routing, normed_BLC: Tensor | None) -> Context | None:
+    """Return what routers under a condition read, of the rows that select."""
+    if normed_BLC is None or routing.labels_B is None:
+        return None
+    b = len(normed_BLC) // routing.sharing
+    return Context(normed_BLC[:b].detach(), routing.si, routing.labels_B[:b])
+
+
 class MoEFFN(nn.Module):
     """Sums act(x W1_e + b1_e) W2_e over the selected e, and adds the shared output bias b2."""
 
-    def __init__(self, width: int, hidden: int, act: str, config: ExpertConfig):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        act: str,
+        config: ExpertConfig,
+        num_scales: int = 0,
+        num_classes: int = 0,
+    ):
         super().__init__()
         self.expert_size = config.expert_size
         self.num_experts = hidden // config.expert_size
@@ -53,7 +77,8 @@ class MoEFFN(nn.Module):
         self.b2_C = nn.Parameter(torch.zeros(width))
         self.act = activation(act)
         router_hidden = config.router_hidden or default_hidden(width)
-        self.router = Router(width, router_hidden, self.num_experts)
+        told = (config.router_condition, num_scales, num_classes)
+        self.router = Router(width, router_hidden, self.num_experts, *told)
 
     @torch.no_grad()
     def reset_parameters(self, std: float, out_gain: float) -> None:
@@ -81,8 +106,13 @@ class MoEFFN(nn.Module):
         norms = [torch.linalg.vector_norm(out_BLC, dim=-1) for out_BLC in outputs]
         return torch.stack(norms, dim=-1)
 
-    def forward(self, x_BLC: Tensor, routing: Routing | None = None) -> Tensor:
-        """Run the FFN, (B, L, C). Without routing every expert runs, and the router does not."""
+    def forward(
+        self, x_BLC: Tensor, routing: Routing | None = None, normed_BLC: Tensor | None = None
+    ) -> Tensor:
+        """Run the FFN, (B, L, C). Without routing every expert runs, and the router does not.
+
+        normed_BLC: x_BLC before AdaLN's scale and shift, for a router under a condition.
+        """
         observer = None if routing is None else routing.observer
         scores_bLE = None
         if routing is None or isinstance(routing.rule, All):
@@ -91,7 +121,7 @@ class MoEFFN(nn.Module):
         else:
             if observer is not None:
                 observer.on_part("selection", routing.si)
-            mask_BLE, scores_bLE = self.select(x_BLC, routing)
+            mask_BLE, scores_bLE = self.select(x_BLC, routing, normed_BLC)
             if observer is not None:
                 observer.on_part("experts", routing.si)
             x_NC, mask_NE = x_BLC.flatten(0, 1), mask_BLE.flatten(0, 1)
@@ -104,14 +134,18 @@ class MoEFFN(nn.Module):
             observer.on_routing(Routed(si, layer, self, x_BLC, scores_bLE, mask_BLE, kept))
         return out_BLC
 
-    def select(self, x_BLC: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    def select(
+        self, x_BLC: Tensor, routing: Routing, normed_BLC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the mask (B, L, E) of experts to run, and the scores (b, L, E) the rule read."""
         rule, noise = routing.rule, None
         if routing.noise is not None and not rule.uses_scores:
             noise = routing.noise(x_BLC.shape[1], self.num_experts)
         scores_bLE = routing.scores_bLE
         if scores_bLE is None:
-            scores_bLE = rule.scores(self, x_BLC[: len(x_BLC) // routing.sharing])
+            b = len(x_BLC) // routing.sharing
+            x_bLC = x_BLC[:b].detach()  # whoever learns from scores trains the router alone
+            scores_bLE = rule.scores(self, x_bLC, context_of(routing, normed_BLC))
         # Not rule(...): torch 2.11's compiler hashes the callee before its fields are set.
         mask_bLE = rule.__call__(scores_bLE, noise)
         mask_BLE = mask_bLE if routing.sharing == 1 else mask_bLE.repeat(routing.sharing, 1, 1)
@@ -120,3 +154,10 @@ class MoEFFN(nn.Module):
     def _all_experts(self, x_BLC: Tensor) -> Tensor:
         h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())
         return linear(h_BLH, self.w2_EDC.flatten(0, 1).T, self.b2_C)
+
+
+def feed(ffn: nn.Module, x_BLC: Tensor, normed_BLC: Tensor, routing: Routing | None) -> Tensor:
+    """Run the FFN of a block, dense or of experts (see `MoEFFN.forward`)."""
+    if isinstance(ffn, MoEFFN):
+        return ffn(x_BLC, routing, normed_BLC)  # type: ignore[no-any-return]
+    return ffn(x_BLC)  # type: ignore[no-any-return]

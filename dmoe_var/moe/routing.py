@@ -27,6 +27,8 @@ class Routing:
     """Draws uniform noise (B, L, E), given L and E, for rules that select by chance."""
     sharing: int = 1
     """Number of equal parts of the batch that all run the experts that the first one selects."""
+    labels_B: Tensor | None = None
+    """The class of each row, for routers under a condition."""
     kept: Kept | None = None
     """The tokens that pass the FFN; None is all."""
     scores_bLE: Tensor | None = None

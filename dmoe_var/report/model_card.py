@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
 MIT_BASES = (*PUBLISHED, "digits")
 """Base models whose licence is known: the published VAR's and the one that this package carries."""
-SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "sampling.")
+SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "tune_experts.", "sampling.")
 HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
 SAME = (*SETTINGS, "base.", "evaluate.", "fidelity.")
 """Beginnings of the keys in which the evaluations of one setting agree, except the seed. With
@@ -272,6 +272,7 @@ def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
         if key.startswith(SETTINGS)
         and says(key, record.config)
         and key.rpartition(".")[2] not in HOUSEKEEPING
+        and (record.is_tuned or not key.startswith("tune_experts."))
     }
 
 

@@ -35,7 +35,8 @@ COMPARED = ("sampling", "fidelity", "evaluate.num_samples")
 
 def stages(experiment: Experiment) -> list[dict[str, Any]]:
     """List every stage in the order in which they run: done, given, missing or made otherwise."""
-    return [_stage(experiment, stage) for stage in (*MAKING, *MEASURING)]
+    making = dict.fromkeys((*MAKING, experiment.whole.expert_stage))
+    return [_stage(experiment, stage) for stage in (*making, *MEASURING)]
 
 
 def _stage(experiment: Experiment, stage: str) -> dict[str, Any]:
@@ -67,18 +68,25 @@ def found(experiment: Experiment, stage: str) -> list[tuple[Path, Record]]:
 
 def differences(experiment: Experiment, record: Record) -> list[str]:
     """List how a record's model differs from that of `work`, one line per key."""
-    upstream = "train_router"
+    upstream = None
     model = record.config.get("evaluate.model")
-    if record.stage in MAKING:
+    if record.stage in (*MAKING, "tune_experts"):
         upstream = record.stage
     elif record.stage == "benchmark":
         dynamic = record.config.get("benchmark.tau") or record.config.get("benchmark.chosen")
-        upstream = "train_router" if dynamic else "train_var"
+        upstream = None if dynamic else "train_var"
     elif record.stage == "evaluate" and model == "dense":
         upstream = "train_var"
     elif record.stage == "evaluate" and model == "pruned":
         upstream = "sparsify" if record.config["pruning.model"] == "sparse" else "train_var"
-    return experiment.differing(upstream, record)
+    return experiment.differing(upstream, record) if upstream else other_experts(experiment, record)
+
+
+def other_experts(experiment: Experiment, record: Record) -> list[str]:
+    """List how the experts that a record tells of differ from those of `work`."""
+    lines = experiment.differing(experiment.whole.expert_stage, record)
+    tuned, on = record.is_tuned, experiment.whole.tune_experts.on
+    return lines + (["experts are not tuned, there they are"] if tuned and not on else [])
 
 
 class Curves:

@@ -227,8 +227,11 @@ def generate(
         if si in rules:
             sharing = step.branches if call.share_mask else 1
             noise = partial(streams.routing_noise, branches=step.branches // sharing)
+            rows_R = labels_R[: step.branches * len(labels_B)]
             means_KEC = None if model.skipped is None else model.skipped.at(si)
-            routing = Routing(rules[si], si, impl, in_layers, noise, sharing, means_KEC=means_KEC)
+            routing = Routing(
+                rules[si], si, impl, in_layers, noise, sharing, rows_R, means_KEC=means_KEC
+            )
         # Predict, guide, draw
         watching.on_part("transformer", si)
         logits_RlV = passes.run(step, x_RlC, routing)

@@ -296,7 +296,7 @@ def _sources(experiment: Experiment) -> dict[str, str]:
         else:
             raise ConfigError("base.vqvae and base.var must both be given for the benchmark")
     if benchmark.dynamic:
-        found["moe"] = loaded.checkpoint(experiment, "train_router")
+        found["moe"] = loaded.checkpoint(experiment, experiment.whole.expert_stage)
     if benchmark.smaller is not None:
         found["smaller"] = weights_file(_smaller(experiment), "var")
     return {kind: str(path) for kind, path in found.items()}
@@ -413,7 +413,7 @@ def reads(config: Config, ours: Config) -> Keys:
 
 
 def needs(config: Config) -> Keys:
-    return ("train_router",) if config.benchmark.dynamic else ()
+    return (config.expert_stage,) if config.benchmark.dynamic else ()
 
 
 def refuse(config: Config) -> None:

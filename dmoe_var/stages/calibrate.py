@@ -25,6 +25,7 @@ from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.stages.parts import skipping
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
+from dmoe_var.stages.parts.loaded import needs_experts
 
 HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
 
@@ -266,7 +267,7 @@ STAGE = Stage(
     "calibrate",
     run,
     reads=("moe", "sampling", "calibrate"),
-    needs=("train_router",),
+    needs=needs_experts,
     one_process=True,
     reads_pictures=True,
     always_runs=lambda config: config.calibrate.budget_ms is not None,  # it times this very machine

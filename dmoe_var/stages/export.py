@@ -14,9 +14,9 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.experiment.view import OPTIONAL, within
 from dmoe_var.report.model_card import push_to_hub, save_pretrained
-from dmoe_var.report.records import found
+from dmoe_var.report.records import found, other_experts
 from dmoe_var.stages.parts import loaded
-from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.loaded import EXPERTS, Models, needs_experts
 from dmoe_var.stages.parts.skipped import let_means_stand
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
@@ -31,7 +31,8 @@ def run(experiment: Experiment) -> StageResult:
     if experiment.config.moe.skipped == "mean":
         vqvae = loaded.vqvae(experiment)
         let_means_stand(Models(experiment), experiment, model, vqvae, model.selection)
-    records = [require(experiment, stage) for stage in MAKING] + measured(experiment)
+    making = dict.fromkeys((*MAKING, experiment.whole.expert_stage))
+    records = [require(experiment, stage) for stage in making] + measured(experiment)
     folder = experiment.folder("export") / FOLDER
     about = {"folder": FOLDER, "records": [f"{r.stage}/{r.variant}" for r in records]}
     if is_main():
@@ -49,11 +50,7 @@ def measured(experiment: Experiment) -> list[Record]:
     """Find evaluations of this very model under this rule, of the dense one, and sweeps, whatever
     their sample counts and references. Broken records are left out."""
     records = [record for stage in MEASURING for _, record in found(experiment, stage)]
-    return [
-        r
-        for r in records
-        if _is_ours(experiment, r) and not experiment.differing("train_router", r)
-    ]
+    return [r for r in records if _is_ours(experiment, r) and not other_experts(experiment, r)]
 
 
 def _is_ours(experiment: Experiment, record: Record) -> bool:
@@ -81,4 +78,4 @@ def reads(config: Config, ours: Config) -> Keys:
     return (*EXPERTS, "export", *means)
 
 
-STAGE = Stage("export", run, reads, needs=("train_router",), always_runs=True)
+STAGE = Stage("export", run, reads, needs=needs_experts, always_runs=True)

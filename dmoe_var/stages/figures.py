@@ -153,8 +153,8 @@ def _refuse(config: Config) -> None:
 READS = (
     "seed", "dtype", "data", "vqvae", "var", "base",
     "train_vqvae", "train_var", "conversion", "sparsify", "split", "train_router",
-    "moe", "selection", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity",
-    "sweep", "pruning", "sample", "benchmark", "calibrate", "maps", "figures",
+    "tune_experts", "moe", "selection", "sampling", "evaluate.num_samples", "evaluate.format",
+    "fidelity", "sweep", "pruning", "sample", "benchmark", "calibrate", "maps", "figures",
 )  # fmt: skip
 
 

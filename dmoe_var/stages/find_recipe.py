@@ -29,7 +29,7 @@ from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.sampling.guidance import by_scale
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts
 
 RECIPE_FILE = "recipe.json"
 WITHIN = 0.01
@@ -201,7 +201,7 @@ STAGE = Stage(
     "find_recipe",
     run,
     reads=(*EXPERTS, "sampling", "calibrate", "evaluate", "fidelity", "find_recipe"),
-    needs=("train_router",),
+    needs=needs_experts,
     refuse=refuse,
     one_process=True,
     reads_pictures=True,

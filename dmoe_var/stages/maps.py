@@ -20,7 +20,7 @@ from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.loaded import EXPERTS, Models, needs_experts
 from dmoe_var.stages.parts.skipped import get_means, let_means_stand
 
 MAPS_FILE = "maps.npz"
@@ -84,4 +84,4 @@ def collect_maps(
     return ExpertMaps(images, np.stack(maps, axis=1))
 
 
-STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=("train_router",))
+STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=needs_experts)

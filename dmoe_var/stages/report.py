@@ -33,7 +33,7 @@ from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, needs_classifier, refuse_given_samples
 from dmoe_var.stages.parts import skipping
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts
 from dmoe_var.stages.parts.skipped import get_means, let_means_stand
 
 REPORT_FILE = "report.html"
@@ -217,7 +217,7 @@ STAGE = Stage(
         *EXPERTS, "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep",
         "report",
     ),
-    needs=lambda config: ("train_router", *needs_classifier(config)),
+    needs=lambda config: (*needs_experts(config), *needs_classifier(config)),
     refuse=refuse,
     always_runs=True,
 )  # fmt: skip

@@ -273,7 +273,7 @@ def needs(config: Config) -> Keys:
     """Name the stages. A model that is given needs none, as pictures need no validation."""
     base, sample = config.base, config.sample
     if sample.pretrained is None and "dynamic" in _models(config):
-        return ("train_router",)
+        return (config.expert_stage,)
     if sample.pretrained is None and base.var is None:
         return ("train_var",)
     return ("train_vqvae",) if base.vqvae is None else ()

@@ -30,6 +30,7 @@ from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
 from dmoe_var.stages.parts import skipping
+from dmoe_var.stages.parts.loaded import needs_experts
 from dmoe_var.stages.parts.skipped import get_means
 
 GRID_CLASSES = 10  # columns of samples.png, one per class
@@ -281,7 +282,7 @@ STAGE = Stage(
     "sweep",
     run,
     reads=("moe", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep"),
-    needs=lambda config: ("train_router", *evaluate.needs_classifier(config)),
+    needs=lambda config: (*needs_experts(config), *evaluate.needs_classifier(config)),
     refuse=refuse,
     compares=True,
 )

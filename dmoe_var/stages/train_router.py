@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dmoe_var.conversion.to_moe import informed
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.stages.parts import loaded
@@ -13,7 +14,7 @@ from dmoe_var.training.router_objective import RouterObjective
 def run(experiment: Experiment) -> StageResult:
     config = experiment.config.train_router
     vqvae = loaded.vqvae(experiment)
-    moe = loaded.split(experiment, "split")
+    moe = informed(loaded.split(experiment, "split"), config.condition)
     tokens = token_sets(experiment, vqvae)
     objective = RouterObjective(moe, vqvae, *tokens, config)
     metrics = train(objective, config, experiment.training_run("train_router"))

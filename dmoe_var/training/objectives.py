@@ -52,6 +52,13 @@ class TokenObjective:
         with torch.autocast(self.device.type, enabled=False):  # as in validation and sampling
             return tokens.teacher_forced(indices_B, self.vqvae)
 
+    def with_null(self, labels_B: Tensor, rows: Rows, share: float) -> Tensor:
+        """Give the first rows of a whole batch the null class: this share of them."""
+        is_null_B = rows.start + torch.arange(len(labels_B), device=self.device) < round(
+            share * rows.total
+        )
+        return torch.where(is_null_B, self.var.config.num_classes, labels_B)
+
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield all held-out images in order; every process gets its share of the batches."""
         batches = torch.arange(len(self.held_out)).split(self.validation_batch)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.layer import MoEFFN
+from dmoe_var.moe.router import Condition, Context
 from dmoe_var.ops import widest_float
 from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
 from dmoe_var.training.step import OptimConfig
@@ -38,6 +40,8 @@ class RouterConfig(OptimConfig):
     """Share of a batch that runs with the null class, like the unconditional half of guidance."""
     scales: Scales | None = None
     """Scales whose tokens the routers learn from; null takes all, as in the paper."""
+    condition: Condition = "none"
+    """What routers are told beside the token (beyond the paper): none, scale, class or both."""
 
 
 def average_ranks(norms_BLE: Tensor) -> Tensor:
@@ -92,13 +96,15 @@ class RouterObjective(TokenObjective):
 
     @torch.no_grad()
     def _run(
-        self, labels_B: Tensor, teacher_BLC: Tensor, see: Callable[[int, Tensor], object]
+        self, labels_B: Tensor, teacher_BLC: Tensor, see: Callable[[int, Tensor, Context], object]
     ) -> None:
-        """Run all experts, and call see(layer, x_BLC) with what enters each FFN (the hidden state
-        after AdaLN), as it is computed: nobody has to keep the inputs of all layers."""
+        """Run all experts, and call see(layer, x_BLC, context) with what enters each FFN (the
+        hidden state after AdaLN) and what its router may be told, as it is computed: nobody has to
+        keep the inputs of all layers."""
 
-        def show(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            see(layer, inputs[0])
+        def show(layer: int, _: nn.Module, inputs: tuple[Tensor, Any, Tensor]) -> None:
+            x_BLC, _, normed_BLC = inputs
+            see(layer, x_BLC, Context(normed_BLC, self.var.lvl_1L[0], labels_B))
 
         with ExitStack() as stack:
             for layer, ffn in enumerate(self.ffns):
@@ -109,16 +115,15 @@ class RouterObjective(TokenObjective):
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
         _, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        num_null = round(self.config.null_share * rows.total)
-        is_null_B = rows.start + torch.arange(len(labels_B), device=self.device) < num_null
-        labels_B = torch.where(is_null_B, self._null(labels_B), labels_B)
+        labels_B = self.with_null(labels_B, rows, self.config.null_share)
         losses: list[Tensor] = []
 
-        def learn(layer: int, x_BLC: Tensor) -> None:
+        def learn(layer: int, x_BLC: Tensor, context: Context) -> None:
             x_BlC, ffn = x_BLC[:, self.learnt_tokens], self.ffns[layer]
             true_BlE = ffn.true_norms(x_BlC)
             with torch.enable_grad():
-                losses.append(F.mse_loss(ffn.router(x_BlC), true_BlE))
+                predicted_BlE = ffn.router(x_BlC, context.of_tokens(self.learnt_tokens))
+                losses.append(F.mse_loss(predicted_BlE, true_BlE))
 
         self._run(labels_B, teacher_BLC, learn)
         return torch.stack(losses).mean(), {}
@@ -134,7 +139,7 @@ class RouterObjective(TokenObjective):
         totals = [torch.zeros(ffn.num_experts, device=self.device) for ffn in self.ffns]
         indices = evenly_strided(self.num_examples, CONSTANT_IMAGES)
 
-        def add(layer: int, x_BLC: Tensor) -> None:
+        def add(layer: int, x_BLC: Tensor, _: Context) -> None:
             norms_BlE = self.ffns[layer].true_norms(x_BLC[:, self.learnt_tokens])
             totals[layer] += norms_BlE.mean((0, 1)) * len(x_BLC)
 
@@ -155,10 +160,16 @@ class RouterObjective(TokenObjective):
         return mean.result()
 
     def _add_layer(
-        self, mean: Mean, branch: str, constants_LE: list[Tensor], layer: int, x_BLC: Tensor
+        self,
+        mean: Mean,
+        branch: str,
+        constants_LE: list[Tensor],
+        layer: int,
+        x_BLC: Tensor,
+        context: Context,
     ) -> None:
         ffn, constant_E = self.ffns[layer], constants_LE[layer]
-        true_BLE, predicted_BLE = ffn.true_norms(x_BLC), ffn.router(x_BLC)
+        true_BLE, predicted_BLE = ffn.true_norms(x_BLC), ffn.router(x_BLC, context)
         error = F.mse_loss(predicted_BLE, true_BLE)
         constant_error = F.mse_loss(constant_E.expand_as(true_BLE), true_BLE)
         agreement_BL = spearman(predicted_BLE, true_BLE)

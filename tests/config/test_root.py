@@ -136,6 +136,12 @@ WRONG = [
     ({"moe.scales": [5, 5]}, ("moe.scales=[5, 5]", "distinct scales within 0..6")),
     ({"train_router.scales": [9]}, ("train_router.scales=[9]", "within 0..6")),
     ({"selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]", "1, 3, 7 values")),
+    (
+        {"tune_experts.tau": [0.1, 0.2]},
+        ("tune_experts.tau=[0.1, 0.2] has 2 values",),
+    ),
+    ({"tune_experts.steps": 2, "tune_experts.epochs": 2}, ("tune_experts", "exactly one")),
+    ({"train_router.condition": "layer"}, ("train_router.condition='layer'", "'scale', 'class'")),
     ({"selection.rule": "keys", "selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]",)),
     ({"selection.layer_tau": [[0.1]]}, ("selection.layer_tau=[[0.1]] is for 1 layers",)),
     ({"selection.rule": "top_k", "selection.k": 17}, ("selection.k=17", "at most 16")),

@@ -15,7 +15,7 @@ from dmoe_var.experiment.stage import STAGES
 from dmoe_var.training.step import OptimConfig
 from dmoe_var.training.tracking import Tracking
 
-TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router")
+TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router", "tune_experts")
 MEASURING = ("sample", "evaluate", "sweep", "export", "calibrate", "maps", "report")
 TIMED = {"benchmark"}
 """Reads the base models and how images are drawn."""
@@ -74,6 +74,9 @@ READ_BY = [
     ({"sparsify.alpha": 0.1}, from_("sparsify") | DRAWN),
     ({"split.router_hidden": 3}, from_("split") | DRAWN),
     ({"train_router.scales": [3]}, from_("train_router") | DRAWN),
+    ({"tune_experts.tau": 0.6}, {"tune_experts"} | DRAWN),  # it is off
+    ({"tune_experts.steps": 5}, from_("tune_experts") | DRAWN),
+    ({"train_router.condition": "both"}, from_("train_router") | DRAWN),
     ({"moe.impl": "reference"}, POINTS | SHOWN | {"calibrate", "export"} | DRAWN),
     ({"sampling.cfg": 2}, POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN),
     (

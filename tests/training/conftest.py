@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dmoe_var import DynamicVAR
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.token_cache import tokenize
 from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
@@ -22,6 +23,7 @@ from dmoe_var.training.objectives import (
 )
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective
 from dmoe_var.training.step import Run
+from dmoe_var.training.tuning_objective import TuneConfig, TuningObjective
 from dmoe_var.training.vqvae_objective import VQVAEObjective, VQVAETrainingConfig
 
 NUM_TRAINING, NUM_HELD_OUT = 20, 10
@@ -33,6 +35,7 @@ CONFIGS = {
     "sparsify": SparsifyConfig,
     "router": RouterConfig,
     "classifier": ClassifierTrainingConfig,
+    "tune": TuneConfig,
 }
 
 
@@ -77,6 +80,10 @@ def build(digits, tokens, vqvae, make_vqvae, make_var, make_moe):
         given = (copy.deepcopy(vqvae).to(device, dtype), *tokens, config)
         if kind == "router":
             return RouterObjective(make_moe(model).to(device, dtype), *given), config
+        if kind == "tune":
+            models = make_var(seed=1, **shape), make_moe(model)
+            dynamic = DynamicVAR(*(each.to(device, dtype) for each in models), (1, 3))
+            return TuningObjective(dynamic, *given), config
         model = model.to(device, dtype)
         if kind == "var":
             return VARObjective(model, *given), config

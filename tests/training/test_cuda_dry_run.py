@@ -17,6 +17,7 @@ WAITS = {
     "vqvae": LOOP | VQVAE,
     "sparsify": LOOP | TOKENS | {"training/objectives.py:loss"},
     "router": LOOP | TOKENS,
+    "tune": LOOP | TOKENS | {"training/tuning_objective.py:loss"},
 }
 
 

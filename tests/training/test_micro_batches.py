@@ -64,6 +64,7 @@ def plain_run(objective, config):
         ("var", 3, {}),
         ("sparsify", 3, FFN_ALONE),
         ("router", 3, {"batch_size": 7}),
+        ("tune", 3, {"batch_size": 7, "lr": 1e-3}),
     ],
 )
 def test_weights_are_those_of_whole_batches(

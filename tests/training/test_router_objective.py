@@ -5,10 +5,14 @@ Legend: B batch, L tokens of all scales, C width, E experts.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import spearmanr
 
+from dmoe_var.conversion.to_moe import informed
 from dmoe_var.models.blocks import whole
 from dmoe_var.training.router_objective import RouterConfig, RouterObjective, spearman
 
@@ -81,6 +85,34 @@ def test_no_label_is_dropped_beside_the_share(build, run_in, tmp_path):
     objective.module.train()
     _, labels_B = labels_seen(objective, ALL)
     assert int((labels_B == objective.var.config.num_classes).sum()) == 10
+
+
+def test_under_a_condition_scale_and_class_of_each_token_train(build, vqvae, tokens):
+    """Half of a batch has the null class, 10."""
+    plain, config = build("router", torch.float64)
+    told = informed(plain.var, "both")
+    objective = RouterObjective(told, copy.deepcopy(vqvae).double(), *tokens, config)
+    seen = []
+    for ffn in objective.ffns:
+        router = ffn.router
+        torch.nn.init.normal_(router.scale_embed_SR)
+        torch.nn.init.normal_(router.class_embed_KR)
+        ffn.register_forward_pre_hook(lambda ffn, args: seen.append((ffn, args[0], args[2])))
+    loss, _ = objective.loss(torch.arange(4), 0, 1, whole(4))
+    labels_B = torch.cat([torch.tensor([10, 10]), objective.batch(tokens[0], ALL[2:4])[1]])
+    errors, level_L = [], [0] + 4 * [1] + 9 * [2] + 16 * [3]
+    for ffn, x_BLC, normed_BLC in seen:
+        router = ffn.router
+        told_BLR = router.scale_embed_SR[level_L] + router.class_embed_KR[labels_B][:, None]
+        h_BLR = F.gelu(normed_BLC @ router.fc1.weight.T + told_BLR)
+        predicted_BLE = (h_BLR @ router.fc2.weight.T).abs()
+        errors.append((predicted_BLE - naive_norms(ffn, x_BLC)).square().mean())
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-10)
+    loss.backward()
+    for ffn in objective.ffns:
+        moved_K = ffn.router.class_embed_KR.grad.abs().sum(1) > 0
+        assert set(moved_K.nonzero().flatten().tolist()) == set(labels_B.tolist())
+        assert (ffn.router.scale_embed_SR.grad.abs().sum(1) > 0).all()
 
 
 def test_constant_prediction_is_off_by_the_variance(build, vqvae, tokens, batch):

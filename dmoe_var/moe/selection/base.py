@@ -80,12 +80,13 @@ class SelectionRule(ABC):
     def __call__(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         """Select by scores (..., E), or by noise for a rule that reads none: a mask (..., E)."""
 
-    def scores(self, ffn: Any, x_BLC: Tensor) -> Tensor:
-        """Compute the scores that the rule selects by, (B, L, E), of a `moe.layer.MoEFFN`."""
+    def scores(self, ffn: Any, x_BLC: Tensor, context: Any = None) -> Tensor:
+        """Compute the scores that the rule selects by, (B, L, E), of a `moe.layer.MoEFFN`. context:
+        a `moe.router.Context` for a router under a condition."""
         if self.true_norms:
             return ffn.true_norms(x_BLC)
         if self.needs_router:
-            return ffn.router(x_BLC)
+            return ffn.router(x_BLC, context)
         return x_BLC.new_zeros((*x_BLC.shape[:-1], ffn.num_experts))
 
     def score_macs(self, width: int, num_experts: int) -> int:

@@ -36,7 +36,7 @@ class Keys(Threshold):
         largest = check_finite(scores).amax(-1, keepdim=True)
         return scores >= torch.where(largest > 0, self.tau * largest, largest)
 
-    def scores(self, ffn: Any, x_BLC: Tensor) -> Tensor:
+    def scores(self, ffn: Any, x_BLC: Tensor, context: Any = None) -> Tensor:
         return linear(x_BLC, ffn.w1_EDC.mean(1))
 
     def score_macs(self, width: int, num_experts: int) -> int:

@@ -271,6 +271,41 @@ def skipping(experiment: Experiment) -> Figure:
     return _beside_dense("tokens skipped at the last two scales", curves, claims)
 
 
+@figure("conditions")
+def conditions(experiment: Experiment) -> Figure:
+    """Compare routers that are told nothing beside the token with those that are told more."""
+    told = {"none": "nothing more", "scale": "scale", "class": "class", "both": "scale and class"}
+    curves = [
+        _over_tau(
+            experiment, f"routers told {words}", "last", {"train_router.condition": name}, shade
+        )
+        for (name, words), shade in zip(told.items(), shades(told), strict=True)
+    ]
+    plain, *others = curves
+    claims = [Claim("routers should know more", better=c.name, worse=plain.name) for c in others]
+    return _beside_dense("what routers are told", curves, claims)
+
+
+@figure("tuned")
+def tuned(experiment: Experiment) -> Figure:
+    """Compare experts that trained under the mask of one tau with those that never saw a mask."""
+    figures = experiment.config.figures
+    off = {"tune_experts.steps": None, "tune_experts.epochs": None}
+    plain = _over_tau(experiment, "one tau, experts not tuned", "last", off, 0.0)
+    curves = [
+        _over_tau(
+            experiment,
+            f"one tau, experts tuned at {tau:g}",
+            "last",
+            {**off, "tune_experts.steps": figures.tuned_steps, "tune_experts.tau": (tau,)},
+            (1 + i) / len(figures.tuned_tau),
+        )
+        for i, tau in enumerate(figures.tuned_tau)
+    ]
+    claims = [Claim("tau belongs in the loss", better=c.name, worse=plain.name) for c in curves]
+    return _beside_dense("experts that train under the mask", [plain, *curves], claims)
+
+
 def _over_tau(
     experiment: Experiment,
     name: str,

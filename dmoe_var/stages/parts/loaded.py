@@ -16,6 +16,7 @@ import torch
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.load import load_classifier
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.config.root import Config
 from dmoe_var.data import load_data
 from dmoe_var.data.config import DataConfig
 from dmoe_var.data.images import Images
@@ -23,6 +24,7 @@ from dmoe_var.data.token_cache import Seconds, TokenSet, tokenize
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.experiment import Experiment
+from dmoe_var.experiment.stage import Keys
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
 from dmoe_var.models.dynamic_var import DynamicVAR
@@ -35,6 +37,9 @@ T = TypeVar("T")
 
 EXPERTS = ("moe", "selection")
 """Sections that say nothing about a dense model."""
+
+MADE_OF_EXPERTS = ("split", "train_router", "tune_experts")
+"""Stages that leave a VAR with experts: untrained routers, trained ones, and both tuned."""
 
 TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
 """Fields that shape training, not the function: published files do not hold them."""
@@ -69,21 +74,28 @@ def sparse(experiment: Experiment) -> VAR:
     return var(experiment, "sparsify")
 
 
-def split(experiment: Experiment, stage: str = "train_router") -> VAR:
-    """Load the expert VAR as a stage left it: `split` (untrained routers) or `train_router`."""
-    return var(experiment, stage)
+def needs_experts(config: Config) -> Keys:
+    """Name the stage that the experts in use come from, for the `needs` of stages."""
+    return (config.expert_stage,)
+
+
+def split(experiment: Experiment, stage: str | None = None) -> VAR:
+    """Load the expert VAR as a stage left it: one of MADE_OF_EXPERTS, or by default the last one
+    that the configuration has. The whole one says which: a stage's `needs` do too."""
+    return var(experiment, stage or experiment.whole.expert_stage)
 
 
 def var(experiment: Experiment, stage: str) -> VAR:
     """Load the VAR as a stage left it, in eval mode on the experiment's device. The stage is
-    train_var (or the VAR is given), sparsify, split or train_router."""
+    train_var (or the VAR is given), sparsify, or one of MADE_OF_EXPERTS."""
     given = experiment.config.base.var if stage == "train_var" else None
     source, expected = given or checkpoint(experiment, stage), experiment.config.var
     if stage != "train_var":
         expected = replace(expected, activation=experiment.config.sparsify.activation)
-    if stage in ("split", "train_router"):
+    if stage in MADE_OF_EXPERTS:
         hidden = experiment.config.split.router_hidden or default_hidden(expected.C)
-        experts = ExpertConfig(experiment.config.split.expert_size, hidden)
+        told = "none" if stage == "split" else experiment.config.train_router.condition
+        experts = ExpertConfig(experiment.config.split.expert_size, hidden, told)
         expected = replace(expected, experts=experts)
     model = load_var(source)
     config = model.config
@@ -144,7 +156,7 @@ class Models:
 
     @property
     def experts(self) -> VAR:
-        return self.var_of(self.experiment, "train_router")
+        return self.var_of(self.experiment, self.experiment.whole.expert_stage)
 
     def vqvae_of(self, experiment: Experiment) -> VQVAE:
         """Load the VQ-VAE of a point, or reuse the latest."""
@@ -155,7 +167,7 @@ class Models:
     def var_of(self, experiment: Experiment, stage: str) -> VAR:
         """Load or reuse a point's VAR as a stage left it: dense, sparse, or split into experts."""
         dtype = experiment.config.sampling.torch_dtype
-        kind = "experts" if stage in ("split", "train_router") else stage
+        kind = "experts" if stage in MADE_OF_EXPERTS else stage
         key = (stage, experiment.fingerprint_of_model(stage), dtype)
         return self.made(kind, key, lambda: var(experiment, stage).to(dtype))
 

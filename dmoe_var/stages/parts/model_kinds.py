@@ -59,11 +59,12 @@ class Dynamic(Dense):
     reads = EXPERTS
 
     def needs(self, config: Config) -> Keys:
-        return ("train_router",) if config.selection.kind.needs_router else ("split",)
+        untrained = not config.selection.kind.needs_router and not config.tune_experts.on
+        return ("split",) if untrained else (config.expert_stage,)
 
     def load(self, models: Models, experiment: Experiment) -> DynamicVAR:
         dense = models.var_of(experiment, "train_var")
-        (stage,) = self.needs(experiment.config)
+        (stage,) = self.needs(experiment.whole)
         model = DynamicVAR(dense, models.var_of(experiment, stage), experiment.config.moe.scales)
         vqvae, selection = models.vqvae_of(experiment), experiment.config.selection.rules()
         let_means_stand(models, experiment, model, vqvae, selection)

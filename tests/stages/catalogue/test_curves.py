@@ -26,6 +26,7 @@ CHOSEN = {
     "evaluate.model": "dynamic", "selection.rule": "threshold", "selection.tau": (0.3, 0.6),
 }  # fmt: skip
 SKIPPING = [{"sampling.skipping.ratios": (0.0, 0.0, r, r)} for r in (0.25, 0.5)]
+UNTUNED = {"tune_experts.steps": None, "tune_experts.epochs": None}
 CURVES = {
     "skipping": {
         "dense VAR": [DENSE],
@@ -64,6 +65,28 @@ CURVES = {
         "dense VAR": [DENSE],
         "nothing": over_tau(**{"moe.skipped": "zero"}),
         "their mean": over_tau(**{"moe.skipped": "mean"}),
+    },
+    "conditions": {
+        "dense VAR": [DENSE],
+        **{
+            f"routers told {words}": over_tau(**{"train_router.condition": name})
+            for name, words in (
+                ("none", "nothing more"),
+                ("scale", "scale"),
+                ("class", "class"),
+                ("both", "scale and class"),
+            )
+        },
+    },
+    "tuned": {
+        "dense VAR": [DENSE],
+        "one tau, experts not tuned": over_tau(**UNTUNED),
+        **{
+            f"one tau, experts tuned at {tau}": over_tau(
+                **{**UNTUNED, "tune_experts.steps": 150, "tune_experts.tau": (tau,)}
+            )
+            for tau in (0.4, 0.5)
+        },
     },
     "rules": {
         "dense VAR": [DENSE],

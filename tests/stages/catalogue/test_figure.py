@@ -73,6 +73,6 @@ def test_claims_are_about_curves_of_their_figure(experiment):
         named = {n for claim in figure.claims for n in (claim.better, claim.worse, *claim.dense)}
         known = set(NAMES.values()) if figure.pending else {curve.name for curve in figure.curves}
         assert named <= known
-        beyond = ("calibration", "guidance", "skipped", "skipping")
+        beyond = ("calibration", "guidance", "skipped", "skipping", "conditions", "tuned")
         assert bool(named) == (name in (*JUDGED, *beyond))
         assert figure.verdicts({"figure": name}) == []  # of curves that are not there

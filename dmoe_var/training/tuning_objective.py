@@ -1,0 +1,144 @@
+"""Train experts and routers under the mask that sampling runs: tau in the loss (beyond the paper).
+
+The paper sets tau after training. Here the dense model runs the other scales and the experts run
+theirs scale by scale over one K/V cache, as in sampling. So experts learn to do without those that
+the mask leaves out, and routers follow the experts that move. Legend: B batch, L tokens of all
+scales, l those with experts, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dmoe_var.config_fields import Share, Taus
+from dmoe_var.data.token_cache import TokenSet
+from dmoe_var.models.blocks import Rows
+from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.moe.observer import Observer, Routed
+from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
+from dmoe_var.training.router_objective import expert_ffns, spearman
+from dmoe_var.training.step import OptimConfig
+
+IMPL = "reference"
+"""It has gradients, and its matrices have one shape whatever the mask."""
+
+
+@dataclass(frozen=True)
+class TuneConfig(OptimConfig):
+    """Training of experts and routers under the mask; without steps and epochs there is none."""
+
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimiser steps; null or 0 leaves experts untuned, if epochs is null."""
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-4
+    """Learning rate after the warmup."""
+    tau: Taus = (0.2,)
+    """Tau of the mask: one, one per sparse scale, or one per scale."""
+    router_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the routers' squared error; only they learn from it."""
+    null_share: Share = 0.5
+    """Share of a batch that runs with the null class, like the unconditional half of guidance."""
+
+    def __post_init__(self) -> None:
+        if self.on:
+            super().__post_init__()
+
+    @property
+    def on(self) -> bool:
+        """Whether experts are tuned."""
+        return bool(self.steps or self.epochs)
+
+
+class _RouterErrors(Observer):
+    """Adds up the routers' squared error over layers and tokens."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def on_routing(self, routed: Routed) -> None:
+        assert routed.scores_bLE is not None
+        with torch.no_grad():
+            true_BLE = routed.ffn.true_norms(routed.x_BLC)  # type: ignore[operator]
+        self._sum = self._sum + F.mse_loss(routed.scores_bLE, true_BLE, reduction="sum")
+        self._count += true_BLE.numel()
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count  # type: ignore[return-value]
+
+
+class _Measured(Observer):
+    """Adds to `mean` how many experts run, and how well routers do."""
+
+    def __init__(self, mean: Mean):
+        self.mean = mean
+
+    def on_routing(self, routed: Routed) -> None:
+        mask_BLE, scores_BLE = routed.mask_BLE, routed.scores_bLE
+        assert scores_BLE is not None
+        true_BLE = routed.ffn.true_norms(routed.x_BLC)  # type: ignore[operator]
+        density, tokens = mask_BLE.float().mean(), mask_BLE[..., 0].numel()
+        self.mean.add("val_density", density, tokens)
+        self.mean.add(f"val_density_scale{routed.si}", density, tokens)
+        self.mean.add("val_mse", F.mse_loss(scores_BLE, true_BLE), tokens)
+        self.mean.add("val_rank_agreement", spearman(scores_BLE, true_BLE).mean(), tokens)
+
+
+class TuningObjective(TokenObjective):
+    """Cross-entropy of the tokens at scales with experts, under the mask, plus the routers' error.
+
+    The mask itself is not differentiated. Experts (with the shared output bias) and routers train;
+    all else stays.
+    """
+
+    config: TuneConfig
+
+    def __init__(
+        self,
+        model: DynamicVAR,
+        vqvae: VQVAE,
+        training: TokenSet,
+        held_out: TokenSet,
+        config: TuneConfig,
+    ):
+        super().__init__(model.moe, vqvae, training, held_out, config)
+        self.model = model
+        self.learnt_tokens = tokens_of(model.config, model.moe_scales, self.device)
+        ffns = expert_ffns(model.moe)
+        model.requires_grad_(False).eval()
+        self.module = nn.ModuleList(ffns).requires_grad_(True)
+
+    def loss(
+        self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
+    ) -> tuple[Tensor, dict[str, float]]:
+        tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
+        labels_B = self.with_null(labels_B, rows, self.config.null_share)
+        errors = _RouterErrors()
+        logits_BLV = self.model.forward_with_gradients(
+            labels_B, teacher_BLC, self.config.tau, IMPL, errors
+        )
+        logits_BlV, tokens_Bl = logits_BLV[:, self.learnt_tokens], tokens_BL[:, self.learnt_tokens]
+        cross_entropy = F.cross_entropy(logits_BlV.flatten(0, 1), tokens_Bl.flatten())
+        logged = {"ce": cross_entropy.item(), "router_mse": errors.mean.item()}
+        return cross_entropy + self.config.router_weight * errors.mean, logged
+
+    def validate(self) -> dict[str, float]:
+        """Measure on held-out images under the mask, at scales with experts: cross-entropy and
+        density, in all and by scale, and how well routers predict the norms."""
+        mean = Mean()
+        for tokens_BL, labels_B, teacher_BLC in self.held_out_batches():
+            given = (labels_B, teacher_BLC, self.config.tau)
+            logits_BLV = self.model(*given, impl=IMPL, observer=_Measured(mean))
+            loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
+            mean.add("val_ce", loss_BL[:, self.learnt_tokens].mean(), len(tokens_BL))
+            for si in self.model.moe_scales:
+                scale = self.model.config.scale_slices[si]
+                mean.add(f"val_ce_scale{si}", loss_BL[:, scale].mean(), len(tokens_BL))
+        return mean.result()
