@@ -56,7 +56,12 @@ def let_means_stand(
     rules = rules_of(model, selection=selection)
     sampling = config.sampling
     how = (config.moe, sampling.cfg, sampling.share_mask, sampling.dtype)
-    key = ("skipped", experiment.fingerprint_of_model(experiment.whole.expert_stage), repr(rules), how)
+    key = (
+        "skipped",
+        experiment.fingerprint_of_model(experiment.whole.expert_stage),
+        repr(rules),
+        how,
+    )
     model.set_skipped(models.made(key, key, lambda: _means(experiment, model, vqvae, rules)))
 
 
