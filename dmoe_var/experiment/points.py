@@ -167,7 +167,7 @@ def joined(records: Sequence[Record]) -> dict[str, Any]:
         "flops_gmac_std_over_images": mean(records, "flops_gmac_std"),
         "points": [f"evaluate/{record.variant}" for record in records],
     }
-    others = ("flops_gmac_authors", "experts_share_", *MEASURES)
+    others = ("flops_gmac_authors", "experts_share_", "sampling_ms_per_image", *MEASURES)
     for name in records[0].metrics:
         if name.startswith(others) and all(name in record.metrics for record in records):
             row[name] = mean(records, name)

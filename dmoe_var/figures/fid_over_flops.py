@@ -38,11 +38,30 @@ def draw_accounting(
     curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
 ) -> None:
     """Plot the same points over FLOPs as counted, and over FLOPs by the authors' accounting."""
-    figure, axes = subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
     authors = "transformer GMAC an image by the authors' accounting"
-    for axis, (x, label) in zip(
-        axes, (("flops_gmac", FLOPS), ("flops_gmac_authors", authors)), strict=True
-    ):
+    _draw_beside(curves, {"flops_gmac_authors": authors}, fid_name, title, note, paths)
+
+
+@styled
+def draw_over_time(
+    curves: Sequence[Curve], fid_name: str, title: str, note: str, paths: Paths
+) -> None:
+    """Plot the same points over FLOPs, and over the time that their images took."""
+    time = "sampling, ms an image (decoder included)"
+    _draw_beside(curves, {"sampling_ms_per_image": time}, fid_name, title, note, paths)
+
+
+def _draw_beside(
+    curves: Sequence[Curve],
+    other: Mapping[str, str],
+    fid_name: str,
+    title: str,
+    note: str,
+    paths: Paths,
+) -> None:
+    """Plot FID over FLOPs and, beside it, over another number by its label."""
+    figure, axes = subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
+    for axis, (x, label) in zip(axes, {"flops_gmac": FLOPS, **other}.items(), strict=True):
         plot(axis, curves, x)
         finish(axis, label, display_name(fid_name), "", note)
     figure.suptitle(title, fontsize=9)

@@ -62,7 +62,7 @@ def trade(experiment: Experiment) -> Figure:
     pruned = _along("Pruned-FFN, last scales", "pruned", "pruning.share", shares, changes)
     other = {d: s for d, s in figures.depths.items() if int(d) != experiment.config.var.depth}
     others = [
-        dense_curve(f"dense, depth {d}", _of_depth(experiment, int(d), source), 1 - i / len(other))
+        dense_curve(f"dense, depth {d}", of_depth(experiment, int(d), source), 1 - i / len(other))
         for i, (d, source) in enumerate(other.items())
     ]
     claims = [
@@ -95,7 +95,7 @@ def depths(experiment: Experiment) -> Figure:
     )
     curves = []
     for (depth, source), shade in zip(by_depth, shades(by_depth), strict=True):
-        changes = _of_depth(experiment, int(depth), source)
+        changes = of_depth(experiment, int(depth), source)
         name = f"one tau, last scales, depth {depth}"
         curves.append(dense_curve(f"dense, depth {depth}", changes, shade))
         curves.append(_over_tau(experiment, name, "last", changes, shade))
@@ -331,7 +331,7 @@ def _chosen(experiment: Experiment) -> Curve:
     return single("chosen tau a scale", "chosen", label, changes)
 
 
-def _of_depth(experiment: Experiment, depth: int, source: str | None) -> Changes:
+def of_depth(experiment: Experiment, depth: int, source: str | None) -> Changes:
     """Change the depth. What depth derives (width, heads, drop path, gain) is derived anew; what
     the configuration gives by itself stays."""
     var = experiment.config.var

@@ -68,11 +68,19 @@ def test_claims_of_the_committed_figures(digits, text, names):
 
 
 def test_claims_are_about_curves_of_their_figure(experiment):
-    for name, make in FIGURES.items():
-        figure = make(experiment)
+    for name in FIGURES.keys() - {"learning"}:  # which needs a training to look at
+        figure = FIGURES[name](experiment)
         named = {n for claim in figure.claims for n in (claim.better, claim.worse, *claim.dense)}
         known = set(NAMES.values()) if figure.pending else {curve.name for curve in figure.curves}
         assert named <= known
-        beyond = ("calibration", "guidance", "skipped", "skipping", "conditions", "tuned")
+        beyond = (
+            "calibration",
+            "guidance",
+            "skipped",
+            "skipping",
+            "conditions",
+            "tuned",
+            "techniques",
+        )
         assert bool(named) == (name in (*JUDGED, *beyond))
         assert figure.verdicts({"figure": name}) == []  # of curves that are not there
