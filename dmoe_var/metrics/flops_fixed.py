@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dmoe_var.models.blocks import Modulation
-from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.plan import Step
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
@@ -72,7 +73,7 @@ class FixedCost:
 
 @torch.no_grad()
 def fixed_cost(
-    model: VAR | DynamicVAR,
+    model: AnyVAR,
     vqvae: VQVAE,
     cfg: float | Sequence[float] = 1.5,
     adaln_every_scale: bool = False,
@@ -88,25 +89,23 @@ def fixed_cost(
     config = model.config
     branches = guidance.branches(guidance.by_scale(cfg, config.num_scales))
     null_R = torch.full(branches[:1], config.num_classes, device=config_device(model))
-    cond_RC = model.condition(null_R)
     modulations: dict[int, Modulation] = {}
-    scales: list[dict[str, int]] = []
+    scales: list[Counter[str]] = [Counter() for _ in config.patch_nums]
     experts = {}
     for step in model.plan(branches, adaln_every_scale):
         si, backbone = step.si, step.backbone
-        macs = dict.fromkeys(FIXED_PARTS, 0)
-        cond_RC = cond_RC[: step.branches]
         if step.projects:
+            cond_RC = step.cache.condition(null_R[: step.branches])
             modulations[id(backbone)] = backbone.modulation(cond_RC)
-            macs.update(_modulation_macs(backbone, cond_RC))
-        macs.update(_step_macs(step, modulations[id(backbone)].of_rows(step.branches)))
-        macs[OTHER] += _input_macs(model, vqvae, si)
-        if more_smooth:  # the mix of code vectors
+            scales[si].update(_modulation_macs(backbone, cond_RC))
+        macs = _step_macs(step, modulations[id(backbone)].of_rows(step.branches))
+        macs[OTHER] = _input_macs(step, vqvae)
+        if step.num_predicted and more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
         if backbone.config.experts is not None:
             experts[si] = _expert_cost(step, macs["ffn"], share_mask)
             macs["ffn"] = 0
-        scales.append(macs)
+        scales[si].update(macs)
     by_part = {part: tuple(macs[part] for macs in scales) for part in FIXED_PARTS}
     return FixedCost(branches, by_part, _decoder_macs(vqvae), experts)
 
@@ -124,14 +123,14 @@ def _modulation_macs(backbone: VAR, cond_RC: Tensor) -> dict[str, int]:
 
 
 def _step_macs(step: Step, mod: Modulation) -> dict[str, int]:
-    """Trace blocks and head at one scale, over a cache of all earlier ones; every expert runs."""
+    """Trace blocks and head of one step, over a cache of all earlier tokens; every expert runs."""
     backbone, tokens = step.backbone, step.tokens
     cache = step.cache.new_cache(step.branches)
     cache.length = tokens.start
     x_RlC = backbone.pos_start.new_zeros(
         step.branches, tokens.stop - tokens.start, backbone.config.C
     )
-    macs = _trace(lambda x: backbone.step(x, mod, cache), x_RlC, backbone=backbone)
+    macs = _trace(lambda x: step.run(x, mod, cache), x_RlC, backbone=backbone)
     layers = range(backbone.config.depth)
     attn = sum((macs[f"backbone.blocks.{i}.attn"] for i in layers), Counter())
     qkv_proj = attn["linear"] + attn["addmm"]
@@ -147,20 +146,23 @@ def _step_macs(step: Step, mod: Modulation) -> dict[str, int]:
     return parts
 
 
-def _input_macs(model: VAR | DynamicVAR, vqvae: VQVAE, si: int) -> int:
-    """Trace phi of a scale's codes and, except at scale 0, the projection of its input."""
-    z, last = model.config.z_channels, model.config.patch_nums[-1]
-    p = model.config.patch_nums[si]
-    codes_1Cpp = vqvae.quantize.embedding.weight.new_zeros(1, z, p, p)
-    macs = _trace(lambda codes: vqvae.quantize.spread(codes, si), codes_1Cpp, vqvae=vqvae)
-    if si == 0:
-        return macs[""].total()
+def _input_macs(step: Step, vqvae: VQVAE) -> int:
+    """Trace phi of the codes that a step predicts, and the projection of each scale that passes,
+    except scale 0."""
+    z, sides, model = vqvae.config.z_channels, vqvae.config.patch_nums, step.cache
+    zeros, macs = vqvae.quantize.embedding.weight.new_zeros, 0
+    if step.num_predicted:
+        codes_1Cpp = zeros(1, z, sides[step.si], sides[step.si])
+        spread = partial(vqvae.quantize.spread, si=step.si)
+        macs += _trace(spread, codes_1Cpp, vqvae=vqvae)[""].total()
 
-    def embed(f_hat_1CHW: Tensor) -> Tensor:
+    def embed(f_hat_1CHW: Tensor, si: int) -> Tensor:
         return model.embed_scale(vqvae.quantize.next_input(f_hat_1CHW, si), si)
 
-    embedding = _trace(embed, codes_1Cpp.new_zeros(1, z, last, last), model=model, vqvae=vqvae)
-    return macs[""].total() + embedding[""].total()
+    f_hat_1CHW = zeros(1, z, sides[-1], sides[-1])
+    for si in range(max(step.since, 1), step.si + 1):
+        macs += _trace(partial(embed, si=si), f_hat_1CHW, model=model, vqvae=vqvae)[""].total()
+    return macs
 
 
 def _decoder_macs(vqvae: VQVAE) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -102,20 +102,15 @@ class DynamicVAR(nn.Module):
         return self.moe if si in self.replaced_scales else self.dense
 
     def plan(
-        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+        self,
+        branches: Sequence[int] | None = None,
+        adaln_every_scale: bool = False,
+        first: int = 0,
     ) -> tuple[Step, ...]:
-        """See `VAR.plan`; both backbones share the dense model's cache."""
+        """See `VAR.plan`; both backbones share the dense model's embeddings and cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
-        return steps(backbones, self.dense, self.config.scale_slices, branches, adaln_every_scale)
-
-    def condition(self, labels_B: Tensor) -> Tensor:
-        return self.dense.condition(labels_B)
-
-    def embed_start(self, cond_BC: Tensor) -> Tensor:
-        return self.dense.embed_start(cond_BC)
-
-    def embed_scale(self, f_hat_BlC: Tensor, si: int) -> Tensor:
-        return self.dense.embed_scale(f_hat_BlC, si)
+        slices = self.config.scale_slices
+        return steps(backbones, self.dense, slices, branches, adaln_every_scale, first)
 
     @torch.no_grad()
     def forward(
@@ -134,24 +129,7 @@ class DynamicVAR(nn.Module):
         gradients flow, because the cache is written in place.
         """
         rules = rules_of(self, tau, selection)
-        check_impl(impl)
-        in_layers = None if observer is None else observer.in_layers()
-        labels_B, teacher_BLC = self.dense.check_teacher(labels_B, teacher_BLC)
-        cond_BC = self.condition(labels_B)
-        passes, plan = Passes(cond_BC, len(labels_B)), self.plan()
-        first_l = plan[0].tokens.stop
-        logits = []
-        for step in plan:
-            si, tokens = step.si, step.tokens
-            if si == 0:
-                x_BlC = self.embed_start(cond_BC)
-            else:
-                given_BlC = teacher_BLC[:, tokens.start - first_l : tokens.stop - first_l]
-                x_BlC = self.embed_scale(given_BlC, si)
-            routing = Routing(rules[si], si, impl, in_layers) if si in rules else None
-            passes.begin(step)
-            logits.append(passes.run(step, x_BlC, routing))
-        return torch.cat(logits, dim=1)
+        return teacher_forced(self, labels_B, teacher_BLC, rules, impl, observer)
 
     @property
     def shared_names(self) -> tuple[str, ...]:
@@ -271,8 +249,48 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().view(bits), b.detach().view(bits))
 
 
+class Planned(Protocol):
+    """A model that runs by a plan, such as `VAR`, `DynamicVAR` or `CollaborativeVAR`."""
+
+    @property
+    def config(self) -> VARConfig: ...
+    @property
+    def moe_scales(self) -> tuple[int, ...]: ...
+    @property
+    def selection(self) -> Selection: ...
+    def backbone_at(self, si: int) -> VAR: ...
+    def plan(
+        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+    ) -> tuple[Step, ...]: ...
+
+
+def teacher_forced(
+    model: Planned,
+    labels_B: Labels,
+    teacher_BLC: Tensor,
+    rules: Mapping[int, SelectionRule],
+    impl: str,
+    observer: Observer | None,
+) -> Tensor:
+    """Walk the plan of a model with given inputs; logits (B, L, V). See `DynamicVAR.forward`."""
+    check_impl(impl)
+    in_layers = None if observer is None else observer.in_layers()
+    plan, rest = model.plan(), model.config.scale_slices[1:]
+    labels_B, teacher_BLC = plan[0].cache.check_teacher(labels_B, teacher_BLC)
+    given = teacher_BLC.split([each.stop - each.start for each in rest], dim=1)
+    inputs = dict(enumerate(given, 1))
+    passes = Passes(labels_B, len(labels_B))
+    logits = []
+    for step in plan:
+        rule = step.rule(rules)
+        routing = None if rule is None else Routing(rule, step.si, impl, in_layers)
+        passes.begin(step)
+        logits.append(passes.run(step, passes.embed(step, inputs), routing))
+    return torch.cat(logits, dim=1)
+
+
 def rules_of(
-    model: VAR | DynamicVAR, tau: Tau = None, selection: Selection = None
+    model: Planned, tau: Tau = None, selection: Selection = None
 ) -> dict[int, SelectionRule]:
     """Call `resolve_rules` for this model; ValueError also if it cannot run one of the rules."""
     scales = (model.config.num_scales, model.moe_scales)

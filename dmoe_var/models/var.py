@@ -229,13 +229,17 @@ class VAR(nn.Module):
         return self
 
     def plan(
-        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+        self,
+        branches: Sequence[int] | None = None,
+        adaln_every_scale: bool = False,
+        first: int = 0,
     ) -> tuple[Step, ...]:
         """Plan the steps of an image in order, see `models.plan`. branches: rows per image at
         each scale; None is one at all. adaln_every_scale: each step computes AdaLN's projections,
-        not just a backbone's first."""
+        not just a backbone's first. first: the first scale that is predicted."""
         backbones = [self] * self.config.num_scales
-        return steps(backbones, self, self.config.scale_slices, branches, adaln_every_scale)
+        slices = self.config.scale_slices
+        return steps(backbones, self, slices, branches, adaln_every_scale, first)
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Embed classes, (B, C); label `num_classes` is the null class."""
@@ -269,14 +273,26 @@ class VAR(nn.Module):
         return KVCache(shape, like=self.word_embed.weight)
 
     def step(
-        self, x_BlC: Tensor, mod: Modulation, cache: KVCache, routing: Routing | None = None
+        self,
+        x_BlC: Tensor,
+        mod: Modulation,
+        cache: KVCache,
+        routing: Routing | None = None,
+        mask_11lL: Tensor | None = None,
+        num_predicted: int | None = None,
     ) -> Tensor:
-        """Run one scale over the cache of those before it; logits (B, l, V), float32 at least."""
+        """Run one scale over the cache of those before it; logits (B, l, V), float32 at least.
+
+        mask_11lL: what each of several scales sees of the cache and of the others. num_predicted:
+        how many tokens, from the last on, have logits; None is all.
+        """
         for i, block in enumerate(self.blocks):
             here = None if routing is None else routing.at(i)
-            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=here)
-        cache.advance(x_BlC.shape[1])
-        return self.logits(x_BlC, mod)
+            x_BlC = block(x_BlC, mod.blocks[i], i, mask_11lL, cache, here)
+        num_tokens = x_BlC.shape[1]
+        cache.advance(num_tokens)
+        first = 0 if num_predicted is None else num_tokens - num_predicted
+        return self.logits(x_BlC[:, first:], mod)
 
     def logits(self, x_BLC: Tensor, mod: Modulation) -> Tensor:
         """Apply the head norm and the head; logits (B, L, V), float32 at least."""
