@@ -10,6 +10,7 @@ settle_threads()  # before torch is imported
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.metrics.flops import count_flops
+from dmoe_var.models.collaborative_var import CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, VARConfig, build_models
@@ -21,6 +22,7 @@ __all__ = [
     "VAR",
     "VQVAE",
     "All",
+    "CollaborativeVAR",
     "Cumulative",
     "DynamicVAR",
     "Oracle",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmoe_var.distributed import sum_over_processes
-from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
+from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
 from dmoe_var.moe.experts import grouped
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.observer import Observer, Routed
@@ -69,9 +69,8 @@ def measure_skipped_means(
     branches = guidance.branches(guidance.by_scale(cfg, model.config.num_scales))
     sums = _Sums(model)
     for labels_B, teacher_BLC in batches:
-        for _ in model.teacher_forced(
-            labels_B, teacher_BLC, rules, impl, sums, branches, share_mask
-        ):
+        given = (labels_B, teacher_BLC, rules, impl, sums, branches, share_mask)
+        for _ in teacher_forced(model, *given):
             pass
     sum_over_processes([*sums.sums_KEC.values(), *sums.counts_KE.values()])
     dtype = torch.promote_types(model.moe.pos_start.dtype, torch.float32)

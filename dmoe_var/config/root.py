@@ -25,7 +25,7 @@ from dmoe_var.config.stages import (
     SampleConfig,
     SweepConfig,
 )
-from dmoe_var.config_fields import STRICT, PathOrName, Positive, Scales, Seed
+from dmoe_var.config_fields import STRICT, Index, PathOrName, Positive, Scales, Seed
 from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data.class_names import class_index
 from dmoe_var.data.config import DataConfig
@@ -60,6 +60,24 @@ class BaseConfig:
     """Source of the dense VAR; null trains one (train_var)."""
     classifier: PathOrName | None = None
     """Source of the classifier that sees labels, a path; null trains one (train_classifier)."""
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """A model that draws the first scales in place of the one that all else describes, which draws
+    the rest (see `models.collaborative_var`)."""
+
+    __pydantic_config__ = STRICT
+
+    var: PathOrName | None = None
+    """Source of the drafter, a dense VAR of any depth and width, as base.var; null drafts
+    nothing."""
+    scales: Index | None = None
+    """How many scales it draws, from the first on."""
+
+    def __post_init__(self) -> None:
+        if (self.var is None) != (self.scales is None):
+            raise ValueError(f"var={self.var} and scales={self.scales} must both be given, or none")
 
 
 @dataclass(frozen=True)
@@ -112,6 +130,7 @@ class Config:
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     var: VARConfig = field(default_factory=VARConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     train_vqvae: VQVAETrainingConfig = field(default_factory=lambda: VQVAETrainingConfig(steps=1))
     train_var: VARTrainingConfig = field(default_factory=lambda: VARTrainingConfig(steps=1))
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
@@ -201,6 +220,15 @@ class Config:
             self.sampling.skipping.check(self.var.num_scales, self.var.depth)
         except ValueError as error:
             raise ValueError(f"sampling.{error}") from error
+        if (self.drafter.scales or 0) > self.var.num_scales:
+            raise ValueError(
+                f"drafter.scales={self.drafter.scales} must be within 0..{self.var.num_scales}"
+            )
+        if self.drafter.var is not None and self.sampling.skipping.scales:
+            raise ValueError(
+                f"sampling.skipping.ratios={list(self.sampling.skipping.ratios)}: drafter.var="
+                f"{self.drafter.var} and its refiner skip no tokens; allowed: none"
+            )
         last = self.var.num_scales - 1
         for key, scales in (
             ("moe.scales", self.moe.scales),

@@ -38,6 +38,7 @@ OPTIONAL = {
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     "moe.mean_images": "moe.skipped",
+    "drafter": "drafter.var",
     "sampling.skipping": "sampling.skipping.ratios",
 }
 """Keys and sections that say nothing if a key, their own or one of theirs, is OFF."""

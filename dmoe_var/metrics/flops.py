@@ -23,8 +23,7 @@ import numpy as np
 
 from dmoe_var import values
 from dmoe_var.metrics.flops_fixed import OTHER, FixedCost, fixed_cost
-from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.var import VAR
+from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram, other_scales
 from dmoe_var.moe.observer import Observer, joined
@@ -176,7 +175,7 @@ class FlopReport:
 
 
 def count_flops(
-    model: VAR | DynamicVAR,
+    model: AnyVAR,
     vqvae: VQVAE,
     labels: Labels,
     batch_size: int = 64,

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.plan import Passes, Step
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, check_pair
@@ -75,7 +76,7 @@ class FixedCost:
 
 @torch.no_grad()
 def fixed_cost(
-    model: VAR | DynamicVAR,
+    model: AnyVAR,
     vqvae: VQVAE,
     cfg: float | Sequence[float] = 1.5,
     adaln_every_scale: bool = False,
@@ -92,24 +93,23 @@ def fixed_cost(
     config = model.config
     branches = guidance.branches(guidance.by_scale(cfg, config.num_scales))
     null_R = torch.full(branches[:1], config.num_classes, device=config_device(model))
-    cond_RC = model.condition(null_R)
-    passes = Passes(cond_RC, 1)
-    scales: list[dict[str, int]] = []
+    passes = Passes(null_R, 1)
+    scales: list[Counter[str]] = [Counter() for _ in config.patch_nums]
     experts = {}
     for step in model.plan(branches, adaln_every_scale, skipping, share_mask):
         si, backbone = step.si, step.backbone
-        macs = dict.fromkeys(FIXED_PARTS, 0)
         if step.projects:
-            macs.update(_modulation_macs(backbone, cond_RC[: step.branches]))
+            cond_RC = step.cache.condition(null_R[: step.branches])
+            scales[si].update(_modulation_macs(backbone, cond_RC))
         passes.begin(step)
-        macs.update(_step_macs(step, passes))
-        macs[OTHER] += _input_macs(model, vqvae, si)
-        if more_smooth:  # the mix of code vectors
+        macs = _step_macs(step, passes)
+        macs[OTHER] = _input_macs(step, vqvae)
+        if step.num_predicted and more_smooth:  # the mix of code vectors
             macs[OTHER] += config.patch_nums[si] ** 2 * config.vocab_size * config.z_channels
         if backbone.config.experts is not None:
             experts[si] = _expert_cost(step, macs["ffn"], share_mask, model.skipped is not None)
             macs["ffn"] = 0
-        scales.append(macs)
+        scales[si].update(macs)
     by_part = {part: tuple(macs[part] for macs in scales) for part in FIXED_PARTS}
     return FixedCost(branches, by_part, _decoder_macs(vqvae), experts)
 
@@ -151,20 +151,23 @@ def _step_macs(step: Step, passes: Passes) -> dict[str, int]:
     return parts
 
 
-def _input_macs(model: VAR | DynamicVAR, vqvae: VQVAE, si: int) -> int:
-    """Trace phi of a scale's codes and, except at scale 0, the projection of its input."""
-    z, last = model.config.z_channels, model.config.patch_nums[-1]
-    p = model.config.patch_nums[si]
-    codes_1Cpp = vqvae.quantize.embedding.weight.new_zeros(1, z, p, p)
-    macs = _trace(lambda codes: vqvae.quantize.spread(codes, si), codes_1Cpp, vqvae=vqvae)
-    if si == 0:
-        return macs[""].total()
+def _input_macs(step: Step, vqvae: VQVAE) -> int:
+    """Trace phi of the codes that a step predicts, and the projection of each scale that passes,
+    except scale 0."""
+    z, sides, model = vqvae.config.z_channels, vqvae.config.patch_nums, step.cache
+    zeros, macs = vqvae.quantize.embedding.weight.new_zeros, 0
+    if step.num_predicted:
+        codes_1Cpp = zeros(1, z, sides[step.si], sides[step.si])
+        spread = partial(vqvae.quantize.spread, si=step.si)
+        macs += _trace(spread, codes_1Cpp, vqvae=vqvae)[""].total()
 
-    def embed(f_hat_1CHW: Tensor) -> Tensor:
+    def embed(f_hat_1CHW: Tensor, si: int) -> Tensor:
         return model.embed_scale(vqvae.quantize.next_input(f_hat_1CHW, si), si)
 
-    embedding = _trace(embed, codes_1Cpp.new_zeros(1, z, last, last), model=model, vqvae=vqvae)
-    return macs[""].total() + embedding[""].total()
+    f_hat_1CHW = zeros(1, z, sides[-1], sides[-1])
+    for si in range(max(step.since, 1), step.si + 1):
+        macs += _trace(partial(embed, si=si), f_hat_1CHW, model=model, vqvae=vqvae)[""].total()
+    return macs
 
 
 def _decoder_macs(vqvae: VQVAE) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -136,20 +136,12 @@ class DynamicVAR(nn.Module):
         adaln_every_scale: bool = False,
         skipping: TokenSkipping | None = None,
         share_mask: bool = False,
+        first: int = 0,
     ) -> tuple[Step, ...]:
-        """See `VAR.plan`; both backbones share the dense model's cache."""
+        """See `VAR.plan`; both backbones share the dense model's embeddings and cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
-        how = (branches, adaln_every_scale, skipping, share_mask)
+        how = (branches, adaln_every_scale, skipping, share_mask, first)
         return steps(backbones, self.dense, *how)
-
-    def condition(self, labels_B: Tensor) -> Tensor:
-        return self.dense.condition(labels_B)
-
-    def embed_start(self, cond_BC: Tensor) -> Tensor:
-        return self.dense.embed_start(cond_BC)
-
-    def embed_scale(self, f_hat_BlC: Tensor, si: int) -> Tensor:
-        return self.dense.embed_scale(f_hat_BlC, si)
 
     @torch.no_grad()
     def forward(
@@ -192,53 +184,9 @@ class DynamicVAR(nn.Module):
         gradients: bool,
     ) -> Tensor:
         rules = rules_of(self, tau, selection)
-        check_impl(impl)
-        given = self.dense.check_teacher(labels_B, teacher_BLC)
         how = {"skipped": self.skipped, "gradients": gradients}
-        logits = self.teacher_forced(*given, rules, impl, observer, **how)  # type: ignore[arg-type]
+        logits = teacher_forced(self, labels_B, teacher_BLC, rules, impl, observer, **how)
         return torch.cat(list(logits), dim=1)
-
-    def teacher_forced(
-        self,
-        labels_B: Tensor,
-        teacher_BLC: Tensor,
-        rules: Mapping[int, SelectionRule],
-        impl: str = "auto",
-        observer: Observer | None = None,
-        branches: Sequence[int] | None = None,
-        share_mask: bool = False,
-        skipped: SkippedMeans | None = None,
-        gradients: bool = False,
-    ) -> Iterator[Tensor]:
-        """Yield the teacher-forced logits (R, l, V) of scale after scale, as `forward` has them.
-
-        branches: rows per image at each scale (see `plan`); the second half has the null class.
-        share_mask: both halves run the first one's experts. skipped: what stands for the others.
-        gradients: whether they flow through the cache.
-        """
-        in_layers = None if observer is None else observer.in_layers()
-        plan = self.plan(branches)
-        null_B = torch.full_like(labels_B, self.config.num_classes)
-        labels_R = torch.cat([labels_B, null_B][: plan[0].branches])
-        cond_RC = self.condition(labels_R)
-        passes, first_l = Passes(cond_RC, len(labels_B), gradients), plan[0].tokens.stop
-        for step in plan:
-            si, tokens = step.si, step.tokens
-            if si == 0:
-                x_RlC = self.embed_start(cond_RC)
-            else:
-                given_BlC = teacher_BLC[:, tokens.start - first_l : tokens.stop - first_l]
-                x_RlC = self.embed_scale(given_BlC, si).repeat(step.branches, 1, 1)
-            routing = None
-            if si in rules:
-                sharing = step.branches if share_mask else 1
-                means_KEC = None if skipped is None else skipped.at(si)
-                routing = Routing(
-                    rules[si], si, impl, in_layers, sharing=sharing, means_KEC=means_KEC,
-                    labels_B=labels_R[: step.branches * len(labels_B)],
-                )  # fmt: skip
-            passes.begin(step)
-            yield passes.run(step, x_RlC, routing)
 
     @property
     def shared_names(self) -> tuple[str, ...]:
@@ -358,8 +306,64 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().view(bits), b.detach().view(bits))
 
 
+class Planned(Protocol):
+    """A model that runs by a plan, such as `VAR`, `DynamicVAR` or `CollaborativeVAR`."""
+
+    @property
+    def config(self) -> VARConfig: ...
+    @property
+    def moe_scales(self) -> tuple[int, ...]: ...
+    @property
+    def selection(self) -> Selection: ...
+    def backbone_at(self, si: int) -> VAR: ...
+    def plan(
+        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+    ) -> tuple[Step, ...]: ...
+
+
+def teacher_forced(
+    model: Planned,
+    labels_B: Labels,
+    teacher_BLC: Tensor,
+    rules: Mapping[int, SelectionRule],
+    impl: str = "auto",
+    observer: Observer | None = None,
+    branches: Sequence[int] | None = None,
+    share_mask: bool = False,
+    skipped: SkippedMeans | None = None,
+    gradients: bool = False,
+) -> Iterator[Tensor]:
+    """Walk the plan of a model with given inputs; yield the logits (R, l, V) of step after step.
+
+    See `DynamicVAR.forward`. branches: rows per image at each scale (see `VAR.plan`); the second
+    half has the null class. share_mask: both halves run the first one's experts. skipped: what
+    stands for the others. gradients: whether they flow through the cache.
+    """
+    check_impl(impl)
+    in_layers = None if observer is None else observer.in_layers()
+    plan, rest = model.plan(branches), model.config.scale_slices[1:]
+    first: VAR = plan[0].cache
+    labels_B, teacher_BLC = first.check_teacher(labels_B, teacher_BLC)
+    given = teacher_BLC.split([each.stop - each.start for each in rest], dim=1)
+    inputs = dict(enumerate(given, 1))
+    null_B = torch.full_like(labels_B, model.config.num_classes)
+    labels_R = torch.cat([labels_B, null_B][: plan[0].branches])
+    passes = Passes(labels_R, len(labels_B), gradients)
+    for step in plan:
+        rule, routing = step.rule(rules), None
+        if rule is not None:
+            routing = Routing(
+                rule, step.si, impl, in_layers,
+                sharing=step.branches if share_mask else 1,
+                labels_B=labels_R[: step.branches * len(labels_B)],
+                means_KEC=None if skipped is None else skipped.at(step.si),
+            )  # fmt: skip
+        passes.begin(step)
+        yield passes.run(step, passes.embed(step, inputs), routing)
+
+
 def rules_of(
-    model: VAR | DynamicVAR, tau: Tau = None, selection: Selection = None
+    model: Planned, tau: Tau = None, selection: Selection = None
 ) -> dict[int, SelectionRule]:
     """Call `resolve_rules` for this model; ValueError also if it cannot run one of the rules."""
     scales = (model.config.num_scales, model.moe_scales)

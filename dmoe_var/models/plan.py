@@ -1,15 +1,16 @@
 """The steps of an image, which the sampler, teacher forcing and the FLOP counter walk in order.
 
-Legend: R rows of the transformer's batch (branches x images), l tokens of a step, C width, V
-vocabulary, L tokens of all scales.
+Legend: B images, R rows of the transformer's batch (branches x images), l tokens of a step, C
+width, V vocabulary, L tokens of all scales, Cvae latent channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dmoe_var.models.blocks import Modulation
@@ -18,6 +19,7 @@ from dmoe_var.models.token_skipping import Outputs, ScaleSkipping, Skip, TokenSk
 
 if TYPE_CHECKING:
     from dmoe_var.moe.routing import Routing
+    from dmoe_var.moe.selection import SelectionRule
 
 
 Backbone = Any
@@ -29,16 +31,21 @@ class Step:
     """Describes one pass through a transformer."""
 
     si: int
-    """The scale that it predicts."""
+    """The scale that it predicts, or the last one whose tokens pass."""
     backbone: Backbone
     branches: int
     """Rows per image: 1 (the conditional one) or 2 (both halves of guidance); they never grow."""
     tokens: slice
     """The tokens that pass, among all L."""
     cache: Backbone
-    """The model whose K/V cache it reads and writes; steps with the same model share a cache."""
+    """The model whose embeddings its input has, and whose K/V cache it reads and writes. Steps with
+    the same model share a cache, and follow one another."""
     projects: bool
     """Whether it computes AdaLN's projections, and does not use those of an earlier step."""
+    since: int
+    """The first scale whose tokens pass: si, or several pass together, masked as in training."""
+    num_predicted: int
+    """Tokens that it predicts, the last ones that pass; 0 if it only fills the cache."""
     skipping: ScaleSkipping | None = None
     """How its blocks skip tokens, or note their outputs for a step that does; None is neither."""
 
@@ -48,6 +55,19 @@ class Step:
             return self.tokens.stop - self.tokens.start
         return self.skipping.num_passing(layer)
 
+    def rule(self, rules: Mapping[int, SelectionRule]) -> SelectionRule | None:
+        """Return the rule by which it selects experts, among those by scale; None if it has none
+        to select."""
+        return None if self.backbone.config.experts is None else rules.get(self.si)
+
+    def mask(self) -> Tensor | None:
+        """Return what each of the tokens sees of those before and beside it, (1, 1, l, L); None if
+        it sees all."""
+        if self.since == self.si:
+            return None
+        mask_11LL: Tensor = self.backbone.attn_bias_for_masking
+        return mask_11LL[:, :, self.tokens, : self.tokens.stop]
+
 
 def steps(
     backbones: Sequence[Backbone],
@@ -56,57 +76,92 @@ def steps(
     adaln_every_scale: bool,
     skipping: TokenSkipping | None,
     share_mask: bool,
+    first: int = 0,
 ) -> tuple[Step, ...]:
-    """Plan one step per scale, each on its backbone, all over one cache. See `VAR.plan`."""
+    """Plan one step per scale, each on its backbone, all over one cache. See `VAR.plan`.
+
+    The tokens of scales before `first` are known and only fill the cache. They pass together, and
+    with those of `first`, as far as one backbone without experts runs them.
+    """
     shape = cache.config
     branches_S = branches or (1,) * shape.num_scales
     found: list[Step] = []
-    for si, (backbone, tokens) in enumerate(zip(backbones, shape.scale_slices, strict=True)):
+    for si, (backbone, own) in enumerate(zip(backbones, shape.scale_slices, strict=True)):
+        since, start = si, own.start
+        if 0 < si <= first and backbone is found[-1].backbone and backbone.config.experts is None:
+            joined = found.pop()
+            since, start = joined.since, joined.tokens.start
         projects = adaln_every_scale or all(backbone is not step.backbone for step in found)
-        sharing = branches_S[si] if share_mask else 1
-        skips = None if skipping is None else skipping.at(si, shape.patch_nums, sharing)
-        found.append(Step(si, backbone, branches_S[si], tokens, cache, projects, skips))
+        predicted = own.stop - own.start if si >= first else 0
+        rows, tokens = branches_S[max(si, first)], slice(start, own.stop)
+        skips = None
+        if skipping is not None:
+            skips = skipping.at(si, shape.patch_nums, rows if share_mask else 1)
+        found.append(Step(si, backbone, rows, tokens, cache, projects, since, predicted, skips))
     return tuple(found)
 
 
 class Passes:
-    """Carries AdaLN's projections, the K/V caches and outputs for skipped tokens from step to step
-    of a plan.
+    """Carries embedded classes, AdaLN's projections, the K/V cache and outputs for skipped tokens
+    from step to step of a plan.
 
-    cond_RC: the condition of the first step's rows, those of the conditional branch first. Rows
-    that a later step leaves out are dropped for good. gradients: whether they flow through the
-    caches, which then take more memory.
+    labels_R: classes of the first step's rows, those of the conditional branch first. Rows that a
+    later step leaves out are dropped for good, and so is all that belongs to a cache when the steps
+    over another one begin. gradients: whether they flow through the cache, which then takes more
+    memory.
     """
 
-    def __init__(self, cond_RC: Tensor, num_images: int, gradients: bool = False):
-        self._gradients = gradients
-        self._cond_RC = cond_RC
+    def __init__(self, labels_R: Tensor, num_images: int, gradients: bool = False):
+        self._labels_R = labels_R
         self._num_images = num_images
+        self._gradients = gradients
+        self._model: Backbone = None
+        self._cond_RC: Tensor
+        self._cache: KVCache | None = None
         self._modulations: dict[int, Modulation] = {}
-        self._caches: dict[int, KVCache] = {}
         self._outputs: Outputs = {}
 
     def begin(self, step: Step) -> None:
-        """Make the projections and the cache that this step is the first to need, and drop the
-        rows that it is the first to do without."""
-        if step.branches * self._num_images < len(self._cond_RC):
-            self._keep_rows(step.branches * self._num_images)
+        """Make the projections and the cache that this step is the first to need, and drop what it
+        is the first to do without."""
+        num_rows = step.branches * self._num_images
+        fewer = num_rows < len(self._labels_R)
+        self._labels_R = self._labels_R[:num_rows]
+        if step.cache is not self._model:
+            self._model, self._cache = step.cache, None  # frees memory
+            self._modulations, self._outputs = {}, {}
+            self._cond_RC = step.cache.condition(self._labels_R)
+            self._cache = GrowingCache() if self._gradients else step.cache.new_cache(num_rows)
+        elif fewer:
+            self._keep_rows(num_rows)
         if step.projects:
             self._modulations[id(step.backbone)] = step.backbone.modulation(self._cond_RC)
-        if id(step.cache) not in self._caches:
-            rows = len(self._cond_RC)
-            made = GrowingCache() if self._gradients else step.cache.new_cache(rows)
-            self._caches[id(step.cache)] = made
+
+    def embed(self, step: Step, inputs: Mapping[int, Tensor]) -> Tensor:
+        """Compute the input (R, l, C) of a step that has begun. inputs: f_hat downsampled to each
+        scale that passes, (B, p*p, Cvae); scale 0 reads only the class."""
+        return torch.cat(
+            [
+                step.cache.embed_scale(inputs[si], si).repeat(step.branches, 1, 1)
+                if si
+                else step.cache.embed_start(self._cond_RC)
+                for si in range(step.since, step.si + 1)
+            ],
+            dim=1,
+        )
 
     def run(self, step: Step, x_RlC: Tensor, routing: Routing | None = None) -> Tensor:
-        """Compute the logits (R, l, V) of a step that has begun."""
-        mod, cache = self._modulations[id(step.backbone)], self._caches[id(step.cache)]
+        """Compute the logits (R, l, V) of what a step predicts, which has begun."""
+        assert self._cache is not None
+        mod = self._modulations[id(step.backbone)]
         skip = None if step.skipping is None else Skip(step.skipping, self._outputs)
-        return step.backbone.step(x_RlC, mod, cache, routing, skip)
+        how = (routing, skip, step.mask(), step.num_predicted)
+        logits_RlV: Tensor = step.backbone.step(x_RlC, mod, self._cache, *how)
+        return logits_RlV
 
     def _keep_rows(self, num_rows: int) -> None:
         self._cond_RC = self._cond_RC[:num_rows]
         self._modulations = {key: m.of_rows(num_rows) for key, m in self._modulations.items()}
-        for cache in self._caches.values():
-            cache.keep_rows(num_rows)
+        assert self._cache is not None
+        self._cache.keep_rows(num_rows)
         self._outputs = {key: out[:num_rows].clone() for key, out in self._outputs.items()}

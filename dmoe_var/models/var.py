@@ -238,12 +238,13 @@ class VAR(nn.Module):
         adaln_every_scale: bool = False,
         skipping: TokenSkipping | None = None,
         share_mask: bool = False,
+        first: int = 0,
     ) -> tuple[Step, ...]:
         """Plan the steps of an image in order, see `models.plan`. branches: rows per image at
         each scale; None is one at all. adaln_every_scale: each step computes AdaLN's projections,
         not just a backbone's first. share_mask: all rows of an image keep the tokens that its first
-        one chooses."""
-        how = (branches, adaln_every_scale, skipping, share_mask)
+        one chooses. first: the first scale that is predicted."""
+        how = (branches, adaln_every_scale, skipping, share_mask, first)
         return steps([self] * self.config.num_scales, self, *how)
 
     def condition(self, labels_B: Tensor) -> Tensor:
@@ -284,14 +285,21 @@ class VAR(nn.Module):
         cache: KVCache,
         routing: Routing | None = None,
         skip: Skip | None = None,
+        mask_11lL: Tensor | None = None,
+        num_predicted: int | None = None,
     ) -> Tensor:
-        """Run one scale over the cache of those before it; logits (B, l, V), float32 at least."""
+        """Run one scale over the cache of those before it; logits (B, l, V), float32 at least.
+
+        mask_11lL: what each of several scales sees of the cache and of the others. num_predicted:
+        how many tokens, from the last on, have logits; None is all.
+        """
         for i, block in enumerate(self.blocks):
             here = None if routing is None else routing.at(i)
             skipped = None if skip is None else skip.at(i)
-            x_BlC = block(x_BlC, mod.blocks[i], i, cache=cache, routing=here, skip=skipped)
+            x_BlC = block(x_BlC, mod.blocks[i], i, mask_11lL, cache, here, skip=skipped)
             cache.advance(i, int(x_BlC.shape[1]) if skipped is None else skipped.scale.num_kept)
-        return self.logits(x_BlC, mod)
+        first = 0 if num_predicted is None else x_BlC.shape[1] - num_predicted
+        return self.logits(x_BlC[:, first:], mod)
 
     def logits(self, x_BLC: Tensor, mod: Modulation) -> Tensor:
         """Apply the head norm and the head; logits (B, L, V), float32 at least."""

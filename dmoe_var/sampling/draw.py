@@ -17,8 +17,8 @@ from dmoe_var import values
 from dmoe_var.arrays import map_npz, read_npz
 from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import DataError
-from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
-from dmoe_var.models.var import VAR
+from dmoe_var.models.collaborative_var import AnyVAR
+from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
 from dmoe_var.moe.observer import Observer, joined
@@ -69,7 +69,7 @@ class Drawing:
     """Says how to sample labelled images: image i for labels[i], from stream i of the seed. So in
     float32 the batch and the process that sample an image change it only by rounding."""
 
-    model: VAR | DynamicVAR
+    model: AnyVAR
     vqvae: VQVAE
     labels: np.ndarray
     """int64 (N,)."""

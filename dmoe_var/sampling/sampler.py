@@ -18,10 +18,11 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var import values
-from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
+from dmoe_var.models.collaborative_var import AnyVAR
+from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.plan import Passes
 from dmoe_var.models.token_skipping import TokenSkipping
-from dmoe_var.models.var import VAR, Labels, VARConfig, check_labels, check_pair
+from dmoe_var.models.var import Labels, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
@@ -129,7 +130,7 @@ class Call(NamedTuple):
         )
 
 
-def _check_models(model: VAR | DynamicVAR, vqvae: VQVAE) -> torch.device:
+def _check_models(model: AnyVAR, vqvae: VQVAE) -> torch.device:
     """Return the device that both models are on; ValueError if they do not belong together."""
     for name, given, kind in (("model", model, VARConfig), ("vqvae", vqvae, VQVAEConfig)):
         if not isinstance(getattr(given, "config", None), kind):
@@ -161,7 +162,7 @@ def _check_generator(generator: Any, device: torch.device) -> None:
 
 @sampling()
 def generate(
-    model: VAR | DynamicVAR,
+    model: AnyVAR,
     vqvae: VQVAE,
     labels: Labels,
     cfg: float | Sequence[float] = 1.5,
@@ -212,29 +213,31 @@ def generate(
     streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
     watching = Observer() if observer is None else observer
     in_layers = None if observer is None else observer.in_layers()
-    # Embed the classes
-    watching.on_part("embedding", 0)
-    cond_RC = model.condition(labels_R)
-    passes = Passes(cond_RC, len(labels_B))
-    plan = model.plan(branches_S, call.adaln_every_scale, call.skipping, call.share_mask)
-    x_RlC = model.embed_start(cond_RC)
-    f_hat_BCHW = torch.zeros((), device=device)
     # Scale by scale
-    for step, following in zip(plan, (*plan[1:], None), strict=True):
+    passes = Passes(labels_R, len(labels_B))
+    plan = model.plan(branches_S, call.adaln_every_scale, call.skipping, call.share_mask)
+    f_hat_BCHW = torch.zeros((), device=device)
+    inputs: dict[int, Tensor] = {}  # by scale, (B, l, Cvae)
+    for i, step in enumerate(plan):
         si = step.si
+        watching.on_part("embedding", si)
         passes.begin(step)
+        x_RlC = passes.embed(step, inputs)
+        rule = step.rule(rules)
         routing = None
-        if si in rules:
+        if rule is not None:
             sharing = step.branches if call.share_mask else 1
             noise = partial(streams.routing_noise, branches=step.branches // sharing)
             rows_R = labels_R[: step.branches * len(labels_B)]
             means_KEC = None if model.skipped is None else model.skipped.at(si)
             routing = Routing(
-                rules[si], si, impl, in_layers, noise, sharing, rows_R, means_KEC=means_KEC
+                rule, si, impl, in_layers, noise, sharing, rows_R, means_KEC=means_KEC
             )
         # Predict, guide, draw
         watching.on_part("transformer", si)
         logits_RlV = passes.run(step, x_RlC, routing)
+        if not step.num_predicted:
+            continue
         watching.on_part("sampling", si)
         progress = si / plan[-1].si
         logits_BlV = logits_RlV
@@ -247,11 +250,10 @@ def generate(
         watching.on_part("quantiser", si)
         f_hat_BCHW = f_hat_BCHW + vqvae.quantize.spread(codes_BCpp, si)
         watching.on_scale(si, f_hat_BCHW)
-        if following is not None:  # the next input
-            f_hat_BlC = vqvae.quantize.next_input(f_hat_BCHW, following.si)
-            watching.on_part("embedding", following.si)
-            x_BlC = model.embed_scale(f_hat_BlC, following.si)
-            x_RlC = x_BlC.repeat(following.branches, 1, 1)
+        if later := plan[i + 1 :]:  # the next input, and those that are read again
+            inputs[si + 1] = vqvae.quantize.next_input(f_hat_BCHW, si + 1)
+            since = min(each.since for each in later)
+            inputs = {scale: given for scale, given in inputs.items() if scale >= since}
     # Decode the images
     watching.on_part("decoder", None)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2

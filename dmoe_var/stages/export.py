@@ -78,4 +78,8 @@ def reads(config: Config, ours: Config) -> Keys:
     return (*EXPERTS, "export", *means)
 
 
-STAGE = Stage("export", run, reads, needs=needs_experts, always_runs=True)
+def refuse(config: Config) -> None:
+    loaded.refuse_drafter(config, "a drafter is not exported")
+
+
+STAGE = Stage("export", run, reads, needs=needs_experts, refuse=refuse, always_runs=True)

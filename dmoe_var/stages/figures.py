@@ -26,6 +26,7 @@ from dmoe_var.files import read_json, write_text
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.catalogue import FIGURES, named
 from dmoe_var.stages.catalogue.figure import Data, Figure, Need, at_size, note
+from dmoe_var.stages.parts.loaded import drafter_keys
 
 
 def chosen(experiment: Experiment) -> dict[str, Figure]:
@@ -159,7 +160,7 @@ READS = (
 
 
 def reads(config: Config, ours: Config) -> Keys:
-    return (*READS, *evaluate.needs_classifier(config))
+    return (*READS, *drafter_keys(config), *evaluate.needs_classifier(config))
 
 
 STAGE = Stage("figures", run, reads, refuse=_refuse, always_runs=True)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from dmoe_var.arrays import read_npz, write_npz
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import barrier, is_main
 from dmoe_var.experiment.experiment import Experiment
-from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.counts import ExpertCounts
@@ -20,7 +21,13 @@ from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.parts.loaded import EXPERTS, Models, needs_experts
+from dmoe_var.stages.parts.loaded import (
+    EXPERTS,
+    Models,
+    check_drafter,
+    drafter_keys,
+    needs_experts,
+)
 from dmoe_var.stages.parts.skipped import get_means, let_means_stand
 
 MAPS_FILE = "maps.npz"
@@ -60,8 +67,9 @@ def collect_maps(
     """Sample one image per label and map it at `moe.scales`. If several processes run, all get the
     means of the selection before (`get_means`)."""
     config = experiment.config
-    model = DynamicVAR(models.dense, models.experts, config.moe.scales)
-    let_means_stand(models, experiment, model, models.vqvae, selection)
+    refiner = DynamicVAR(models.dense, models.experts, config.moe.scales)
+    let_means_stand(models, experiment, refiner, models.vqvae, selection)
+    model = models.drafted(experiment, refiner)
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(
         model,
@@ -84,4 +92,8 @@ def collect_maps(
     return ExpertMaps(images, np.stack(maps, axis=1))
 
 
-STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=needs_experts)
+def reads(config: Config, ours: Config) -> Keys:
+    return (*EXPERTS, *drafter_keys(config), "sampling", "maps")
+
+
+STAGE = Stage("maps", run, reads, needs=needs_experts, refuse=check_drafter)

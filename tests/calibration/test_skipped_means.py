@@ -89,7 +89,7 @@ def test_shared_masks(dynamic, make_teacher):
     """Both halves skip what the first one does; their inputs differ."""
     seen = Inputs()
     given = (LABELS, make_teacher(dynamic.dense, 3), {si: Threshold(0.6) for si in SCALES})
-    list(dynamic.teacher_forced(*given, "reference", seen, (2, 2, 2, 2), share_mask=True))
+    list(teacher_forced(dynamic, *given, "reference", seen, (2, 2, 2, 2), share_mask=True))
     expected = by_hand(seen.seen)
     for each in seen.seen:
         cond, null = each.mask_BLE.chunk(2)

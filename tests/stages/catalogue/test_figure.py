@@ -75,6 +75,7 @@ def test_claims_are_about_curves_of_their_figure(experiment):
         assert named <= known
         beyond = (
             "calibration",
+            "drafted",
             "guidance",
             "skipped",
             "skipping",
