@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from dmoe_var import DynamicVAR, Threshold, TopK
 from dmoe_var.calibration.skipped_means import measure_skipped_means
 from dmoe_var.conversion.relufication import relufy
+from dmoe_var.models.dynamic_var import teacher_forced
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import LayerThreshold
 from dmoe_var.moe.skipped import SkippedMeans
