@@ -40,10 +40,11 @@ def dynamic(make_var, make_moe):
 def by_hand(seen):
     """The mean output over skipping tokens by (scale, layer, expert), from inputs and masks."""
     outputs = {}
-    for si, layer, ffn, x_BLC, _, mask_BLE in seen:
-        for x_C, mask_E in zip(x_BLC.flatten(0, 1), mask_BLE.flatten(0, 1), strict=True):
+    for each in seen:
+        ffn, x_NC, mask_NE = each.ffn, each.x_BLC.flatten(0, 1), each.mask_BLE.flatten(0, 1)
+        for x_C, mask_E in zip(x_NC, mask_NE, strict=True):
             for e in range(8):
-                cell = outputs.setdefault((si, layer, e), [torch.zeros(64).double(), 0])
+                cell = outputs.setdefault((each.si, each.layer, e), [torch.zeros(64).double(), 0])
                 if not mask_E[e]:
                     h_D = (ffn.w1_EDC[e] @ x_C + ffn.b1_ED[e]).clamp(min=0)
                     cell[0] += ffn.w2_EDC[e].T @ h_D
