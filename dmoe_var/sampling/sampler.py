@@ -61,11 +61,11 @@ class SamplingConfig:
     share_mask: bool = False
     """Whether both halves of guidance run the conditional half's experts, and skip its tokens
     (beyond the paper)."""
-    skipping: TokenSkipping = field(default_factory=TokenSkipping)
     batch_size: Annotated[int, Field(gt=0)] = 128
     """Images sampled at once; it changes an image only by rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models that sample."""
+    skipping: TokenSkipping = field(default_factory=TokenSkipping)
 
     def __post_init__(self) -> None:
         values.take_fields(self)

@@ -288,7 +288,7 @@ def needs(config: Config) -> Keys:
 def refuse(config: Config) -> None:
     """Raise ConfigError for what a model to sample from cannot do."""
     if "dense" in _models(config):
-        skipping.refuse_router(config, f"sample.model={config.sample.model}")
+        skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
 
 
 STAGE = Stage("sample", run, reads, needs, refuse=refuse)

@@ -87,6 +87,9 @@ def test_explained():
     assert explained(values, reads).splitlines() == [
         f"name: a # {explanations()['name']}",
         "",
+        f"sampling.skipping: # {explanations()['sampling.skipping']}",
+        f"  source: 2 # {explanations()['sampling.skipping.source']}",
+        "",
         f"evaluate: # {explanations()['evaluate']}",
         "  seed: 4 # Seed of the images.",
         "",

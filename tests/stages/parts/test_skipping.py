@@ -23,7 +23,7 @@ ROUTER = "sampling.skipping.measure=router: "
         ("benchmark", {**ON, "benchmark.compile": "both"}, f"{ALL}benchmark.compile=both"),
         ("benchmark", BY_ROUTER, f"{ROUTER}a benchmark samples from a model without routers"),
         ("sweep", BY_ROUTER, f"{ROUTER}a sweep samples"),
-        ("sample", BY_ROUTER, f"{ROUTER}sample.model=None samples"),
+        ("sample", BY_ROUTER, f"{ROUTER}sample.model=both samples"),
         ("evaluate", {**BY_ROUTER, "evaluate.model": "dense"}, f"{ROUTER}evaluate.model=dense"),
         ("evaluate", {**BY_ROUTER, "evaluate.model": "pruned"}, f"{ROUTER}evaluate.model=pruned"),
         ("evaluate", {**BY_ROUTER, "evaluate.model": "dynamic"}, None),
