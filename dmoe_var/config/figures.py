@@ -42,7 +42,7 @@ class FiguresConfig:
 
     figure: Figures = ("all",)
     """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, guidance,
-    accounting."""
+    drafted, accounting."""
     make: bool = False
     """First make the records that are missing."""
     plan: bool = False

@@ -24,7 +24,7 @@ from dmoe_var.config.stages import (
     SampleConfig,
     SweepConfig,
 )
-from dmoe_var.config_fields import STRICT, PathOrName, Scales, Seed
+from dmoe_var.config_fields import STRICT, Index, PathOrName, Scales, Seed
 from dmoe_var.conversion.pruning import PruningConfig
 from dmoe_var.data.class_names import class_index
 from dmoe_var.data.config import DataConfig
@@ -55,6 +55,24 @@ class BaseConfig:
     """Source of the VQ-VAE; null trains one (train_vqvae)."""
     var: PathOrName | None = None
     """Source of the dense VAR; null trains one (train_var)."""
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """A model that draws the first scales in place of the one that all else describes, which draws
+    the rest (see `models.collaborative_var`)."""
+
+    __pydantic_config__ = STRICT
+
+    var: PathOrName | None = None
+    """Source of the drafter, a dense VAR of any depth and width, as base.var; null drafts
+    nothing."""
+    scales: Index | None = None
+    """How many scales it draws, from the first on."""
+
+    def __post_init__(self) -> None:
+        if (self.var is None) != (self.scales is None):
+            raise ValueError(f"var={self.var} and scales={self.scales} must both be given, or none")
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,7 @@ class Config:
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     var: VARConfig = field(default_factory=VARConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     train_vqvae: VQVAETrainingConfig = field(default_factory=lambda: VQVAETrainingConfig(steps=1))
     train_var: VARTrainingConfig = field(default_factory=lambda: VARTrainingConfig(steps=1))
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
@@ -187,6 +206,10 @@ class Config:
             guidance.by_scale(self.sampling.cfg, self.var.num_scales)
         except ValueError as error:
             raise ValueError(f"sampling.{error}") from error
+        if (self.drafter.scales or 0) > self.var.num_scales:
+            raise ValueError(
+                f"drafter.scales={self.drafter.scales} must be within 0..{self.var.num_scales}"
+            )
         last = self.var.num_scales - 1
         for key, scales in (
             ("moe.scales", self.moe.scales),

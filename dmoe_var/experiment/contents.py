@@ -38,8 +38,10 @@ class DataSet:
 
 Given = Path | DataSet
 
-GIVEN = ("base.vqvae", "base.var", "sample.pretrained", "fidelity.weights")
+GIVEN = ("base.vqvae", "base.var", "drafter.var", "sample.pretrained", "fidelity.weights")
 """Keys that name files. Their content counts, and not where they lie."""
+MODELS = ("base.vqvae", "base.var", "drafter.var")
+"""Those of them that may name a published model."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
 """Contents that one thread holds: runs in two threads end in any order."""
 
@@ -95,7 +97,7 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
     if key == "fidelity.weights":
         return {key: sha256_of(Path(source))}
     if key != "sample.pretrained":
-        return {key: sha256_of(weights_file(source, key.removeprefix("base.")))}
+        return {key: sha256_of(weights_file(source, _kind(key)))}
     from dmoe_var.checkpoints.pretrained import locate  # imports the hub's client: half a second
 
     folder = locate(source)
@@ -103,13 +105,18 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
     return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
 
 
+def _kind(key: str) -> str:
+    """Return the kind of model, "vqvae" or "var", that a key names."""
+    return key.rpartition(".")[2]
+
+
 def _known(key: str, source: str | None) -> dict[str, str] | None:
     """Hash the files that a key names on this machine; None if they are missing or unreadable."""
     try:
         if source is None:
             return None
-        if key.startswith("base."):
-            file = cached_file(source, key.removeprefix("base."))
+        if key in MODELS:
+            file = cached_file(source, _kind(key))
             return None if file is None else {key: sha256_of(file)}
         return contents_of_files(key, source) if Path(source).expanduser().exists() else None
     except (CheckpointError, OSError, ValueError):  # whoever reads it says what is wrong with it

@@ -16,6 +16,7 @@ from dmoe_var.devices import chosen_device
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.experiment.contents import (
     GIVEN,
+    MODELS,
     content,
     contents_of_files,
     given,
@@ -165,13 +166,12 @@ class Experiment:
         return found
 
     def weights_dtype(self, stage: str) -> dict[str, str]:
-        """Read the precision that base models have in their files, by configuration key."""
-        base = {"vqvae": self.whole.base.vqvae, "var": self.whole.base.var}
+        """Read the precision that given models have in their files, by configuration key."""
         keys = self.relevant(stage)
         return {
-            f"base.{kind}": file_dtype(source, kind)
-            for kind, source in base.items()
-            if source is not None and f"base.{kind}" in keys
+            key: file_dtype(keys[key], key.rpartition(".")[2])
+            for key in MODELS
+            if keys.get(key) is not None
         }
 
     def differing(self, stage: str, record: Record) -> list[str]:

@@ -28,7 +28,7 @@ HOUSEKEEPING = (
 with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
 which points a run measures, not what they are."""
 
-OPTIONAL = ("selection.layer_tau", "evaluate.samples")
+OPTIONAL = ("selection.layer_tau", "evaluate.samples", "drafter.var")
 """Keys that say nothing if they are empty."""
 
 

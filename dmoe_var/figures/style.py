@@ -24,6 +24,7 @@ METHODS = {
     "pruned": ("#CC79A7", "v"),
     "calibrated": ("#D55E00", "d"),
     "by_layer": ("#8C6D00", "P"),
+    "drafted": ("#009E73", "D"),
     "search": ("#CC79A7", "v"),
     "linear": ("#009E73", "^"),
     "fixed": ("#0072B2", "o"),

@@ -276,7 +276,8 @@ def teacher_forced(
     check_impl(impl)
     in_layers = None if observer is None else observer.in_layers()
     plan, rest = model.plan(), model.config.scale_slices[1:]
-    labels_B, teacher_BLC = plan[0].cache.check_teacher(labels_B, teacher_BLC)
+    first: VAR = plan[0].cache
+    labels_B, teacher_BLC = first.check_teacher(labels_B, teacher_BLC)
     given = teacher_BLC.split([each.stop - each.start for each in rest], dim=1)
     inputs = dict(enumerate(given, 1))
     passes = Passes(labels_B, len(labels_B))

@@ -59,10 +59,11 @@ def _shown(record: Record) -> dict[str, Any]:
 
 def found(experiment: Experiment, stage: str) -> list[tuple[Path, Record]]:
     """Read all whole records of a stage, whatever they were made with, except those of given
-    images."""
+    images, and those with a drafter, which is no part of the model that is told of."""
     paths = sorted((experiment.root / stage).glob(f"*/{RESULT_FILE}"))
     read = [(path, whole_record(path, "left out")) for path in paths]
-    return [(p, r) for p, r in read if r is not None and not r.config.get("evaluate.samples")]
+    others = ("evaluate.samples", "drafter.var")
+    return [(p, r) for p, r in read if r is not None and not any(map(r.config.get, others))]
 
 
 def differences(experiment: Experiment, record: Record) -> list[str]:

@@ -205,7 +205,8 @@ def generate(
         watching.on_part("embedding", si)
         passes.begin(step)
         x_RlC = passes.embed(step, inputs)
-        rule, routing = step.rule(rules), None
+        rule = step.rule(rules)
+        routing = None
         if rule is not None:
             sharing = step.branches if call.share_mask else 1
             noise = partial(streams.routing_noise, branches=step.branches // sharing)

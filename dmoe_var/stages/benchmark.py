@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ from dmoe_var.metrics.flops import FlopReport, count_flops
 from dmoe_var.metrics.part_timing import PartClock, median_by_part, median_by_scale
 from dmoe_var.metrics.timing import Call, Timing, time_in_turn
 from dmoe_var.models.blocks import Block
+from dmoe_var.models.collaborative_var import AnyVAR, CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
@@ -62,19 +63,24 @@ class Task:
     device: str
     sampling: SamplingConfig
     published: str = ""
+    drafter: str = ""
+    drafted_scales: int = 0
     moe: str = ""
     moe_scales: tuple[int, ...] = ()
     selection: Selection = None
     impl: str = "auto"
     compiled: bool = False
 
-    def load(self) -> tuple[VAR | DynamicVAR, VQVAE]:
+    def load(self) -> tuple[AnyVAR, VQVAE]:
         """Load our models onto the device, in the dtype of sampling."""
         vqvae = load_vqvae(self.vqvae, self.patch_nums)
-        model: VAR | DynamicVAR = load_var(self.var, vqvae)
+        model: AnyVAR = load_var(self.var, vqvae)
         if self.moe:
             assert isinstance(model, VAR)
             model = DynamicVAR(model, load_var(self.moe, vqvae), self.moe_scales)
+        if self.drafter:
+            assert not isinstance(model, CollaborativeVAR)
+            model = CollaborativeVAR(load_var(self.drafter, vqvae), model, self.drafted_scales)
         dtype = self.sampling.torch_dtype
         return model.to(self.device, dtype), vqvae.to(self.device, dtype)
 
@@ -96,7 +102,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Case:
-    """One sampler at one batch size. model: dense, dynamic, random, smaller or published."""
+    """One sampler at one batch size. model: dense, dynamic, random, drafter, drafted (dense or
+    dynamic after it), smaller or published."""
 
     name: str
     model: str
@@ -222,6 +229,10 @@ def run(experiment: Experiment) -> StageResult:
     loaded.dense(experiment)
     if benchmark.dynamic:
         loaded.split(experiment)
+    if config.drafter.var is not None:
+        loaded.drafter(experiment)
+        if benchmark.dynamic:
+            loaded.check_drafter(config)
     # Time each size
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -292,6 +303,8 @@ def _sources(experiment: Experiment) -> dict[str, str]:
             raise ConfigError("base.vqvae and base.var must both be given for the benchmark")
     if benchmark.dynamic:
         found["moe"] = loaded.checkpoint(experiment, "train_router")
+    if experiment.config.drafter.var is not None:
+        found["drafter"] = weights_file(experiment.config.drafter.var, "var")
     if benchmark.smaller is not None:
         found["smaller"] = weights_file(_smaller(experiment), "var")
     return {kind: str(path) for kind, path in found.items()}
@@ -342,6 +355,8 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
             rules = [RandomDensity(share * num_experts) for share in flops.expert_share.values()]
             chance = replace(dynamic, selection=rules)
             cases.append(Case(f"random_{name}", "random", tau, chance, chance.flops()))
+    if config.drafter.scales is not None:
+        cases += _drafted(cases, sources["drafter"], config.drafter.scales)
     if benchmark.smaller is not None:
         smaller = replace(task, var=sources["smaller"])
         cases.append(Case("smaller", "smaller", None, smaller, smaller.flops()))
@@ -352,6 +367,17 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
     if benchmark.published is not None:
         cases.append(replace(dense, name=PUBLISHED, model="published"))
     return cases
+
+
+def _drafted(cases: Sequence[Case], source: str, scales: int) -> list[Case]:
+    """List the drafter alone, and after it the dense model and each dynamic one."""
+    alone = replace(cases[0].task, var=source)
+    found = [Case("drafter", "drafter", None, alone, alone.flops())]
+    for case in cases:
+        if case.model in (OURS, "dynamic"):
+            task = replace(case.task, drafter=source, drafted_scales=scales)
+            found.append(Case(f"drafted_{case.name}", "drafted", case.tau, task, task.flops()))
+    return found
 
 
 def _selections(experiment: Experiment) -> list[tuple[str, float | None, Selection]]:
@@ -391,7 +417,7 @@ def reads(config: Config, ours: Config) -> Keys:
         return ("var", "moe", "sampling", "benchmark")
     experts = EXPERTS if benchmark.chosen else ("moe",)
     base = ("vqvae", "base.vqvae", "var", "base.var", "sampling", "evaluate.seed", "benchmark")
-    return (*base, *(experts if benchmark.dynamic else ()))
+    return (*base, *loaded.drafter_keys(config), *(experts if benchmark.dynamic else ()))
 
 
 def needs(config: Config) -> Keys:

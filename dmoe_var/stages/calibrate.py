@@ -15,6 +15,7 @@ from dmoe_var.calibration import rivals
 from dmoe_var.calibration.calibrate import Plan, Taus, taus_for
 from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import InputError
 from dmoe_var.experiment.experiment import Experiment
@@ -22,6 +23,7 @@ from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
+from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
 
 HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
@@ -251,6 +253,12 @@ def _compared(calibration: Calibration) -> dict[str, list[dict[str, Any]]]:
     return compared
 
 
+def refuse(config: Config) -> None:
+    """Raise ConfigError for what a calibration cannot do with the configuration."""
+    loaded.refuse_drafter(config, "tau is calibrated for a model that draws every scale")
+    rivals.check(config.calibrate.budgets)
+
+
 STAGE = Stage(
     "calibrate",
     run,
@@ -259,5 +267,5 @@ STAGE = Stage(
     one_process=True,
     reads_pictures=True,
     always_runs=lambda config: config.calibrate.budget_ms is not None,  # it times this very machine
-    refuse=lambda config: rivals.check(config.calibrate.budgets),
+    refuse=refuse,
 )

@@ -25,11 +25,10 @@ from dmoe_var.metrics.fidelity import Fidelity
 from dmoe_var.metrics.flops import fixed_cost, report
 from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
 from dmoe_var.metrics.reference import HASHES, Reference, load_reference
-from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.var import VAR
+from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
-from dmoe_var.stages.parts.loaded import Models, image_sets
+from dmoe_var.stages.parts.loaded import Models, check_drafter, drafter_keys, image_sets
 from dmoe_var.stages.parts.model_kinds import kind_of
 
 MEASURING = ("fidelity", "evaluate.format")
@@ -67,9 +66,10 @@ class Bench(Models):
             return None
         return LabelAgreement(all_pixels(self.training_images), self.training_images.labels)
 
-    def model(self, experiment: Experiment) -> VAR | DynamicVAR:
-        """Load the model of a point: the dense VAR, or dense and another joined at its scales."""
-        return kind_of(experiment.config).load(self, experiment)
+    def model(self, experiment: Experiment) -> AnyVAR:
+        """Load the model of a point: the dense VAR, or dense and another joined at its scales, with
+        its drafter if it has one."""
+        return self.drafted(experiment, kind_of(experiment.config).load(self, experiment))
 
     def drawing(self, experiment: Experiment) -> Drawing:
         """Set up the sampling of a point's images: balanced over classes, from the point's seed."""
@@ -193,7 +193,9 @@ def describe(experiment: Experiment) -> str:
     config = experiment.config
     if config.evaluate.samples is not None:
         return f"images of {config.evaluate.samples}"
-    return f"{kind_of(config).text(config)} seed {config.evaluate.seed}"
+    drafter = config.drafter
+    drafted = "" if drafter.var is None else f" after {drafter.scales} scales of {drafter.var}"
+    return f"{kind_of(config).text(config)}{drafted} seed {config.evaluate.seed}"
 
 
 def refuse_given_samples(config: Config) -> None:
@@ -213,6 +215,8 @@ def refuse(config: Config) -> None:
             f"evaluate.samples={samples}: no such file or folder; allowed: null, an .npz file of "
             "images (arr_0), a folder of images"
         )
+    if config.evaluate.model != "dense":
+        check_drafter(config)
     if config.sampling.more_smooth:
         raise ConfigError(
             "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "
@@ -235,7 +239,8 @@ def reads(config: Config, ours: Config) -> Keys:
     """A point reads what its kind of model does; given images depend on no model."""
     if ours.evaluate.samples is not None:
         return ("data", "var.num_classes", "evaluate.samples", "fidelity")
-    return (*kind_of(config).reads, "sampling", "evaluate", "fidelity")
+    models = (*kind_of(config).reads, *drafter_keys(config))
+    return (*models, "sampling", "evaluate", "fidelity")
 
 
 def needs(config: Config) -> Keys:

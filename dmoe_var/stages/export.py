@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmoe_var.checkpoints.pretrained import EXPORTED as FOLDER
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import is_main
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import require
@@ -66,4 +67,15 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("export", run, reads=(*EXPERTS, "export"), needs=("train_router",), always_runs=True)
+def refuse(config: Config) -> None:
+    loaded.refuse_drafter(config, "a drafter is not exported")
+
+
+STAGE = Stage(
+    "export",
+    run,
+    reads=(*EXPERTS, "export"),
+    needs=("train_router",),
+    refuse=refuse,
+    always_runs=True,
+)

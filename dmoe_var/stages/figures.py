@@ -19,13 +19,14 @@ from dmoe_var.experiment.contents import held
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import order, record_if_done, run_stage
 from dmoe_var.experiment.record import RESULT_FILE
-from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures import claims
 from dmoe_var.files import note as say_once
 from dmoe_var.files import read_json, write_text
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.catalogue import FIGURES, named
 from dmoe_var.stages.catalogue.figure import Data, Figure, Need, at_size, note
+from dmoe_var.stages.parts.loaded import drafter_keys
 
 
 def chosen(experiment: Experiment) -> dict[str, Figure]:
@@ -156,4 +157,10 @@ READS = (
     "moe", "selection", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity",
     "sweep", "pruning", "sample", "benchmark", "calibrate", "maps", "figures",
 )  # fmt: skip
-STAGE = Stage("figures", run, READS, refuse=_refuse, always_runs=True)
+
+
+def reads(config: Config, ours: Config) -> Keys:
+    return (*READS, *drafter_keys(config))
+
+
+STAGE = Stage("figures", run, reads, refuse=_refuse, always_runs=True)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from dmoe_var.arrays import read_npz, write_npz
+from dmoe_var.config.root import Config
 from dmoe_var.distributed import barrier, is_main
 from dmoe_var.experiment.experiment import Experiment
-from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.counts import ExpertCounts
@@ -20,7 +21,7 @@ from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
 from dmoe_var.report.microscope import DecodedScales
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.loaded import EXPERTS, Models, check_drafter, drafter_keys
 
 MAPS_FILE = "maps.npz"
 CHOSEN = "chosen"
@@ -56,7 +57,8 @@ def collect_maps(
 ) -> ExpertMaps:
     """Sample one image per label and map it at `moe.scales`."""
     config = experiment.config
-    model = DynamicVAR(models.dense, models.experts, config.moe.scales)
+    refiner = DynamicVAR(models.dense, models.experts, config.moe.scales)
+    model = models.drafted(experiment, refiner)
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(
         model,
@@ -78,4 +80,8 @@ def collect_maps(
     return ExpertMaps(images, np.stack(maps, axis=1))
 
 
-STAGE = Stage("maps", run, reads=(*EXPERTS, "sampling", "maps"), needs=("train_router",))
+def reads(config: Config, ours: Config) -> Keys:
+    return (*EXPERTS, *drafter_keys(config), "sampling", "maps")
+
+
+STAGE = Stage("maps", run, reads, needs=("train_router",), refuse=check_drafter)

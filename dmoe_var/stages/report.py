@@ -32,7 +32,7 @@ from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, refuse_given_samples
-from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.loaded import EXPERTS, refuse_drafter
 
 REPORT_FILE = "report.html"
 MB = 1e6
@@ -197,6 +197,12 @@ def _draw(
     return to_uint8(image_13RR)[0]
 
 
+def refuse(config: Config) -> None:
+    """Raise ConfigError for what the page does not tell of."""
+    refuse_given_samples(config)
+    refuse_drafter(config, "the page tells of models without one")
+
+
 STAGE = Stage(
     "report",
     run,
@@ -205,6 +211,6 @@ STAGE = Stage(
         "report",
     ),
     needs=("train_router",),
-    refuse=refuse_given_samples,
+    refuse=refuse,
     always_runs=True,
 )  # fmt: skip

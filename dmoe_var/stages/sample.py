@@ -27,8 +27,8 @@ from dmoe_var.experiment.graph import require
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
+from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
-from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
@@ -45,7 +45,7 @@ GRID_FILE = "grid.png"
 class Drawer:
     """A model to sample from, and the title of its pictures."""
 
-    model: VAR | DynamicVAR
+    model: AnyVAR
     title: str
     selection: Selection = None
     impl: str = "auto"
@@ -175,12 +175,18 @@ def _drawers(experiment: Experiment) -> dict[str, Drawer]:
     if sample.pretrained is not None:
         stored = _pretrained(sample.pretrained, config).to(experiment.device, dtype)
     dense = loaded.dense(experiment).to(dtype) if stored is None else stored.dense
-    drawers = {"dense": Drawer(dense, "dense VAR")} if "dense" in _models(config) else {}
+    by = None if config.drafter.var is None else loaded.drafter(experiment).to(dtype)
+    after = "" if by is None else f", {config.drafter.scales} drafted"
+    drawers: dict[str, Drawer] = {}
+    if "dense" in _models(config):
+        drawers["dense"] = Drawer(loaded.drafted(config, dense, by), f"dense VAR{after}")
     if "dynamic" in _models(config):
         dynamic = stored or DynamicVAR(dense, loaded.split(experiment).to(dtype), config.moe.scales)
         own = stored is not None and sample.selection == "stored"
         rules: Selection = dynamic.selection if own else config.selection.rules()
-        drawers["dynamic"] = Drawer(dynamic, f"DMoE-VAR, {describe(rules)}", rules, config.moe.impl)
+        title = f"DMoE-VAR, {describe(rules)}{after}"
+        model = loaded.drafted(config, dynamic, by)
+        drawers["dynamic"] = Drawer(model, title, rules, config.moe.impl)
     return drawers
 
 
@@ -251,7 +257,8 @@ def _write(images: np.ndarray, pictures: Pictures, folder: Path, single_pngs: bo
 def reads(config: Config, ours: Config) -> Keys:
     """Declare the keys. `data.kind` names the classes; of a stored model only the shape counts."""
     experts = EXPERTS if "dynamic" in _models(config) else ()
-    common = (*experts, "sampling", "sample", "vqvae", "base.vqvae", "data.kind")
+    ours_too = ("sampling", "sample", "vqvae", "base.vqvae", "data.kind")
+    common = (*experts, *loaded.drafter_keys(config), *ours_too)
     if ours.sample.pretrained is not None:
         return (*common, *(f"var.{name}" for name in SHARED_FIELDS))
     return (*common, "var", "base.var")

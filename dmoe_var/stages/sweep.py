@@ -21,7 +21,7 @@ from dmoe_var.experiment.experiment import DEFAULT_VARIANT, Experiment
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.experiment.points import LABELS, Curve, Point, curves_of, joined, single, tau_curve
 from dmoe_var.experiment.record import Record
-from dmoe_var.experiment.stage import Stage, StageResult
+from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
 from dmoe_var.moe.selection import SelectionConfig
@@ -29,6 +29,7 @@ from dmoe_var.sampling import guidance
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
+from dmoe_var.stages.parts.loaded import drafter_keys
 
 GRID_CLASSES = 10  # columns of samples.png, one per class
 GRID_ROWS = 6  # its images per class
@@ -262,10 +263,15 @@ def refuse(config: Config) -> None:
             )
 
 
+def reads(config: Config, ours: Config) -> Keys:
+    measuring = ("sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep")
+    return ("moe", *drafter_keys(config), *measuring)
+
+
 STAGE = Stage(
     "sweep",
     run,
-    reads=("moe", "sampling", "evaluate.num_samples", "evaluate.format", "fidelity", "sweep"),
+    reads,
     needs=("train_router",),
     refuse=refuse,
     compares=True,

@@ -132,6 +132,8 @@ WRONG = [
         {"fidelity.precision_recall": True, "fidelity.reference_images": 3},
         ("fidelity.reference_images=3", "greater than fidelity.neighbours=3"),
     ),
+    ({"drafter.scales": 2}, ("drafter: var=None and scales=2 must both be given, or none",)),
+    ({"drafter": {"var": "digits", "scales": 8}}, ("drafter.scales=8 must be within 0..7",)),
     ({"sweep.chosen": "mine"}, ("sweep", "chosen='mine'", "paper")),
     ({"sweep.parts": 2}, ("sweep: part=null: parts=2 needs one, 1..2; neither joins",)),
     ({"sweep.parts": 2, "sweep.part": 3}, ("sweep: part=3 must be at most parts=2",)),
@@ -152,17 +154,20 @@ def test_wrong_values_are_told_in_one_line(digits, changes, parts):
 
 
 PATHS = [
-    "run_dir", "data.root", "base.var", "base.vqvae", "fidelity.reference", "sample.pretrained",
-    "benchmark.smaller", "benchmark.published",
+    "run_dir", "data.root", "base.var", "base.vqvae", "drafter.var", "fidelity.reference",
+    "sample.pretrained", "benchmark.smaller", "benchmark.published",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", PATHS)
 def test_the_home_folder_is_known_wherever_a_path_is_given(digits, monkeypatch, key):
     monkeypatch.setenv("HOME", "/home/someone")
-    folder = {"data.kind": "image_folder"} if key == "data.root" else {}
+    others = {"data.root": {"data.kind": "image_folder"}, "drafter.var": {"drafter.scales": 1}}
     for given, expected in (("~/a b/c", "/home/someone/a b/c"), ("digits", "digits")):
-        assert parse_config(changed(digits, {key: given, **folder})).leaves[key] == expected
+        assert (
+            parse_config(changed(digits, {key: given, **others.get(key, {})})).leaves[key]
+            == expected
+        )
 
 
 @pytest.mark.parametrize(

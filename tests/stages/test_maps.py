@@ -50,7 +50,8 @@ def test_maps_are_of_the_class_and_of_all_layers(
     scale's cells are enlarged to the finest scale's."""
     experiment = make_experiment(tmp_path, {"var.depth": 2, "var.width": 64, "var.num_heads": 2})
     dense, labels, taus = make_var(num_classes=10), [3, 5], [0.4, 0.6]
-    bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
+    models = {"dense": dense, "experts": make_moe(dense), "vqvae": make_vqvae()}
+    bench = SimpleNamespace(**models, drafted=lambda experiment, model: model)
     images, maps = collect_maps(experiment, bench, labels, [Threshold(tau) for tau in taus], seed=1)
     counts, model = ExpertCounts(), DynamicVAR(dense, bench.experts, (2, 3))
     drawn = generate(model, bench.vqvae, labels, seed=1, tau=taus, observer=counts)

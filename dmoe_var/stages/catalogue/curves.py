@@ -1,4 +1,4 @@
-"""Make figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours: rules, calibration, accounting."""
+"""Make figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours, which have names."""
 
 from __future__ import annotations
 
@@ -194,6 +194,32 @@ def calibration(experiment: Experiment) -> Figure:
         ],
         pending="" if record else "its tau are found",
     )
+
+
+@figure("drafted")
+def drafted(experiment: Experiment) -> Figure:
+    """Compare the shallowest dense model after scales drafted by the deepest, for every number of
+    them, with the two alone."""
+    config = experiment.config
+    sources = {int(depth): source for depth, source in config.figures.depths.items()}
+    sources[config.var.depth] = config.base.var
+    shallow, deep = min(sources), max(sources)
+    if shallow == deep or sources[deep] is None:
+        raise ConfigError(
+            f"figure=drafted needs a deeper model that is given: figures.depths={sources}"
+        )
+    dense = {"evaluate.model": "dense", "drafter.var": None, "drafter.scales": None}
+    alone = [
+        Point(str(depth), depth, {**dense, **_of_depth(experiment, depth, sources[depth])})
+        for depth in (shallow, deep)
+    ]
+    refiner = {**alone[0].changes, "drafter.var": sources[deep]}
+    numbers = range(1, config.var.num_scales)
+    name = f"depth {shallow}, scales drafted by depth {deep}"
+    ours = _along(name, "drafted", "drafter.scales", numbers, refiner)
+    theirs = Curve("dense models alone, by depth", "dense", tuple(alone))
+    claim = Claim("drafting is better than a dense model of as many FLOPs", ours.name, theirs.name)
+    return Figure("drafter and refiner", draw, curves=[theirs, ours], claims=[claim])
 
 
 @figure("accounting")

@@ -15,13 +15,17 @@ import torch
 
 from dmoe_var.checkpoints import load_var, load_vqvae
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.config.root import Config
 from dmoe_var.data import load_data
 from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import Seconds, TokenSet, tokenize
 from dmoe_var.distributed import is_main
-from dmoe_var.errors import CheckpointError
+from dmoe_var.errors import CheckpointError, ConfigError
+from dmoe_var.experiment.contents import contents_of_files
 from dmoe_var.experiment.experiment import Experiment
+from dmoe_var.experiment.stage import Keys
 from dmoe_var.models.build import build_strictly
+from dmoe_var.models.collaborative_var import IN_COMMON, AnyVAR, CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
@@ -35,6 +39,26 @@ EXPERTS = ("moe", "selection")
 
 TRAINING_ONLY = ("drop_path", "label_drop", "adaln_gamma_gain")
 """Fields that shape training, not the function: published files do not hold them."""
+
+
+def drafter_keys(config: Config) -> Keys:
+    """Name the keys of the drafter: without one, the number of its scales says nothing."""
+    return ("drafter",) if config.drafter.var is not None else ("drafter.var",)
+
+
+def check_drafter(config: Config) -> None:
+    """Raise ConfigError for a drafter that leaves no scale to experts."""
+    if config.drafter.scales == config.var.num_scales:
+        raise ConfigError(
+            f"drafter.scales={config.drafter.scales} leaves no scale to the experts; allowed with "
+            f"them: 0..{config.var.num_scales - 1}"
+        )
+
+
+def refuse_drafter(config: Config, why: str) -> None:
+    """Raise ConfigError for a drafter in a stage that knows only the refiner."""
+    if config.drafter.var is not None:
+        raise ConfigError(f"drafter.var={config.drafter.var}: {why}; allowed here: null")
 
 
 def checkpoint(experiment: Experiment, stage: str) -> Path:
@@ -97,6 +121,26 @@ def dynamic(experiment: Experiment) -> DynamicVAR:
     return DynamicVAR(dense(experiment), split(experiment), experiment.config.moe.scales)
 
 
+def drafter(experiment: Experiment) -> VAR:
+    """Load the drafter, in eval mode on the experiment's device. Raise CheckpointError if it is not
+    dense, or of another tokenizer or other classes than the configuration."""
+    source, expected = experiment.config.drafter.var, experiment.config.var
+    assert source is not None
+    model = load_var(source)
+    free = tuple(name for name in vars(model.config) if name not in ("experts", *IN_COMMON))
+    _check(f"drafter.var={source}", model.config, expected, free)
+    return model.to(experiment.device, torch.float32)
+
+
+def drafted(config: Config, refiner: VAR | DynamicVAR, by: VAR | None) -> AnyVAR:
+    """Put a drafter, if there is one, before a model."""
+    if by is None or config.drafter.scales is None:
+        return refiner
+    if isinstance(refiner, DynamicVAR):
+        check_drafter(config)
+    return CollaborativeVAR(by, refiner, config.drafter.scales)
+
+
 @dataclass(frozen=True)
 class Models:
     """Models that the points of a sweep or a figure share. Each is looked up by a point's own
@@ -133,6 +177,16 @@ class Models:
         kind = "experts" if stage in ("split", "train_router") else stage
         key = (stage, experiment.fingerprint_of_model(stage), dtype)
         return self.made(kind, key, lambda: var(experiment, stage).to(dtype))
+
+    def drafted(self, experiment: Experiment, refiner: VAR | DynamicVAR) -> AnyVAR:
+        """Put a point's drafter, if it has one, before its model. Load it, or reuse the latest."""
+        config = experiment.config
+        if config.drafter.var is None:
+            return refiner
+        dtype = config.sampling.torch_dtype
+        key = (tuple(contents_of_files("drafter.var", config.drafter.var).items()), dtype)
+        by = self.made("drafter", key, lambda: drafter(experiment).to(dtype))
+        return drafted(config, refiner, by)
 
     def made(self, kind: Hashable, key: object, make: Callable[[], T]) -> T:
         """Reuse the latest of a kind if it has the same key, else make a new one in its place."""

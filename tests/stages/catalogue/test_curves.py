@@ -22,6 +22,15 @@ def rule(name, key, *values):
     return [{**fixed, f"selection.{key}": value} for value in values]
 
 
+def of_depth(depth, source):
+    """A dense model, alone."""
+    derived = dict.fromkeys(f"var.{n}" for n in ("num_heads", "drop_path", "adaln_gamma_gain"))
+    return {
+        **DENSE, "drafter.var": None, "drafter.scales": None, "var.depth": depth,
+        "base.var": source, "selection.layer_tau": (), **derived,
+    }  # fmt: skip
+
+
 CHOSEN = {
     "evaluate.model": "dynamic", "selection.rule": "threshold", "selection.tau": (0.3, 0.6),
 }  # fmt: skip
@@ -49,6 +58,12 @@ CURVES = {
         "one tau, last scales": over_tau(),
         "chosen tau a scale": [CHOSEN],
     },
+    "drafted": {
+        "dense models alone, by depth": [of_depth(1, None), of_depth(3, "three")],
+        "depth 1, scales drafted by depth 3": [
+            {**of_depth(1, None), "drafter.var": "three", "drafter.scales": n} for n in (1, 2, 3)
+        ],
+    },
     "rules": {
         "dense VAR": [DENSE],
         "Eq. 3": over_tau(),
@@ -70,7 +85,7 @@ def test_curves(experiment, name):
     for curve in curves:
         for point in curve.points:
             if point.value is not None:
-                said = [v[0] if isinstance(v, tuple) else v for v in point.changes.values()]
+                said = [v[0] if isinstance(v, tuple) and v else v for v in point.changes.values()]
                 assert point.value in said
                 assert float(point.label) == point.value
     shades = [curve.shade for curve in curves if curve.shade is not None]
