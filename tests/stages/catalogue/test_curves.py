@@ -124,7 +124,7 @@ def test_curves(experiment, name):
     for curve in curves:
         for point in curve.points:
             if point.value is not None:
-                said = [v[-1] if isinstance(v, tuple) else v for v in point.changes.values()]
+                said = [v[-1] if isinstance(v, tuple) and v else v for v in point.changes.values()]
                 assert point.value in said
                 assert float(point.label) == point.value
     shades = [curve.shade for curve in curves if curve.shade is not None]
