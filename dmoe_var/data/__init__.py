@@ -29,5 +29,6 @@ def load_data(
     if config.kind == "digits":
         return load_digits(config.image_size)
     if config.kind == "cifar10":
-        return load_cifar10(config, fetch=fetch)
+        limits, views = (config.limit, config.held_out), (config.augmentations, config.flip)
+        return load_cifar10(config.root, *limits, *views, fetch=fetch)
     return load_image_folders(config, num_classes, hashes, progress)

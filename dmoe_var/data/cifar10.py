@@ -16,8 +16,6 @@ from dmoe_var.files import alone
 if TYPE_CHECKING:  # imported where it is used: it takes a second
     from torchvision.datasets import CIFAR10
 
-    from dmoe_var.data.config import DataConfig
-
 IMAGE_SIZE = 32
 CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -25,17 +23,25 @@ CLASS_NAMES = (
 """By label; in the order of the alphabet, so that class folders of these names have the same."""
 
 
-def load_cifar10(config: DataConfig, *, fetch: bool = True) -> tuple[ImageSet, ImageSet]:
-    """Load training (50,000) and test images (10,000), or the first of each class.
+def load_cifar10(
+    root: str | None,
+    limit: int | None = None,
+    held_out: int | None = None,
+    augmentations: int = 1,
+    flip: bool = False,
+    *,
+    fetch: bool = True,
+) -> tuple[ImageSet, ImageSet]:
+    """Load training (50,000) and test images (10,000), or the first of each class; see DataConfig.
 
     fetch: whether torchvision downloads what is missing in `root`. Raise DataError if it is not
     there and cannot be fetched.
     """
-    folder = cache_folder() if config.root is None else Path(config.root).expanduser()
+    folder = cache_folder() if root is None else Path(root).expanduser()
     sets = []
-    for name, key in (("train", "limit"), ("test", "held_out")):
+    for name, key, number in (("train", "limit", limit), ("test", "held_out", held_out)):
         dataset = _opened(folder, name == "train", fetch)
-        images, labels, number = dataset.data, np.array(dataset.targets), getattr(config, key)
+        images, labels = dataset.data, np.array(dataset.targets)
         if number is not None:
             if number > len(images):
                 raise DataError(
@@ -45,8 +51,7 @@ def load_cifar10(config: DataConfig, *, fetch: bool = True) -> tuple[ImageSet, I
             chosen = spread(labels, number)
             images, labels = images[chosen], labels[chosen]
         if name == "train":
-            images = _augmented(images, config.augmentations, config.flip)
-            labels = labels.repeat(config.augmentations)
+            images, labels = _augmented(images, augmentations, flip), labels.repeat(augmentations)
         sets.append(ImageSet.named(f"cifar10-{name}", images, labels, len(CLASS_NAMES)))
     return sets[0], sets[1]
 
