@@ -29,6 +29,6 @@ def load_data(
     if config.kind == "digits":
         return load_digits(config.image_size)
     if config.kind == "cifar10":
-        given = (config.root, config.limit, config.held_out, config.augmentations, config.flip)
-        return load_cifar10(*given, fetch=fetch)
+        limits, views = (config.limit, config.held_out), (config.augmentations, config.flip)
+        return load_cifar10(config.root, *limits, *views, fetch=fetch)
     return load_image_folders(config, num_classes, hashes, progress)

@@ -32,8 +32,7 @@ def load_cifar10(
     *,
     fetch: bool = True,
 ) -> tuple[ImageSet, ImageSet]:
-    """Load training (50,000) and test images (10,000), or the first of each class; see
-    `DataConfig`.
+    """Load training (50,000) and test images (10,000), or the first of each class; see DataConfig.
 
     fetch: whether torchvision downloads what is missing in `root`. Raise DataError if it is not
     there and cannot be fetched.
@@ -52,8 +51,7 @@ def load_cifar10(
             chosen = spread(labels, number)
             images, labels = images[chosen], labels[chosen]
         if name == "train":
-            images = _augmented(images, augmentations, flip)
-            labels = labels.repeat(augmentations)
+            images, labels = _augmented(images, augmentations, flip), labels.repeat(augmentations)
         sets.append(ImageSet.named(f"cifar10-{name}", images, labels, len(CLASS_NAMES)))
     return sets[0], sets[1]
 
