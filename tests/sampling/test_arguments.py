@@ -10,7 +10,7 @@ import pytest
 import torch
 from watching import Scales
 
-from dmoe_var import DynamicVAR, Threshold, TopK, count_flops, generate
+from dmoe_var import VAR, DynamicVAR, Threshold, TopK, count_flops, generate
 from dmoe_var.errors import InputError
 from dmoe_var.moe.selection import LayerThreshold
 
@@ -73,7 +73,7 @@ def test_numbers_of_any_type_give_the_same_images(tiny_models, expected, options
 )
 def test_what_has_no_meaning_is_refused_before_any_work(tiny_models, monkeypatch, options, message):
     model, vqvae = tiny_models
-    monkeypatch.setattr(DynamicVAR, "condition", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr(VAR, "condition", lambda *_: pytest.fail("work has begun"))
     for call in (generate, count_flops):
         with pytest.raises(ValueError, match=message) as caught:
             call(model, vqvae, **{"labels": [1], **options})
