@@ -89,7 +89,7 @@ def test_sampling_tells_scale_and_class_of_each_row(model, make_vqvae, cfg, shar
     labels, scores = [1, 4, 1], Scores(model)
     given = {"cfg": cfg, "tau": 0.6, "share_mask": share_mask, "observer": scores}
     generate(model, make_vqvae().double(), labels, **given)
-    mods = model.moe.modulation(model.condition(torch.tensor([*labels, 5, 5, 5]))).blocks
+    mods = model.moe.modulation(model.dense.condition(torch.tensor([*labels, 5, 5, 5]))).blocks
     for routed, (x_BLC, _, normed_BLC) in zip(scores.seen, scores.inputs, strict=True):
         rows = 3 if cfg != 1.5 and routed.si == 3 else 6
         _, _, _, scale, _, shift = mods[routed.layer][:rows].unbind(2)
