@@ -55,6 +55,10 @@ class ClassifierTrainingConfig(OptimConfig):
                 f"micro_batch_size={self.micro_batch_size} must be null: layers are normalised "
                 "over whole batches"
             )
+        if self.ema is not None:
+            raise ValueError(
+                f"ema={self.ema} must be null: the statistics of its norms are not averaged"
+            )
 
 
 class ClassifierObjective:

@@ -118,3 +118,5 @@ def test_it_learns(run_in, tmp_path):
 def test_parts_of_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"micro_batch_size=4 must be null: .* whole batches"):
         ClassifierTrainingConfig(micro_batch_size=4)
+    with pytest.raises(ValueError, match=r"ema=0.9 must be null: .* not averaged"):
+        ClassifierTrainingConfig(ema=0.9)
