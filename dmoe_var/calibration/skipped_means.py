@@ -17,7 +17,7 @@ from dmoe_var.moe.experts import grouped
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Selection
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.ops import widest_float
 from dmoe_var.sampling import guidance
 

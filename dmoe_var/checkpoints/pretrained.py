@@ -35,7 +35,7 @@ from dmoe_var.models.build import build_strictly
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.moe.selection import selection_from_json, selection_to_json
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 
 KIND = "dynamic_var"
 CARD_FILE = "README.md"

@@ -20,7 +20,7 @@ from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import IN_PAIRS, VAR, Labels, VARConfig
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import Selection
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau
 
 IN_COMMON = ("num_classes", *IN_PAIRS)

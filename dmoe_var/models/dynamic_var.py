@@ -24,7 +24,7 @@ from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau, resolve_rules
 
 PAPER_MOE_SCALES = (7, 8, 9)

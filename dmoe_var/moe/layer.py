@@ -20,7 +20,7 @@ from dmoe_var.moe.observer import Routed
 from dmoe_var.moe.router import Condition, Context, Router, default_hidden
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import All
-from dmoe_var.moe.skipped import add_means
+from dmoe_var.moe.skipped_means import add_means
 from dmoe_var.ops import activated_linear, activation, linear
 
 

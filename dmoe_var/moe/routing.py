@@ -36,7 +36,7 @@ class Routing:
     layer: int = 0
     """Set only if the rule or the means differ by layer, or somebody observes."""
     means_KEC: Tensor | None = None
-    """What stands for experts that do not run (see `moe.skipped`); None adds nothing."""
+    """What stands for experts that do not run (see `moe.skipped_means`); None adds nothing."""
 
     def at(self, layer: int) -> Routing:
         """Return the routing of one layer."""

@@ -38,13 +38,13 @@ from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.sampling.guidance import text
 from dmoe_var.sampling.sampler import SamplingConfig, generate
-from dmoe_var.stages.parts import loaded, skipping
+from dmoe_var.stages.parts import loaded, token_skipping
 from dmoe_var.stages.parts.kernels import run_kernels
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
-from dmoe_var.stages.parts.skipped import let_means_stand
+from dmoe_var.stages.parts.skipped_means import let_means_stand
 
 OURS, PUBLISHED = "dense", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
@@ -449,13 +449,15 @@ def refuse(config: Config) -> None:
         raise ConfigError(
             "moe.skipped=mean: benchmark.kernels=true times experts alone; allowed: zero"
         )
-    skipping.refuse_router(config, "a benchmark")
+    token_skipping.refuse_router(config, "a benchmark")
     if benchmark.published is not None:
-        skipping.refuse(config, "the published sampler (benchmark.published) skips none")
+        token_skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:
-        skipping.refuse(config, "benchmark.kernels=true times layers on all tokens")
+        token_skipping.refuse(config, "benchmark.kernels=true times layers on all tokens")
     if benchmark.compile != "eager":
-        skipping.refuse(config, f"benchmark.compile={benchmark.compile} compiles plain blocks")
+        token_skipping.refuse(
+            config, f"benchmark.compile={benchmark.compile} compiles plain blocks"
+        )
 
 
 STAGE = Stage("benchmark", run, reads, needs, one_process=True, always_runs=True, refuse=refuse)

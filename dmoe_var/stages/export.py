@@ -17,7 +17,7 @@ from dmoe_var.report.model_card import push_to_hub, save_pretrained
 from dmoe_var.report.records import found, other_experts
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import EXPERTS, Models, needs_experts
-from dmoe_var.stages.parts.skipped import let_means_stand
+from dmoe_var.stages.parts.skipped_means import let_means_stand
 
 MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 """Stages whose records the model card tells of."""

@@ -28,7 +28,7 @@ from dmoe_var.stages.parts.loaded import (
     drafter_keys,
     needs_experts,
 )
-from dmoe_var.stages.parts.skipped import get_means, let_means_stand
+from dmoe_var.stages.parts.skipped_means import get_means, let_means_stand
 
 MAPS_FILE = "maps.npz"
 CHOSEN = "chosen"

@@ -34,9 +34,9 @@ from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.parts import loaded, skipping
+from dmoe_var.stages.parts import loaded, token_skipping
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
-from dmoe_var.stages.parts.skipped import let_means_stand
+from dmoe_var.stages.parts.skipped_means import let_means_stand
 
 MOST_CLASSES = 10  # sampled if `sample.classes` is null
 GRID_FILE = "grid.png"
@@ -288,7 +288,7 @@ def needs(config: Config) -> Keys:
 def refuse(config: Config) -> None:
     """Raise ConfigError for what a model to sample from cannot do."""
     if "dense" in _models(config):
-        skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
+        token_skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
 
 
 STAGE = Stage("sample", run, reads, needs, refuse=refuse)

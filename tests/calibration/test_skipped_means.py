@@ -12,7 +12,7 @@ from dmoe_var.conversion.relufication import relufy
 from dmoe_var.models.dynamic_var import teacher_forced
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import LayerThreshold
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -18,7 +18,7 @@ from dmoe_var.errors import InputError
 from dmoe_var.models.var import check_labels
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.routing import Routing
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.sampling.draw import Drawing
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.sampling_time import sampling

@@ -20,7 +20,7 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.var import VAR
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import EXPERTS, Models, token_sets
-from dmoe_var.stages.parts.skipped import let_means_stand
+from dmoe_var.stages.parts.skipped_means import let_means_stand
 
 PRUNING_FILE = "pruning.json"
 IMAGES_AT_ONCE = 16

@@ -14,7 +14,7 @@ from dmoe_var.conversion.relufication import relufy
 from dmoe_var.errors import CheckpointError
 from dmoe_var.moe.experts import paths_on
 from dmoe_var.moe.routing import Routing
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

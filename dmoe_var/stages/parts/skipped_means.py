@@ -25,7 +25,7 @@ from dmoe_var.files import alone
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection, SelectionRule
-from dmoe_var.moe.skipped import SkippedMeans
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.stages.parts import loaded
 from dmoe_var.stages.parts.loaded import Models
 

@@ -12,7 +12,7 @@ from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.stages import benchmark
-from dmoe_var.stages.parts import loaded, skipped
+from dmoe_var.stages.parts import loaded
 
 MEAN = {"moe.skipped": "mean", "moe.mean_images": 12, "selection.tau": 0.5}
 
@@ -26,7 +26,7 @@ def measured(monkeypatch):
         asked.append([rule.tau for rule in selection])
         return measure_skipped_means(model, batches, selection, *rest)
 
-    monkeypatch.setattr(skipped, "measure_skipped_means", measure)
+    monkeypatch.setattr(skipped_means, "measure_skipped_means", measure)
     return asked
 
 
