@@ -12,7 +12,7 @@ from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.stages import benchmark
-from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts import loaded, skipped_means
 
 MEAN = {"moe.skipped": "mean", "moe.mean_images": 12, "selection.tau": 0.5}
 
