@@ -98,8 +98,9 @@ def informed(moe: VAR, condition: Condition) -> VAR:
     tensors = dict(moe.state_dict())
     for i in range(config.depth):
         fc1_RC = tensors[f"blocks.{i}.ffn.router.fc1.weight"]
-        shape = (*fc1_RC.shape[::-1], config.num_experts, condition)
-        router = Router(*shape, config.num_scales, config.num_classes).to(fc1_RC)
+        hidden, width = fc1_RC.shape
+        told = (condition, config.num_scales, config.num_classes)
+        router = Router(width, hidden, config.num_experts, *told).to(fc1_RC)
         for name, embedding in router.named_parameters(recurse=False):
             tensors[f"blocks.{i}.ffn.router.{name}"] = embedding.detach()
     return build_strictly(lambda: VAR(config), tensors, "the model with experts").train(

@@ -184,8 +184,8 @@ class DynamicVAR(nn.Module):
         gradients: bool,
     ) -> Tensor:
         rules = rules_of(self, tau, selection)
-        how = {"skipped": self.skipped, "gradients": gradients}
-        logits = teacher_forced(self, labels_B, teacher_BLC, rules, impl, observer, **how)
+        given = (labels_B, teacher_BLC, rules, impl, observer)
+        logits = teacher_forced(self, *given, skipped=self.skipped, gradients=gradients)
         return torch.cat(list(logits), dim=1)
 
     @property
