@@ -24,7 +24,8 @@ def draw(
     columns = len(next(iter(strip.values())))
     height = len(strip) * min(PICTURE, WIDTH / columns)
     figure = new_figure(WIDTH, PANELS + height + 0.6)
-    upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=(PANELS, height + 0.6)))
+    ratios = (PANELS, height + 0.6)
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
     ce, accuracy, fid = upper.subplots(1, 3)
     # By scale
     validated, patch_nums = data["validated"], data["patch_nums"]
