@@ -29,7 +29,7 @@ from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.sampling.guidance import by_scale
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts
+from dmoe_var.stages.parts.loaded import needs_experts
 
 RECIPE_FILE = "recipe.json"
 WITHIN = 0.01
@@ -200,8 +200,8 @@ def refuse(config: Config) -> None:
 STAGE = Stage(
     "find_recipe",
     run,
-    reads=(*EXPERTS, "sampling", "calibrate", "evaluate", "fidelity", "find_recipe"),
-    needs=needs_experts,
+    reads=("moe", "sampling", "calibrate", "fidelity", "find_recipe"),
+    needs=lambda config: (*needs_experts(config), *evaluate.needs_classifier(config)),
     refuse=refuse,
     one_process=True,
     reads_pictures=True,

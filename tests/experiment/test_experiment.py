@@ -16,7 +16,9 @@ from dmoe_var.training.step import OptimConfig
 from dmoe_var.training.tracking import Tracking
 
 TRAINING = ("train_vqvae", "train_var", "sparsify", "split", "train_router", "tune_experts")
-MEASURING = ("sample", "evaluate", "sweep", "export", "calibrate", "maps", "report")
+MEASURING = (
+    "sample", "evaluate", "sweep", "export", "calibrate", "maps", "report", "find_recipe",
+)  # fmt: skip
 TIMED = {"benchmark"}
 """Reads the base models and how images are drawn."""
 
@@ -61,6 +63,7 @@ POINTS = {"sample", "evaluate", "sweep"}
 SHOWN = {"maps", "report"}
 DRAWN = {"figures"}
 CLASSIFIER = {"train_classifier"}
+CALIBRATED = {"calibrate", "find_recipe"}
 
 READ_BY = [
     ({"seed": 1}, from_("train_vqvae") | CLASSIFIER | DRAWN),
@@ -77,16 +80,16 @@ READ_BY = [
     ({"tune_experts.tau": 0.6}, {"tune_experts"} | DRAWN),  # it is off
     ({"tune_experts.steps": 5}, from_("tune_experts") | DRAWN),
     ({"train_router.condition": "both"}, from_("train_router") | DRAWN),
-    ({"moe.impl": "reference"}, POINTS | SHOWN | {"calibrate", "export"} | DRAWN),
-    ({"sampling.cfg": 2}, POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN),
+    ({"moe.impl": "reference"}, POINTS | SHOWN | CALIBRATED | {"export"} | DRAWN),
+    ({"sampling.cfg": 2}, POINTS | SHOWN | CALIBRATED | TIMED | DRAWN),
     (
         {"sampling.skipping.ratios": [0, 0, 0, 0.5], "sampling.skipping.first_layer": 0},
-        POINTS | SHOWN | {"calibrate"} | TIMED | DRAWN,
+        POINTS | SHOWN | CALIBRATED | TIMED | DRAWN,
     ),
     ({"selection.tau": 0.5}, {"sample", "evaluate", "export"} | SHOWN | DRAWN),
     ({"evaluate.seed": 1}, {"evaluate"} | TIMED),
     ({"evaluate.num_samples": 30}, {"evaluate", "sweep", "report"} | DRAWN),
-    ({"fidelity.input_size": 96}, {"evaluate", "sweep", "report"} | DRAWN),
+    ({"fidelity.input_size": 96}, {"evaluate", "sweep", "report", "find_recipe"} | DRAWN),
     ({"sample.per_class": 2}, {"sample"} | DRAWN),
     ({"conversion.train": "ffn"}, from_("sparsify") | DRAWN),
     ({"export.private": False}, {"export"}),
@@ -95,11 +98,12 @@ READ_BY = [
     ({"sweep.lists.more": [0.2]}, {"sweep", "report"} | DRAWN),
     ({"pruning.share": 0.3}, DRAWN),
     ({"maps.images": 3}, {"maps"} | DRAWN),
-    ({"calibrate.loss": "norm"}, {"calibrate"} | DRAWN),
+    ({"calibrate.loss": "norm"}, CALIBRATED | DRAWN),
+    ({"find_recipe.budget": 0.3}, {"find_recipe"}),
     ({"report.seed": 1}, {"report"}),
     ({"figures.tau": [0.3]}, DRAWN),
     ({"train_classifier.width": 16}, CLASSIFIER),
-    ({"fidelity.classifier": "resnet"}, {"evaluate", "sweep", "report"} | DRAWN),
+    ({"fidelity.classifier": "resnet"}, {"evaluate", "sweep", "report", "find_recipe"} | DRAWN),
 ]
 
 
@@ -124,6 +128,7 @@ def test_an_edited_experiment_keeps_its_folders_but_is_not_done(make_experiment,
 TRAINED_BY = {
     "steps": 3, "batch_size": 4, "lr": 0.01, "lr_end": 0.001, "schedule": "constant",
     "warmup": 0.1, "betas": [0.8, 0.9], "weight_decay": 0.2, "clip": 0.5,
+    "ema": 0.5,
 }  # fmt: skip
 """Another value for every setting of training that changes its result."""
 NO_RESULT = {"log_every", "validate_every", "checkpoint_every", "micro_batch_size"}
