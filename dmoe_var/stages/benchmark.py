@@ -361,7 +361,8 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
             rules = [RandomDensity(share * num_experts) for share in flops.expert_share.values()]
             chance = replace(dynamic, selection=rules)
             cases.append(Case(f"random_{name}", "random", tau, chance, chance.flops()))
-    if config.drafter.scales is not None:
+    if config.drafter.var is not None:
+        assert config.drafter.scales is not None
         cases += _drafted(cases, sources["drafter"], config.drafter.scales)
     if benchmark.smaller is not None:
         plain = replace(task.sampling, skipping=TokenSkipping())  # what fewer FLOPs buy without
