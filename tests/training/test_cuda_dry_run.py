@@ -10,14 +10,14 @@ from dmoe_var.training.state import StateFile
 
 LOOP = {"training/step.py:add", "training/loop.py:train", "training/objectives.py:add"}
 """Who waits for the GPU: the loop for the loss and for the gradient's norm, and each mean of a
-validation."""
+validation. Under a mask also every layer, to refuse scores that are not finite."""
 TOKENS = {"data/token_cache.py:teacher_forced", "models/var.py:check_labels", "values.py:_python"}
 VQVAE = {f"training/vqvae_objective.py:{name}" for name in ("loss", "_restart", "validate")}
 WAITS = {
     "vqvae": LOOP | VQVAE,
     "sparsify": LOOP | TOKENS | {"training/objectives.py:loss"},
     "router": LOOP | TOKENS,
-    "tune": LOOP | TOKENS | {"training/tuning_objective.py:loss"},
+    "tune": LOOP | TOKENS | {"training/tuning_objective.py:loss", "moe/selection/finite.py:_checked"},
 }
 
 
