@@ -17,7 +17,9 @@ WAITS = {
     "vqvae": LOOP | VQVAE,
     "sparsify": LOOP | TOKENS | {"training/objectives.py:loss"},
     "router": LOOP | TOKENS,
-    "tune": LOOP | TOKENS | {"training/tuning_objective.py:loss", "moe/selection/finite.py:_checked"},
+    "tune": LOOP
+    | TOKENS
+    | {"training/tuning_objective.py:loss", "moe/selection/finite.py:_checked"},
 }
 
 
