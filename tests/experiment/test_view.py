@@ -10,7 +10,8 @@ from dmoe_var.experiment.graph import StageResult, run_stage
 from dmoe_var.experiment.points import vary
 from dmoe_var.experiment.view import HOUSEKEEPING, UndeclaredRead, view
 
-DECLARED = ("sampling", "evaluate.seed", "base.vqvae", "base.var", "benchmark.batch_sizes")
+BASE = ("base.vqvae", "base.var", "base.classifier")
+DECLARED = ("sampling", "evaluate.seed", *BASE, "benchmark.batch_sizes")
 
 
 @pytest.fixture
