@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W height and width, R image side, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -58,8 +59,7 @@ class ResNetClassifier(nn.Module):
         C = config.width
         self.stem = _conv(3, C, 3, 1)
         widths = [group * C for group in (1, 2, 4) for _ in range(config.blocks)]
-        pairs = zip([C, *widths], widths, strict=False)
-        self.blocks = nn.Sequential(*(Block(before, after) for before, after in pairs))
+        self.blocks = nn.Sequential(*(Block(*pair) for pair in pairwise([C, *widths])))
         self.head = nn.Linear(widths[-1], config.num_classes)
 
     def forward(self, images_B3RR: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dmoe_var.experiment.graph import run_stage
 from dmoe_var.moe.experts import paths_on
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
+from dmoe_var.stages.parts import timed_samplers
 
 LENGTH = {"benchmark.repeats": 3, "benchmark.warmup": 1, "benchmark.batch_size": 2}
 SEED = 5
@@ -217,8 +218,8 @@ def test_our_call_draws_in_the_published_order(files, no_grad):
     """From one generator of the seed, the same at every call."""
     sampling = SamplingConfig(cfg=1.5, top_k=20, top_p=0.9)
     vqvae_file, var_file = files["base.vqvae"], files["base.var"]
-    call = benchmark.ours(
-        benchmark.Task(vqvae_file, var_file, (1, 2, 3, 4), (3, 1), SEED, "cpu", sampling)
+    call = timed_samplers.ours(
+        timed_samplers.Task(vqvae_file, var_file, (1, 2, 3, 4), (3, 1), SEED, "cpu", sampling)
     )
     vqvae = load_vqvae(vqvae_file, (1, 2, 3, 4))
     expected = generate(

@@ -89,6 +89,9 @@ def test_what_is_refused(make_experiment, kept_runs, tmp_path):
     given = make_experiment(kept_runs, edited={**FEW, "moe.skipped": "mean"})
     with pytest.raises(ConfigError, match=r"moe.skipped=mean: find_recipe chooses it"):
         run_stage(given, "find_recipe")
+    drafted = {**FEW, "drafter.var": "digits", "drafter.scales": 1}
+    with pytest.raises(ConfigError, match=r"drafter.var=digits: .* draws every scale"):
+        make_experiment(kept_runs, edited=drafted).check("find_recipe")
     far = {**FEW, "find_recipe.budget": 0.01, "find_recipe.unguided": [0]}
     with pytest.raises(InputError, match=r"find_recipe.budget=0.01: out of reach"):
         run_stage(make_experiment(kept_runs, edited=far), "find_recipe")
