@@ -39,6 +39,9 @@ class OnGPU(FakeTensor):
     is_cuda = True
     is_cpu = is_meta = False
 
+    def data_ptr(self):
+        return self.value.data_ptr()  # a fake tensor's is 0, as if all shared their memory
+
     def tolist(self):
         return self.cpu().tolist()  # one copy, where a fake tensor gives item after item
 

@@ -72,7 +72,8 @@ def test_skipped_tokens_run_no_expert(make_experiment, make_vqvae, make_var, mak
     skips = {"ratios": (0.0, 0.0, 0.0, 0.5), "first_layer": 1}
     experiment = vary(experiment, {f"sampling.skipping.{k}": v for k, v in skips.items()})
     dense = make_var(num_classes=10)
-    bench = SimpleNamespace(dense=dense, experts=make_moe(dense), vqvae=make_vqvae())
+    models = {"dense": dense, "experts": make_moe(dense), "vqvae": make_vqvae()}
+    bench = SimpleNamespace(**models, drafted=lambda experiment, model: model)
     _, maps = collect_maps(experiment, bench, [3, 5], [Threshold(0.0)] * 2, seed=1)
     assert (maps[:, 0] == 1).all()
     assert [np.sort(each).ravel().tolist().count(1) for each in maps[:, 1]] == [8, 8]

@@ -216,7 +216,8 @@ def comparable(record):
     drawn in every test)."""
     content = asdict(record)
     content["about"].pop("experts_ran_by", None)
-    content["metrics"].pop("sampling_ms_per_image", None)
+    for told in (content["metrics"], *content["about"].get("settings", ())):
+        told.pop("sampling_ms_per_image", None)
     del content["started"], content["ended"], content["config"]["run_dir"]
     return content
 
