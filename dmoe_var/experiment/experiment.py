@@ -89,23 +89,28 @@ class Experiment:
         """Raise ConfigError for what only this stage cannot do with the configuration."""
         find(stage).check(self.whole)
 
-    def declared(self, stage: str) -> Keys:
+    def declared(self, stage: str, config: Config | None = None) -> Keys:
         """List the keys and sections that a stage may read: its own, and those of what it builds
         on, whose models it loads."""
-        own = find(stage).reads_of(self.whole, self.whole)
-        return (*own, *(key for upstream in self.needs(stage) for key in self.declared(upstream)))
+        found: dict[str, Keys] = {}
+
+        def collect(name: str) -> None:
+            if name not in found:
+                found[name] = find(name).reads_of(config or self.whole, self.whole)
+                for upstream in self.needs(name):
+                    collect(upstream)
+
+        collect(stage)
+        return tuple(dict.fromkeys(key for keys in found.values() for key in keys))
 
     def relevant(self, stage: str, config: Config | None = None) -> dict[str, Any]:
         """Collect every key that a stage's result depends on, with those of what it builds on."""
-        config = config or self.whole
-        keys: dict[str, Any] = {}
-        for upstream in self.needs(stage):
-            keys |= self.relevant(upstream, config)
-        reads = find(stage).reads_of(config, self.whole)
-        for key, value in config.leaves.items():
-            if says(key, config.leaves) and within(key, reads) and not within(key, HOUSEKEEPING):
-                keys[key] = value
-        return keys
+        reads, leaves = self.declared(stage, config), (config or self.whole).leaves
+        return {
+            key: value
+            for key, value in leaves.items()
+            if within(key, reads) and not within(key, HOUSEKEEPING) and says(key, leaves)
+        }
 
     def fingerprint(self, stage: str, recorded: Mapping[str, str] | None = None) -> str:
         """Hash all that a stage's result depends on, with the content of given weights, pictures

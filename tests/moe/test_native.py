@@ -33,7 +33,7 @@ LAYERS = [
     (128, 4, 128),
     (1060, 2, 160),
 ]
-"""The last is wider, in both directions, than what AMX multiplies at once."""
+"""The last is wider, in both directions, than what is multiplied in pairs at once."""
 
 
 def masks(N, E):
@@ -57,11 +57,14 @@ def close_to_float64(x, mask, weights):
     assert (out - expected).norm() <= PRECISION[x.dtype] * expected.norm()
 
 
-@pytest.fixture(params=["as the processor has it", "without AMX"])
+@pytest.fixture(params=["widened", "dot products", "AMX"])
 def products(request, monkeypatch):
-    """Both ways to multiply bfloat16, on processors that have both."""
-    if request.param == "without AMX":
-        monkeypatch.setattr(native.kernel(), "tile", None)
+    """The ways to multiply bfloat16, as far as the processor knows them."""
+    number = ["widened", "dot products", "AMX"].index(request.param)
+    has_dots = torch.cpu._is_avx512_bf16_supported()
+    if number > native.kernel().pairs or (number == 1 and not has_dots):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(native.kernel(), "pairs", number)
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
@@ -104,7 +107,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype, set
 @pytest.mark.parametrize("sizes", [(64, 3, 24), (130, 4, 64), (192, 3, 130)], ids=str)
 def test_zeros_are_left_out_and_no_bit_changes(dtype, sizes, monkeypatch):
     """Of rows with no zero, many, and nothing else, beside each other; -0 counts as 0."""
-    monkeypatch.setattr(native.kernel(), "tile", None)
+    monkeypatch.setattr(native.kernel(), "pairs", 0)
     (C, E, D), N = sizes, 301
     w1, b1, w2, b2 = layer(C, E, D)
     b1[0] += torch.linspace(-60, 60, D)

@@ -13,8 +13,9 @@
  * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
  * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
  *
- * bfloat16 is widened and multiplied as float32, or by AMX where the processor has it. For that
- * panels hold pairs of rows, (..., depth / 2, columns, 2), the depth padded to whole tiles.
+ * bfloat16 is multiplied in pairs where the processor can, by AMX or by AVX-512's dot products, and
+ * else widened and multiplied as float32. For pairs panels hold pairs of rows, (..., depth / 2,
+ * columns, 2), the depth padded to whole tiles.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -31,6 +32,11 @@
 #define HAS_AMX 1
 #else
 #define HAS_AMX 0
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define HAS_DOT 1
+#else
+#define HAS_DOT 0
 #endif
 #ifdef _OPENMP
 extern int omp_get_thread_num(void); /* its header belongs to the compiler's library, not torch's */
@@ -55,8 +61,9 @@ enum { RANGE = 256 };  /* tokens of one task, and */
 enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
 enum { SPARSE = LANES == 16 ? 50 : 75 }; /* percent of a row up to which it pays to skip zeros */
 enum { TOGETHER = LANES == 16 ? 2 : 1 }; /* rows whose sums of a block fit in the registers */
-enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of AMX: two by two tiles of sums */
-enum { WIDE = 4 }; /* panels of fc1 by AMX for which rows are gathered once */
+enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of pairs: AMX's two by two tiles */
+enum { WIDE = 4 }; /* panels of fc1 in pairs for which rows are gathered once */
+enum { WIDENED, DOT, AMX }; /* how bfloat16 is multiplied */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -235,7 +242,7 @@ typedef struct {
     int64_t width, experts, size;
     int64_t vectors;          /* registers of a panel of fc1 */
     int64_t half;             /* bfloat16, else float32 */
-    int64_t amx;              /* by tiles of bfloat16 */
+    int64_t pairs;            /* DOT or AMX, if bfloat16 is multiplied in pairs */
     int64_t finite;           /* whether 0 times a weight of fc2 is 0 */
     const void *w1, *w2;      /* packed */
     const float *b1, *b2;     /* padded like the packed columns */
@@ -274,9 +281,9 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 typedef struct {
     int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
-    float *hidden;    /* (pairs, padded D); of AMX (pairs + a tile, padded D), bfloat16 */
+    float *hidden;    /* (pairs, padded D); in pairs (rows + a tile, padded D), bfloat16 */
     uint64_t *active; /* (pairs, blocks of D): bits of the hidden values that are not 0 */
-    float *x;         /* (tokens, C), of bfloat16 without AMX */
+    float *x;         /* (tokens, C), of bfloat16 that is widened */
     float *sums;      /* (threads, RANGE, BLOCK) */
     int64_t bytes;
 } Space;
@@ -294,9 +301,9 @@ static Space space(const Layer *layer, int64_t tokens, int threads, char *memory
     s.starts = (int64_t *)(memory + take(&used, (up(chunk, RANGE) + 1) * layer->experts * 8));
     s.rows = (int32_t *)(memory + take(&used, (pairs + 1) * 4));
     s.sums = (float *)(memory + take(&used, (int64_t)threads * RANGE * BLOCK * 4));
-    int64_t x_bytes = layer->half && !layer->amx ? chunk * layer->width * 4 : 0;
+    int64_t x_bytes = layer->half && !layer->pairs ? chunk * layer->width * 4 : 0;
     int64_t hidden_bytes = pairs * padded * 4;
-    if (layer->amx)
+    if (layer->pairs)
         hidden_bytes = (pairs + TILE_ROWS) * up(layer->size, TILE_DEPTH) * TILE_DEPTH * 2;
     s.active = (uint64_t *)(memory + take(&used, pairs * up(layer->size, BLOCK) * 8));
     s.x = (float *)(memory + take(&used, x_bytes));
@@ -429,6 +436,7 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
     write_out(layer, sums, columns, start, end, first * COLUMNS, out);
 }
 
+#if HAS_AMX || HAS_DOT
 #if HAS_AMX
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -443,10 +451,8 @@ static void tiles_on(void) {
     _tile_loadconfig(&config);
 }
 
-/* sums (TILE_ROWS, TILE_COLUMNS) of a panel, or what is added to them: rows by tiles that lie `step`
- * bytes after each other, each of 16 rows `stride` bytes apart, the lower ones `lower` further. */
-INLINE void multiply_tiles(const char *rows, int64_t step, int64_t stride, int64_t lower,
-                           const char *weights, int64_t steps, const int add, float *sums) {
+INLINE void multiply_tiles(const char *rows, int64_t stride, const char *weights, int64_t steps,
+                           const int add, float *sums) {
     float *below = sums + 16 * TILE_COLUMNS;
     if (add) {
         _tile_loadd(0, sums, TILE_COLUMNS * 4);
@@ -465,16 +471,95 @@ INLINE void multiply_tiles(const char *rows, int64_t step, int64_t stride, int64
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, weights + 64, TILE_COLUMNS * 4);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, rows + lower, stride);
+        _tile_loadd(5, rows + 16 * stride, stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        rows += step;
-        weights += TILE_DEPTH / 2 * TILE_COLUMNS * 4;
+        rows += TILE_DEPTH * 2;
+        weights += TILE_DEPTH * TILE_COLUMNS * 2;
     }
     _tile_stored(0, sums, TILE_COLUMNS * 4);
     _tile_stored(1, sums + 16, TILE_COLUMNS * 4);
     _tile_stored(2, below, TILE_COLUMNS * 4);
     _tile_stored(3, below + 16, TILE_COLUMNS * 4);
+}
+#endif
+
+#if HAS_DOT
+INLINE void dot_tile(const int num_rows, const char *rows, int64_t stride, const char *weights,
+                     int64_t pairs, const int add, float *const *sums) {
+    __m512 sum[ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++)
+            sum[r][v] = add ? _mm512_loadu_ps(sums[r] + 16 * v) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; k++) {
+        __m512bh weight[2];
+        memcpy(weight, weights + k * sizeof weight, sizeof weight);
+#pragma GCC unroll 16
+        for (int r = 0; r < num_rows; r++) {
+            int32_t pair;
+            memcpy(&pair, rows + r * stride + k * sizeof pair, sizeof pair);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], both, weight[v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < num_rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) _mm512_storeu_ps(sums[r] + 16 * v, sum[r][v]);
+}
+
+/* A panel of sums, which lie anywhere: their values, or 0, and the products of `left` rows. */
+static void multiply_dots(int64_t left, const void *rows, int64_t stride, const char *weights,
+                          int64_t steps, const int add, float *const *sums) {
+    const char *at = (const char *)rows;
+    for (; left > 0; left -= ROWS, at += ROWS * stride, sums += ROWS) {
+        int num_rows = (int)least(ROWS, left);
+#define TILE(n) dot_tile(n, at, stride, weights, steps * TILE_DEPTH / 2, add, sums)
+        EACH_NUMBER_OF_ROWS(TILE)
+#undef TILE
+    }
+}
+#endif
+
+/* sums += the products of some rows, `stride` bytes apart, with a panel: of rows that lie anywhere.
+ * AMX multiplies whole tiles, whatever lies in the rows that are not asked for. */
+INLINE void add_pairs(const Layer *layer, int64_t num_rows, const void *rows, int64_t stride,
+                      const char *weights, int64_t steps, float *const *sums) {
+#if HAS_AMX
+    if (layer->pairs == AMX) {
+        float tile[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
+        multiply_tiles((const char *)rows, stride, weights, steps, 0, tile);
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t c = 0; c < TILE_COLUMNS; c += LANES)
+                store_float(sums[r] + c,
+                            load_float(sums[r] + c) + load_float(tile + r * TILE_COLUMNS + c));
+        return;
+    }
+#endif
+#if HAS_DOT
+    multiply_dots(num_rows, rows, stride, weights, steps, 1, sums);
+#endif
+    (void)layer;
+}
+
+/* A tile of sums (TILE_ROWS, TILE_COLUMNS), or what is added to it. */
+INLINE void fill_tile(const Layer *layer, int64_t num_rows, const void *rows, int64_t stride,
+                      const char *weights, int64_t steps, const int add, float *tile) {
+#if HAS_AMX
+    if (layer->pairs == AMX) {
+        multiply_tiles((const char *)rows, stride, weights, steps, add, tile);
+        return;
+    }
+#endif
+#if HAS_DOT
+    float *sums[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; r++) sums[r] = tile + r * TILE_COLUMNS;
+    multiply_dots(num_rows, rows, stride, weights, steps, add, sums);
+#endif
+    (void)layer, (void)num_rows;
 }
 
 /* `depth` values of some rows of x from `first` on, filled up with zeros to whole tiles. */
@@ -493,7 +578,7 @@ static void gather(const uint16_t *x, int64_t width, const int32_t *tokens, int6
 
 /* As fc1, for WIDE columns: the rows of x pass by in pieces, that stay in the first cache for all
  * panels. */
-static void fc1_amx(const Layer *layer, const Space *s, const uint16_t *x, int64_t expert,
+static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, int64_t expert,
                     int64_t range, int64_t begin) {
     enum { DEPTH = 512, STRIDE = DEPTH + 32 }; /* a line more: rows lie in all sets of the cache */
     int64_t width = layer->width, steps = up(width, TILE_DEPTH);
@@ -512,9 +597,8 @@ static void fc1_amx(const Layer *layer, const Space *s, const uint16_t *x, int64
             for (int64_t panel = 0; panel < count; panel++) {
                 const char *at = weights + panel * panel_bytes;
                 at += first * TILE_COLUMNS * 2;
-#define PIECE(add)                                                                               \
-    multiply_tiles((const char *)gathered, TILE_DEPTH * 2, STRIDE * 2, 16 * STRIDE * 2, at,     \
-                   depth / TILE_DEPTH, add, sums[panel])
+#define PIECE(add)                                                                             \
+    fill_tile(layer, num_rows, gathered, STRIDE * 2, at, depth / TILE_DEPTH, add, sums[panel])
                 if (first == 0) PIECE(0);
                 else PIECE(1);
 #undef PIECE
@@ -532,33 +616,27 @@ static void fc1_amx(const Layer *layer, const Space *s, const uint16_t *x, int64
 }
 
 /* As fc2. The last tile of an expert reads rows of the next one, and leaves their products. */
-static void fc2_amx(const Layer *layer, const Space *s, int64_t tokens, int64_t range,
+static void fc2_pairs(const Layer *layer, const Space *s, int64_t tokens, int64_t range,
                     int64_t block, float *sums, char *out) {
     enum { PANELS = BLOCK / TILE_COLUMNS };
     int64_t steps = up(layer->size, TILE_DEPTH), stride = steps * TILE_DEPTH;
     int64_t experts = layer->experts, start = range * RANGE, end = least(tokens, start + RANGE);
     int64_t first = block * PANELS, last = least(up(layer->width, TILE_COLUMNS), first + PANELS);
     int64_t columns = (last - first) * TILE_COLUMNS;
-    float share[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
     for (int64_t t = 0; t < end - start; t++)
         memcpy(sums + t * columns, layer->b2 + first * TILE_COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
         int64_t to = s->starts[(range + 1) * experts + e];
         for (int64_t p = s->starts[range * experts + e]; p < to; p += TILE_ROWS) {
             int64_t num_rows = least(TILE_ROWS, to - p);
-            const char *rows = (const char *)((uint16_t *)s->hidden + p * stride);
+            const uint16_t *rows = (const uint16_t *)s->hidden + p * stride;
+            float *at[TILE_ROWS];
+            for (int64_t r = 0; r < num_rows; r++) at[r] = sums + (s->rows[p + r] - start) * columns;
             for (int64_t panel = first; panel < last; panel++) {
                 const char *weights = (const char *)layer->w2;
                 weights += (panel * experts + e) * steps * TILE_DEPTH * TILE_COLUMNS * 2;
-                multiply_tiles(rows, TILE_DEPTH * 2, stride * 2, 16 * stride * 2, weights, steps,
-                               0, share);
-                for (int64_t r = 0; r < num_rows; r++) {
-                    float *at = sums + (s->rows[p + r] - start) * columns;
-                    at += (panel - first) * TILE_COLUMNS;
-                    const float *row = share + r * TILE_COLUMNS;
-                    for (int64_t c = 0; c < TILE_COLUMNS; c += LANES)
-                        store_float(at + c, load_float(at + c) + load_float(row + c));
-                }
+                add_pairs(layer, num_rows, rows, stride * 2, weights, steps, at);
+                for (int64_t r = 0; r < num_rows; r++) at[r] += TILE_COLUMNS;
             }
         }
     }
@@ -725,13 +803,12 @@ int64_t dmoe_threshold(const char *scores, uint8_t *mask, int64_t tokens, int64_
 
 /* ---- what native.py asks for ---- */
 
-/* Whether there is AMX, and the system lets this process use it. */
-int64_t dmoe_amx(void) {
+/* How bfloat16 is best multiplied here. For AMX the system has to let this process use it. */
+int64_t dmoe_pairs(void) {
 #if HAS_AMX
-    return syscall(SYS_arch_prctl, 0x1023 /* request */, 18 /* tile data */) == 0;
-#else
-    return 0;
+    if (syscall(SYS_arch_prctl, 0x1023 /* request */, 18 /* tile data */) == 0) return AMX;
 #endif
+    return HAS_DOT ? DOT : WIDENED;
 }
 
 int64_t dmoe_tile(void) { return TILE_DEPTH; }
@@ -799,28 +876,34 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
         {
             float *sums = s.sums + (int64_t)thread_number() * RANGE * BLOCK;
             char *to = out + begin * width * element;
-#if HAS_AMX
-            if (layer->amx) {
+#if HAS_AMX || HAS_DOT
+            if (layer->pairs) {
                 int64_t parts = up(layer->size, WIDE * TILE_COLUMNS);
+#if HAS_AMX
                 Tiles before; /* another library may take its own for granted */
-                _tile_storeconfig(&before);
-                tiles_on();
+                if (layer->pairs == AMX) {
+                    _tile_storeconfig(&before);
+                    tiles_on();
+                }
+#endif
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < experts * ranges * parts; task++)
-                    fc1_amx(layer, &s, (const uint16_t *)from, task / (ranges * parts),
+                    fc1_pairs(layer, &s, (const uint16_t *)from, task / (ranges * parts),
                             task / parts % ranges, task % parts * WIDE);
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < num_fc2; task++)
-                    fc2_amx(layer, &s, count, task % ranges, task / ranges, sums, to);
-                _tile_loadconfig(&before);
+                    fc2_pairs(layer, &s, count, task % ranges, task / ranges, sums, to);
+#if HAS_AMX
+                if (layer->pairs == AMX) _tile_loadconfig(&before);
+#endif
             }
 #endif
-            if (layer->half && !layer->amx) {
+            if (layer->half && !layer->pairs) {
 #pragma omp for schedule(static)
                 for (int64_t t = 0; t < count; t++)
                     widen((const uint16_t *)from + t * width, s.x + t * width, width);
             }
-            if (!layer->amx) {
+            if (!layer->pairs) {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < num_fc1; task++)
                     fc1(layer, &s, rows, task / (ranges * blocks), task / blocks % ranges,

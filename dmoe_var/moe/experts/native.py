@@ -1,8 +1,8 @@
 """Run ReLU experts, their router and its threshold on a CPU by compiled code, see native.c.
 
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so time
-follows the number of (token, expert) pairs. fc2 skips hidden values that ReLU made 0, except in
-AMX's tiles. In bfloat16, products and sums are float32; hidden activations and the sum of all
+follows the number of (token, expert) pairs. fc2 skips hidden values that ReLU made 0, except
+where the processor multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden activations and the sum of all
 experts are rounded once each, as a dense FFN's are. A token's bits depend neither on the number of
 threads nor on the other tokens.
 
@@ -48,7 +48,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
-        *((name, ctypes.c_int64) for name in ("vectors", "half", "amx", "finite")),
+        *((name, ctypes.c_int64) for name in ("vectors", "half", "pairs", "finite")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
     )
 
@@ -84,8 +84,10 @@ class _Kernel:
         )
         self._large_pages = function("large_pages", None, memory, number)
         self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, number, number)
-        self.tile: int | None = function("tile", number)() if function("amx", number)() else None
-        """Rows, columns and depth of an AMX tile for bfloat16; None if there is no AMX."""
+        self.pairs: int = function("pairs", number)()
+        """How bfloat16 is multiplied: 0 widened, 1 in pairs by AVX-512, 2 in pairs by AMX."""
+        self.tile: int = function("tile", number)()
+        """Rows, columns and depth of a tile of pairs."""
         self.lanes: int = function("lanes", number)()
         """float32 values per register."""
         self.vectors: int = function("vectors", number)()
@@ -215,7 +217,8 @@ def pack(weights: Sequence[Tensor]) -> Packed:
     E, D, C = w1_EDC.shape
     lanes, half = loaded.lanes, w1_EDC.dtype == torch.bfloat16
     vectors = loaded.vectors
-    if half and loaded.tile is not None:
+    pairs = loaded.pairs if half else 0
+    if pairs:
         widest = columns = loaded.tile
         w1 = _in_pairs(_in_panels(w1_EDC.mT, columns).transpose(1, 2), loaded.tile)
         w2 = _in_pairs(_in_panels(w2_EDC, columns).permute(2, 0, 1, 3), loaded.tile)
@@ -225,8 +228,8 @@ def pack(weights: Sequence[Tensor]) -> Packed:
         w1 = _in_panels(w1_EDC.mT, columns).transpose(1, 2)
         w2 = _in_panels(w2_EDC, widest).permute(2, 0, 1, 3)
     b1, b2 = _in_panels(b1_ED, columns).float(), _in_panels(b2_C, widest).float()
-    amx, finite = int(half and loaded.tile is not None), int(w2_EDC.isfinite().all())
-    return loaded.packed(_Layer, (C, E, D, vectors, int(half), amx, finite), (w1, w2, b1, b2))
+    finite = int(w2_EDC.isfinite().all())
+    return loaded.packed(_Layer, (C, E, D, vectors, int(half), pairs, finite), (w1, w2, b1, b2))
 
 
 def _vectors(loaded: _Kernel, columns: int) -> int:
