@@ -5,8 +5,10 @@ A result then depends on nothing but what its fingerprint says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Any, cast
 
 from dmoe_var.config.root import Config
@@ -48,9 +50,15 @@ class UndeclaredRead(RuntimeError):
     """A stage read a key that it did not declare: a fault of its file, not of the configuration."""
 
 
-def within(key: str, keys: Iterable[str]) -> bool:
+def within(key: str, keys: Collection[str]) -> bool:
     """Tell whether a dotted key is one of these, or lies below one."""
-    return any(key == each or key.startswith(f"{each}.") for each in keys)
+    return any(place in keys for place in _places(key))
+
+
+@cache
+def _places(key: str) -> tuple[str, ...]:
+    """List a dotted key and all that it lies below."""
+    return tuple(accumulate(key.split("."), "{}.{}".format))
 
 
 def optional(key: str) -> bool:
