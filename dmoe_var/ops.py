@@ -99,10 +99,11 @@ def kernels_may_take(x: Tensor, *weights: Tensor) -> bool:
     return not learns and all(w.dtype == x.dtype for w in weights) and not observed(x)
 
 
-def _by_onednn(x: Tensor) -> bool:
-    """Say whether a product of x goes to oneDNN, which has no gradients."""
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Say whether a product of x goes to oneDNN, which has no gradients and knows plain weights."""
     return (
         x.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and this_sampling() is not None
         and not observed(x)
@@ -125,7 +126,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, ragged: bool =
     ragged: the number of rows differs from call to call. Then oneDNN, which has to prepare for each
     new number, is not used.
     """
-    if not ragged and _by_onednn(x):
+    if not ragged and _by_onednn(x, weight):
         return _onednn_linear(x, weight, bias)
     if not _emulated(x) or x.numel() <= FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
@@ -159,7 +160,7 @@ def activated_linear(
 ) -> Tensor:
     """Compute act(x weight^T + bias), (..., out). Hooks of `act` are called. See `linear` for
     `ragged`."""
-    if not ragged and _by_onednn(x) and not hooked(act):
+    if not ragged and _by_onednn(x, weight) and not hooked(act):
         if isinstance(act, nn.ReLU):
             return _onednn_linear(x, weight, bias, "relu")
         if isinstance(act, nn.GELU):
@@ -169,7 +170,7 @@ def activated_linear(
 
 def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
     """Compute act(layer(x)). Hooks of both modules are called."""
-    if not _by_onednn(x) or hooked(layer):
+    if not _by_onednn(x, layer.weight) or hooked(layer):
         return act(layer(x))
     return activated_linear(act, x, layer.weight, layer.bias)
 

@@ -200,15 +200,15 @@ def test_who_counts_operators_sees_the_common_ones():
 def test_products_go_to_onednn_while_images_are_drawn_alone(monkeypatch):
     """On this thread, and where nobody asks for a gradient."""
     monkeypatch.setattr(ops, "has_onednn", lambda: True)
-    x = torch.randn(3, 8)
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
-        assert not ops._by_onednn(x)
+        assert not ops._by_onednn(x, weight)
         with sampling():
-            assert ops._by_onednn(x)
-            assert not pool.submit(ops._by_onednn, x).result()
+            assert ops._by_onednn(x, weight)
+            assert not pool.submit(ops._by_onednn, x, weight).result()
             with torch.enable_grad():
-                assert not ops._by_onednn(x)
-        assert not ops._by_onednn(x)
+                assert not ops._by_onednn(x, weight)
+        assert not ops._by_onednn(x, weight)
 
 
 @torch.no_grad()

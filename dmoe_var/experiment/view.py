@@ -37,6 +37,7 @@ which points a run measures, not what they are."""
 OFF: tuple[Any, ...] = (None, False, [], "none", "zero")
 OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
+    "sampling.int8": "sampling.int8",
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     "moe.mean_images": "moe.skipped",

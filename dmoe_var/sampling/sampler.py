@@ -65,6 +65,9 @@ class SamplingConfig:
     """Images sampled at once; it changes an image only by rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models that sample."""
+    int8: bool = False
+    """Whether the transformer's linear layers are held in 8 bits (beyond the paper; needs
+    torchao)."""
     skipping: TokenSkipping = field(default_factory=TokenSkipping)
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from dmoe_var.metrics.flops import FlopReport
 from dmoe_var.metrics.part_timing import median_by_part, median_by_scale
 from dmoe_var.metrics.timing import Timing, time_in_turn
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.int8 import check_int8
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.moe.skipped_means import SkippedMeans
@@ -333,6 +334,10 @@ def refuse(config: Config) -> None:
             "moe.skipped=mean: benchmark.kernels=true times experts alone; allowed: zero"
         )
     token_skipping.refuse_router(config, "a benchmark")
+    if benchmark.compile != "eager" or benchmark.kernels:
+        loaded.refuse_int8(config, "compiled models and single layers are timed in floats")
+    if config.sampling.int8:
+        check_int8()
     if benchmark.published is not None:
         token_skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:

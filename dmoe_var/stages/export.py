@@ -80,6 +80,7 @@ def reads(config: Config, ours: Config) -> Keys:
 
 def refuse(config: Config) -> None:
     loaded.refuse_drafter(config, "a drafter is not exported")
+    loaded.refuse_int8(config, "weights are exported as floats")
 
 
 STAGE = Stage("export", run, reads, needs=needs_experts, refuse=refuse, always_runs=True)

@@ -29,7 +29,7 @@ from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.sampling.guidance import by_scale
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.parts.loaded import needs_experts, refuse_drafter
+from dmoe_var.stages.parts.loaded import needs_experts, refuse_drafter, refuse_int8
 
 RECIPE_FILE = "recipe.json"
 WITHIN = 0.01
@@ -186,6 +186,7 @@ def refuse(config: Config) -> None:
     evaluate.refuse(config)
     evaluate.refuse_given_samples(config)
     refuse_drafter(config, "tau is calibrated for a model that draws every scale")
+    refuse_int8(config, "recipes are compared in floats")
     for key, set_to in OFF.items():
         given = config.leaves[key]
         if given not in (set_to, list(set_to)):

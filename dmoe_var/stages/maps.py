@@ -16,6 +16,7 @@ from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.int8 import in_int8
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
@@ -70,6 +71,7 @@ def collect_maps(
     refiner = DynamicVAR(models.dense, models.experts, config.moe.scales)
     let_means_stand(models, experiment, refiner, models.vqvae, selection)
     model = models.drafted(experiment, refiner)
+    model = in_int8(model) if config.sampling.int8 else model
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(
         model,

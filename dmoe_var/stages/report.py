@@ -33,7 +33,7 @@ from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, needs_classifier, refuse_given_samples
 from dmoe_var.stages.parts import token_skipping
-from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts, refuse_drafter
+from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts, refuse_drafter, refuse_int8
 from dmoe_var.stages.parts.skipped_means import get_means, let_means_stand
 
 REPORT_FILE = "report.html"
@@ -209,6 +209,7 @@ def refuse(config: Config) -> None:
     refuse_given_samples(config)
     token_skipping.refuse(config, "the report shows what routers did for every token")
     refuse_drafter(config, "the page tells of models without one")
+    refuse_int8(config, "the page tells of models in floats")
 
 
 STAGE = Stage(

@@ -29,6 +29,7 @@ from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
+from dmoe_var.models.int8 import check_int8, in_int8
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
@@ -194,6 +195,8 @@ def _drawers(experiment: Experiment, vqvae: VQVAE) -> dict[str, Drawer]:
         how = describe(rules) + ("" if dynamic.skipped is None else " with means")
         model = loaded.drafted(config, dynamic, by)
         drawers["dynamic"] = Drawer(model, f"DMoE-VAR, {how}{after}", rules, config.moe.impl)
+    if config.sampling.int8:
+        return {name: replace(each, model=in_int8(each.model)) for name, each in drawers.items()}
     return drawers
 
 
@@ -287,6 +290,8 @@ def needs(config: Config) -> Keys:
 
 def refuse(config: Config) -> None:
     """Raise ConfigError for what a model to sample from cannot do."""
+    if config.sampling.int8:
+        check_int8()
     if "dense" in _models(config):
         token_skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
 

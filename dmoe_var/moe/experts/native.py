@@ -1,10 +1,10 @@
 """Run ReLU experts, their router and its threshold on a CPU by compiled code, see native.c.
 
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so time
-follows the number of (token, expert) pairs. fc2 skips hidden values that ReLU made 0, except
-where the processor multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden activations and the sum of all
-experts are rounded once each, as a dense FFN's are. A token's bits depend neither on the number of
-threads nor on the other tokens.
+follows the number of (token, expert) pairs. fc2 skips hidden values that ReLU made 0, except where
+the processor multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden
+activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
+depend neither on the number of threads nor on the other tokens.
 
 Weights are packed once, see packed.py. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0
 switches the kernel off. `python -m dmoe_var.moe.experts.native` compiles it beforehand, for

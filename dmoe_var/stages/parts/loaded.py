@@ -176,6 +176,12 @@ def drafted(config: Config, refiner: VAR | DynamicVAR, by: VAR | None) -> AnyVAR
     return CollaborativeVAR(by, refiner, config.drafter.scales)
 
 
+def refuse_int8(config: Config, why: str) -> None:
+    """Raise ConfigError for 8 bits in a stage that knows only floats."""
+    if config.sampling.int8:
+        raise ConfigError(f"sampling.int8=true: {why}; allowed here: false")
+
+
 @dataclass(frozen=True)
 class Models:
     """Models that the points of a sweep or a figure share. Each is looked up by a point's own

@@ -17,6 +17,7 @@ from dmoe_var.metrics.timing import Call
 from dmoe_var.models.blocks import Block
 from dmoe_var.models.collaborative_var import AnyVAR, CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.int8 import in_int8
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection
@@ -49,8 +50,9 @@ class Task:
     skipped: SkippedMeans | None = None
     compiled: bool = False
 
-    def load(self) -> tuple[AnyVAR, VQVAE]:
-        """Load our models onto the device, in the dtype of sampling."""
+    def load(self, counted: bool = False) -> tuple[AnyVAR, VQVAE]:
+        """Load our models onto the device, in the precision of sampling. counted: without 8 bits,
+        into which no tracer sees."""
         vqvae = load_vqvae(self.vqvae, self.patch_nums)
         model: AnyVAR = load_var(self.var, vqvae)
         if self.moe:
@@ -61,7 +63,10 @@ class Task:
             assert not isinstance(model, CollaborativeVAR)
             model = CollaborativeVAR(load_var(self.drafter, vqvae), model, self.drafted_scales)
         dtype = self.sampling.torch_dtype
-        return model.to(self.device, dtype), vqvae.to(self.device, dtype)
+        model = model.to(self.device, dtype)
+        if self.sampling.int8 and not counted:
+            model = in_int8(model)
+        return model, vqvae.to(self.device, dtype)
 
     def options(self) -> dict[str, Any]:
         """Collect the options of `generate`, with a newly seeded generator."""
@@ -74,7 +79,7 @@ class Task:
 
     def flops(self) -> FlopReport:
         """Count FLOPs over the images that are timed."""
-        model, vqvae = self.load()
+        model, vqvae = self.load(counted=True)
         labels = list(self.labels)
         return count_flops(model, vqvae, labels, batch_size=len(labels), **self.options())
 
