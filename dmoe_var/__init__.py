@@ -12,6 +12,7 @@ from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.models.collaborative_var import CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, VARConfig, build_models
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
@@ -27,6 +28,7 @@ __all__ = [
     "DynamicVAR",
     "Oracle",
     "Random",
+    "Recipe",
     "Threshold",
     "TokenSkipping",
     "TopK",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmoe_var.distributed import sum_over_processes
+from dmoe_var.models import guidance
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
 from dmoe_var.moe.experts import grouped
 from dmoe_var.moe.layer import MoEFFN
@@ -19,7 +20,6 @@ from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Selection
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.ops import widest_float
-from dmoe_var.sampling import guidance
 
 
 class _Sums(Observer):

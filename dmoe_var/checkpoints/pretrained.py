@@ -1,7 +1,8 @@
 """Save whole dynamic models as folders that the Hugging Face Hub can hold, and load them.
 
 A folder holds model.safetensors (tensors by their state-dict names), config.json (both shapes, the
-scales, the selection rules, what means of skipped experts are of) and README.md, the model card.
+scales, the selection rules, what means of skipped experts are of, the recipe) and README.md, the
+model card.
 What both models share is stored once.
 The file's metadata names each left-out tensor's twin, as safetensors' own save_model does.
 """
@@ -9,7 +10,7 @@ The file's metadata names each left-out tensor's twin, as safetensors' own save_
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.moe.selection import selection_from_json, selection_to_json
 from dmoe_var.moe.skipped_means import SkippedMeans
@@ -67,6 +69,8 @@ class DynamicVARConfig:
     selection: Any = None
     skipped: SkippedConfig | None = None
     """Left out if there are no means."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """Left out if it is the published one."""
 
 
 def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
@@ -84,10 +88,12 @@ def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     scales = model.replaced_scales
-    config = DynamicVARConfig(model.dense.config, model.moe.config, scales, selection, skipped)
-    content = asdict(config)
+    shapes = (model.dense.config, model.moe.config)
+    content = asdict(DynamicVARConfig(*shapes, scales, selection, skipped, model.recipe))
     if skipped is None:
         del content["skipped"]
+    if model.recipe == Recipe():
+        del content["recipe"]
     twins = {f"moe.{name}": f"dense.{name}" for name in model.shared_names}
     tensors = {name: t for name, t in model.state_dict().items() if name not in twins}
     try:
@@ -232,6 +238,7 @@ def _load_folder(folder: Path) -> DynamicVAR:
             assert isinstance(skipped, SkippedMeans)
             skipped.selection = selection_from_json(config.skipped.selection)
             model.set_skipped(skipped)
+        model.recipe = config.recipe
         return model
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: config: {error}") from error

@@ -31,13 +31,13 @@ from dmoe_var.data.class_names import class_index
 from dmoe_var.data.config import DataConfig
 from dmoe_var.launcher import LauncherConfig
 from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
+from dmoe_var.models import guidance
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
 from dmoe_var.moe.experts import Impl
 from dmoe_var.moe.layer import SplitConfig
 from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.moe.tau_schedule import by_scale, check_configured
-from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.classifier_objective import ClassifierTrainingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig

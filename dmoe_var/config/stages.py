@@ -55,8 +55,9 @@ class SampleConfig:
     pretrained: PathOrName | None = None
     """Source of both models: a DynamicVAR of save_pretrained, as a folder or a name on the hub."""
     selection: Literal["stored", "given"] = "stored"
-    """With pretrained: the rule and means that are stored with it, or the rule given under
-    `selection`, with the stored means if moe.skipped is mean."""
+    """With pretrained: the rule, means and recipe that are stored with it (keys of `sampling` that
+    are given stand above the recipe), or the rule given under `selection`, with the stored means if
+    moe.skipped is mean."""
 
 
 @dataclass(frozen=True)

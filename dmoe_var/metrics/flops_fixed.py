@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.plan import Passes, Step
 from dmoe_var.models.token_skipping import TokenSkipping
@@ -23,7 +24,6 @@ from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.router import Context
 from dmoe_var.moe.selection import SelectionRule
-from dmoe_var.sampling import guidance
 from dmoe_var.sampling.sampler import config_device
 
 if TYPE_CHECKING:

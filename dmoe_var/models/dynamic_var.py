@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dmoe_var import values
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.plan import Passes, Step, steps
+from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, Labels, VARConfig
 from dmoe_var.moe.experts import check_impl
@@ -61,6 +62,7 @@ class DynamicVAR(nn.Module):
     skipped: SkippedMeans | None
     """What stands for experts that do not run (`set_skipped`); None: nothing, as in the paper."""
     _selection: Selection = None
+    _recipe: Recipe = Recipe()
 
     def __init__(
         self,
@@ -101,6 +103,17 @@ class DynamicVAR(nn.Module):
     def selection(self, selection: Selection) -> None:
         rules_of(self, selection=selection)
         self._selection = selection
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the model is meant to be sampled; ValueError if set to what it cannot do. It is no
+        default: `generate(model, vqvae, labels, **model.recipe.options)`."""
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        recipe.check(self.config.num_scales, self.config.depth)
+        self._recipe = recipe
 
     def set_skipped(self, means: SkippedMeans | None) -> None:
         """Let means stand for the experts that do not run, on this model's device and in its dtype.

@@ -40,6 +40,8 @@ class Step:
     cache: Backbone
     """The model whose embeddings its input has, and whose K/V cache it reads and writes. Steps with
     the same model share a cache, and follow one another."""
+    projector: Backbone
+    """The model whose projections AdaLN has: the backbone, or one whose are the same."""
     projects: bool
     """Whether it computes AdaLN's projections, and does not use those of an earlier step."""
     since: int
@@ -91,13 +93,16 @@ def steps(
         if 0 < si <= first and backbone is found[-1].backbone and backbone.config.experts is None:
             joined = found.pop()
             since, start = joined.since, joined.tokens.start
-        projects = adaln_every_scale or all(backbone is not step.backbone for step in found)
+        known = () if adaln_every_scale else (s for s in found if backbone.projects_as(s.projector))
+        earlier = next(iter(known), None)
+        projector = backbone if earlier is None else earlier.projector
         predicted = own.stop - own.start if si >= first else 0
         rows, tokens = branches_S[max(si, first)], slice(start, own.stop)
         skips = None
         if skipping is not None:
             skips = skipping.at(si, shape.patch_nums, rows if share_mask else 1)
-        found.append(Step(si, backbone, rows, tokens, cache, projects, since, predicted, skips))
+        adaln = (projector, earlier is None)
+        found.append(Step(si, backbone, rows, tokens, cache, *adaln, since, predicted, skips))
     return tuple(found)
 
 
@@ -135,7 +140,7 @@ class Passes:
         elif fewer:
             self._keep_rows(num_rows)
         if step.projects:
-            self._modulations[id(step.backbone)] = step.backbone.modulation(self._cond_RC)
+            self._modulations[id(step.projector)] = step.projector.modulation(self._cond_RC)
 
     def embed(self, step: Step, inputs: Mapping[int, Tensor]) -> Tensor:
         """Compute the input (R, l, C) of a step that has begun. inputs: f_hat downsampled to each
@@ -153,7 +158,7 @@ class Passes:
     def run(self, step: Step, x_RlC: Tensor, routing: Routing | None = None) -> Tensor:
         """Compute the logits (R, l, V) of what a step predicts, which has begun."""
         assert self._cache is not None
-        mod = self._modulations[id(step.backbone)]
+        mod = self._modulations[id(step.projector)]
         skip = None if step.skipping is None else Skip(step.skipping, self._outputs)
         how = (routing, skip, step.mask(), step.num_predicted)
         logits_RlV: Tensor = step.backbone.step(x_RlC, mod, self._cache, *how)

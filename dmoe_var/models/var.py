@@ -6,6 +6,7 @@ channels of the VQ-VAE, S scales, si scale index from 0.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -271,6 +272,16 @@ class VAR(nn.Module):
             shared = self.shared_ada_lin(cond_BC).view(-1, 1, 6, self.config.C)
         blocks = [block.modulation(cond_BC, shared) for block in self.blocks]  # type: ignore
         return Modulation(blocks, self.head_nm.modulation(cond_BC))
+
+    def projects_as(self, other: VAR) -> bool:
+        """Tell whether AdaLN's projections are another VAR's, because their weights are the same
+        tensors."""
+        if self is other:
+            return True
+        ours, theirs = (
+            [p for name, p in each.named_parameters() if "ada_" in name] for each in (self, other)
+        )
+        return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
 
     def new_cache(self, batch: int) -> KVCache:
         """Make an empty K/V cache for all scales of `batch` rows, in the weights' dtype."""

@@ -20,6 +20,7 @@ from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.view import says
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
+from dmoe_var.models.recipe import Recipe
 from dmoe_var.moe.selection import SelectionRule, Threshold, describe, recorded_selection
 from dmoe_var.moe.tau_schedule import by_scale
 
@@ -112,6 +113,7 @@ def model_card(model: DynamicVAR, load_as: str, given: Records = ()) -> str:
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         selection=_shown_selection(model),
         tokenizer=tokenizers[0] if named else "PATH OF ITS VQ-VAE",
+        recipe="" if model.recipe == Recipe() else ", **model.recipe.options",
         measured=_table(_settings(records), model),
         settings=markdown.table(["key", "value"], sorted(settings.items())) if settings else "",
         bases=[Path(base).name for base in bases],

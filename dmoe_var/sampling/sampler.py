@@ -18,9 +18,12 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var import values
+from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import rules_of
+from dmoe_var.models.guidance import Cfg
 from dmoe_var.models.plan import Passes
+from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import Labels, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
@@ -29,8 +32,6 @@ from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.moe.tau_schedule import Tau
-from dmoe_var.sampling import guidance
-from dmoe_var.sampling.guidance import Cfg
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
@@ -78,6 +79,11 @@ class SamplingConfig:
         """The fields that are arguments of `generate`."""
         names = ("cfg", "top_k", "top_p", "more_smooth", "share_mask", "skipping")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def recipe(self) -> Recipe:
+        """The fields that a model's own recipe has too."""
+        return Recipe(self.cfg, self.share_mask, self.skipping)
 
     @property
     def counted(self) -> dict[str, Any]:

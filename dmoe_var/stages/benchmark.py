@@ -29,11 +29,11 @@ from dmoe_var.metrics.flops import FlopReport
 from dmoe_var.metrics.part_timing import median_by_part, median_by_scale
 from dmoe_var.metrics.timing import Timing, time_in_turn
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.guidance import text
 from dmoe_var.models.int8 import check_int8
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.moe.skipped_means import SkippedMeans
-from dmoe_var.sampling.guidance import text
 from dmoe_var.stages.parts import loaded, token_skipping
 from dmoe_var.stages.parts.kernels import run_kernels
 from dmoe_var.stages.parts.loaded import EXPERTS, Models

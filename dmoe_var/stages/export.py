@@ -24,10 +24,11 @@ MAKING, MEASURING = ("sparsify", "split", "train_router"), ("evaluate", "sweep")
 
 
 def run(experiment: Experiment) -> StageResult:
-    """Write dynamic_var/, with `selection` as what runs by default, and means of what it skips if
-    `moe.skipped` asks for them."""
+    """Write dynamic_var/, with `selection` as what runs by default, the recipe of `sampling`, and
+    means of what it skips if `moe.skipped` asks for them."""
     model = loaded.dynamic(experiment)
     model.selection = experiment.config.selection.rules()
+    model.recipe = experiment.config.sampling.recipe
     if experiment.config.moe.skipped == "mean":
         vqvae = loaded.vqvae(experiment)
         let_means_stand(Models(experiment), experiment, model, vqvae, model.selection)
@@ -74,8 +75,8 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def reads(config: Config, ours: Config) -> Keys:
     """Declare the keys; means of skipped experts are of what the sampler runs."""
-    means = ("sampling",) if config.moe.skipped == "mean" else ()
-    return (*EXPERTS, "export", *means)
+    recipe = ("sampling.cfg", "sampling.share_mask", "sampling.skipping")
+    return (*EXPERTS, "export", *(("sampling",) if config.moe.skipped == "mean" else recipe))
 
 
 def refuse(config: Config) -> None:

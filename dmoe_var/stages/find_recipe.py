@@ -26,8 +26,8 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.metrics.flops import report
 from dmoe_var.metrics.flops_fixed import fixed_cost
+from dmoe_var.models.guidance import by_scale
 from dmoe_var.moe.counts import ExpertHistogram
-from dmoe_var.sampling.guidance import by_scale
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.parts.loaded import needs_experts, refuse_drafter, refuse_int8
 

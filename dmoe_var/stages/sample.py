@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,6 +32,7 @@ from dmoe_var.files import whole_file
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
 from dmoe_var.models.int8 import check_int8, in_int8
+from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
@@ -51,6 +54,8 @@ class Drawer:
     title: str
     selection: Selection = None
     impl: str = "auto"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `generate` in place of the configured ones."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +197,21 @@ def _drawers(experiment: Experiment, vqvae: VQVAE) -> dict[str, Drawer]:
             let_means_stand(Models(experiment), experiment, dynamic, vqvae, rules)
         elif not own and config.moe.skipped == "zero":
             dynamic.set_skipped(None)
+        recipe = _stored_recipe(dynamic, config) if own else {}
         how = describe(rules) + ("" if dynamic.skipped is None else " with means")
         model = loaded.drafted(config, dynamic, by)
-        drawers["dynamic"] = Drawer(model, f"DMoE-VAR, {how}{after}", rules, config.moe.impl)
+        title = f"DMoE-VAR, {how}{after}"
+        drawers["dynamic"] = Drawer(model, title, rules, config.moe.impl, recipe)
     if config.sampling.int8:
         return {name: replace(each, model=in_int8(each.model)) for name, each in drawers.items()}
     return drawers
+
+
+def _stored_recipe(model: DynamicVAR, config: Config) -> dict[str, Any]:
+    """Collect the stored options of `generate` that the configuration leaves published."""
+    ours, published = config.sampling.recipe.options, Recipe().options
+    stored = model.recipe.options
+    return {key: stored[key] for key in stored if ours[key] == published[key]}
 
 
 def _models(config: Config) -> Keys:
@@ -245,7 +259,7 @@ def _draw(
             drawer.model,
             vqvae,
             [label] * min(sampling.batch_size, pictures.per_class - start),
-            **sampling.options,
+            **{**sampling.options, **drawer.recipe},
             seed=seed,
             selection=drawer.selection,
             start_index=start,

@@ -24,8 +24,8 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures import expert_maps, fid_over_flops, sample_grid
 from dmoe_var.files import whole_file, write_text
+from dmoe_var.models import guidance
 from dmoe_var.moe.selection import SelectionConfig
-from dmoe_var.sampling import guidance
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps

@@ -21,7 +21,17 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 
-from dmoe_var import All, Cumulative, DynamicVAR, Oracle, Random, Threshold, TopK
+from dmoe_var import (
+    All,
+    Cumulative,
+    DynamicVAR,
+    Oracle,
+    Random,
+    Recipe,
+    Threshold,
+    TokenSkipping,
+    TopK,
+)
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.errors import CheckpointError, DataError
@@ -96,6 +106,40 @@ def test_round_trip_is_bitwise(make_model, tmp_path, selection, fields):
     assert (loaded.moe_scales, loaded.replaced_scales) == (model.moe_scales, SCALES)
     assert loaded.selection == selection
     assert not loaded.training
+
+
+RECIPE = Recipe((1.5, 1.5, 0, 0), True, TokenSkipping((0, 0, 0, 0.5), "router", 1))
+
+
+def test_a_recipe_travels_with_the_model(make_model, folder, tmp_path):
+    """Whole, in its own kinds of value; the card tells how to use it."""
+    model = make_model(Threshold(0.3), depth=2)
+    model.recipe = RECIPE
+    model.save_pretrained(tmp_path / "own")
+    loaded = DynamicVAR.from_pretrained(tmp_path / "own")
+    assert loaded.recipe == RECIPE
+    assert loaded.recipe.options == {
+        "cfg": (1.5, 1.5, 0.0, 0.0), "share_mask": True, "skipping": RECIPE.skipping,
+    }  # fmt: skip
+    assert "labels=[0, 1], **model.recipe.options)" in (tmp_path / "own/README.md").read_text()
+    assert DynamicVAR.from_pretrained(folder).recipe == Recipe()
+    assert "recipe" not in json.loads((folder / "config.json").read_text())["config"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"cfg": [1.5, 0.0]}, ["cfg=", "has 2 values; allowed: 1, or one for each of 4 scales"]),
+        ({"cfg": -1.0}, ["cfg"]),
+        ({"skipping": {"ratios": [0.5, 0, 0, 0]}}, ["must begin with 0"]),
+        ({"top_k": 3}, ["top_k"]),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_one_line(folder, recipe, said):
+    content = json.loads((folder / "config.json").read_text())
+    content["config"]["recipe"] = recipe
+    (folder / "config.json").write_text(json.dumps(content))
+    refused(folder, *said)
 
 
 def test_shared_tensors_lie_in_the_file_once(model, written, tmp_path):

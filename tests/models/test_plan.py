@@ -30,6 +30,20 @@ def test_a_step_a_scale(make_var, branches):
     assert [step.projects for step in alone] == [True, False, False, False]
 
 
+def test_projections_of_the_same_weights_are_computed_once(make_var, make_vqvae, make_moe):
+    """Where FFNs alone were fine-tuned; images and all else stay what they are."""
+    dense, vqvae = make_var(), make_vqvae()
+    model = DynamicVAR(dense, make_moe(dense), (1, 3))
+    assert [step.projects for step in model.plan()] == [True, False, False, False]
+    assert all(step.projects for step in model.plan(adaln_every_scale=True))
+    assert {id(step.projector) for step in model.plan()} == {id(model.dense)}
+    expected = generate(model, vqvae, LABELS, adaln_every_scale=True)
+    assert torch.equal(generate(model, vqvae, LABELS), expected)
+    assert len({sum(fixed_cost(each, vqvae).macs["adaln"]) for each in (model, dense)}) == 1
+    half = model.to(torch.bfloat16)
+    assert [step.projects for step in half.plan()] == [True, False, False, False]
+
+
 def test_rows_by_scale(make_var):
     assert [step.branches for step in make_var().plan((2, 2, 1, 1))] == [2, 2, 1, 1]
 

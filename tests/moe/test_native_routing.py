@@ -16,7 +16,14 @@ from dmoe_var.moe.selection import Threshold
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
 DTYPES = [torch.float32, torch.bfloat16]
 # tokens N, C width, R hidden, E experts
-SIZES = [(1, 1, 1, 1), (7, 12, 5, 3), (9, 33, 16, 16), (100, 64, 128, 33), (257, 130, 40, 128)]
+SIZES = [
+    (1, 1, 1, 1),
+    (7, 12, 5, 3),
+    (9, 33, 16, 16),
+    (65, 96, 64, 40),
+    (100, 64, 128, 33),
+    (257, 130, 40, 128),
+]
 
 
 @pytest.fixture
@@ -36,6 +43,16 @@ def made(C, R, E, dtype=torch.float32):
     return Router(C, R, E).requires_grad_(False).to(dtype)
 
 
+@pytest.fixture(params=["widened", "dot products"])
+def products(request, monkeypatch):
+    """The ways to multiply bfloat16, as far as the processor knows them."""
+    dots = request.param == "dot products"
+    if dots and not native.kernel().dots:
+        pytest.skip("this processor has no dot products of bfloat16")
+    monkeypatch.setattr(native.kernel(), "dots", dots)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_scores_are_those_of_torch(sizes, dtype, precision, off):

@@ -8,7 +8,7 @@ import errno
 import pytest
 import torch
 
-from dmoe_var import Threshold, TopK
+from dmoe_var import Recipe, Threshold, TokenSkipping, TopK
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.errors import CheckpointError
@@ -71,6 +71,16 @@ def test_the_folder_is_the_configured_model(make_experiment, runs, pushed, chang
     assert record.metrics["parameters_m"] == pytest.approx(size(model) / 1e6)
     assert (experiment.folder("export") / "result.json").exists()
     assert pushed == []
+
+
+def test_the_recipe_is_that_of_sampling(make_experiment, runs):
+    cfg, skips = (1.5, 1.5, 0.0, 0.0), {"ratios": (0.0, 0.0, 0.0, 0.5), "first_layer": 0}
+    skipping = {f"sampling.skipping.{key}": value for key, value in skips.items()}
+    experiment = make_experiment(runs, {"sampling.cfg": cfg, **skipping})
+    run_stage(experiment, "export")
+    expected = Recipe(cfg, False, TokenSkipping(**skips))
+    assert from_pretrained(saved_in(experiment)).recipe == expected
+    assert experiment.variant("export") != make_experiment(runs).variant("export")
 
 
 def size(model):

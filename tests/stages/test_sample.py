@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dmoe_var import DynamicVAR, Recipe
 from dmoe_var.config.root import DataConfig
 from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, InputError
@@ -210,6 +211,23 @@ def test_pretrained(make_experiment, pretrained, tmp_path, runs, selection, tau)
     for name in ("dense", "dynamic"):
         found = [stored(each.folder("sample") / name)["arr_0"] for each in (experiment, ours)]
         assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("given", "cfg"), [({}, (1.5, 0.0, 0.0, 0.0)), ({"sampling.cfg": 2.0}, 2.0)]
+)
+def test_a_stored_recipe(make_experiment, pretrained, tmp_path, runs, given, cfg):
+    """It holds where the configuration says nothing."""
+    path = pretrained["sample.pretrained"]
+    model = DynamicVAR.from_pretrained(path)
+    model.recipe = Recipe(cfg=(1.5, 0.0, 0.0, 0.0))
+    model.save_pretrained(path)
+    experiment = settled(make_experiment(tmp_path, {**pretrained, **given}))[0]
+    ours = make_experiment(runs, {**CHOSEN, "selection.tau": [0.9, 0.8], "sampling.cfg": cfg})
+    for each in (experiment, ours):
+        run_stage(each, "sample")
+    found = [stored(each.folder("sample") / "dynamic")["arr_0"] for each in (experiment, ours)]
+    assert np.array_equal(*found)
 
 
 def test_the_dense_model_of_a_stored_one(make_experiment, pretrained, tmp_path):

@@ -657,7 +657,9 @@ typedef struct {
     int64_t width, hidden, experts;
     int64_t vectors1, vectors2; /* registers of a panel of w1 and of w2 */
     int64_t half;               /* what torch would round to bfloat16 is */
-    const float *w1, *w2;       /* (panels of hidden, C, columns), (panels of E, hidden, columns) */
+    int64_t dots;               /* whether w1 holds pairs of bfloat16, as those of experts do */
+    const void *w1;             /* (panels of hidden, C, columns) */
+    const float *w2;            /* (panels of E, hidden, columns) */
 } Router;
 
 INLINE vec either(words mask, vec yes, vec no) {
@@ -712,14 +714,30 @@ static void product(int64_t panel, int num_rows, const float *const *rows, const
     }
 }
 
-/* Predicted norms |W2 GELU(W1 x)| of some rows. */
-static void router_rows(const Router *router, int num_rows, const float *const *x, char *scores) {
+/* Predicted norms |W2 GELU(W1 x)| of some rows, which lie beside each other. */
+static void router_rows(const Router *router, int num_rows, const char *x, char *scores) {
+    int64_t width = router->width;
     int64_t experts = router->experts, element = router->half ? 2 : 4;
     int64_t wide = up(router->hidden, router->vectors1 * LANES) * router->vectors1 * LANES;
     int64_t columns = up(experts, router->vectors2 * LANES) * router->vectors2 * LANES;
     float hidden[ROWS * wide], out[ROWS * columns];
+    float widened[router->half && !router->dots ? ROWS * width : 1];
     const float *rows[ROWS];
-    product(router->vectors1, num_rows, x, router->w1, router->width, hidden, wide);
+    if (router->dots) {
+#if HAS_DOT
+        const char *w1 = (const char *)router->w1;
+        for (int64_t c = 0; c < wide; c += TILE_COLUMNS, w1 += width * TILE_COLUMNS * 2) {
+            float *at[ROWS];
+            for (int r = 0; r < num_rows; r++) at[r] = hidden + r * wide + c;
+            multiply_dots(num_rows, x, width * 2, w1, width / TILE_DEPTH, 0, at);
+        }
+#endif
+    } else {
+        const float *floats = router->half ? widened : (const float *)x;
+        if (router->half) widen((const uint16_t *)x, widened, num_rows * width);
+        for (int r = 0; r < num_rows; r++) rows[r] = floats + r * width;
+        product(router->vectors1, num_rows, rows, router->w1, width, hidden, wide);
+    }
     for (int64_t i = 0; i < num_rows * wide; i += LANES) {
         vec value = load_float(hidden + i);
         if (router->half) value = rounded(value);
@@ -746,13 +764,8 @@ void dmoe_scores(const Router *router, const char *x, char *scores, int64_t toke
     int team = 2 * tokens * width * router->hidden < ALONE ? 1 : (int)threads;
 #pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t begin = 0; begin < tokens; begin += ROWS) {
-        int num_rows = (int)least(ROWS, tokens - begin);
-        float wide[router->half ? ROWS * width : 1];
-        const float *rows[ROWS];
-        if (router->half) widen((const uint16_t *)x + begin * width, wide, num_rows * width);
-        for (int r = 0; r < num_rows; r++)
-            rows[r] = router->half ? wide + r * width : (const float *)x + (begin + r) * width;
-        router_rows(router, num_rows, rows, scores + begin * router->experts * element);
+        router_rows(router, (int)least(ROWS, tokens - begin), x + begin * width * element,
+                    scores + begin * router->experts * element);
     }
 }
 
@@ -811,6 +824,7 @@ int64_t dmoe_pairs(void) {
     return HAS_DOT ? DOT : WIDENED;
 }
 
+int64_t dmoe_dots(void) { return HAS_DOT; }
 int64_t dmoe_tile(void) { return TILE_DEPTH; }
 int64_t dmoe_lanes(void) { return LANES; }
 int64_t dmoe_vectors(void) { return VECTORS; }

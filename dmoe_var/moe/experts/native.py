@@ -58,7 +58,7 @@ class _Router(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "hidden", "experts")),
-        *((name, ctypes.c_int64) for name in ("vectors1", "vectors2", "half")),
+        *((name, ctypes.c_int64) for name in ("vectors1", "vectors2", "half", "dots")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2")),
     )
 
@@ -86,6 +86,8 @@ class _Kernel:
         self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, number, number)
         self.pairs: int = function("pairs", number)()
         """How bfloat16 is multiplied: 0 widened, 1 in pairs by AVX-512, 2 in pairs by AMX."""
+        self.dots = bool(function("dots", number)())
+        """Whether routers' tokens in bfloat16 are multiplied in pairs by AVX-512."""
         self.tile: int = function("tile", number)()
         """Rows, columns and depth of a tile of pairs."""
         self.lanes: int = function("lanes", number)()
@@ -199,13 +201,16 @@ def _pack_router(weights: Sequence[Tensor]) -> Packed:
     assert loaded is not None
     fc1_RC, fc2_ER = weights
     vectors = [_vectors(loaded, len(weight)) for weight in weights]
-    views = (
+    half = weights[0].dtype == torch.bfloat16
+    (R, C), E = fc1_RC.shape, len(fc2_ER)
+    dots = half and loaded.dots and C % loaded.tile == 0 and R % loaded.tile == 0
+    views = [
         _in_panels(weight.float().T, count * loaded.lanes).transpose(0, 1)
         for weight, count in zip(weights, vectors, strict=True)
-    )
-    half = int(weights[0].dtype == torch.bfloat16)
-    (R, C), E = fc1_RC.shape, len(fc2_ER)
-    return loaded.packed(_Router, (C, R, E, *vectors, half), views)
+    ]
+    if dots:
+        views[0] = _in_pairs(_in_panels(fc1_RC.T, loaded.tile).transpose(0, 1), loaded.tile)
+    return loaded.packed(_Router, (C, R, E, *vectors, int(half), int(dots)), views)
 
 
 @torch.no_grad()

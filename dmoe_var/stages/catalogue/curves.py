@@ -20,8 +20,8 @@ from dmoe_var.experiment.points import (
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.style import Paths
+from dmoe_var.models.guidance import by_scale
 from dmoe_var.models.var import VARConfig
-from dmoe_var.sampling.guidance import by_scale
 from dmoe_var.stages.catalogue.figure import (
     Changes,
     Claim,

@@ -11,7 +11,7 @@ from dmoe_var.experiment.points import Curve, dense_curve, operating_point, sing
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.style import Paths
 from dmoe_var.files import write_text
-from dmoe_var.sampling.guidance import by_scale
+from dmoe_var.models.guidance import by_scale
 from dmoe_var.stages.catalogue.curves import of_depth
 from dmoe_var.stages.catalogue.figure import (
     Changes,

@@ -15,11 +15,11 @@ from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import StageResult
 from dmoe_var.figures.kernels import draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
+from dmoe_var.models.guidance import branches, by_scale
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Selection
 from dmoe_var.sampling.draw import balanced_labels
-from dmoe_var.sampling.guidance import branches, by_scale
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts import loaded
 

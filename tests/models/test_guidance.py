@@ -10,8 +10,8 @@ from dmoe_var import DynamicVAR, Random, Threshold, generate
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.metrics.flops import count_flops, report
 from dmoe_var.metrics.flops_fixed import fixed_cost
+from dmoe_var.models.guidance import branches, by_scale, guide, text
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
-from dmoe_var.sampling.guidance import branches, by_scale, guide, text
 
 LABELS = [0, 1, 2, 3]
 SMALL = {"top_k": 20, "top_p": 0.9, "seed": 2}
