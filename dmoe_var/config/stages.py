@@ -55,9 +55,8 @@ class SampleConfig:
     pretrained: PathOrName | None = None
     """Source of both models: a DynamicVAR of save_pretrained, as a folder or a name on the hub."""
     selection: Literal["stored", "given"] = "stored"
-    """With pretrained: the rule, means and recipe that are stored with it (keys of `sampling` that
-    are given stand above the recipe), or the rule given under `selection`, with the stored means if
-    moe.skipped is mean."""
+    """With pretrained: rule, means and recipe that are stored with it (below `sampling` keys that
+    are given), or the rule given under `selection`, with its means if moe.skipped is mean."""
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ class DataSet:
 Given = Path | DataSet
 
 GIVEN = (
-    "base.vqvae", "base.var", "base.classifier", "drafter.var", "sample.pretrained",
-    "fidelity.weights",
+    "base.vqvae", "base.var", "base.classifier", "train_var.start", "drafter.var",
+    "sample.pretrained", "fidelity.weights",
 )  # fmt: skip
 """Keys that name files. Their content counts, and not where they lie."""
-MODELS = ("base.vqvae", "base.var", "drafter.var")
+MODELS = ("base.vqvae", "base.var", "train_var.start", "drafter.var")
 """Those of them that may name a published model."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
 """Contents that one thread holds: runs in two threads end in any order."""
@@ -100,7 +100,7 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
     if key == "fidelity.weights":
         return {key: sha256_of(Path(source))}
     if key != "sample.pretrained":
-        return {key: sha256_of(weights_file(source, _kind(key)))}
+        return {key: sha256_of(weights_file(source, kind_of(key)))}
     from dmoe_var.checkpoints.pretrained import locate  # imports the hub's client: half a second
 
     folder = locate(source)
@@ -108,9 +108,9 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
     return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
 
 
-def _kind(key: str) -> str:
+def kind_of(key: str) -> str:
     """Return the kind of model, "vqvae" or "var", that a key names."""
-    return key.rpartition(".")[2]
+    return "var" if key == "train_var.start" else key.rpartition(".")[2]
 
 
 def _known(key: str, source: str | None) -> dict[str, str] | None:
@@ -119,7 +119,7 @@ def _known(key: str, source: str | None) -> dict[str, str] | None:
         if source is None:
             return None
         if key in MODELS:
-            file = cached_file(source, _kind(key))
+            file = cached_file(source, kind_of(key))
             return None if file is None else {key: sha256_of(file)}
         return contents_of_files(key, source) if Path(source).expanduser().exists() else None
     except (CheckpointError, OSError, ValueError):  # whoever reads it says what is wrong with it

@@ -21,6 +21,7 @@ from dmoe_var.experiment.contents import (
     contents_of_files,
     given,
     hash_of,
+    kind_of,
     same_content,
     told,
 )
@@ -175,9 +176,7 @@ class Experiment:
         """Read the precision that given models have in their files, by configuration key."""
         keys = self.relevant(stage)
         return {
-            key: file_dtype(keys[key], key.rpartition(".")[2])
-            for key in MODELS
-            if keys.get(key) is not None
+            key: file_dtype(keys[key], kind_of(key)) for key in MODELS if keys.get(key) is not None
         }
 
     def differing(self, stage: str, record: Record) -> list[str]:

@@ -39,6 +39,7 @@ OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
     "sampling.int8": "sampling.int8",
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
+    "train_var.start": "train_var.start",
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     "moe.mean_images": "moe.skipped",
     "drafter": "drafter.var",

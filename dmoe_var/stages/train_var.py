@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dmoe_var.checkpoints import load_var
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.config.root import Config
 from dmoe_var.experiment.experiment import Experiment
@@ -30,7 +31,7 @@ def run(experiment: Experiment) -> StageResult:
             metrics = {**objective.validate(), **token_metrics(tokens)}
             return StageResult(metrics, about={"source": config.base.var, **token_about(tokens)})
     torch.manual_seed(config.seed)
-    var = VAR(config.var).to(experiment.device)
+    var = _new(config).to(experiment.device)
     objective = VARObjective(var, *given)
     run = experiment.training_run("train_var")
     metrics = train(objective, config.train_var, run, _keep(experiment, var))
@@ -39,6 +40,17 @@ def run(experiment: Experiment) -> StageResult:
         {**metrics, **token_metrics(tokens)},
         about={"checkpoint": "checkpoint", **token_about(tokens)},
     )
+
+
+def _new(config: Config) -> VAR:
+    """Build the VAR to train, with new weights or those of `train_var.start`."""
+    var, start = VAR(config.var), config.train_var.start
+    if start is not None:
+        there = load_var(start)
+        source = f"train_var.start={start}"
+        loaded.check_shape(source, there.config, config.var, loaded.TRAINING_ONLY)
+        var.load_state_dict(there.state_dict())
+    return var
 
 
 def snapshots(experiment: Experiment) -> dict[int, Path]:

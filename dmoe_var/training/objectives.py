@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmoe_var.config_fields import STRICT, Scales, Share
+from dmoe_var.config_fields import STRICT, PathOrName, Scales, Share
 from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.distributed import rank, world_size
@@ -92,6 +92,8 @@ class VARTrainingConfig(OptimConfig):
 
     activation_checkpointing: bool = False
     """Whether blocks run again in the backward pass, to store less for a third more work."""
+    start: PathOrName | None = None
+    """Weights that training begins with: a source as base.var; null draws new ones."""
     snapshot_every: Annotated[int, Field(gt=0)] | None = None
     """Steps from one model that is kept in snapshots/ to the next (train_var); null keeps none."""
 

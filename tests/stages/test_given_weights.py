@@ -13,6 +13,7 @@ from dmoe_var import load_var, load_vqvae
 from dmoe_var.checkpoints import hub
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.data.token_cache import weights_hash
+from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.graph import require, run_stage, run_through
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import STAGES
@@ -227,3 +228,20 @@ def test_a_bench_samples_as_asked(make_experiment, bases, tmp_path):
         bench = Bench(make_experiment(tmp_path, {**given, **changes}))
         for model in (bench.vqvae, bench.dense):
             assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_training_goes_on_from_given_weights(make_experiment, runs, bases, tmp_path, make_var):
+    """A first step with next to no learning rate leaves them as they were; their content counts."""
+    source = str(bases["base.var"])
+    still = {"train_var.start": source, "train_var.lr": 1e-12, "train_var.steps": 1}
+    experiment = make_experiment(runs, still)
+    record = run_through(experiment, "train_var", lambda *_: None)
+    assert len(record.weights["train_var.start"]) == 64
+    assert experiment.variant("train_var") != "default"
+    theirs, ours = load_var(source).state_dict(), loaded.dense(experiment).state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+    assert "train_var.start" not in make_experiment(runs).relevant("train_var")
+    save_checkpoint(tmp_path / "other", make_var(num_classes=10, depth=3))
+    unfit = make_experiment(runs, {**still, "train_var.start": str(tmp_path / "other")})
+    with pytest.raises(CheckpointError, match=r"^train_var\.start=.*depth is 3"):
+        run_through(unfit, "train_var", lambda *_: None)

@@ -82,7 +82,7 @@ def vqvae(experiment: Experiment) -> VQVAE:
     given = experiment.config.base.vqvae
     source = given if given is not None else checkpoint(experiment, "train_vqvae")
     model = load_vqvae(source, experiment.config.vqvae.patch_nums)
-    _check(str(source), model.config, experiment.config.vqvae, ("beta",))
+    check_shape(str(source), model.config, experiment.config.vqvae, ("beta",))
     return model.to(experiment.device, torch.float32).requires_grad_(False)
 
 
@@ -124,7 +124,7 @@ def var(experiment: Experiment, stage: str) -> VAR:
     if config.experts is not None and config.experts.router_hidden is None:
         experts = replace(config.experts, router_hidden=default_hidden(config.C))
         config = replace(config, experts=experts)
-    _check(str(source), config, expected, TRAINING_ONLY)
+    check_shape(str(source), config, expected, TRAINING_ONLY)
     configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
     return configured.to(experiment.device, torch.float32)
 
@@ -142,7 +142,7 @@ def classifier(experiment: Experiment) -> ResNetClassifier:
     source = given or checkpoint(experiment, "train_classifier")
     network = load_classifier(source)
     if given is None:
-        _check(str(source), network.config, classifier_config(experiment), ())
+        check_shape(str(source), network.config, classifier_config(experiment), ())
     elif network.config.num_classes != experiment.config.var.num_classes:
         raise CheckpointError(
             f"{source}: a classifier of {network.config.num_classes} classes; expected "
@@ -163,7 +163,7 @@ def drafter(experiment: Experiment) -> VAR:
     assert source is not None
     model = load_var(source)
     free = tuple(name for name in vars(model.config) if name not in ("experts", *IN_COMMON))
-    _check(f"drafter.var={source}", model.config, expected, free)
+    check_shape(f"drafter.var={source}", model.config, expected, free)
     return model.to(experiment.device, torch.float32)
 
 
@@ -238,7 +238,9 @@ class Models:
         return made
 
 
-def _check(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:
+def check_shape(source: str, found: object, expected: object, free: tuple[str, ...]) -> None:
+    """Raise CheckpointError for a model whose shape is not the configured one, but for some
+    fields."""
     differs = [
         f"{name} is {value}, the configuration says {getattr(expected, name)}"
         for name, value in vars(found).items()
