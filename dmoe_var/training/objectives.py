@@ -87,21 +87,27 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class VARTrainingConfig(OptimConfig):
-    """Training of the dense VAR."""
+class TokenTrainingConfig(OptimConfig):
+    """Training of a VAR on tokens."""
 
     activation_checkpointing: bool = False
     """Whether blocks run again in the backward pass, to store less for a third more work."""
+
+
+@dataclass(frozen=True)
+class VARTrainingConfig(TokenTrainingConfig):
+    """Training of the dense VAR."""
+
     start: PathOrName | None = None
     """Weights that training begins with: a source as base.var; null draws new ones."""
     snapshot_every: Annotated[int, Field(gt=0)] | None = None
-    """Steps from one model that is kept in snapshots/ to the next (train_var); null keeps none."""
+    """Steps from one model that is kept in snapshots/ to the next; null keeps none."""
 
 
 class VARObjective(TokenObjective):
     """Cross-entropy of the next scale's tokens, each token weighted 1 / L (base training)."""
 
-    config: VARTrainingConfig
+    config: TokenTrainingConfig
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
@@ -148,7 +154,7 @@ class ConversionConfig:
 
 
 @dataclass(frozen=True)
-class SparsifyConfig(VARTrainingConfig):
+class SparsifyConfig(TokenTrainingConfig):
     """Sparse fine-tuning (DMoE-VAR, Eq. 1): CE + alpha * Hoyer."""
 
     alpha: Annotated[float, Field(ge=0)] = 1e-4

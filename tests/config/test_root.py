@@ -70,6 +70,8 @@ WRONG = [
     # unknown keys
     ({"sede": 1}, ("sede: unknown key", "did you mean seed?", "run_dir")),
     ({"train_var.step": 1}, ("train_var.step: unknown key", "did you mean steps?", "batch_size")),
+    ({"sparsify.start": "digits"}, ("sparsify.start: unknown key", "activation_checkpointing")),
+    ({"sparsify.snapshot_every": 9}, ("sparsify.snapshot_every: unknown key",)),
     # types
     ({"seed": "one"}, ("seed='one'", "integer")),
     ({"seed": 1.5}, ("seed=1.5", "integer")),
