@@ -175,6 +175,11 @@ class Config:
                 f"data.image_size={self.data.image_size} must equal the finest scale's "
                 f"{self.vqvae.patch_nums[-1]} cells of {self.vqvae.downsampling} pixels"
             )
+        if self.train_var.start is not None and self.base.var is not None:
+            raise ValueError(
+                f"train_var.start={self.train_var.start}: nothing is trained, base.var="
+                f"{self.base.var} is given; allowed with it: null"
+            )
         if self.var.experts is not None:
             raise ValueError("var.experts must be null: experts come from the split stage")
         size, hidden = self.split.expert_size, self.var.hidden

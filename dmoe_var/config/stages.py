@@ -55,8 +55,8 @@ class SampleConfig:
     pretrained: PathOrName | None = None
     """Source of both models: a DynamicVAR of save_pretrained, as a folder or a name on the hub."""
     selection: Literal["stored", "given"] = "stored"
-    """With pretrained: rule, means and recipe that are stored with it (below `sampling` keys that
-    are given), or the rule given under `selection`, with its means if moe.skipped is mean."""
+    """With pretrained: rule, means and recipe as they are stored with it, or as the configuration
+    gives them (of means only whether they stand in)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What scripts/benchmark.py times: the dense model, and beside it whatever is named here."""
+    """What scripts/benchmark.py times: the dense model, beside it the dense model as published if
+    `sampling` says otherwise, and whatever is named here."""
 
     __pydantic_config__ = STRICT
 

@@ -8,7 +8,7 @@ L of all, C width, V vocabulary, Cvae latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -212,10 +212,14 @@ class DynamicVAR(nn.Module):
         one by one, and parameters too if it cannot change them in place."""
         shared = self.shared_names
         super()._apply(fn, recurse)
-        dense = _tensors(self.dense)
-        for name in shared:
-            _put(self.moe, name, dense[name])
+        self.share(shared)
         return self
+
+    def share(self, names: Iterable[str]) -> None:
+        """Let both models hold the dense one's tensors of these names."""
+        dense = _tensors(self.dense)
+        for name in names:
+            _put(self.moe, name, dense[name])
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -1,18 +1,20 @@
 """Hold the transformer's linear layers in 8 bits, by torchao (beyond the paper).
 
-On a CPU weights and activations are integers: weights by output channel, activations by token as
-they come. On a GPU weights alone are. Experts, routers, norms and the VQ-VAE stay as they are.
+Weights are integers by output channel, and activations by token as they come, or weights alone
+(which is what pays on a GPU). Experts, routers, norms and the VQ-VAE stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from dmoe_var.errors import ConfigError
+from dmoe_var.models.dynamic_var import DynamicVAR
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,18 +22,23 @@ FLOATS = ("router",)
 """Names of modules whose linear layers stay: what they decide is not to be rounded."""
 
 
-def check_int8() -> None:
-    """Raise ConfigError if torchao is not installed."""
-    if find_spec("torchao") is None:
+Int8 = Literal["none", "dynamic", "weights"]
+
+
+def check_int8(asked: Int8) -> None:
+    """Raise ConfigError if 8 bits are asked for and torchao is not installed."""
+    if asked != "none" and find_spec("torchao") is None:
         raise ConfigError(
-            "sampling.int8=true: needs torchao (pip install -e '.[int8]'); allowed without: false"
+            f"sampling.int8={asked}: needs torchao (pip install -e '.[int8]'); else none"
         )
 
 
-def in_int8(model: Model) -> Model:
-    """Copy a VAR, `DynamicVAR` or `CollaborativeVAR`, with the linear layers of its blocks and its
-    head in 8 bits."""
-    check_int8()
+def in_precision(model: Model, asked: Int8) -> Model:
+    """Return a VAR, `DynamicVAR` or `CollaborativeVAR` as it is, or a copy with the linear layers
+    of its blocks and its head in 8 bits."""
+    if asked == "none":
+        return model
+    check_int8(asked)
     from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
@@ -39,13 +46,19 @@ def in_int8(model: Model) -> Model:
     )
 
     made = copy.deepcopy(model)
-    on_cpu = next(made.parameters()).device.type == "cpu"
-    how = Int8DynamicActivationInt8WeightConfig() if on_cpu else Int8WeightOnlyConfig()
+    how: Any = Int8WeightOnlyConfig()
+    if asked == "dynamic":  # AVX2's products of 8 bits overflow their sums of 16, but not in 7 bits
+        few_bits = not torch.cpu._is_vnni_supported()
+        how = Int8DynamicActivationInt8WeightConfig(reduce_range=few_bits)
 
     def is_held(module: nn.Module, name: str) -> bool:
         places = name.split(".")
         within = "blocks" in places or "head" in places
         return within and isinstance(module, nn.Linear) and not set(FLOATS) & set(places)
 
+    joined = [each for each in made.modules() if isinstance(each, DynamicVAR)]
+    shared = [each.shared_names for each in joined]
     quantize_(made, how, filter_fn=is_held)
+    for each, names in zip(joined, shared, strict=True):
+        each.share(names)
     return made

@@ -25,6 +25,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         values.take_fields(self)
+        if not self.skipping.scales:  # then how it would skip says nothing
+            object.__setattr__(self, "skipping", TokenSkipping())
 
     def check(self, num_scales: int, depth: int) -> None:
         """Raise ValueError for a model that cannot be sampled so."""

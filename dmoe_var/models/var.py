@@ -25,7 +25,7 @@ from dmoe_var.models.token_skipping import Skip, TokenSkipping
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, PatchNums, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
-from dmoe_var.ops import Linear, at_least_float32
+from dmoe_var.ops import Linear, at_least_float32, hooked
 
 Labels = Sequence[int] | np.ndarray | Tensor
 """Class numbers of any integer type, on any device."""
@@ -275,13 +275,15 @@ class VAR(nn.Module):
 
     def projects_as(self, other: VAR) -> bool:
         """Tell whether AdaLN's projections are another VAR's, because their weights are the same
-        tensors."""
+        tensors, and no hook wants to see either."""
         if self is other:
             return True
         ours, theirs = (
             [p for name, p in each.named_parameters() if "ada_" in name] for each in (self, other)
         )
-        return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
+        watched = (m for each in (self, other) for n, m in each.named_modules() if "ada_" in n)
+        alike = len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
+        return alike and not hooked(*watched)
 
     def new_cache(self, batch: int) -> KVCache:
         """Make an empty K/V cache for all scales of `batch` rows, in the weights' dtype."""

@@ -21,6 +21,7 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.view import says
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
 from dmoe_var.models.recipe import Recipe
+from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import SelectionRule, Threshold, describe, recorded_selection
 from dmoe_var.moe.tau_schedule import by_scale
 
@@ -55,6 +56,8 @@ class Measured:
     cfg: float | Sequence[float]
     fidelity: str
     row: Mapping[str, Any]
+    recipe: Recipe | None = None
+    """None if no model can be stored so."""
     skipped: str = "zero"
     """What stood for experts that did not run (`moe.skipped`)."""
 
@@ -192,9 +195,8 @@ def _saved(measured: Measured, found: Sequence[Measured]) -> float | None:
 def _is_stored(measured: Measured, model: DynamicVAR) -> bool:
     """Tell whether a setting has the scales and rules that the model is stored with."""
     skipped = "zero" if model.skipped is None else "mean"
-    if (measured.scales, measured.skipped) != (model.moe_scales, skipped):
-        return False
-    if not measured.rules or SKIPPING in measured.name:
+    ours = (model.moe_scales, skipped, model.recipe)
+    if (measured.scales, measured.skipped, measured.recipe) != ours or not measured.rules:
         return False
     rules = by_scale("tau", measured.rules, model.config.num_scales, measured.scales)
     return rules == list(rules_of(model).values())
@@ -233,14 +235,18 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     rule, found = selection.kind, selection.rules()
     rules = tuple(found) if isinstance(found, list) else (found,)
     name = "dense" if dense else rule.wording or rule.name
-    skips = any(config.get("sampling.skipping.ratios", ()))
+    recipe = _recipe(first)
+    told = (SKIPPING if recipe.skipping.scales else "") + (
+        "" if config.get("sampling.int8", "none") == "none" else ", in 8 bits"
+    )
     return Measured(
-        name=name + SKIPPING if skips else name,
+        name=name + told,
         rules=() if dense else rules,
         scales=() if dense else tuple(config["moe.scales"]),
         num_images=first.num_samples,
         seeds=tuple(record.seed for record in records),
         cfg=config["sampling.cfg"],
+        recipe=None if "sampling.int8" in config else recipe,
         fidelity=first.about["fidelity"],
         row=joined(records),
         skipped=config.get("moe.skipped", "zero"),
@@ -259,10 +265,19 @@ def _swept(record: Record) -> Iterator[Measured]:
                 num_images=record.num_samples,
                 seeds=tuple(record.about["seeds"]),
                 cfg=record.config["sampling.cfg"],
+                recipe=_recipe(record),
                 fidelity=record.about["fidelity"],
                 row=row,
                 skipped=record.config.get("moe.skipped", "zero"),
             )
+
+
+def _recipe(record: Record) -> Recipe:
+    """Read how images were sampled."""
+    section, config = "sampling.skipping.", record.config
+    skipping = {k.removeprefix(section): v for k, v in config.items() if k.startswith(section)}
+    share_mask = config.get("sampling.share_mask", False)
+    return Recipe(config["sampling.cfg"], share_mask, TokenSkipping(**skipping))
 
 
 def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
@@ -286,5 +301,6 @@ def _hashes(record: Record) -> dict[str, Any]:
 
 def _bases(records: Sequence[Record], kind: str) -> list[str]:
     """List what the records say the base VAR or VQ-VAE was: names, or paths."""
-    found = [record.config.get(f"base.{kind}") for record in records]
+    keys = (f"base.{kind}", *(("train_var.start",) if kind == "var" else ()))
+    found = [record.config.get(key) for record in records for key in keys]
     return sorted({str(base) for base in found if base is not None})

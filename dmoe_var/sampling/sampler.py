@@ -22,6 +22,7 @@ from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.guidance import Cfg
+from dmoe_var.models.int8 import Int8
 from dmoe_var.models.plan import Passes
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
@@ -66,9 +67,9 @@ class SamplingConfig:
     """Images sampled at once; it changes an image only by rounding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models that sample."""
-    int8: bool = False
-    """Whether the transformer's linear layers are held in 8 bits (beyond the paper; needs
-    torchao)."""
+    int8: Int8 = "none"
+    """Linear layers in 8 bits (beyond the paper; needs torchao): dynamic (weights and activations,
+    for CPUs), weights (alone, for GPUs) or none."""
     skipping: TokenSkipping = field(default_factory=TokenSkipping)
 
     def __post_init__(self) -> None:

@@ -29,26 +29,28 @@ from dmoe_var.metrics.flops import FlopReport
 from dmoe_var.metrics.part_timing import median_by_part, median_by_scale
 from dmoe_var.metrics.timing import Timing, time_in_turn
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.guidance import text
+from dmoe_var.models.guidance import by_scale, text
 from dmoe_var.models.int8 import check_int8
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.moe.skipped_means import SkippedMeans
+from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages.parts import loaded, token_skipping
 from dmoe_var.stages.parts.kernels import run_kernels
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
 from dmoe_var.stages.parts.skipped_means import let_means_stand
 from dmoe_var.stages.parts.timed_samplers import Task, ours, published
 
-OURS, PUBLISHED = "dense", "published"
+OURS, PLAIN, PUBLISHED = "dense", "plain", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
 """Published models of 256 px, by rising depth."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One sampler at one batch size. model: dense, dynamic, random, drafter, drafted (dense or
-    dynamic after it), smaller or published."""
+    """One sampler at one batch size. model: dense, plain (dense, sampled as published if `sampling`
+    says otherwise), dynamic, random, drafter, drafted (dense or dynamic after it), smaller or
+    published."""
 
     name: str
     model: str
@@ -151,8 +153,9 @@ def run(experiment: Experiment) -> StageResult:
 
 def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
     """Collect one batch size's metrics, flat. NAME_time_ratio compares with the dense model, or a
-    compiled model with the compiled dense one; p10 and p90 are over the rounds. time_ratio compares
-    the dense model, compiled if it ran only so, with the published sampler."""
+    compiled model with the compiled dense one; p10 and p90 are over the rounds. NAME_plain_ratio
+    compares with the dense model that samples as published. time_ratio compares the dense model,
+    compiled if it ran only so, with the published sampler."""
     metrics: dict[str, float] = {}
     compiled = timings.get(f"{OURS}_compiled")
     mine = timings.get(OURS, compiled)
@@ -161,6 +164,9 @@ def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
         alike = compiled if name.endswith("_compiled") else mine
         if alike is not None and timing is not alike and name != PUBLISHED:
             metrics |= _ratio(timing, alike, f"{name}{suffix}_")
+        plain = timings.get(f"{PLAIN}_compiled" if name.endswith("_compiled") else PLAIN)
+        if plain is not None and timing is not plain and name != PUBLISHED:
+            metrics |= _ratio(timing, plain, f"{name}{suffix}_", called="plain_ratio")
     if mine is not None and PUBLISHED in timings:
         theirs = timings[PUBLISHED]
         metrics |= _ratio(mine, theirs, "", suffix)
@@ -170,9 +176,11 @@ def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
     return metrics
 
 
-def _ratio(timing: Timing, other: Timing, prefix: str, suffix: str = "") -> dict[str, float]:
+def _ratio(
+    timing: Timing, other: Timing, prefix: str, suffix: str = "", called: str = "time_ratio"
+) -> dict[str, float]:
     """Divide the medians, and give the spread of the ratio over rounds."""
-    name = f"{prefix}time_ratio{suffix}"
+    name = f"{prefix}{called}{suffix}"
     p10, p90 = np.percentile(np.array(timing.runs_ms) / np.array(other.runs_ms), [10, 90])
     median = timing.percentile(50) / other.percentile(50)
     return {name: median, f"{name}_p10": float(p10), f"{name}_p90": float(p90)}
@@ -228,6 +236,9 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
     )
     dense = Case(OURS, "dense", None, task, task.flops())
     cases = [dense]
+    if (plain := _plain(config)) is not None:
+        whole = replace(task, sampling=plain)
+        cases.append(Case(PLAIN, PLAIN, None, whole, whole.flops()))
     for name, tau, selection in _selections(experiment):
         dynamic = replace(
             task,
@@ -260,11 +271,21 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
     return cases
 
 
+def _plain(config: Config) -> SamplingConfig | None:
+    """Sample as published: every token, in floats, guided at all scales by the strongest cfg.
+    Return None if the dense model samples so anyway."""
+    ours = config.sampling
+    cfg_S = by_scale(ours.cfg, config.var.num_scales)
+    if set(cfg_S[1:]) == {max(cfg_S)} and not ours.skipping.scales and ours.int8 == "none":
+        return None
+    return replace(ours, cfg=max(cfg_S), skipping=TokenSkipping(), int8="none")
+
+
 def _means(experiment: Experiment, dynamic: Task) -> SkippedMeans | None:
     """Get what stands for the experts that a sampler skips, on the CPU; None for nothing."""
     if experiment.config.moe.skipped == "zero":
         return None
-    model, vqvae = dynamic.load()
+    model, vqvae = dynamic.load(counted=True)  # as evaluate has them
     assert isinstance(model, DynamicVAR)
     let_means_stand(Models(experiment), experiment, model, vqvae, dynamic.selection)
     assert model.skipped is not None
@@ -336,8 +357,7 @@ def refuse(config: Config) -> None:
     token_skipping.refuse_router(config, "a benchmark")
     if benchmark.compile != "eager" or benchmark.kernels:
         loaded.refuse_int8(config, "compiled models and single layers are timed in floats")
-    if config.sampling.int8:
-        check_int8()
+    check_int8(config.sampling.int8)
     if benchmark.published is not None:
         token_skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:

@@ -262,7 +262,7 @@ def refuse(config: Config) -> None:
         raise ConfigError("moe.skipped=mean: tau is calibrated without means; allowed here: zero")
     token_skipping.refuse(config, "losses are measured under teacher forcing, which skips no token")
     loaded.refuse_drafter(config, "tau is calibrated for a model that draws every scale")
-    loaded.refuse_int8(config, "tau is calibrated in floats, and holds for both")
+    loaded.refuse_int8(config, "tau is calibrated in floats")
 
 
 STAGE = Stage(

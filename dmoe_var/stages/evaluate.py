@@ -27,7 +27,7 @@ from dmoe_var.metrics.flops import fixed_cost, report
 from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
 from dmoe_var.metrics.reference import HASHES, Reference, load_reference
 from dmoe_var.models.collaborative_var import AnyVAR
-from dmoe_var.models.int8 import check_int8, in_int8
+from dmoe_var.models.int8 import check_int8, in_precision
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
 from dmoe_var.stages.parts import loaded, token_skipping
@@ -103,7 +103,7 @@ class Bench(Models):
             )
         model = self.model(experiment)
         return Drawing(
-            in_int8(model) if config.sampling.int8 else model,
+            in_precision(model, config.sampling.int8),
             self.vqvae_of(experiment),
             classes[balanced_labels(num_samples, len(classes))],
             config.evaluate.seed,
@@ -151,7 +151,7 @@ def _measure(
     config, drawing = experiment.config, stored.drawing
     num_images = len(drawing.labels)
     # A multiply-add counts the same in 8 bits, but no tracer sees into those.
-    counted = bench.model(experiment) if config.sampling.int8 else drawing.model
+    counted = drawing.model if config.sampling.int8 == "none" else bench.model(experiment)
     fixed = fixed_cost(counted, drawing.vqvae, **config.sampling.counted)
     flops = report(fixed, drawn.ran, drawing.rules)
     fidelity, compared = _compare(bench, _stored_images(stored), drawing.labels)
@@ -243,8 +243,7 @@ def refuse(config: Config) -> None:
         )
     if config.evaluate.model != "dense":
         check_drafter(config)
-    if config.sampling.int8:
-        check_int8()
+    check_int8(config.sampling.int8)
     if config.sampling.more_smooth:
         raise ConfigError(
             "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "

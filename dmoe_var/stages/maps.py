@@ -16,7 +16,7 @@ from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.int8 import in_int8
+from dmoe_var.models.int8 import check_int8, in_precision
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
@@ -70,8 +70,7 @@ def collect_maps(
     config = experiment.config
     refiner = DynamicVAR(models.dense, models.experts, config.moe.scales)
     let_means_stand(models, experiment, refiner, models.vqvae, selection)
-    model = models.drafted(experiment, refiner)
-    model = in_int8(model) if config.sampling.int8 else model
+    model = in_precision(models.drafted(experiment, refiner), config.sampling.int8)
     counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
     generate(
         model,
@@ -98,4 +97,9 @@ def reads(config: Config, ours: Config) -> Keys:
     return (*EXPERTS, *drafter_keys(config), "sampling", "maps")
 
 
-STAGE = Stage("maps", run, reads, needs=needs_experts, refuse=check_drafter)
+def refuse(config: Config) -> None:
+    check_drafter(config)
+    check_int8(config.sampling.int8)
+
+
+STAGE = Stage("maps", run, reads, needs=needs_experts, refuse=refuse)

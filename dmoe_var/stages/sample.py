@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,7 +29,7 @@ from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
-from dmoe_var.models.int8 import check_int8, in_int8
+from dmoe_var.models.int8 import check_int8, in_precision
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection, describe
@@ -54,8 +52,8 @@ class Drawer:
     title: str
     selection: Selection = None
     impl: str = "auto"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `generate` in place of the configured ones."""
+    recipe: Recipe | None = None
+    """How to sample, in place of the configured recipe; None for that."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +163,8 @@ def run(experiment: Experiment) -> StageResult:
         images = _draw(experiment, drawer, vqvae, pictures, name)
         panels[drawer.title] = images
         about[name] = drawer.title
+        if drawer.recipe is not None:
+            about["recipe"] = asdict(drawer.recipe)
         if drawer.model.skipped is not None:
             about["means_of"] = describe(drawer.model.skipped.selection)
         about.setdefault("samples", f"{name}/{SAMPLES_FILE}")
@@ -197,21 +197,15 @@ def _drawers(experiment: Experiment, vqvae: VQVAE) -> dict[str, Drawer]:
             let_means_stand(Models(experiment), experiment, dynamic, vqvae, rules)
         elif not own and config.moe.skipped == "zero":
             dynamic.set_skipped(None)
-        recipe = _stored_recipe(dynamic, config) if own else {}
+        recipe = dynamic.recipe if own and dynamic.recipe != Recipe() else None
         how = describe(rules) + ("" if dynamic.skipped is None else " with means")
         model = loaded.drafted(config, dynamic, by)
         title = f"DMoE-VAR, {how}{after}"
         drawers["dynamic"] = Drawer(model, title, rules, config.moe.impl, recipe)
-    if config.sampling.int8:
-        return {name: replace(each, model=in_int8(each.model)) for name, each in drawers.items()}
-    return drawers
-
-
-def _stored_recipe(model: DynamicVAR, config: Config) -> dict[str, Any]:
-    """Collect the stored options of `generate` that the configuration leaves published."""
-    ours, published = config.sampling.recipe.options, Recipe().options
-    stored = model.recipe.options
-    return {key: stored[key] for key in stored if ours[key] == published[key]}
+    return {
+        name: replace(each, model=in_precision(each.model, config.sampling.int8))
+        for name, each in drawers.items()
+    }
 
 
 def _models(config: Config) -> Keys:
@@ -233,6 +227,19 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
         raise CheckpointError(
             f"{source}: moe.skipped=mean, but it holds no means of skipped experts; allowed: zero"
         )
+    ours = config.sampling.recipe
+    stored = "dynamic" in _models(config) and config.sample.selection == "stored"
+    if stored and model.recipe != Recipe():
+        if ours not in (Recipe(), model.recipe):
+            raise CheckpointError(
+                f"{source}: sampling is given ({ours}), but a recipe is stored ({model.recipe}); "
+                "allowed: none, or sample.selection=given"
+            )
+        if model.recipe.skipping.scales and config.drafter.var is not None:
+            raise CheckpointError(
+                f"{source}: its recipe skips tokens, drafter.var={config.drafter.var} cannot; "
+                "allowed: drafter.var=null"
+            )
     if config.sample.selection == "given" and "dynamic" in _models(config):
         shape, given = model.moe.config, config.selection
         scales = (shape.num_scales, model.moe_scales)
@@ -259,7 +266,7 @@ def _draw(
             drawer.model,
             vqvae,
             [label] * min(sampling.batch_size, pictures.per_class - start),
-            **{**sampling.options, **drawer.recipe},
+            **{**sampling.options, **(drawer.recipe or sampling.recipe).options},
             seed=seed,
             selection=drawer.selection,
             start_index=start,
@@ -304,8 +311,7 @@ def needs(config: Config) -> Keys:
 
 def refuse(config: Config) -> None:
     """Raise ConfigError for what a model to sample from cannot do."""
-    if config.sampling.int8:
-        check_int8()
+    check_int8(config.sampling.int8)
     if "dense" in _models(config):
         token_skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
 

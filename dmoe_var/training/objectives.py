@@ -99,7 +99,8 @@ class VARTrainingConfig(TokenTrainingConfig):
     """Training of the dense VAR."""
 
     start: PathOrName | None = None
-    """Weights that training begins with: a source as base.var; null draws new ones."""
+    """Weights that training begins with: a source as base.var, of which later stages ask the
+    content too; null draws new ones."""
     snapshot_every: Annotated[int, Field(gt=0)] | None = None
     """Steps from one model that is kept in snapshots/ to the next; null keeps none."""
 

@@ -564,17 +564,23 @@ def test_a_card_shows_what_records_say(card_of, tmp_path):
 
 
 def test_evaluations_of_one_setting_are_joined_over_their_seeds(card_of):
-    """Of another number of images, or under other guidance, it is another line."""
+    """Of another number of images it is another line; under other guidance, another recipe."""
     seed = {"config": CONFIG | {"evaluate.seed": 8}, "seed": 8}
     other = replace(POINT, **seed, metrics={**POINT.metrics, "fid_efflite0_64px": 13.5})
     few = replace(other, num_samples=10)
     unguided = replace(POINT, config=CONFIG | {"sampling.cfg": 0.0})
     card = card_of([POINT, few, other, unguided])
-    rows = [line.split(" | ")[3:] for line in card.text.splitlines() if "(this model" in line]
-    assert [(row[0], row[1], row[-1]) for row in rows] == [
-        ("1000", "7, 8", "fid_efflite0_64px 13 ± 0.71; recall 0.25 |"),
-        ("10", "8", "fid_efflite0_64px 13.5; recall 0.25 |"),
-        ("1000", "7", "fid_efflite0_64px 12.5; recall 0.25 |"),
+    lines = [
+        line for line in card.text.splitlines() if "threshold" in line and " | 1, 3 | " in line
+    ]
+    rows = [line.split(" | ")[3:] for line in lines]
+    assert [
+        ("(this model" in line, row[0], row[1], row[-1])
+        for line, row in zip(lines, rows, strict=True)
+    ] == [
+        (True, "1000", "7, 8", "fid_efflite0_64px 13 ± 0.71; recall 0.25 |"),
+        (True, "10", "8", "fid_efflite0_64px 13.5; recall 0.25 |"),
+        (False, "1000", "7", "fid_efflite0_64px 12.5; recall 0.25 |"),
     ]
 
 

@@ -70,6 +70,7 @@ WRONG = [
     # unknown keys
     ({"sede": 1}, ("sede: unknown key", "did you mean seed?", "run_dir")),
     ({"train_var.step": 1}, ("train_var.step: unknown key", "did you mean steps?", "batch_size")),
+    ({"train_var.start": "digits"}, ("train_var.start=digits: nothing is trained", "base.var=")),
     ({"sparsify.start": "digits"}, ("sparsify.start: unknown key", "activation_checkpointing")),
     ({"sparsify.snapshot_every": 9}, ("sparsify.snapshot_every: unknown key",)),
     # types

@@ -11,14 +11,18 @@ from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.models import int8
-from dmoe_var.models.int8 import in_int8
+from dmoe_var.models.int8 import in_precision
 from dmoe_var.sampling_time import sampling
-from dmoe_var.stages import benchmark
-from dmoe_var.stages.parts import loaded
+from dmoe_var.stages import benchmark, maps, sample
+from dmoe_var.stages.parts import loaded, timed_samplers
 
 pytest.importorskip("torchao")
 
-INT8 = {"sampling.int8": True}
+INT8 = {"sampling.int8": "dynamic"}
+
+
+def int8_of(model):
+    return in_precision(model, "dynamic")
 
 
 def held(model):
@@ -32,7 +36,7 @@ def test_which_layers(make_var, make_moe):
     dense = make_var(num_classes=10)
     model = DynamicVAR(dense, make_moe(dense), (2, 3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    made = held(in_int8(model))
+    made = held(int8_of(model))
     within = {name.removeprefix("dense.") for name in made if name.startswith("dense.")}
     for name in ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1"):
         assert f"blocks.0.{name}.weight" in within
@@ -46,7 +50,7 @@ def test_which_layers(make_var, make_moe):
 def test_a_product_by_its_definition(make_var):
     """Weights by output channel and activations by token, each in 255 steps over its range."""
     plain = make_var(num_classes=10)
-    made, layer = in_int8(plain).blocks[0].ffn.fc1, plain.blocks[0].ffn.fc1
+    made, layer = int8_of(plain).blocks[0].ffn.fc1, plain.blocks[0].ffn.fc1
     x = torch.randn(33, layer.in_features, generator=torch.Generator().manual_seed(0))
 
     def rounded(values):
@@ -70,33 +74,76 @@ def test_a_point(make_experiment, runs, images_of, model):
     dense, rules = model == "dense", experiment.config.selection.rules()
     whole = loaded.dense(experiment) if dense else loaded.dynamic(experiment)
     vqvae, options = loaded.vqvae(experiment), {} if dense else {"selection": rules}
-    image = to_uint8(generate(in_int8(whole), vqvae, [3], start_index=3, **options))[0]
+    image = to_uint8(generate(int8_of(whole), vqvae, [3], start_index=3, **options))[0]
     drawn = images_of(experiment.folder("evaluate") / "samples.npz")
     assert np.abs(image.astype(int) - drawn[3]).max() <= 1
     if dense:
         counted = count_flops(whole, vqvae, [i % 10 for i in range(len(drawn))])
         assert record.metrics["flops_gmac"] == pytest.approx(counted.total_gmac)
-    assert record.config["sampling.int8"] is True
+    assert record.config["sampling.int8"] == "dynamic"
     assert "sampling.int8" not in plain.relevant("evaluate")
     assert plain.variant("evaluate") != experiment.variant("evaluate")
 
 
-def test_other_stages(make_experiment, runs):
-    """Pictures, maps and times are of the model in 8 bits too."""
-    experiment = make_experiment(runs, {**INT8, "benchmark.tau": (0.5,), "benchmark.repeats": 1})
+def test_other_stages(make_experiment, runs, monkeypatch):
+    """Pictures, maps and times are of the model in 8 bits too; means are those of the floats."""
+    chosen = {"sample.classes": [3], "sample.per_class": 1, "benchmark.tau": (0.5,)}
+    changes = {
+        **INT8,
+        **chosen,
+        "benchmark.repeats": 1,
+        "benchmark.warmup": 0,
+        "moe.skipped": "mean",
+    }
+    experiment, seen = make_experiment(runs, changes), []
+    for module in (sample, maps, timed_samplers):
+
+        def noting(model, asked, name=module.__name__):
+            seen.append((name.rpartition(".")[2], asked))
+            return in_precision(model, asked)
+
+        monkeypatch.setattr(module, "in_precision", noting)
     run_stage(experiment, "sample")
     run_stage(experiment, "maps")
-    record = benchmark.run(experiment.read_by("benchmark"))
-    assert min(v for k, v in record.metrics.items() if k.endswith("_ms_median")) > 0
+    record = run_stage(experiment, "benchmark")
+    assert {("sample", "dynamic"), ("maps", "dynamic")} <= set(seen)
+    assert {row["name"] for row in record.about["timings"]} == {"dense", "plain", "dynamic_tau0.5"}
+    task = benchmark._cases(experiment.read_by("benchmark"), benchmark._sources(experiment), 1)[
+        0
+    ].task
+    assert held(task.load()[0])
+    assert not held(task.load(counted=True)[0])
+
+
+def test_what_is_shared_stays_shared(make_var, make_moe):
+    """So AdaLN projects once in 8 bits as in floats, and is held once."""
+    dense = make_var(num_classes=10)
+    made = int8_of(DynamicVAR(dense, make_moe(dense), (2, 3)))
+    assert [step.projects for step in made.plan()] == [True, False, False, False]
+    assert made.moe.blocks[0].attn.proj.weight is made.dense.blocks[0].attn.proj.weight
+
+
+def test_weights_alone(make_var):
+    """Their products are those of the rounded weights."""
+    plain = make_var(num_classes=10)
+    made = in_precision(plain, "weights").blocks[0].ffn.fc1
+    layer = plain.blocks[0].ffn.fc1
+    x = torch.randn(9, layer.in_features, generator=torch.Generator().manual_seed(0))
+    step = layer.weight.detach().abs().amax(-1, keepdim=True) / 127.5
+    rounded = (layer.weight.detach() / step).round().clamp(-128, 127) * step
+    expected, exact = (x @ weight.T + layer.bias for weight in (rounded, layer.weight))
+    with torch.inference_mode(), sampling():
+        assert (made(x) - expected).norm() < 0.3 * (exact - expected).norm()
+    assert in_precision(plain, "none") is plain
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "report", "export", "find_recipe"])
 def test_stages_that_know_floats_alone(make_experiment, stage):
-    with pytest.raises(ConfigError, match=r"sampling\.int8=true: .*; allowed here: false"):
+    with pytest.raises(ConfigError, match=r"sampling\.int8=dynamic: .*; allowed here: none"):
         make_experiment(changes=INT8).check(stage)
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "sample", "benchmark"])
+@pytest.mark.parametrize("stage", ["evaluate", "sample", "maps", "benchmark"])
 def test_without_torchao(make_experiment, monkeypatch, stage):
     monkeypatch.setattr(int8, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs torchao .*\[int8\]"):

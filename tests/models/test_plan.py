@@ -40,6 +40,9 @@ def test_projections_of_the_same_weights_are_computed_once(make_var, make_vqvae,
     expected = generate(model, vqvae, LABELS, adaln_every_scale=True)
     assert torch.equal(generate(model, vqvae, LABELS), expected)
     assert len({sum(fixed_cost(each, vqvae).macs["adaln"]) for each in (model, dense)}) == 1
+    model.moe.blocks[0].ada_lin.register_forward_hook(lambda *_: None)  # which has to be called
+    assert [step.projects for step in model.plan()] == [True, True, False, False]
+    model.moe.blocks[0].ada_lin._forward_hooks.clear()
     half = model.to(torch.bfloat16)
     assert [step.projects for step in half.plan()] == [True, False, False, False]
 

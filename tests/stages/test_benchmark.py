@@ -174,6 +174,21 @@ def test_side_by_side(make_experiment, runs, warm_processes):
     assert (experiment.folder("benchmark") / "part_times.png").stat().st_size > 1000
 
 
+def test_a_recipe_stands_beside_the_model_as_published(make_experiment, runs, warm_processes):
+    """The dense model is timed under both; what saves time is told against either."""
+    changes = {"sampling.cfg": (1.5, 1.5, 0.0, 0.0), "benchmark.tau": [0.9], "benchmark.repeats": 1}
+    record = run_stage(make_experiment(runs, changes), "benchmark")
+    rows = {row["name"]: row for row in record.about["timings"]}
+    assert list(rows) == ["dense", "plain", "dynamic_tau0.9"]
+    uncut = run_stage(make_experiment(runs, {"evaluate.model": "dense"}), "evaluate")
+    assert rows["plain"]["flops_gmac"] == pytest.approx(uncut.metrics["flops_gmac"])
+    assert rows["dense"]["flops_gmac"] < rows["plain"]["flops_gmac"]
+    for name in ("dense", "dynamic_tau0.9"):
+        ratio = rows[name]["ms_median"] / rows["plain"]["ms_median"]
+        assert record.metrics[f"{name}_plain_ratio"] == pytest.approx(ratio)
+    assert "plain_plain_ratio" not in record.metrics
+
+
 @pytest.mark.slow
 def test_compiled(make_experiment, files, warm_processes, tmp_path):
     """Beside the eager one, of the same images' cost; its transformer is one part."""

@@ -213,19 +213,29 @@ def test_pretrained(make_experiment, pretrained, tmp_path, runs, selection, tau)
         assert np.array_equal(*found)
 
 
+STORED = (1.5, 0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
-    ("given", "cfg"), [({}, (1.5, 0.0, 0.0, 0.0)), ({"sampling.cfg": 2.0}, 2.0)]
+    ("given", "cfg"),
+    [({}, STORED), ({"sampling.cfg": 2.0, "sample.selection": "given"}, 2.0)],
 )
 def test_a_stored_recipe(make_experiment, pretrained, tmp_path, runs, given, cfg):
-    """It holds where the configuration says nothing."""
+    """It is taken whole, or the configuration's is; the record says so."""
     path = pretrained["sample.pretrained"]
     model = DynamicVAR.from_pretrained(path)
-    model.recipe = Recipe(cfg=(1.5, 0.0, 0.0, 0.0))
+    model.recipe = Recipe(STORED)
     model.save_pretrained(path)
-    experiment = settled(make_experiment(tmp_path, {**pretrained, **given}))[0]
-    ours = make_experiment(runs, {**CHOSEN, "selection.tau": [0.9, 0.8], "sampling.cfg": cfg})
-    for each in (experiment, ours):
-        run_stage(each, "sample")
+    taus = {"selection.tau": [0.9, 0.8]}
+    experiment = settled(make_experiment(tmp_path, {**pretrained, **taus, **given}))[0]
+    ours = make_experiment(runs, {**CHOSEN, **taus, "sampling.cfg": cfg})
+    records = [run_stage(each, "sample") for each in (experiment, ours)]
+    assert [record.about.get("recipe", {}).get("cfg") for record in records] == [
+        None if given else STORED, None,
+    ]  # fmt: skip
+    clash = settled(make_experiment(tmp_path, {**pretrained, "sampling.cfg": 3.0}))[0]
+    with pytest.raises(CheckpointError, match="a recipe is stored"):
+        run_stage(clash, "sample")
     found = [stored(each.folder("sample") / "dynamic")["arr_0"] for each in (experiment, ours)]
     assert np.array_equal(*found)
 

@@ -4,7 +4,8 @@
  * adds an expert's rows to sums that lie where the output will. Nothing as wide as x is gathered,
  * stored or scattered for a (token, expert) pair.
  *
- * A row's arithmetic does not depend on other rows: its products are added in order of k, and its
+ * A row's arithmetic does not depend on other rows: its products are added in order of k (two by
+ * two, if they are made in pairs), and its
  * experts in order of e. So the bits depend neither on the number of threads nor on the batch.
  *
  * After ReLU most hidden values are 0. Where enough of them are, fc2 leaves their products out: what

@@ -178,8 +178,8 @@ def drafted(config: Config, refiner: VAR | DynamicVAR, by: VAR | None) -> AnyVAR
 
 def refuse_int8(config: Config, why: str) -> None:
     """Raise ConfigError for 8 bits in a stage that knows only floats."""
-    if config.sampling.int8:
-        raise ConfigError(f"sampling.int8=true: {why}; allowed here: false")
+    if config.sampling.int8 != "none":
+        raise ConfigError(f"sampling.int8={config.sampling.int8}: {why}; allowed here: none")
 
 
 @dataclass(frozen=True)

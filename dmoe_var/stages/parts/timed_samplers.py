@@ -17,7 +17,7 @@ from dmoe_var.metrics.timing import Call
 from dmoe_var.models.blocks import Block
 from dmoe_var.models.collaborative_var import AnyVAR, CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.int8 import in_int8
+from dmoe_var.models.int8 import in_precision
 from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection
@@ -64,9 +64,8 @@ class Task:
             model = CollaborativeVAR(load_var(self.drafter, vqvae), model, self.drafted_scales)
         dtype = self.sampling.torch_dtype
         model = model.to(self.device, dtype)
-        if self.sampling.int8 and not counted:
-            model = in_int8(model)
-        return model, vqvae.to(self.device, dtype)
+        int8 = "none" if counted else self.sampling.int8
+        return in_precision(model, int8), vqvae.to(self.device, dtype)
 
     def options(self) -> dict[str, Any]:
         """Collect the options of `generate`, with a newly seeded generator."""
@@ -78,7 +77,7 @@ class Task:
         }
 
     def flops(self) -> FlopReport:
-        """Count FLOPs over the images that are timed."""
+        """Count FLOPs over the images that are timed, as the model in floats routes them."""
         model, vqvae = self.load(counted=True)
         labels = list(self.labels)
         return count_flops(model, vqvae, labels, batch_size=len(labels), **self.options())
