@@ -88,23 +88,22 @@ def steps(
     shape = cache.config
     branches_S = branches or (1,) * shape.num_scales
     found: list[Step] = []
-    projectors: dict[Backbone, Backbone] = {}  # by backbone
     for si, (backbone, own) in enumerate(zip(backbones, shape.scale_slices, strict=True)):
         since, start = si, own.start
         if 0 < si <= first and backbone is found[-1].backbone and backbone.config.experts is None:
             joined = found.pop()
             since, start = joined.since, joined.tokens.start
-        projects = adaln_every_scale or backbone not in projectors
-        if projects:
-            others = () if adaln_every_scale else dict.fromkeys(projectors.values())
-            alike = next((each for each in others if backbone.projects_as(each)), None)
-            projects, projectors[backbone] = alike is None, alike or backbone
+        known = {} if adaln_every_scale else {step.backbone: step.projector for step in found}
+        projector = known.get(backbone)
+        if projector is None:
+            others = dict.fromkeys(known.values())
+            projector = next((each for each in others if backbone.projects_as(each)), None)
         predicted = own.stop - own.start if si >= first else 0
         rows, tokens = branches_S[max(si, first)], slice(start, own.stop)
         skips = None
         if skipping is not None:
             skips = skipping.at(si, shape.patch_nums, rows if share_mask else 1)
-        adaln = (projectors[backbone], projects)
+        adaln = (projector or backbone, projector is None)
         found.append(Step(si, backbone, rows, tokens, cache, *adaln, since, predicted, skips))
     return tuple(found)
 

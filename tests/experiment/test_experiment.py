@@ -81,10 +81,10 @@ READ_BY = [
     ({"tune_experts.steps": 5}, from_("tune_experts") | DRAWN),
     ({"train_router.condition": "both"}, from_("train_router") | DRAWN),
     ({"moe.impl": "reference"}, POINTS | SHOWN | CALIBRATED | {"export"} | DRAWN),
-    ({"sampling.cfg": 2}, POINTS | SHOWN | CALIBRATED | TIMED | DRAWN),
+    ({"sampling.cfg": 2}, POINTS | SHOWN | CALIBRATED | TIMED | DRAWN | {"export"}),
     (
         {"sampling.skipping.ratios": [0, 0, 0, 0.5], "sampling.skipping.first_layer": 0},
-        POINTS | SHOWN | CALIBRATED | TIMED | DRAWN,
+        POINTS | SHOWN | CALIBRATED | TIMED | DRAWN | {"export"},
     ),
     ({"selection.tau": 0.5}, {"sample", "evaluate", "export"} | SHOWN | DRAWN),
     ({"evaluate.seed": 1}, {"evaluate"} | TIMED),
