@@ -78,8 +78,8 @@ class SamplingConfig:
     @property
     def options(self) -> dict[str, Any]:
         """The fields that are arguments of `generate`."""
-        names = ("cfg", "top_k", "top_p", "more_smooth", "share_mask", "skipping")
-        return {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in ("top_k", "top_p", "more_smooth")}
+        return own | self.recipe.options
 
     @property
     def recipe(self) -> Recipe:
@@ -89,7 +89,7 @@ class SamplingConfig:
     @property
     def counted(self) -> dict[str, Any]:
         """The fields that are arguments of `metrics.flops_fixed.fixed_cost`."""
-        return {name: getattr(self, name) for name in ("cfg", "share_mask", "skipping")}
+        return self.recipe.options
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var import DynamicVAR, Random, Threshold, generate
-from dmoe_var.conversion.relufication import relufy
+from dmoe_var import Random, Threshold, generate
 from dmoe_var.metrics.flops import count_flops, report
 from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.models.guidance import branches, by_scale, guide, text
@@ -18,16 +17,6 @@ SMALL = {"top_k": 20, "top_p": 0.9, "seed": 2}
 ENDS = (1.5, 1.5, 0.0, 0.0)
 NEVER_ENDS = (1.5, 1.5, 0.0, 1e-30)
 """Guides as ENDS does, since 1 + 1e-30 is 1, but runs both halves at every scale."""
-
-
-@pytest.fixture(scope="module")
-def vqvae(make_vqvae):
-    return make_vqvae()
-
-
-@pytest.fixture(scope="module")
-def dynamic(make_var, make_moe):
-    return DynamicVAR(make_var(seed=0), make_moe(relufy(make_var(seed=1))), (2, 3))
 
 
 def test_guide():

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from dmoe_var import DynamicVAR, Oracle, Random, TokenSkipping, count_flops, generate
-from dmoe_var.conversion.relufication import relufy
+from dmoe_var import Oracle, Random, TokenSkipping, count_flops, generate
 from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.token_skipping import ScaleSkipping, Skip
@@ -26,16 +25,6 @@ SMALL = {"top_k": 20, "top_p": 0.9, "seed": 2}
 RATIOS = (0.0, 0.0, 0.4, 0.5)
 KEPT = (1, 4, 5, 8)  # of 1, 4, 9, 16
 BY_DISTANCE, BY_ROUTER = (TokenSkipping(RATIOS, m, first_layer=1) for m in ("distance", "router"))
-
-
-@pytest.fixture(scope="module")
-def vqvae(make_vqvae):
-    return make_vqvae()
-
-
-@pytest.fixture(scope="module")
-def dynamic(make_var, make_moe):
-    return DynamicVAR(make_var(seed=0), make_moe(relufy(make_var(seed=1))), (2, 3))
 
 
 class Sees(Observer):
