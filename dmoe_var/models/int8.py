@@ -18,10 +18,6 @@ from dmoe_var.models.dynamic_var import DynamicVAR
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FLOATS = ("router",)
-"""Names of modules whose linear layers stay: what they decide is not to be rounded."""
-
-
 Int8 = Literal["none", "dynamic", "weights"]
 
 
@@ -54,7 +50,7 @@ def in_precision(model: Model, asked: Int8) -> Model:
     def is_held(module: nn.Module, name: str) -> bool:
         places = name.split(".")
         within = "blocks" in places or "head" in places
-        return within and isinstance(module, nn.Linear) and not set(FLOATS) & set(places)
+        return isinstance(module, nn.Linear) and within and "router" not in places
 
     joined = [each for each in made.modules() if isinstance(each, DynamicVAR)]
     shared = [each.shared_names for each in joined]

@@ -235,10 +235,8 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     rule, found = selection.kind, selection.rules()
     rules = tuple(found) if isinstance(found, list) else (found,)
     name = "dense" if dense else rule.wording or rule.name
-    recipe = _recipe(first)
-    told = (SKIPPING if recipe.skipping.scales else "") + (
-        "" if config.get("sampling.int8", "none") == "none" else ", in 8 bits"
-    )
+    recipe, in_8_bits = _recipe(first), config.get("sampling.int8", "none") != "none"
+    told = (SKIPPING if recipe.skipping.scales else "") + (", in 8 bits" if in_8_bits else "")
     return Measured(
         name=name + told,
         rules=() if dense else rules,
@@ -246,7 +244,7 @@ def _evaluated(records: Sequence[Record]) -> Measured:
         num_images=first.num_samples,
         seeds=tuple(record.seed for record in records),
         cfg=config["sampling.cfg"],
-        recipe=None if "sampling.int8" in config else recipe,
+        recipe=None if in_8_bits else recipe,
         fidelity=first.about["fidelity"],
         row=joined(records),
         skipped=config.get("moe.skipped", "zero"),
