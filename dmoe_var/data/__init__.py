@@ -9,6 +9,7 @@ from dmoe_var.data.config import DataConfig
 from dmoe_var.data.digits import load_digits
 from dmoe_var.data.image_folder import load_image_folders
 from dmoe_var.data.images import Images
+from dmoe_var.data.in_memory import KeptImages
 
 
 def load_data(
@@ -31,4 +32,7 @@ def load_data(
     if config.kind == "cifar10":
         limits, views = (config.limit, config.held_out), (config.augmentations, config.flip)
         return load_cifar10(config.root, *limits, *views, fetch=fetch)
-    return load_image_folders(config, num_classes, hashes, progress)
+    training, held_out = load_image_folders(config, num_classes, hashes, progress)
+    if config.in_memory:
+        return KeptImages(training), KeptImages(held_out)
+    return training, held_out

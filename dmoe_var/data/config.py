@@ -62,6 +62,9 @@ class DataConfig:
     unreadable: Literal["refuse", "skip"] = "refuse"
     """A picture that cannot be decoded ends the run once all were tried (refuse), or is left
     out (skip)."""
+    in_memory: bool = False
+    """Whether a picture is decoded once and its pixels are kept: for small sets that are read in
+    many epochs."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Decoding threads per process; 0 decodes in the encoder's thread."""
     encode_batch: Count = 64

@@ -1,4 +1,4 @@
-"""Hold a small data set in memory.
+"""Hold small data sets in memory, from the start or as they are read.
 
 Legend: B batch, N images, R image side in pixels.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoe_var.data.images import Decoded, Indices, scaled
+from dmoe_var.data.images import Decoded, Images, Indices, scaled
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,49 @@ class ImageSet:
     def decode(self, indices: Sequence[int]) -> Decoded:
         """Return images, uint8 (B, R, R, 3); none is unreadable."""
         return Decoded(self.pixels(indices), [])
+
+
+class KeptImages:
+    """Another set's images, each of which is read once."""
+
+    def __init__(self, images: Images):
+        self.images = images
+        self.labels, self.num_classes = images.labels, images.num_classes
+        self._kept_N = np.zeros(len(images), dtype=bool)
+        self._pixels_NRR3: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        return self.images.key
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def about(self) -> dict[str, Any]:
+        return self.images.about()
+
+    def pixels(self, indices: Indices) -> np.ndarray:
+        """Return images, uint8 (B, R, R, 3)."""
+        asked_B = np.asarray(indices, dtype=np.int64)
+        missing = np.unique(asked_B[~self._kept_N[asked_B]])
+        if len(missing):
+            pixels_BRR3 = self.images.pixels(missing)
+            if self._pixels_NRR3 is None:
+                self._pixels_NRR3 = np.empty((len(self), *pixels_BRR3.shape[1:]), np.uint8)
+            self._pixels_NRR3[missing] = pixels_BRR3
+            self._kept_N[missing] = True
+        if self._pixels_NRR3 is None:  # nothing was asked for yet
+            return self.images.pixels(asked_B)
+        kept: np.ndarray = self._pixels_NRR3[asked_B]
+        return kept
+
+    def tensors(self, indices: Indices) -> Tensor:
+        """Return images (B, 3, R, R) in [-1, 1], float32."""
+        return scaled(torch.from_numpy(self.pixels(indices)))
+
+    def decode(self, indices: Sequence[int]) -> Decoded:
+        """Do as the other set does, for one that reads each image once anyway."""
+        return self.images.decode(indices)
 
 
 def spread(labels_N: np.ndarray, number: int) -> np.ndarray:

@@ -331,9 +331,10 @@ def test_no_such_source():
 # Names
 
 
-def test_the_packaged_base_models():
-    vqvae = load_vqvae("digits")
-    var = load_var("digits", vqvae)
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_the_packaged_base_models(name):
+    vqvae = load_vqvae(name)
+    var = load_var(name, vqvae)
     assert (var.config.num_classes, var.config.patch_nums) == (10, vqvae.config.patch_nums)
     assert not var.training
 

@@ -179,6 +179,24 @@ def test_augmentations_of_a_picture_cost_one_decoding(root, folder_images, monke
 # Which pictures
 
 
+def test_pictures_kept_in_memory_are_the_same_and_are_decoded_once(
+    root, folder_images, monkeypatch
+):
+    read, _ = folder_images(root, augmentations=2)
+    kept, held_out = folder_images(root, augmentations=2, in_memory=True)
+    opened, was = Counter(), Cut.opened
+    monkeypatch.setattr(Cut, "opened", lambda cut, path: opened.update([path]) or was(cut, path))
+    for indices in ([3, 0, 3], [], [11, 3, 1], range(12), [5]):
+        found = kept.pixels(np.asarray(indices, dtype=np.int64))
+        assert len(found) == len(indices)
+        if len(indices):
+            np.testing.assert_array_equal(found, read.decode(indices).pixels_BRR3)
+    opened.clear()
+    kept.tensors(torch.arange(12))
+    assert not opened
+    assert (kept.key, kept.about(), len(held_out)) == (read.key, read.about(), 7)
+
+
 def test_labels_are_places_of_sorted_names(root, folder_images):
     training, held_out = folder_images(root, augmentations=2, num_classes=3)
     assert training.classes == held_out.classes == {"a": 0, "b": 1, "c": 2}

@@ -30,7 +30,7 @@ WRONG = [
     ("sample", ["-m", "classes=3,10"], ("sample.classes: 10 must be within 0..9",)),
     ("sample", ["sample.model=both"], ("train_router is not done", "sample.model=dense")),
     ("train_var", ["-m", "seed=0,1", "train_var.lr=1e-3,-1"], ("train_var.lr=-1", "greater than")),
-    ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: cifar10, d")),
+    ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: cifar10, ")),
     ("sweep", ["sweep.lists.mine="], ("sweep.lists.mine='': must be", "0..1, or a list")),
     ("sample", ["seed=1", "tau=0.2\r"], ("'tau=0.2\\r'", "carriage return", "CRLF")),
     ("train_var", ["-m", "seed=range(1,1)"], ("seed=range(1,1): not one point",)),
