@@ -21,6 +21,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from dmoe_var.checkpoints.hub import network_errors
+from dmoe_var.checkpoints.load import PACKAGED, is_name
 from dmoe_var.checkpoints.safetensors_io import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -46,6 +47,8 @@ EXPORTED = "dynamic_var"
 """Name that the export stage gives to a saved model's folder."""
 FRAMEWORK = {"format": "pt"}
 """Entry of a file's metadata that the hub's tools look for; the others name shared tensors."""
+DENSE_BESIDE = {"dense": "../var"}
+"""Entry for a packaged model, whose dense weights are those of the base VAR that lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,11 @@ class DynamicVARConfig:
     """Left out if it is the published one."""
 
 
-def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
-    """Write a model's folder whole or not at all. card: the text of its README.md.
+def write_model(
+    model: DynamicVAR, folder: str | Path, card: str, *, dense_beside: bool = False
+) -> None:
+    """Write a model's folder whole or not at all. card: the text of its README.md. dense_beside:
+    leave out the dense weights, which are in ../var.
 
     In an existing folder only the files of a saved model are replaced: hidden and other files stay.
     Raise CheckpointError if there are other files and no saved model, or if writing fails.
@@ -96,10 +102,14 @@ def write_model(model: DynamicVAR, folder: str | Path, card: str) -> None:
         del content["recipe"]
     twins = {f"moe.{name}": f"dense.{name}" for name in model.shared_names}
     tensors = {name: t for name, t in model.state_dict().items() if name not in twins}
+    about = FRAMEWORK | twins
+    if dense_beside:
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("dense.")}
+        about |= DENSE_BESIDE
     try:
         _check_replaceable(folder)
         with whole_folder(folder) as temporary:
-            write_tensors(temporary / MODEL_FILE, tensors, FRAMEWORK | twins)
+            write_tensors(temporary / MODEL_FILE, tensors, about)
             write_config(temporary, KIND, content, library_version=_version())
             (temporary / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
@@ -116,7 +126,8 @@ def from_pretrained(
     """Load a model in eval mode on the CPU, its weights memory-mapped, from a folder or the hub.
 
     source: a folder of `save_pretrained` (or the file of weights in it, or the folder of the export
-    stage around it), or a hub repository ("owner/name"). revision: the repository's branch, tag or
+    stage around it), the name of a model that this package carries ("cifar10"), or a hub repository
+    ("owner/name"). revision: the repository's branch, tag or
     commit. cache_dir, local_files_only and token are huggingface_hub's.
     Only numbers are read, strictly. Raise CheckpointError, in one line, for anything missing,
     unexpected, cut short or out of range, or if the hub cannot be reached.
@@ -142,7 +153,9 @@ def _fetched(repo_id: str) -> Path:
 
 
 def _local(source: str | Path) -> Path | None:
-    """Find the folder that a path stands for; return None for what is no path here."""
+    """Find the folder that a name or a path stands for; return None for what is neither here."""
+    if is_name(source) and (PACKAGED / source / EXPORTED).is_dir():
+        return PACKAGED / source / EXPORTED
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -212,6 +225,9 @@ def _load_folder(folder: Path) -> DynamicVAR:
     config = read_config(folder, KIND, DynamicVARConfig)
     path = folder / MODEL_FILE
     tensors, about = read_tensors(path)
+    if about.items() >= DENSE_BESIDE.items():
+        dense_path = folder / DENSE_BESIDE["dense"] / MODEL_FILE
+        tensors |= {f"dense.{name}": t for name, t in read_tensors(dense_path)[0].items()}
     doubled = sorted(about.keys() & tensors.keys())
     if doubled:
         raise CheckpointError(f"{path}: {', '.join(doubled)}: there, and said to be left out")

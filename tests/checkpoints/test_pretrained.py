@@ -32,7 +32,8 @@ from dmoe_var import (
     TokenSkipping,
     TopK,
 )
-from dmoe_var.checkpoints import pretrained
+from dmoe_var.checkpoints import load_var, pretrained
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.conversion.relufication import relufy
 from dmoe_var.errors import CheckpointError, DataError
 from dmoe_var.experiment.record import SCHEMA_VERSION, Record
@@ -628,3 +629,22 @@ def test_a_broken_record_is_refused(card_of, tmp_path):
     path.write_text(json.dumps({"schema_version": SCHEMA_VERSION}))
     with pytest.raises(DataError, match=r"result\.json"):
         card_of([path])
+
+
+def test_a_packaged_model_takes_its_dense_weights_from_beside_it(make_model, tmp_path):
+    model = make_model(Threshold(0.25))
+    save_checkpoint(tmp_path / "var", model.dense)
+    folder = tmp_path / pretrained.EXPORTED
+    pretrained.write_model(model, folder, "", dense_beside=True)
+    assert all(name.startswith("moe.") for name in load_file(folder / "model.safetensors"))
+    loaded = DynamicVAR.from_pretrained(folder)
+    assert same(loaded, model)
+    assert loaded.selection == Threshold(0.25)
+    shutil.rmtree(tmp_path / "var")
+    refused(folder, "var", "model.safetensors")
+
+
+def test_a_packaged_model_by_its_name():
+    model = DynamicVAR.from_pretrained("cifar10")
+    assert same(model.dense, load_var("cifar10"))
+    assert model.moe_scales == (4, 5, 6)
