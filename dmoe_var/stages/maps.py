@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from dmoe_var.distributed import barrier, is_main
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.expert_maps import ExpertMaps
+from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.int8 import check_int8, in_precision
+from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.observer import joined
 from dmoe_var.moe.selection import Selection, SelectionConfig
@@ -61,7 +64,6 @@ def stored_maps(folder: Path, number: int) -> ExpertMaps:
     return ExpertMaps(images, maps)
 
 
-@torch.inference_mode()
 def collect_maps(
     experiment: Experiment, models: Models, labels: Sequence[int], selection: Selection, seed: int
 ) -> ExpertMaps:
@@ -71,25 +73,40 @@ def collect_maps(
     refiner = DynamicVAR(models.dense, models.experts, config.moe.scales)
     let_means_stand(models, experiment, refiner, models.vqvae, selection)
     model = in_precision(models.drafted(experiment, refiner), config.sampling.int8)
-    counts, pictures = ExpertCounts(), DecodedScales(models.vqvae, config.moe.scales)
+    options = {**config.sampling.options, "impl": config.moe.impl}
+    return maps_of(model, refiner, models.vqvae, labels, selection, seed, **options)
+
+
+@torch.inference_mode()
+def maps_of(
+    model: AnyVAR,
+    refiner: DynamicVAR,
+    vqvae: VQVAE,
+    labels: Sequence[int],
+    selection: Selection,
+    seed: int,
+    **options: Any,
+) -> ExpertMaps:
+    """Sample one image per label by a model, and map the experts of `refiner`: the model, or the
+    part of it that has experts. options: see `generate`."""
+    scales, experts, sides = refiner.moe_scales, refiner.moe.config, vqvae.config.patch_nums
+    counts, pictures = ExpertCounts(), DecodedScales(vqvae, scales)
     generate(
         model,
-        models.vqvae,
+        vqvae,
         list(labels),
-        **config.sampling.options,
+        **options,
         seed=seed,
         selection=selection,
-        impl=config.moe.impl,
         observer=joined(counts, pictures),
     )
-    most = config.var.depth * (config.var.hidden // config.split.expert_size)
-    sides, maps = config.var.patch_nums, []
-    for si in config.moe.scales:
+    maps = []
+    for si in scales:
         ran_KNl = counts.per_token(si)[:, : len(labels)].clamp_min(0)  # skipped tokens ran none
-        conditional_Nl = ran_KNl.sum(0).float() / most
+        conditional_Nl = ran_KNl.sum(0).float() / (experts.depth * experts.num_experts)
         share_N1pp = conditional_Nl.view(len(labels), 1, sides[si], sides[si])
         maps.append(F.interpolate(share_N1pp, size=sides[-1], mode="nearest")[:, 0].cpu().numpy())
-    images = np.stack([pictures.by_scale[si] for si in config.moe.scales], axis=1)
+    images = np.stack([pictures.by_scale[si] for si in scales], axis=1)
     return ExpertMaps(images, np.stack(maps, axis=1))
 
 

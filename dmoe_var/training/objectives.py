@@ -5,6 +5,7 @@ Legend: B batch, L tokens of all scales, V vocabulary, H neurons of an FFN.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from dmoe_var.config_fields import STRICT, PathOrName, Scales, Share
 from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
+from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
@@ -32,6 +34,8 @@ class TokenObjective:
     """What the token-level objectives share: batches of tokens, teacher inputs, validation."""
 
     repeatable = True
+    most_validated = sys.maxsize
+    """Most held-out images in a validation, spread evenly over the set."""
 
     def __init__(
         self, var: VAR, vqvae: VQVAE, training: TokenSet, held_out: TokenSet, config: OptimConfig
@@ -60,8 +64,11 @@ class TokenObjective:
         return torch.where(is_null_B, self.var.config.num_classes, labels_B)
 
     def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield all held-out images in order; every process gets its share of the batches."""
-        batches = torch.arange(len(self.held_out)).split(self.validation_batch)
+        """Yield the held-out images that are validated, in order; every process gets its share of
+        the batches."""
+        batches = evenly_strided(len(self.held_out), self.most_validated).split(
+            self.validation_batch
+        )
         for indices_B in batches[rank() :: world_size()]:
             yield self.batch(self.held_out, indices_B)
 

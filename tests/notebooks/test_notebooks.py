@@ -15,10 +15,6 @@ nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-SHORT = (
-    "threads=1 device=cpu sparsify.steps=2 sparsify.batch_size=4 sparsify.micro_batch_size=4 "
-    "train_router.steps=2 train_router.batch_size=4 train_router.micro_batch_size=4"
-)
 
 
 def ran(name, monkeypatch, **environment):
@@ -63,19 +59,14 @@ def test_figures(tmp_path, monkeypatch):
     }
 
 
-def test_demo(tmp_path, monkeypatch):
-    """With two steps a stage: a grid of the dense model, one a tau, and the maps; less cost with
-    every tau."""
-    text, pictures, _ = ran(
-        "demo", monkeypatch, DMOE_VAR_DEMO=SHORT, DMOE_VAR_RUNS=tmp_path / "runs"
-    )
-    for stage in ("sparsify", "split", "train_router"):
-        assert f"{stage} runs\n" in text
+def test_demo(monkeypatch):
+    """A grid of the dense model, one for each tau, and the maps; less cost with every tau."""
+    text, pictures, _ = ran("demo", monkeypatch)
     dense = float(re.search(r"dense: ([\d.]+) GMAC", text)[1])
     found = re.findall(r"tau ([\d.]+): ([\d.]+) GMAC", text)
     taus, costs = zip(*((float(tau), float(cost)) for tau, cost in found[:5]), strict=True)
     assert taus == (0, 0.2, 0.4, 0.6, 0.8)
-    assert (costs[0], costs[-1]) == (max(costs), min(costs))
+    assert list(costs) == sorted(costs, reverse=True)
     assert costs[-1] < dense <= 1.1 * costs[0]
     assert len(pictures) >= 7
     assert all(picture.std() > 10 for picture in pictures)

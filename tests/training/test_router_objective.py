@@ -172,6 +172,23 @@ def test_validation_by_branch_layer_and_scale(build, held_out, monkeypatch):
         )
 
 
+def test_validation_takes_images_all_over_the_set(build, monkeypatch):
+    objective, _ = build("router")
+    seen, batch = [], objective.batch
+
+    def noted(tokens, indices_B):
+        seen.extend(indices_B.tolist())
+        return batch(tokens, indices_B)
+
+    monkeypatch.setattr(objective, "batch", noted)
+    total = len(objective.held_out)
+    for most, expected in ((2, [0, total // 2]), (total + 1, [*range(total)])):
+        monkeypatch.setattr(objective, "most_validated", most)
+        seen.clear()
+        assert len([*objective.held_out_batches()]) == 1
+        assert seen == expected
+
+
 def test_rank_agreement_is_spearmans():
     """Ties count as ties: sparse experts have a norm of exactly 0. Where there is no order to
     predict it is 0."""
