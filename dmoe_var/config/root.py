@@ -59,7 +59,7 @@ class BaseConfig:
     var: PathOrName | None = None
     """Source of the dense VAR; null trains one (train_var)."""
     classifier: PathOrName | None = None
-    """Source of the classifier that sees labels, a path; null trains one (train_classifier)."""
+    """Source of the classifier that sees labels; null trains one (train_classifier)."""
 
 
 @dataclass(frozen=True)
