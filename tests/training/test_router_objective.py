@@ -131,16 +131,22 @@ def test_constant_prediction_is_off_by_the_variance(build, vqvae, tokens, batch)
     assert metrics["val_mse_constant"] == pytest.approx(float(sum(variances) / 2), rel=1e-4)
 
 
-def test_the_constant_is_that_of_images_all_over_the_set(build, monkeypatch):
-    """The first images of a folder are of one class."""
-    objective, _ = build("router")
+def noted(objective, monkeypatch):
+    """List the images that an objective asks for from now on, by their indices."""
     seen, batch = [], objective.batch
 
-    def noted(tokens, indices_B):
+    def asked(tokens, indices_B):
         seen.extend(indices_B.tolist())
         return batch(tokens, indices_B)
 
-    monkeypatch.setattr(objective, "batch", noted)
+    monkeypatch.setattr(objective, "batch", asked)
+    return seen
+
+
+def test_the_constant_is_that_of_images_all_over_the_set(build, monkeypatch):
+    """The first images of a folder are of one class."""
+    objective, _ = build("router")
+    seen = noted(objective, monkeypatch)
     monkeypatch.setattr("dmoe_var.training.router_objective.CONSTANT_IMAGES", 4)
     assert len(objective.constants_LE) == 2
     quarter = objective.num_examples // 4
@@ -174,13 +180,7 @@ def test_validation_by_branch_layer_and_scale(build, held_out, monkeypatch):
 
 def test_validation_takes_images_all_over_the_set(build, monkeypatch):
     objective, _ = build("router")
-    seen, batch = [], objective.batch
-
-    def noted(tokens, indices_B):
-        seen.extend(indices_B.tolist())
-        return batch(tokens, indices_B)
-
-    monkeypatch.setattr(objective, "batch", noted)
+    seen = noted(objective, monkeypatch)
     total = len(objective.held_out)
     for most, expected in ((2, [0, total // 2]), (total + 1, [*range(total)])):
         monkeypatch.setattr(objective, "most_validated", most)
