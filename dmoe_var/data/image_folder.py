@@ -34,7 +34,7 @@ from dmoe_var.data.class_folders import (
     list_pictures,
     shown,
 )
-from dmoe_var.data.images import Decoded, Indices, Unreadable, scaled
+from dmoe_var.data.images import CPU, Decoded, Indices, Unreadable, scaled
 from dmoe_var.data.pictures import UnreadablePictureError, open_rgb
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import ConfigError, DataError
@@ -171,9 +171,9 @@ class FolderImages:
                 raise UnreadablePictureError(Path(broken.path), broken.reason)
         return np.concatenate([part.pixels_BRR3 for part in decoded])
 
-    def tensors(self, indices: Indices) -> Tensor:
+    def tensors(self, indices: Indices, device: torch.device = CPU) -> Tensor:
         """Return images (B, 3, R, R) in [-1, 1], float32. Raise DataError as `pixels` does."""
-        return scaled(torch.from_numpy(self.pixels(indices)))
+        return scaled(torch.from_numpy(self.pixels(indices)).to(device))
 
 
 def load_image_folders(

@@ -17,6 +17,7 @@ from torch import Tensor
 from dmoe_var.errors import InputError
 
 Indices = Tensor | np.ndarray | Sequence[int]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Images(Protocol):
         """Return images, uint8 (B, R, R, 3)."""
         ...
 
-    def tensors(self, indices: Indices) -> Tensor:
-        """Return images (B, 3, R, R) in [-1, 1], float32."""
+    def tensors(self, indices: Indices, device: torch.device = CPU) -> Tensor:
+        """Return images (B, 3, R, R) in [-1, 1], float32; they travel to the device as bytes."""
         ...
 
     def decode(self, indices: Sequence[int]) -> Decoded:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoe_var.data.images import Decoded, Images, Indices, scaled
+from dmoe_var.data.images import CPU, Decoded, Images, Indices, scaled
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class ImageSet:
         """Return images, uint8 (B, R, R, 3)."""
         return self.images[np.asarray(indices, dtype=np.int64)]
 
-    def tensors(self, indices: Indices) -> Tensor:
+    def tensors(self, indices: Indices, device: torch.device = CPU) -> Tensor:
         """Return images (B, 3, R, R) in [-1, 1], float32."""
-        return scaled(torch.from_numpy(self.pixels(indices)))
+        return scaled(torch.from_numpy(self.pixels(indices)).to(device))
 
     def decode(self, indices: Sequence[int]) -> Decoded:
         """Return images, uint8 (B, R, R, 3); none is unreadable."""
@@ -88,9 +88,9 @@ class KeptImages:
         kept: np.ndarray = self._pixels_NRR3[asked_B]
         return kept
 
-    def tensors(self, indices: Indices) -> Tensor:
+    def tensors(self, indices: Indices, device: torch.device = CPU) -> Tensor:
         """Return images (B, 3, R, R) in [-1, 1], float32."""
-        return scaled(torch.from_numpy(self.pixels(indices)))
+        return scaled(torch.from_numpy(self.pixels(indices)).to(device))
 
     def decode(self, indices: Sequence[int]) -> Decoded:
         """Do as the other set does, for one that reads each image once anyway."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmoe_var.config_fields import Share
-from dmoe_var.data.images import Images, scaled
+from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.classifier import ResNetClassifier
 from dmoe_var.training.objectives import VALIDATION_BATCH, Mean
@@ -104,8 +104,7 @@ class ClassifierObjective:
 
     def _batch(self, images: Images, indices_B: Tensor) -> tuple[Tensor, Tensor]:
         labels_B = torch.from_numpy(images.labels[indices_B.numpy()])
-        pixels_BRR3 = torch.from_numpy(images.pixels(indices_B))
-        return scaled(pixels_BRR3.to(self.device)), labels_B.to(self.device)
+        return images.tensors(indices_B, self.device), labels_B.to(self.device)
 
 
 def varied(images_B3RR: Tensor, flip: bool, shift: int) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmoe_var.config_fields import Share
-from dmoe_var.data.images import Images, scaled
+from dmoe_var.data.images import Images
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.ops import at_least_float32
@@ -112,7 +112,7 @@ class VQVAEObjective:
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
-        images_B3RR = self._images(self.training, indices_B)
+        images_B3RR = self.training.tensors(indices_B, self.device)
         if step == 0:
             self._restart(images_B3RR, torch.ones_like(self._hits(), dtype=torch.bool))
         out_B3RR, quantisation, tokens = self.vqvae(images_B3RR)
@@ -128,10 +128,6 @@ class VQVAEObjective:
         self._last_batch = images_B3RR
         logged["codes_alive"] = int((self._hits() > 0).sum())
         return loss, logged
-
-    def _images(self, images: Images, indices_B: Tensor) -> Tensor:
-        """Return images (B, 3, R, R) in [-1, 1]; they travel to the device as bytes."""
-        return scaled(torch.from_numpy(images.pixels(indices_B)).to(self.device))
 
     @torch.no_grad()
     def _count(self, tokens: list[Tensor]) -> None:
@@ -176,7 +172,7 @@ class VQVAEObjective:
         config = self.vqvae.config
         used_SV = torch.zeros(len(config.patch_nums), config.vocab_size, dtype=torch.bool)
         for indices_B in torch.arange(len(self.held_out)).split(VALIDATION_BATCH):
-            images_B3RR = self._images(self.held_out, indices_B)
+            images_B3RR = self.held_out.tensors(indices_B, self.device)
             tokens = self.vqvae.encode(images_B3RR)
             out_B3RR = self.vqvae.decode(tokens)
             mean.add("val_mse", F.mse_loss(out_B3RR, images_B3RR), len(indices_B))

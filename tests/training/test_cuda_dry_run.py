@@ -12,9 +12,8 @@ LOOP = {"training/step.py:add", "training/loop.py:train", "training/objectives.p
 """Who waits for the GPU: the loop for the loss and for the gradient's norm, and each mean of a
 validation. Under a mask also every layer, to refuse scores that are not finite."""
 TOKENS = {"data/token_cache.py:teacher_forced", "models/var.py:check_labels", "values.py:_python"}
-VQVAE = {
-    f"training/vqvae_objective.py:{name}" for name in ("_images", "loss", "_restart", "validate")
-}
+VQVAE = {f"training/vqvae_objective.py:{name}" for name in ("loss", "_restart", "validate")}
+VQVAE |= {"data/in_memory.py:tensors"}
 WAITS = {
     "vqvae": LOOP | VQVAE,
     "sparsify": LOOP | TOKENS | {"training/objectives.py:loss"},
