@@ -127,8 +127,8 @@ def from_pretrained(
 
     source: a folder of `save_pretrained` (or the file of weights in it, or the folder of the export
     stage around it), the name of a model that this package carries ("cifar10"), or a hub repository
-    ("owner/name"). revision: the repository's branch, tag or commit. cache_dir, local_files_only and
-    token are huggingface_hub's.
+    ("owner/name"). revision: the repository's branch, tag or commit. cache_dir, local_files_only
+    and token are huggingface_hub's.
     Only numbers are read, strictly. Raise CheckpointError, in one line, for anything missing,
     unexpected, cut short or out of range, or if the hub cannot be reached.
     """
