@@ -12,6 +12,7 @@ from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.models.collaborative_var import CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, VARConfig, build_models
@@ -26,6 +27,7 @@ __all__ = [
     "CollaborativeVAR",
     "Cumulative",
     "DynamicVAR",
+    "HeadSkipping",
     "Oracle",
     "Random",
     "Recipe",

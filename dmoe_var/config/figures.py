@@ -42,7 +42,7 @@ class FiguresConfig:
 
     figure: Figures = ("all",)
     """Figures to plot: all (the paper's), or names: 2a to 12, rules, calibration, guidance,
-    drafted, skipped, skipping, conditions, tuned, techniques, accounting, learning."""
+    drafted, skipped, skipping, heads, conditions, tuned, techniques, accounting, learning."""
     make: bool = False
     """First make the records that are missing."""
     plan: bool = False
@@ -88,6 +88,8 @@ class FiguresConfig:
     """Tau that are timed (figure 9)."""
     skipped: Annotated[tuple[NotAll, ...], Several] = (0.25, 0.4, 0.5)
     """Shares of the tokens that are skipped at the last two scales (figure skipping)."""
+    heads: Annotated[tuple[NotAll, ...], Several] = (0.25, 0.5, 0.75)
+    """Shares of the heads that are left out at the last three scales (figure heads)."""
 
     @property
     def used_seeds(self) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ OPTIONAL = {
     "moe.mean_images": "moe.skipped",
     "drafter": "drafter.var",
     "sampling.skipping": "sampling.skipping.ratios",
+    "sampling.heads": "sampling.heads.ratios",
 }
 """Keys and sections that say nothing if a key, their own or one of theirs, is OFF."""
 

@@ -193,7 +193,7 @@ def count_flops(
     call = Call.of(model, vqvae, labels, observer=observer, **generate_options)
     labels_N, rules, first = call.labels_B, call.rules, call.start_index
     how = (call.cfg_S, call.adaln_every_scale, call.more_smooth, call.share_mask, call.skipping)
-    fixed = fixed_cost(model, vqvae, *how)
+    fixed = fixed_cost(model, vqvae, *how, call.heads)
 
     def ran() -> Iterator[ExpertHistogram]:
         for start in range(0, len(labels_N), batch_size):

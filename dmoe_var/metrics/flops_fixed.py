@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.plan import Passes, Step
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, check_pair
@@ -83,11 +84,13 @@ def fixed_cost(
     more_smooth: bool = False,
     share_mask: bool = False,
     skipping: TokenSkipping | None = None,
+    heads: HeadSkipping | None = None,
 ) -> FixedCost:
     """Trace one image through the calls that the sampler makes, on the models' own device.
 
-    cfg, adaln_every_scale, more_smooth, share_mask, skipping: as in `generate`. It costs about as
-    much as sampling one image. Raise UnknownOperatorError for an operator whose cost is not known.
+    cfg, adaln_every_scale, more_smooth, share_mask, skipping, heads: as in `generate`. It costs
+    about as much as sampling one image. Raise UnknownOperatorError for an operator whose cost is
+    not known.
     """
     check_pair(vqvae, model.config)
     config = model.config
@@ -96,7 +99,7 @@ def fixed_cost(
     passes = Passes(null_R, 1)
     scales: list[Counter[str]] = [Counter() for _ in config.patch_nums]
     experts = {}
-    for step in model.plan(branches, adaln_every_scale, skipping, share_mask):
+    for step in model.plan(branches, adaln_every_scale, skipping, share_mask, heads=heads):
         si, backbone = step.si, step.backbone
         if step.projects:
             cond_RC = step.cache.condition(null_R[: step.branches])
@@ -138,7 +141,7 @@ def _step_macs(step: Step, passes: Passes) -> dict[str, int]:
     macs = _trace(lambda x: passes.run(step, x), x_RlC, backbone=backbone)
     layers = range(backbone.config.depth)
     attn = sum((macs[f"backbone.blocks.{i}.attn"] for i in layers), Counter())
-    qkv_proj = attn["linear"] + attn["addmm"]
+    qkv_proj = attn["linear"] + attn["addmm"] + attn["matmul"]  # the last: norms of heads
     parts = {
         "qkv_proj": qkv_proj,
         "attention": attn.total() - qkv_proj,

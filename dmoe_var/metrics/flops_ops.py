@@ -68,7 +68,8 @@ COUNTED: Mapping[str, Handle] = {
 
 FREE = (
     # one or a few operations per element
-    "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "exp", "pow",
+    "add", "add_", "index_add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs",
+    "exp", "pow",
     "addcmul", "square", "sqrt", "rsqrt", "clamp_min", "clamp_max", "gelu", "silu", "silu_",
     "sigmoid", "tanh",
     # reductions and norms
@@ -77,7 +78,7 @@ FREE = (
     "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bicubic2d",
     # moving, looking up, drawing
     "alias", "clone", "lift_fresh", "numpy_T", "expand_as", "view_as", "unflatten", "repeat",
-    "pad", "embedding", "bernoulli_", "topk", "sort", "scatter",
+    "pad", "embedding", "index_select", "ones_like", "bernoulli_", "topk", "sort", "scatter",
 )  # fmt: skip
 """Operators (of the namespace aten) that count as nothing. fvcore ignores some more on its own
 (jit_analysis._IGNORED_OPS): shapes, indices, copies, comparisons, clamps and ReLU, no product."""

@@ -20,6 +20,7 @@ from dmoe_var.moe.layer import feed
 from dmoe_var.ops import Linear, activated, activation, at_least_float32, linear
 
 if TYPE_CHECKING:
+    from dmoe_var.models.head_skipping import Heads
     from dmoe_var.models.token_skipping import Skip
     from dmoe_var.moe.routing import Routing
 
@@ -101,7 +102,12 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(
-        self, x_BLC: Tensor, layer: int, mask_11LL: Tensor | None, cache: KVCache | None
+        self,
+        x_BLC: Tensor,
+        layer: int,
+        mask_11LL: Tensor | None,
+        cache: KVCache | None,
+        heads: Heads | None = None,
     ) -> Tensor:
         B, L, C = x_BLC.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -117,6 +123,8 @@ class SelfAttention(nn.Module):
             k, v = cache.append(layer, k, v)
         mask = None if mask_11LL is None else mask_11LL.to(q.dtype)
         h_BHLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        if heads is not None:
+            return heads.project(h_BHLD, self.proj)
         return self.proj(h_BHLD.transpose(1, 2).reshape(B, L, C))
 
 
@@ -169,16 +177,17 @@ class Block(nn.Module):
         routing: Routing | None = None,
         rows: Rows | None = None,
         skip: Skip | None = None,
+        heads: Heads | None = None,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
         if cache is None:  # with a cache nothing is trained, even in train mode
             gamma1, gamma2 = self.drop_path(gamma1, rows), self.drop_path(gamma2, rows)
         h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
         if skip is None:
-            attended = self.attn(h_BLC, layer, mask_11LL, cache)
+            attended = self.attn(h_BLC, layer, mask_11LL, cache, heads)
         else:
-            attention = partial(self.attn, layer=layer, mask_11LL=mask_11LL, cache=cache)
-            attended = skip.attended(attention, x_BLC, h_BLC)
+            how = {"layer": layer, "mask_11LL": mask_11LL, "cache": cache, "heads": heads}
+            attended = skip.attended(partial(self.attn, **how), x_BLC, h_BLC)
         x_BLC = torch.addcmul(x_BLC, attended, gamma1)
         normed_BLC = self._norm(x_BLC)
         h_BLC = torch.addcmul(shift2, normed_BLC, 1 + scale2)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.plan import Step
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import IN_PAIRS, VAR, Labels, VARConfig
@@ -84,6 +85,7 @@ class CollaborativeVAR(nn.Module):
         adaln_every_scale: bool = False,
         skipping: TokenSkipping | None = None,
         share_mask: bool = False,
+        heads: HeadSkipping | None = None,
     ) -> tuple[Step, ...]:
         """See `VAR.plan`; drafter and refiner have a cache each. Raises ValueError if tokens are to
         be skipped: what one model gave at an earlier scale is no output of the other's."""
@@ -93,10 +95,10 @@ class CollaborativeVAR(nn.Module):
                 "allowed: none"
             )
         how = (branches, adaln_every_scale)
-        drafted = self.drafter.plan(*how)[: self.drafted_scales]
+        drafted = self.drafter.plan(*how, heads=heads)[: self.drafted_scales]
         if not self.refines:
             return drafted
-        return drafted + self.refiner.plan(*how, first=self.drafted_scales)
+        return drafted + self.refiner.plan(*how, first=self.drafted_scales, heads=heads)
 
     @torch.no_grad()
     def forward(

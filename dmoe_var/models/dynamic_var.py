@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.models.build import build_strictly
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.plan import Passes, Step, steps
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
@@ -150,10 +151,11 @@ class DynamicVAR(nn.Module):
         skipping: TokenSkipping | None = None,
         share_mask: bool = False,
         first: int = 0,
+        heads: HeadSkipping | None = None,
     ) -> tuple[Step, ...]:
         """See `VAR.plan`; both backbones share the dense model's embeddings and cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
-        how = (branches, adaln_every_scale, skipping, share_mask, first)
+        how = (branches, adaln_every_scale, skipping, share_mask, first, heads)
         return steps(backbones, self.dense, *how)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmoe_var.models.blocks import Modulation
+from dmoe_var.models.head_skipping import Heads, HeadSkipping, grams
 from dmoe_var.models.kv_cache import GrowingCache, KVCache
 from dmoe_var.models.token_skipping import Outputs, ScaleSkipping, Skip, TokenSkipping
 
@@ -50,6 +51,8 @@ class Step:
     """Tokens that it predicts, the last ones that pass; 0 if it only fills the cache."""
     skipping: ScaleSkipping | None = None
     """How its blocks skip tokens, or note their outputs for a step that does; None is neither."""
+    heads: Heads | None = None
+    """Which heads its blocks project; None is all."""
 
     def num_passing(self, layer: int) -> int:
         """Count the tokens that pass a block."""
@@ -79,18 +82,25 @@ def steps(
     skipping: TokenSkipping | None,
     share_mask: bool,
     first: int = 0,
+    heads: HeadSkipping | None = None,
 ) -> tuple[Step, ...]:
     """Plan one step per scale, each on its backbone, all over one cache. See `VAR.plan`.
 
     The tokens of scales before `first` are known and only fill the cache. They pass together, and
-    with those of `first`, as far as one backbone without experts runs them.
+    with those of `first`, as far as one backbone runs them, without experts and on all heads.
     """
     shape = cache.config
     branches_S = branches or (1,) * shape.num_scales
     found: list[Step] = []
+    grams_of: dict[Backbone, Tensor] = {}
     for si, (backbone, own) in enumerate(zip(backbones, shape.scale_slices, strict=True)):
         since, start = si, own.start
-        if 0 < si <= first and backbone is found[-1].backbone and backbone.config.experts is None:
+        kept = None
+        if heads is not None and heads.num_kept(si, shape.H) < shape.H:
+            if backbone not in grams_of:
+                grams_of[backbone] = grams((b.attn.proj for b in backbone.blocks), shape.H)
+            kept = Heads(heads.num_kept(si, shape.H), grams_of[backbone])
+        if 0 < si <= first and kept is None and _joins(found[-1], backbone):
             joined = found.pop()
             since, start = joined.since, joined.tokens.start
         known = {} if adaln_every_scale else {step.backbone: step.projector for step in found}
@@ -104,8 +114,13 @@ def steps(
         if skipping is not None:
             skips = skipping.at(si, shape.patch_nums, rows if share_mask else 1)
         adaln = (projector or backbone, projector is None)
-        found.append(Step(si, backbone, rows, tokens, cache, *adaln, since, predicted, skips))
+        found.append(Step(si, backbone, rows, tokens, cache, *adaln, since, predicted, skips, kept))
     return tuple(found)
+
+
+def _joins(step: Step, backbone: Backbone) -> bool:
+    """Say whether tokens of the next scale may pass this backbone together with a step's."""
+    return backbone is step.backbone and backbone.config.experts is None and step.heads is None
 
 
 class Passes:
@@ -162,7 +177,7 @@ class Passes:
         assert self._cache is not None
         mod = self._modulations[id(step.projector)]
         skip = None if step.skipping is None else Skip(step.skipping, self._outputs)
-        how = (routing, skip, step.mask(), step.num_predicted)
+        how = (routing, skip, step.mask(), step.num_predicted, step.heads)
         logits_RlV: Tensor = step.backbone.step(x_RlC, mod, self._cache, *how)
         return logits_RlV
 

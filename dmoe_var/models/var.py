@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
+from dmoe_var.models.head_skipping import Heads, HeadSkipping
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import Step, steps
 from dmoe_var.models.token_skipping import Skip, TokenSkipping
@@ -240,12 +241,13 @@ class VAR(nn.Module):
         skipping: TokenSkipping | None = None,
         share_mask: bool = False,
         first: int = 0,
+        heads: HeadSkipping | None = None,
     ) -> tuple[Step, ...]:
         """Plan the steps of an image in order, see `models.plan`. branches: rows per image at
         each scale; None is one at all. adaln_every_scale: each step computes AdaLN's projections,
         not just a backbone's first. share_mask: all rows of an image keep the tokens that its first
         one chooses. first: the first scale that is predicted."""
-        how = (branches, adaln_every_scale, skipping, share_mask, first)
+        how = (branches, adaln_every_scale, skipping, share_mask, first, heads)
         return steps([self] * self.config.num_scales, self, *how)
 
     def condition(self, labels_B: Tensor) -> Tensor:
@@ -300,16 +302,20 @@ class VAR(nn.Module):
         skip: Skip | None = None,
         mask_11lL: Tensor | None = None,
         num_predicted: int | None = None,
+        heads: Heads | None = None,
     ) -> Tensor:
         """Run one scale over the cache of those before it; logits (B, l, V), float32 at least.
 
         mask_11lL: what each of several scales sees of the cache and of the others. num_predicted:
-        how many tokens, from the last on, have logits; None is all.
+        how many tokens, from the last on, have logits; None is all. heads: which heads are
+        projected; None is all.
         """
         for i, block in enumerate(self.blocks):
             here = None if routing is None else routing.at(i)
             skipped = None if skip is None else skip.at(i)
-            x_BlC = block(x_BlC, mod.blocks[i], i, mask_11lL, cache, here, skip=skipped)
+            kept = None if heads is None else heads.at(i)
+            how = (mask_11lL, cache, here, None, skipped, kept)
+            x_BlC = block(x_BlC, mod.blocks[i], i, *how)
             cache.advance(i, int(x_BlC.shape[1]) if skipped is None else skipped.scale.num_kept)
         first = 0 if num_predicted is None else x_BlC.shape[1] - num_predicted
         return self.logits(x_BlC[:, first:], mod)

@@ -20,6 +20,7 @@ from dmoe_var.experiment.points import MEASURES, joined
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.view import says
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import SelectionRule, Threshold, describe, recorded_selection
@@ -37,7 +38,6 @@ experts, they also agree in `moe` and `selection`."""
 CHECKED = ("depth", "width", "num_heads", "num_classes", "patch_nums")
 """Fields of VARConfig that tell a record of another model."""
 UNKNOWN = "-"
-SKIPPING = ", tokens skipped"
 
 Records = Sequence[Record | str | Path]
 
@@ -236,7 +236,15 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     rules = tuple(found) if isinstance(found, list) else (found,)
     name = "dense" if dense else rule.wording or rule.name
     recipe, in_8_bits = _recipe(first), config.get("sampling.int8", "none") != "none"
-    told = (SKIPPING if recipe.skipping.scales else "") + (", in 8 bits" if in_8_bits else "")
+    told = "".join(
+        words
+        for words, said in (
+            (", tokens skipped", recipe.skipping.scales),
+            (", heads skipped", recipe.heads.scales),
+            (", in 8 bits", in_8_bits),
+        )
+        if said
+    )
     return Measured(
         name=name + told,
         rules=() if dense else rules,
@@ -272,10 +280,15 @@ def _swept(record: Record) -> Iterator[Measured]:
 
 def _recipe(record: Record) -> Recipe:
     """Read how images were sampled."""
-    section, config = "sampling.skipping.", record.config
-    skipping = {k.removeprefix(section): v for k, v in config.items() if k.startswith(section)}
+    config = record.config
+
+    def section(name: str) -> dict[str, Any]:
+        own = f"sampling.{name}."
+        return {k.removeprefix(own): v for k, v in config.items() if k.startswith(own)}
+
+    skipping, heads = TokenSkipping(**section("skipping")), HeadSkipping(**section("heads"))
     share_mask = config.get("sampling.share_mask", False)
-    return Recipe(config["sampling.cfg"], share_mask, TokenSkipping(**skipping))
+    return Recipe(config["sampling.cfg"], share_mask, skipping, heads)
 
 
 def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -22,6 +22,7 @@ from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.guidance import Cfg
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.int8 import Int8
 from dmoe_var.models.plan import Passes
 from dmoe_var.models.recipe import Recipe
@@ -41,6 +42,8 @@ from dmoe_var.sampling.token_sampling import (
     soft_mix,
 )
 from dmoe_var.sampling_time import sampling, this_sampling
+
+T = TypeVar("T")
 
 MAX_INDEX = 2**63 - 1  # of int64
 
@@ -71,6 +74,7 @@ class SamplingConfig:
     """Linear layers in 8 bits (beyond the paper; needs torchao): dynamic (weights and activations,
     for CPUs), weights (alone, for GPUs) or none."""
     skipping: TokenSkipping = field(default_factory=TokenSkipping)
+    heads: HeadSkipping = field(default_factory=HeadSkipping)
 
     def __post_init__(self) -> None:
         values.take_fields(self)
@@ -84,7 +88,7 @@ class SamplingConfig:
     @property
     def recipe(self) -> Recipe:
         """The fields that a model's own recipe has too."""
-        return Recipe(self.cfg, self.share_mask, self.skipping)
+        return Recipe(self.cfg, self.share_mask, self.skipping, self.heads)
 
     @property
     def counted(self) -> dict[str, Any]:
@@ -110,6 +114,7 @@ class Call(NamedTuple):
     share_mask: bool
     adaln_every_scale: bool
     skipping: TokenSkipping
+    heads: HeadSkipping
 
     @classmethod
     def of(cls, *args: Any, **named: Any) -> Call:
@@ -123,12 +128,16 @@ class Call(NamedTuple):
         if given.observer is not None and not isinstance(given.observer, Observer):
             raise ValueError(f"observer={values.shown(given.observer)} must be an Observer or None")
         rules = rules_of(given.model, given.tau, given.selection)
-        skipping = _checked_skipping(given.skipping, given.model.config)
+        config = given.model.config
+        skipping = _of_kind(TokenSkipping, "skipping", given.skipping)
+        skipping.check(config.num_scales, config.depth)
         skipping.check_routers(rules)
+        heads = _of_kind(HeadSkipping, "heads", given.heads)
+        heads.check(config.num_scales)
         return cls(
-            check_labels(given.labels, given.model.config.num_classes, device),
+            check_labels(given.labels, config.num_classes, device),
             rules,
-            guidance.by_scale(given.cfg, given.model.config.num_scales),
+            guidance.by_scale(given.cfg, config.num_scales),
             values.whole("top_k", given.top_k, 0),
             values.number("top_p", given.top_p, 0, 1),
             values.whole("seed", given.seed),
@@ -137,6 +146,7 @@ class Call(NamedTuple):
             values.flag("share_mask", given.share_mask),
             values.flag("adaln_every_scale", given.adaln_every_scale),
             skipping,
+            heads,
         )
 
 
@@ -153,12 +163,12 @@ def _check_models(model: AnyVAR, vqvae: VQVAE) -> torch.device:
     return device
 
 
-def _checked_skipping(given: Any, config: VARConfig) -> TokenSkipping:
-    skipping = TokenSkipping() if given is None else given
-    if not isinstance(skipping, TokenSkipping):
-        raise ValueError(f"skipping={values.shown(given)} must be a TokenSkipping or None")
-    skipping.check(config.num_scales, config.depth)
-    return skipping
+def _of_kind(kind: type[T], name: str, given: Any) -> T:
+    """Return an argument of this type, made without fields if None is given."""
+    found = kind() if given is None else given
+    if not isinstance(found, kind):
+        raise ValueError(f"{name}={values.shown(given)} must be a {kind.__name__} or None")
+    return found
 
 
 def _check_generator(generator: Any, device: torch.device) -> None:
@@ -189,6 +199,7 @@ def generate(
     adaln_every_scale: bool = False,
     observer: Observer | None = None,
     skipping: TokenSkipping | None = None,
+    heads: HeadSkipping | None = None,
 ) -> Tensor:
     """Sample images (B, 3, R, R) in [0, 1] of the given classes.
 
@@ -199,17 +210,18 @@ def generate(
     tau, selection: see `resolve_rules`. Without both the model's own `selection` runs, and without
     that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg, top_k, top_p,
     more_smooth, share_mask: see `SamplingConfig`. skipping: which tokens of late scales skip the
-    blocks; None is none. adaln_every_scale: compute AdaLN's projections at
-    each scale, as the published sampler does, instead of once per image. observer: is shown f_hat
-    and which experts run, see `moe.observer`, whose `joined` joins several. Images, and what an
-    observer sees, are plain tensors without a gradient.
+    blocks; None is none. heads: how many attention heads the tokens of late scales leave out; None
+    is none. adaln_every_scale: compute AdaLN's projections at each scale, as the published sampler
+    does, instead of once per image. observer: is shown f_hat and which experts run, see
+    `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are plain
+    tensors without a gradient.
 
     Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
     has no meaning, and at the end if logits were not finite.
     """
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
-        more_smooth, share_mask, impl, adaln_every_scale, observer, skipping,
+        more_smooth, share_mask, impl, adaln_every_scale, observer, skipping, heads,
     )  # fmt: skip
     config, labels_B, rules = model.config, call.labels_B, call.rules
     branches_S = guidance.branches(call.cfg_S)
@@ -225,7 +237,8 @@ def generate(
     in_layers = None if observer is None else observer.in_layers()
     # Scale by scale
     passes = Passes(labels_R, len(labels_B))
-    plan = model.plan(branches_S, call.adaln_every_scale, call.skipping, call.share_mask)
+    how = (branches_S, call.adaln_every_scale, call.skipping, call.share_mask)
+    plan = model.plan(*how, heads=call.heads)
     f_hat_BCHW = torch.zeros((), device=device)
     inputs: dict[int, Tensor] = {}  # by scale, (B, l, Cvae)
     for i, step in enumerate(plan):

@@ -30,17 +30,19 @@ from dmoe_var.metrics.part_timing import median_by_part, median_by_scale
 from dmoe_var.metrics.timing import Timing, time_in_turn
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.guidance import by_scale, text
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.int8 import check_int8
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.sampling.sampler import SamplingConfig
-from dmoe_var.stages.parts import loaded, token_skipping
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.kernels import run_kernels
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
 from dmoe_var.stages.parts.skipped_means import let_means_stand
 from dmoe_var.stages.parts.timed_samplers import Task, ours, published
 
+NOTHING_SKIPPED: Any = {"skipping": TokenSkipping(), "heads": HeadSkipping()}
 OURS, PLAIN, PUBLISHED = "dense", "plain", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
 """Published models of 256 px, by rising depth."""
@@ -259,7 +261,7 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
         assert config.drafter.scales is not None
         cases += _drafted(cases, sources["drafter"], config.drafter.scales)
     if benchmark.smaller is not None:
-        plain = replace(task.sampling, skipping=TokenSkipping())  # what fewer FLOPs buy without
+        plain = replace(task.sampling, **NOTHING_SKIPPED)  # what fewer FLOPs buy without
         smaller = replace(task, var=sources["smaller"], sampling=plain)
         cases.append(Case("smaller", "smaller", None, smaller, smaller.flops()))
     if benchmark.compile == "both":
@@ -276,9 +278,10 @@ def _plain(config: Config) -> SamplingConfig | None:
     Return None if the dense model samples so anyway."""
     ours = config.sampling
     cfg_S = by_scale(ours.cfg, config.var.num_scales)
-    if set(cfg_S[1:]) == {max(cfg_S)} and not ours.skipping.scales and ours.int8 == "none":
+    plain = replace(ours, int8="none", **NOTHING_SKIPPED)
+    if set(cfg_S[1:]) == {max(cfg_S)} and plain.options == ours.options and plain.int8 == ours.int8:
         return None
-    return replace(ours, cfg=max(cfg_S), skipping=TokenSkipping(), int8="none")
+    return replace(plain, cfg=max(cfg_S))
 
 
 def _means(experiment: Experiment, dynamic: Task) -> SkippedMeans | None:
@@ -354,18 +357,16 @@ def refuse(config: Config) -> None:
         raise ConfigError(
             "moe.skipped=mean: benchmark.kernels=true times experts alone; allowed: zero"
         )
-    token_skipping.refuse_router(config, "a benchmark")
+    skipping.refuse_router(config, "a benchmark")
     if benchmark.compile != "eager" or benchmark.kernels:
         loaded.refuse_int8(config, "compiled models and single layers are timed in floats")
     check_int8(config.sampling.int8)
     if benchmark.published is not None:
-        token_skipping.refuse(config, "the published sampler (benchmark.published) skips none")
+        skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:
-        token_skipping.refuse(config, "benchmark.kernels=true times layers on all tokens")
+        skipping.refuse(config, "benchmark.kernels=true times single layers on all tokens")
     if benchmark.compile != "eager":
-        token_skipping.refuse(
-            config, f"benchmark.compile={benchmark.compile} compiles plain blocks"
-        )
+        skipping.refuse(config, f"benchmark.compile={benchmark.compile} compiles plain blocks")
 
 
 STAGE = Stage("benchmark", run, reads, needs, one_process=True, always_runs=True, refuse=refuse)

@@ -23,7 +23,7 @@ from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import calibration as figure
 from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
-from dmoe_var.stages.parts import loaded, token_skipping
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
 from dmoe_var.stages.parts.loaded import needs_experts
 
@@ -260,7 +260,7 @@ def refuse(config: Config) -> None:
     rivals.check(config.calibrate.budgets)
     if config.moe.skipped == "mean":
         raise ConfigError("moe.skipped=mean: tau is calibrated without means; allowed here: zero")
-    token_skipping.refuse(config, "losses are measured under teacher forcing, which skips no token")
+    skipping.refuse(config, "losses are measured under teacher forcing, which skips nothing")
     loaded.refuse_drafter(config, "tau is calibrated for a model that draws every scale")
     loaded.refuse_int8(config, "tau is calibrated in floats")
 

@@ -30,7 +30,7 @@ from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.int8 import check_int8, in_precision
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
-from dmoe_var.stages.parts import loaded, token_skipping
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.loaded import Models, check_drafter, drafter_keys, image_sets
 from dmoe_var.stages.parts.model_kinds import kind_of
 
@@ -250,7 +250,7 @@ def refuse(config: Config) -> None:
             "measured on images that were drawn without it; allowed here: false"
         )
     if config.evaluate.model != "dynamic" and samples is None:
-        token_skipping.refuse_router(config, f"evaluate.model={config.evaluate.model}")
+        skipping.refuse_router(config, f"evaluate.model={config.evaluate.model}")
     reference = config.fidelity.reference
     if reference is None and config.data.unreadable == "skip":
         raise ConfigError(

@@ -75,7 +75,7 @@ def _rule(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def reads(config: Config, ours: Config) -> Keys:
     """Declare the keys; means of skipped experts are of what the sampler runs."""
-    recipe = ("sampling.cfg", "sampling.share_mask", "sampling.skipping")
+    recipe = ("sampling.cfg", "sampling.share_mask", "sampling.skipping", "sampling.heads")
     return (*EXPERTS, "export", *(("sampling",) if config.moe.skipped == "mean" else recipe))
 
 

@@ -32,7 +32,7 @@ from dmoe_var.report.pictures import png_uri
 from dmoe_var.report.records import Curves, stages
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.evaluate import Bench, needs_classifier, refuse_given_samples
-from dmoe_var.stages.parts import token_skipping
+from dmoe_var.stages.parts import skipping
 from dmoe_var.stages.parts.loaded import EXPERTS, needs_experts, refuse_drafter, refuse_int8
 from dmoe_var.stages.parts.skipped_means import get_means, let_means_stand
 
@@ -207,7 +207,7 @@ def _draw(
 def refuse(config: Config) -> None:
     """Raise ConfigError for samples or sampling that a report does not tell of."""
     refuse_given_samples(config)
-    token_skipping.refuse(config, "the report shows what routers did for every token")
+    skipping.refuse_tokens(config, "the report shows what routers did for every token")
     refuse_drafter(config, "the page tells of models without one")
     refuse_int8(config, "the page tells of models in floats")
 

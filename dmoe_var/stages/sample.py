@@ -36,7 +36,7 @@ from dmoe_var.moe.selection import Selection, describe
 from dmoe_var.moe.tau_schedule import check_configured
 from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
-from dmoe_var.stages.parts import loaded, token_skipping
+from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
 from dmoe_var.stages.parts.skipped_means import let_means_stand
 
@@ -313,7 +313,7 @@ def refuse(config: Config) -> None:
     """Raise ConfigError for what a model to sample from cannot do."""
     check_int8(config.sampling.int8)
     if "dense" in _models(config):
-        token_skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
+        skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
 
 
 STAGE = Stage("sample", run, reads, needs, refuse=refuse)

@@ -29,7 +29,7 @@ from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.sampling.draw import SAMPLES_FILE, Samples
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.maps import collect_maps
-from dmoe_var.stages.parts import token_skipping
+from dmoe_var.stages.parts import skipping
 from dmoe_var.stages.parts.loaded import drafter_keys, needs_experts
 from dmoe_var.stages.parts.skipped_means import get_means
 
@@ -259,7 +259,7 @@ def refuse(config: Config) -> None:
     """Raise ConfigError for what a point or a sweep cannot do with the configuration."""
     evaluate.refuse(config)
     evaluate.refuse_given_samples(config)
-    token_skipping.refuse_router(config, "a sweep")
+    skipping.refuse_router(config, "a sweep")
     if config.sweep.part is not None:
         raise ConfigError(
             f"sweep.part={config.sweep.part}: a part of a sweep is measured by scripts/sweep.py; "

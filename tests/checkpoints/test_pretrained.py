@@ -25,6 +25,7 @@ from dmoe_var import (
     All,
     Cumulative,
     DynamicVAR,
+    HeadSkipping,
     Oracle,
     Random,
     Recipe,
@@ -109,7 +110,8 @@ def test_round_trip_is_bitwise(make_model, tmp_path, selection, fields):
     assert not loaded.training
 
 
-RECIPE = Recipe((1.5, 1.5, 0, 0), True, TokenSkipping((0, 0, 0, 0.5), "router", 1))
+HEADS = HeadSkipping((0, 0, 0.5, 0.5))
+RECIPE = Recipe((1.5, 1.5, 0, 0), True, TokenSkipping((0, 0, 0, 0.5), "router", 1), HEADS)
 
 
 def test_a_recipe_travels_with_the_model(make_model, folder, tmp_path):
@@ -121,6 +123,7 @@ def test_a_recipe_travels_with_the_model(make_model, folder, tmp_path):
     assert loaded.recipe == RECIPE
     assert loaded.recipe.options == {
         "cfg": (1.5, 1.5, 0.0, 0.0), "share_mask": True, "skipping": RECIPE.skipping,
+        "heads": RECIPE.heads,
     }  # fmt: skip
     assert "labels=[0, 1], **model.recipe.options)" in (tmp_path / "own/README.md").read_text()
     assert DynamicVAR.from_pretrained(folder).recipe == Recipe()
@@ -133,6 +136,7 @@ def test_a_recipe_travels_with_the_model(make_model, folder, tmp_path):
         ({"cfg": [1.5, 0.0]}, ["cfg=", "has 2 values; allowed: 1, or one for each of 4 scales"]),
         ({"cfg": -1.0}, ["cfg"]),
         ({"skipping": {"ratios": [0.5, 0, 0, 0]}}, ["must begin with 0"]),
+        ({"heads": {"ratios": [0.5]}}, ["heads.ratios=(0.5,) has 1 values"]),
         ({"top_k": 3}, ["top_k"]),
     ],
 )
@@ -591,6 +595,8 @@ def test_skipped_tokens_are_told(card_of):
     off = {"sampling.skipping.ratios": [], "sampling.skipping.source": 1}
     card = card_of([DENSE, *(replace(POINT, config=CONFIG | each) for each in (skips, off, {}))])
     assert card.text.count("| threshold, tokens skipped | ") == 1
+    heads = {"sampling.heads.ratios": [0, 0, 0, 0.5]}
+    assert "| threshold, heads skipped | " in card_of([replace(POINT, config=CONFIG | heads)]).text
     assert card.text.count("(this model's rule and scales)") == 1
     assert "sampling.skipping.source" not in card_of([replace(POINT, config=CONFIG | off)]).text
 

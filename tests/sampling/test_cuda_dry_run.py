@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var import Cumulative, Oracle, Random, Threshold, TokenSkipping, TopK, generate
+from dmoe_var import (
+    Cumulative,
+    HeadSkipping,
+    Oracle,
+    Random,
+    Threshold,
+    TokenSkipping,
+    TopK,
+    generate,
+)
 from dmoe_var.errors import InputError
 from dmoe_var.models.var import check_labels
 from dmoe_var.moe.counts import ExpertCounts
@@ -82,6 +91,7 @@ def both(request, tiny_models, cuda_dry_run):
         (False, {"impl": "reference", "tau": 0.4, "means": True}, {}),
         (True, {"skipping": BY_DISTANCE, "cfg": (1.5, 1.5, 1.5, 0.0)}, {}),
         (False, {"skipping": BY_ROUTER, "impl": "reference", "tau": 0.4}, {}),
+        (True, {"heads": HeadSkipping((0.0, 0.0, 0.5, 0.5))}, GROUPED),
     ],
     ids=[
         "dense",
@@ -92,6 +102,7 @@ def both(request, tiny_models, cuda_dry_run):
         "means",
         "dense skipping",
         "skipping by router",
+        "heads",
     ],
 )
 def test_images(both, cuda_dry_run, dense, options, more_waits):

@@ -8,7 +8,7 @@ import errno
 import pytest
 import torch
 
-from dmoe_var import Recipe, Threshold, TokenSkipping, TopK
+from dmoe_var import HeadSkipping, Recipe, Threshold, TokenSkipping, TopK
 from dmoe_var.checkpoints import pretrained
 from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.errors import CheckpointError
@@ -76,9 +76,10 @@ def test_the_folder_is_the_configured_model(make_experiment, runs, pushed, chang
 def test_the_recipe_is_that_of_sampling(make_experiment, runs):
     cfg, skips = (1.5, 1.5, 0.0, 0.0), {"ratios": (0.0, 0.0, 0.0, 0.5), "first_layer": 0}
     skipping = {f"sampling.skipping.{key}": value for key, value in skips.items()}
-    experiment = make_experiment(runs, {"sampling.cfg": cfg, **skipping})
+    heads = {"sampling.heads.ratios": (0.0, 0.0, 0.0, 0.5)}
+    experiment = make_experiment(runs, {"sampling.cfg": cfg, **skipping, **heads})
     run_stage(experiment, "export")
-    expected = Recipe(cfg, False, TokenSkipping(**skips))
+    expected = Recipe(cfg, False, TokenSkipping(**skips), HeadSkipping((0.0, 0.0, 0.0, 0.5)))
     assert from_pretrained(saved_in(experiment)).recipe == expected
     assert experiment.variant("export") != make_experiment(runs).variant("export")
 

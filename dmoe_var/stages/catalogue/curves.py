@@ -296,6 +296,36 @@ def skipping(experiment: Experiment) -> Figure:
     return _beside_dense("tokens skipped at the last two scales", curves, claims)
 
 
+@figure("heads")
+def heads(experiment: Experiment) -> Figure:
+    """Leave out heads at the last three scales, in the dense model and beside chosen experts."""
+    config, figures = experiment.config, experiment.config.figures
+    num_scales = config.var.num_scales
+    if num_scales < 4:
+        raise ConfigError(f"figure=heads needs 4 scales or more, the model has {num_scales}")
+    early = (0.0,) * (num_scales - 3)
+    chosen = {"evaluate.model": "dynamic", **operating_point(experiment)}
+
+    def curve(name: str, method: str, changes: Changes, shade: float) -> Curve:
+        points = tuple(
+            Point(f"{r:g}", r, {**changes, "sampling.heads.ratios": (*early, r, r, r)})
+            for r in figures.along(figures.heads)
+        )
+        return Curve(name, method, points, shade)
+
+    alone = _over_tau(experiment, "one tau, all heads", "last")
+    both = curve("chosen tau, heads left out", "chosen", chosen, 1.0)
+    dense = curve("dense, heads left out", "dense", {"evaluate.model": "dense"}, 0.2)
+    claims = [
+        Claim("heads left out cost less than skipped experts", better.name, alone.name)
+        for better in (dense, both)
+    ]
+    curves = [alone, _chosen(experiment), dense, both]
+    return _beside_dense(
+        "heads left out of the projection at the last three scales", curves, claims
+    )
+
+
 @figure("conditions")
 def conditions(experiment: Experiment) -> Figure:
     """Compare routers that are told nothing beside the token with those that are told more."""

@@ -18,6 +18,7 @@ KEYS = {
     "figures.time_tau": [0.0, 0.9],
     "figures.batch_size": 2,
     "figures.skipped": [0.25, 0.5],
+    "figures.heads": [0.25, 0.5],
 }
 
 

@@ -35,6 +35,7 @@ CHOSEN = {
     "evaluate.model": "dynamic", "selection.rule": "threshold", "selection.tau": (0.3, 0.6),
 }  # fmt: skip
 SKIPPING = [{"sampling.skipping.ratios": (0.0, 0.0, r, r)} for r in (0.25, 0.5)]
+HEADS = [{"sampling.heads.ratios": (0.0, r, r, r)} for r in (0.25, 0.5)]
 UNTUNED = {"tune_experts.steps": None, "tune_experts.epochs": None}
 CURVES = {
     "skipping": {
@@ -46,6 +47,13 @@ CURVES = {
         "chosen tau, tokens skipped by router": [
             {**CHOSEN, "sampling.skipping.measure": "router", **each} for each in SKIPPING
         ],
+    },
+    "heads": {
+        "dense VAR": [DENSE],
+        "one tau, all heads": over_tau(),
+        "chosen tau a scale": [CHOSEN],
+        "dense, heads left out": [{**DENSE, **each} for each in HEADS],
+        "chosen tau, heads left out": [{**CHOSEN, **each} for each in HEADS],
     },
     "4": {
         "dense VAR": [DENSE],

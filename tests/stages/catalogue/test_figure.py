@@ -79,6 +79,7 @@ def test_claims_are_about_curves_of_their_figure(experiment):
             "guidance",
             "skipped",
             "skipping",
+            "heads",
             "conditions",
             "tuned",
             "techniques",
