@@ -31,6 +31,7 @@ from dmoe_var.data.class_names import class_index
 from dmoe_var.data.config import DataConfig
 from dmoe_var.launcher import LauncherConfig
 from dmoe_var.metrics.fidelity import ISC_SPLITS, FidelityConfig
+from dmoe_var.models import guidance
 from dmoe_var.models.var import VARConfig
 from dmoe_var.models.vqvae import VQVAEConfig
 from dmoe_var.moe.experts import Impl
@@ -220,13 +221,15 @@ class Config:
 
     def _check_scales(self) -> None:
         try:
-            self.sampling.recipe.check(self.var.num_scales, self.var.depth)
+            guidance.by_scale(self.sampling.cfg, self.var.num_scales)
+            self.sampling.skipping.check(self.var.num_scales, self.var.depth)
+            self.sampling.heads.check(self.var.num_scales)
         except ValueError as error:
             raise ValueError(f"sampling.{error}") from error
         if self.sampling.heads.scales and self.sampling.int8 != "none":
             raise ValueError(
                 f"sampling.heads.ratios={list(self.sampling.heads.ratios)}: sampling.int8="
-                f"{self.sampling.int8} has no heads to leave out; allowed: none"
+                f"{self.sampling.int8} holds projections in 8 bits, without heads; allowed: none"
             )
         if (self.drafter.scales or 0) > self.var.num_scales:
             raise ValueError(

@@ -141,10 +141,10 @@ def _step_macs(step: Step, passes: Passes) -> dict[str, int]:
     macs = _trace(lambda x: passes.run(step, x), x_RlC, backbone=backbone)
     layers = range(backbone.config.depth)
     attn = sum((macs[f"backbone.blocks.{i}.attn"] for i in layers), Counter())
-    qkv_proj = attn["linear"] + attn["addmm"] + attn["matmul"]  # the last: norms of heads
+    attention = attn["scaled_dot_product_attention"]
     parts = {
-        "qkv_proj": qkv_proj,
-        "attention": attn.total() - qkv_proj,
+        "qkv_proj": attn.total() - attention,
+        "attention": attention,
         "ffn": sum(macs[f"backbone.blocks.{i}.ffn"].total() for i in layers),
         "head": macs["backbone.head"].total(),
     }

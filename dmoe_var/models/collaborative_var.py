@@ -32,7 +32,8 @@ class CollaborativeVAR(nn.Module):
     """Draws the first `drafted_scales` scales by the drafter, and the others by the refiner.
 
     At the first scale of its own the refiner reads what was drafted as in training: it computes
-    what it would under teacher forcing, experts at drafted scales included. 0 drafted scales are
+    what it would under teacher forcing, experts at drafted scales included, and leaves out heads
+    where it would have, had it drawn them. 0 drafted scales are
     the refiner alone, all of them the drafter alone. Raises ValueError if the models, or the number
     of scales, do not fit.
     """
@@ -95,7 +96,8 @@ class CollaborativeVAR(nn.Module):
                 "allowed: none"
             )
         how = (branches, adaln_every_scale)
-        drafted = self.drafter.plan(*how, heads=heads)[: self.drafted_scales]
+        early = None if heads is None else heads.before(self.drafted_scales)
+        drafted = self.drafter.plan(*how, heads=early)[: self.drafted_scales]
         if not self.refines:
             return drafted
         return drafted + self.refiner.plan(*how, first=self.drafted_scales, heads=heads)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmoe_var.models.blocks import Modulation
-from dmoe_var.models.head_skipping import Heads, HeadSkipping, grams
+from dmoe_var.models.head_skipping import Heads, HeadSkipping, metrics
 from dmoe_var.models.kv_cache import GrowingCache, KVCache
 from dmoe_var.models.token_skipping import Outputs, ScaleSkipping, Skip, TokenSkipping
 
@@ -92,14 +92,15 @@ def steps(
     shape = cache.config
     branches_S = branches or (1,) * shape.num_scales
     found: list[Step] = []
-    grams_of: dict[Backbone, Tensor] = {}
+    metrics_of: dict[Backbone, Tensor] = {}
     for si, (backbone, own) in enumerate(zip(backbones, shape.scale_slices, strict=True)):
         since, start = si, own.start
         kept = None
         if heads is not None and heads.num_kept(si, shape.H) < shape.H:
-            if backbone not in grams_of:
-                grams_of[backbone] = grams((b.attn.proj for b in backbone.blocks), shape.H)
-            kept = Heads(heads.num_kept(si, shape.H), grams_of[backbone])
+            if backbone not in metrics_of:
+                projections = (block.attn.proj for block in backbone.blocks)
+                metrics_of[backbone] = metrics(projections, shape.H, heads.measure)
+            kept = Heads(heads.num_kept(si, shape.H), metrics_of[backbone])
         if 0 < si <= first and kept is None and _joins(found[-1], backbone):
             joined = found.pop()
             since, start = joined.since, joined.tokens.start

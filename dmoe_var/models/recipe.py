@@ -41,4 +41,4 @@ class Recipe:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments: `generate(model, vqvae, labels, **model.recipe.options)`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -16,7 +16,7 @@ from dmoe_var.data.image_sets import ImageFolder, all_pixels
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.points import ALONE, LABELS, joined, mean
 from dmoe_var.experiment.record import RESULT_FILE, Record, whole_record
-from dmoe_var.experiment.view import within
+from dmoe_var.experiment.view import optional, says, within
 from dmoe_var.figures.fid_over_flops import display_name
 from dmoe_var.figures.style import MARKERS, colour
 from dmoe_var.metrics.flops import SAMPLER_PARTS
@@ -120,9 +120,11 @@ class Curves:
 
     def _comparable(self, record: Record) -> bool:
         """Tell whether a record compares with the sweep's: same model, sampling and measure."""
+        ours, theirs = self.experiment.relevant("evaluate"), record.config
+        said = {key for key in theirs if optional(key) and says(key, theirs)}
         same = all(
-            record.config.get(key) == value
-            for key, value in self.experiment.relevant("evaluate").items()
+            theirs.get(key) == ours.get(key)
+            for key in {*ours, *said}
             if within(key, COMPARED) and key != "fidelity.weights"  # where a file lies
         )
         return same and not differences(self.experiment, record)

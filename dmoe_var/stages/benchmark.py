@@ -351,7 +351,7 @@ def needs(config: Config) -> Keys:
 
 
 def refuse(config: Config) -> None:
-    """Raise ConfigError for what cannot be timed: means by themselves, and some token skipping."""
+    """Raise ConfigError for what cannot be timed: means by themselves, and some skipping."""
     benchmark = config.benchmark
     if benchmark.kernels and config.moe.skipped == "mean":
         raise ConfigError(

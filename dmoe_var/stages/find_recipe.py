@@ -38,7 +38,11 @@ ROUNDS = 4
 """Most calibrations of a combination: techniques beside experts change how many of these run."""
 FIRST_SHARE = 0.99
 """Largest share of the FLOPs that experts are asked to leave, routers included."""
-OFF: dict[str, Any] = {"moe.skipped": "zero", "sampling.skipping.ratios": ()}
+OFF: dict[str, Any] = {
+    "moe.skipped": "zero",
+    "sampling.skipping.ratios": (),
+    "sampling.heads.ratios": (),
+}
 
 Keys = Mapping[str, Any]
 

@@ -207,7 +207,7 @@ def _draw(
 def refuse(config: Config) -> None:
     """Raise ConfigError for samples or sampling that a report does not tell of."""
     refuse_given_samples(config)
-    skipping.refuse_tokens(config, "the report shows what routers did for every token")
+    skipping.refuse(config, "the report shows what routers did for every token, on all heads")
     refuse_drafter(config, "the page tells of models without one")
     refuse_int8(config, "the page tells of models in floats")
 

@@ -240,6 +240,11 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
                 f"{source}: its recipe skips tokens, drafter.var={config.drafter.var} cannot; "
                 "allowed: drafter.var=null"
             )
+        if model.recipe.heads.scales and config.sampling.int8 != "none":
+            raise CheckpointError(
+                f"{source}: its recipe leaves out heads, sampling.int8={config.sampling.int8} has "
+                "projections without heads; allowed: sampling.int8=none"
+            )
     if config.sample.selection == "given" and "dynamic" in _models(config):
         shape, given = model.moe.config, config.selection
         scales = (shape.num_scales, model.moe_scales)

@@ -107,10 +107,12 @@ WRONG = [
     ({"selection.rule": "top_k", "selection.layer_tau": [[0.1]]}, ("layer_tau=[[0.1]] goes with",)),
     ({"sampling.cfg": [1.5, 0]}, ("sampling.cfg=(1.5, 0", "has 2 values", "each of 7 scales")),
     ({"sampling.skipping.ratios": [0, 0.5]}, ("sampling.skipping.ratios=(0.0, 0.5) has 2 values",)),
+    ({"sampling.skipping.ratios": [0, 0]}, ("sampling.skipping.ratios=(0.0, 0.0) has 2 values",)),
+    ({"sampling.heads.ratios": [0, 0]}, ("sampling.heads.ratios=(0.0, 0.0) has 2 values",)),
     ({"sampling.heads.ratios": [0, 0.5]}, ("sampling.heads.ratios=(0.0, 0.5) has 2 values",)),
     (
         {"sampling.heads.ratios": [0, 0, 0, 0, 0, 0, 0.5], "sampling.int8": "dynamic"},
-        ("sampling.int8=dynamic has no heads to leave out",),
+        ("sampling.int8=dynamic holds projections in 8 bits",),
     ),
     ({"sampling.skipping.ratio": [0]}, ("sampling.skipping.ratio: unknown key", "mean ratios?")),
     (

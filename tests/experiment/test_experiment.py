@@ -46,6 +46,7 @@ HOUSEKEEPING = [
     {"sweep.parts": 2, "sweep.part": 1},
     {"sampling.batch_size": 3, "fidelity.batch_size": 5},
     {"sampling.skipping.first_layer": 0, "sampling.skipping.source": 1},  # nothing is skipped
+    {"sampling.heads.measure": "bound"},
     {"train_classifier.log_every": 3, "train_classifier.checkpoint_every": 7},
 ]
 
@@ -84,6 +85,10 @@ READ_BY = [
     ({"sampling.cfg": 2}, POINTS | SHOWN | CALIBRATED | TIMED | DRAWN | {"export"}),
     (
         {"sampling.skipping.ratios": [0, 0, 0, 0.5], "sampling.skipping.first_layer": 0},
+        POINTS | SHOWN | CALIBRATED | TIMED | DRAWN | {"export"},
+    ),
+    (
+        {"sampling.heads.ratios": [0, 0, 0, 0.5]},
         POINTS | SHOWN | CALIBRATED | TIMED | DRAWN | {"export"},
     ),
     ({"selection.tau": 0.5}, {"sample", "evaluate", "export"} | SHOWN | DRAWN),

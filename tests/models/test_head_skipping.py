@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from dmoe_var import CollaborativeVAR, HeadSkipping, Random, TokenSkipping, count_flops, generate
 from dmoe_var.metrics.flops_fixed import fixed_cost
-from dmoe_var.models.head_skipping import Heads, grams
+from dmoe_var.models.head_skipping import Heads, metrics
+from dmoe_var.models.int8 import in_precision
 
 LABELS = [0, 1, 2, 3]
 SMALL = {"top_k": 20, "top_p": 0.9, "seed": 2}
@@ -19,34 +20,42 @@ HALF = HeadSkipping((0.0, 0.0, 0.5, 0.5))
 C, H, D = 64, 2, 32
 
 
+def measured(measure, a_D, W_CD):
+    """A head's output norm, or what bounds it."""
+    return (a_D @ W_CD.T).norm() if measure == "norm" else a_D.norm() * W_CD.norm()
+
+
 @pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("measure", ["norm", "bound"])
 @pytest.mark.parametrize("num_kept", [1, 2, 3])
-def test_a_projection(num_kept):
+def test_a_projection(num_kept, measure):
     """Against its sum in float64, token by token; one head of four is silent."""
     draw = torch.Generator().manual_seed(0)
     proj = torch.nn.Linear(24, 24).double()
     a_BHLD = torch.randn(2, 4, 5, 6, generator=draw, dtype=torch.float64)
     a_BHLD[:, 1] = 0
-    heads = Heads(num_kept, grams([proj, proj], 4)).at(1)
+    heads = Heads(num_kept, metrics([torch.nn.Linear(24, 24), proj], 4, measure)).at(1)
     found = heads.project(a_BHLD, proj)
+    weights = proj.weight.split(6, 1)
     for row, place in torch.cartesian_prod(torch.arange(2), torch.arange(5)):
-        outputs = [
-            a @ W.T for a, W in zip(a_BHLD[row, :, place], proj.weight.split(6, 1), strict=True)
-        ]
-        largest = sorted(outputs, key=lambda out: -out.norm())[:num_kept]
-        assert_close(found[row, place], sum(largest) + proj.bias, rtol=0, atol=1e-12)
+        heads_HD = a_BHLD[row, :, place]
+        order = sorted(range(4), key=lambda i: -measured(measure, heads_HD[i], weights[i]))
+        expected = sum(heads_HD[i] @ weights[i].T for i in order[:num_kept]) + proj.bias
+        assert_close(found[row, place], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_norms_of_half_precision_are_exact(dynamic):
+@pytest.mark.parametrize("measure", ["norm", "bound"])
+def test_measures_of_half_precision_are_not_rounded(dynamic, measure):
     proj = copy.deepcopy(dynamic.dense.blocks[1].attn.proj).bfloat16()
     a_HND = torch.randn(H, 7, D, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = Heads(1, grams([proj], H)).norms(a_HND)
+    found = Heads(1, metrics([proj], H, measure)).measures(a_HND).sqrt()
     weights = proj.weight.double().split(D, 1)
-    true = torch.stack(
-        [(a.double() @ W.T).norm(dim=-1) for a, W in zip(a_HND, weights, strict=True)]
-    )
-    assert_close(found.double(), true, rtol=1e-5, atol=0)
+    true = [
+        torch.stack([measured(measure, a_D, W) for a_D in a_ND.double()])
+        for a_ND, W in zip(a_HND, weights, strict=True)
+    ]
+    assert_close(found.double(), torch.stack(true), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"tau": 0.5}, {"selection": Random(2)}], ids=str)
@@ -88,22 +97,27 @@ def test_an_image_is_the_same_in_any_batch(dynamic, vqvae, options, dtype):
         assert_close(torch.cat(alone), together, rtol=0, atol=1e-4)
 
 
-def test_flops(dynamic, vqvae):
-    """By hand: two rows, two layers; one head of two is projected, both are measured."""
-    report = count_flops(dynamic, vqvae, LABELS, tau=0.5, heads=HALF, **SMALL)
-    plain = fixed_cost(dynamic, vqvae)
+@pytest.mark.parametrize("measure", ["norm", "bound"])
+def test_flops(make_var, vqvae, measure):
+    """By hand: two rows, two layers; three heads of eight are left out, all are measured."""
+    model, ratios = make_var(num_heads=8), (0.0, 0.0, 0.4, 0.4)
+    report = count_flops(model, vqvae, LABELS, heads=HeadSkipping(ratios, measure), **SMALL)
+    plain = fixed_cost(model, vqvae)
     for si, p in enumerate((1, 2, 3, 4)):
-        saved = 4 * p * p * (C * D - H * D * D) if si > 1 else 0
-        assert report.fixed.macs["qkv_proj"][si] == plain.macs["qkv_proj"][si] - saved
+        saved = 3 * C * C // 8 - (C * C // 8 if measure == "norm" else 0) if si > 1 else 0
+        assert report.fixed.macs["qkv_proj"][si] == plain.macs["qkv_proj"][si] - 4 * p * p * saved
     assert report.fixed.macs["attention"] == plain.macs["attention"]
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_a_drafter_and_its_refiner(dynamic, vqvae):
+@pytest.mark.parametrize("ratios", [HALF.ratios, (0.5, 0.0, 0.0, 0.5), (0.0, 0.5, 0.5, 0.0)])
+@pytest.mark.parametrize("drafted", [1, 3, 4])
+def test_a_drafter_and_its_refiner(dynamic, vqvae, ratios, drafted):
     """Known scales pass the refiner as if it had drawn them, on as many heads."""
-    alone = generate(dynamic.dense, vqvae, LABELS, heads=HALF, **SMALL)
-    joined = CollaborativeVAR(dynamic.dense, copy.deepcopy(dynamic.dense), 3)
-    assert_close(generate(joined, vqvae, LABELS, heads=HALF, **SMALL), alone, rtol=0, atol=1e-4)
+    heads, dense = HeadSkipping(ratios), dynamic.dense
+    alone = generate(dense, vqvae, LABELS, heads=heads, **SMALL)
+    joined = CollaborativeVAR(dense, copy.deepcopy(dense), drafted)
+    assert_close(generate(joined, vqvae, LABELS, heads=heads, **SMALL), alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +133,14 @@ def test_what_cannot_be_is_refused(dynamic, vqvae, heads, message):
         generate(dynamic, vqvae, LABELS, heads=heads)
 
 
-def test_a_ratio_is_less_than_1():
-    with pytest.raises(ValueError, match=r"^ratios="):
-        HeadSkipping((1.0,))
+@pytest.mark.parametrize("fields", [{"ratios": (1.0,)}, {"measure": "score"}])
+def test_fields_have_limits(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"^{name}="):
+        HeadSkipping(**fields)
+
+
+def test_8_bits_have_no_heads(dynamic, vqvae):
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match=r"^heads.ratios: projections in 8 bits"):
+        generate(in_precision(dynamic, "dynamic"), vqvae, LABELS, heads=HALF)

@@ -106,9 +106,10 @@ def test_what_is_missing_is_told_and_what_is_too_large_left_out(make_experiment,
 
 def test_single_evaluations_are_shown_too(make_experiment, runs):
     """Several seeds of a setting are one point, in which a seed counts once, whatever its batch
-    size; another number of images is no point beside it."""
+    size; another number of images, and another way to sample, are no points beside it."""
     alone = {"selection.rule": "top_k", "selection.k": 2}
     points = [{"evaluate.seed": 0}, {"evaluate.seed": 1}, {"evaluate.num_samples": 30}]
+    points.append({"evaluate.seed": 2, "sampling.heads.ratios": [0, 0, 0, 0.5]})
     for changes in (*points, {"evaluate.seed": 1, "sampling.batch_size": 7}):
         run_stage(make_experiment(runs, {**alone, **changes}), "evaluate")
     (curve,) = Curves(make_experiment(runs)).shown()["curves"]

@@ -21,6 +21,7 @@ from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.style import Paths
 from dmoe_var.models.guidance import by_scale
+from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.var import VARConfig
 from dmoe_var.stages.catalogue.figure import (
     Changes,
@@ -298,32 +299,42 @@ def skipping(experiment: Experiment) -> Figure:
 
 @figure("heads")
 def heads(experiment: Experiment) -> Figure:
-    """Leave out heads at the last three scales, in the dense model and beside chosen experts."""
+    """Leave out heads at the last three scales: in the dense model by either measure, and beside
+    the chosen experts."""
     config, figures = experiment.config, experiment.config.figures
-    num_scales = config.var.num_scales
+    num_scales, H = config.var.num_scales, config.var.H
     if num_scales < 4:
         raise ConfigError(f"figure=heads needs 4 scales or more, the model has {num_scales}")
+    shares = {HeadSkipping((share,)).num_kept(0, H): share for share in figures.heads[::-1]}
+    shares.pop(H, None)
+    if not shares:
+        raise ConfigError(
+            f"figures.heads={list(figures.heads)}: none leaves out one of {H} heads (var.num_heads)"
+        )
+    along = figures.along(tuple(sorted(shares.values())))
     early = (0.0,) * (num_scales - 3)
+    dense = {"evaluate.model": "dense"}
     chosen = {"evaluate.model": "dynamic", **operating_point(experiment)}
 
-    def curve(name: str, method: str, changes: Changes, shade: float) -> Curve:
+    def curve(name: str, method: str, measure: str, changes: Changes, shade: float) -> Curve:
+        by = {**changes, "sampling.heads.measure": measure}
         points = tuple(
-            Point(f"{r:g}", r, {**changes, "sampling.heads.ratios": (*early, r, r, r)})
-            for r in figures.along(figures.heads)
+            Point(f"{r:g}", r, {**by, "sampling.heads.ratios": (*early, r, r, r)}) for r in along
         )
         return Curve(name, method, points, shade)
 
     alone = _over_tau(experiment, "one tau, all heads", "last")
-    both = curve("chosen tau, heads left out", "chosen", chosen, 1.0)
-    dense = curve("dense, heads left out", "dense", {"evaluate.model": "dense"}, 0.2)
+    without = [
+        curve("dense, heads left out by norm", "dense", "norm", dense, 0.2),
+        curve("dense, heads left out by bound", "dense", "bound", dense, 0.5),
+        curve("chosen tau, heads left out by bound", "chosen", "bound", chosen, 1.0),
+    ]
     claims = [
         Claim("heads left out cost less than skipped experts", better.name, alone.name)
-        for better in (dense, both)
+        for better in without
     ]
-    curves = [alone, _chosen(experiment), dense, both]
-    return _beside_dense(
-        "heads left out of the projection at the last three scales", curves, claims
-    )
+    curves = [alone, _chosen(experiment), *without]
+    return _beside_dense("heads left out at the last three scales", curves, claims)
 
 
 @figure("conditions")

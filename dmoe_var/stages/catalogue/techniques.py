@@ -25,7 +25,7 @@ from dmoe_var.stages.catalogue.figure import (
 
 SKIPPED = 0.4
 """Share of the tokens that are skipped at the last two scales."""
-LEFT_OUT = 0.25
+LEFT_OUT = 0.5
 """Share of the heads that are left out at the last three scales."""
 PLAIN, JOINED = "experts alone", "all joined"
 TABLE = """| | tau | GMAC per image | saved | {fid} | label agreement | ms per image |
@@ -45,7 +45,10 @@ def techniques_of(experiment: Experiment) -> dict[str, Changes]:
         "tokens skipped": {
             "sampling.skipping.ratios": (*(0.0,) * (num_scales - 2), SKIPPED, SKIPPED)
         },
-        "heads left out": {"sampling.heads.ratios": (*(0.0,) * (num_scales - 3), *(LEFT_OUT,) * 3)},
+        "heads left out": {
+            "sampling.heads.ratios": (*(0.0,) * (num_scales - 3), *(LEFT_OUT,) * 3),
+            "sampling.heads.measure": "bound",
+        },
         "routers told scale and class": {"train_router.condition": "both"},
         "tau in the loss": {
             "tune_experts.steps": figures.tuned_steps,

@@ -18,7 +18,8 @@ KEYS = {
     "figures.time_tau": [0.0, 0.9],
     "figures.batch_size": 2,
     "figures.skipped": [0.25, 0.5],
-    "figures.heads": [0.25, 0.5],
+    "figures.heads": [0.25, 0.5, 0.75],
+    "var.num_heads": 2,
 }
 
 

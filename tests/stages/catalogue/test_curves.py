@@ -24,7 +24,7 @@ def rule(name, key, *values):
 
 def of_depth(depth, source):
     """A dense model, alone."""
-    derived = dict.fromkeys(f"var.{n}" for n in ("num_heads", "drop_path", "adaln_gamma_gain"))
+    derived = dict.fromkeys(f"var.{n}" for n in ("drop_path", "adaln_gamma_gain"))
     return {
         **DENSE, "drafter.var": None, "drafter.scales": None, "var.depth": depth,
         "base.var": source, "selection.layer_tau": (), **derived,
@@ -35,7 +35,7 @@ CHOSEN = {
     "evaluate.model": "dynamic", "selection.rule": "threshold", "selection.tau": (0.3, 0.6),
 }  # fmt: skip
 SKIPPING = [{"sampling.skipping.ratios": (0.0, 0.0, r, r)} for r in (0.25, 0.5)]
-HEADS = [{"sampling.heads.ratios": (0.0, r, r, r)} for r in (0.25, 0.5)]
+ONE_HEAD = {"sampling.heads.measure": "bound", "sampling.heads.ratios": (0.0, 0.5, 0.5, 0.5)}
 UNTUNED = {"tune_experts.steps": None, "tune_experts.epochs": None}
 CURVES = {
     "skipping": {
@@ -52,8 +52,9 @@ CURVES = {
         "dense VAR": [DENSE],
         "one tau, all heads": over_tau(),
         "chosen tau a scale": [CHOSEN],
-        "dense, heads left out": [{**DENSE, **each} for each in HEADS],
-        "chosen tau, heads left out": [{**CHOSEN, **each} for each in HEADS],
+        "dense, heads left out by norm": [{**DENSE, **ONE_HEAD, "sampling.heads.measure": "norm"}],
+        "dense, heads left out by bound": [{**DENSE, **ONE_HEAD}],
+        "chosen tau, heads left out by bound": [{**CHOSEN, **ONE_HEAD}],
     },
     "4": {
         "dense VAR": [DENSE],

@@ -19,6 +19,8 @@ ROUTER = "sampling.skipping.measure=router: "
     ("stage", "changes", "message"),
     [
         ("calibrate", ON, f"{ALL}losses are measured under teacher forcing"),
+        ("report", HEADS, f"{SOME_HEADS}the report shows"),
+        ("find_recipe", HEADS, "sampling.heads.ratios="),
         ("report", ON, f"{ALL}the report shows what routers did for every token"),
         ("benchmark", {**ON, "benchmark.published": "x"}, f"{ALL}the published sampler"),
         ("benchmark", {**ON, "benchmark.kernels": True}, f"{ALL}benchmark.kernels=true"),
@@ -36,7 +38,7 @@ ROUTER = "sampling.skipping.measure=router: "
         ("evaluate", {**ON, "evaluate.model": "dense"}, None),
         ("sample", {**BY_ROUTER, "sample.model": "dynamic"}, None),
         *((stage, ON, None) for stage in ("sample", "sweep", "benchmark", "maps")),
-        *((stage, HEADS, None) for stage in ("sample", "sweep", "benchmark", "maps", "report")),
+        *((stage, HEADS, None) for stage in ("sample", "sweep", "benchmark", "maps")),
     ],
 )
 def test_where_it_is_refused(make_experiment, stage, changes, message):
