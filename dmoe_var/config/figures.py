@@ -69,8 +69,8 @@ class FiguresConfig:
     """Alpha of the fine-tuning without ReLUfication (figure 7)."""
     expert_sizes: Annotated[tuple[Positive, ...], Several] = (8, 16, 32, 64, 128, 256)
     """Neurons per expert."""
-    single_scales: Scales = (5, 6, 7, 8, 9)
-    """Scales that run experts alone."""
+    single_scales: Scales | None = None
+    """Scales that run experts alone (figure 4); null is the last five."""
     tuned_tau: Annotated[tuple[Share, ...], Several, Distinct] = (0.4, 0.5)
     """Tau that experts are tuned at (figure tuned)."""
     tuned_steps: Positive = 150

@@ -35,6 +35,8 @@ from dmoe_var.stages.catalogue.figure import (
     shades,
 )
 
+LAST_ALONE = 5
+"""Scales that figure 4 compares if none are given: the last ones."""
 LAST_SCALES = "the last scales are the ones to sparsify"
 
 
@@ -76,7 +78,9 @@ def trade(experiment: Experiment) -> Figure:
 @figure("4")
 def single_scales(experiment: Experiment) -> Figure:
     """Make figure 4: experts at one scale alone."""
-    scales = sorted(experiment.config.figures.single_scales)
+    config = experiment.config
+    every = range(config.var.num_scales)
+    scales = sorted(config.figures.single_scales or every[-LAST_ALONE:])
     curves = [
         _over_tau(experiment, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
         for si, shade in zip(scales, shades(scales), strict=True)

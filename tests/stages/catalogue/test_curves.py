@@ -140,6 +140,12 @@ def test_curves(experiment, name):
     assert shades == sorted(set(shades))
 
 
+def test_figure_4_is_of_the_last_scales_if_none_are_given(make_experiment):
+    curves = FIGURES["4"](make_experiment(edited={"figures.tau": [0.5]})).curves
+    scales = [curve.points[0].changes["moe.scales"] for curve in curves[1:]]
+    assert scales == [(0,), (1,), (2,), (3,)]
+
+
 def test_main_curves(experiment):
     """Figure 3: dense models of other depths stand beside the experts of this one."""
     curves = {c.name: [dict(p.changes) for p in c.points] for c in FIGURES["3"](experiment).curves}
