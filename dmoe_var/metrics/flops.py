@@ -192,8 +192,7 @@ def count_flops(
     batch_size = values.whole("batch_size", batch_size, 1)
     call = Call.of(model, vqvae, labels, observer=observer, **generate_options)
     labels_N, rules, first = call.labels_B, call.rules, call.start_index
-    how = (call.cfg_S, call.adaln_every_scale, call.more_smooth, call.share_mask, call.skipping)
-    fixed = fixed_cost(model, vqvae, *how, call.heads)
+    fixed = fixed_cost(model, vqvae, call.cfg_S, call.more_smooth, **call.plan_options)
 
     def ran() -> Iterator[ExpertHistogram]:
         for start in range(0, len(labels_N), batch_size):

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
-from dmoe_var.models.head_skipping import HeadSkipping
-from dmoe_var.models.plan import Passes, Step
-from dmoe_var.models.token_skipping import TokenSkipping
+from dmoe_var.models.plan import Passes, PlanOptions, Step
 from dmoe_var.models.var import VAR, check_pair
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.router import Context
@@ -80,17 +79,13 @@ def fixed_cost(
     model: AnyVAR,
     vqvae: VQVAE,
     cfg: float | Sequence[float] = 1.5,
-    adaln_every_scale: bool = False,
     more_smooth: bool = False,
-    share_mask: bool = False,
-    skipping: TokenSkipping | None = None,
-    heads: HeadSkipping | None = None,
+    **options: Unpack[PlanOptions],
 ) -> FixedCost:
     """Trace one image through the calls that the sampler makes, on the models' own device.
 
-    cfg, adaln_every_scale, more_smooth, share_mask, skipping, heads: as in `generate`. It costs
-    about as much as sampling one image. Raise UnknownOperatorError for an operator whose cost is
-    not known.
+    cfg, more_smooth and options: as in `generate`. It costs about as much as sampling one image.
+    Raise UnknownOperatorError for an operator whose cost is not known.
     """
     check_pair(vqvae, model.config)
     config = model.config
@@ -99,7 +94,8 @@ def fixed_cost(
     passes = Passes(null_R, 1)
     scales: list[Counter[str]] = [Counter() for _ in config.patch_nums]
     experts = {}
-    for step in model.plan(branches, adaln_every_scale, skipping, share_mask, heads=heads):
+    share_mask = options.get("share_mask", False)
+    for step in model.plan(branches, **options):
         si, backbone = step.si, step.backbone
         if step.projects:
             cond_RC = step.cache.condition(null_R[: step.branches])

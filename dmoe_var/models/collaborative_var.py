@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
-from dmoe_var.models.head_skipping import HeadSkipping
-from dmoe_var.models.plan import Step
-from dmoe_var.models.token_skipping import TokenSkipping
+from dmoe_var.models.plan import PlanOptions, Step
 from dmoe_var.models.var import IN_PAIRS, VAR, Labels, VARConfig
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import Selection
@@ -81,26 +80,21 @@ class CollaborativeVAR(nn.Module):
         return self.refiner.skipped if self.refines else None
 
     def plan(
-        self,
-        branches: Sequence[int] | None = None,
-        adaln_every_scale: bool = False,
-        skipping: TokenSkipping | None = None,
-        share_mask: bool = False,
-        heads: HeadSkipping | None = None,
+        self, branches: Sequence[int] | None = None, **options: Unpack[PlanOptions]
     ) -> tuple[Step, ...]:
         """See `VAR.plan`; drafter and refiner have a cache each. Raises ValueError if tokens are to
         be skipped: what one model gave at an earlier scale is no output of the other's."""
+        skipping, heads = options.get("skipping"), options.get("heads")
         if skipping is not None and skipping.scales:
             raise ValueError(
                 f"skipping.ratios={skipping.ratios}: a drafter and its refiner skip no tokens; "
                 "allowed: none"
             )
-        how = (branches, adaln_every_scale)
-        early = None if heads is None else heads.before(self.drafted_scales)
-        drafted = self.drafter.plan(*how, heads=early)[: self.drafted_scales]
-        if not self.refines:
-            return drafted
-        return drafted + self.refiner.plan(*how, first=self.drafted_scales, heads=heads)
+        first = self.drafted_scales
+        early: PlanOptions = {**options, "heads": None if heads is None else heads.before(first)}
+        late: PlanOptions = {**options, "first": first}
+        drafted = self.drafter.plan(branches, **early)[:first]
+        return drafted + self.refiner.plan(branches, **late) if self.refines else drafted
 
     @torch.no_grad()
     def forward(

@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dmoe_var import values
 from dmoe_var.models.build import build_strictly
-from dmoe_var.models.head_skipping import HeadSkipping
-from dmoe_var.models.plan import Passes, Step, steps
+from dmoe_var.models.plan import Passes, PlanOptions, Step, steps
 from dmoe_var.models.recipe import Recipe
-from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, Labels, VARConfig
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
@@ -145,18 +144,11 @@ class DynamicVAR(nn.Module):
         return self.moe if si in self.replaced_scales else self.dense
 
     def plan(
-        self,
-        branches: Sequence[int] | None = None,
-        adaln_every_scale: bool = False,
-        skipping: TokenSkipping | None = None,
-        share_mask: bool = False,
-        first: int = 0,
-        heads: HeadSkipping | None = None,
+        self, branches: Sequence[int] | None = None, **options: Unpack[PlanOptions]
     ) -> tuple[Step, ...]:
         """See `VAR.plan`; both backbones share the dense model's embeddings and cache."""
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
-        how = (branches, adaln_every_scale, skipping, share_mask, first, heads)
-        return steps(backbones, self.dense, *how)
+        return steps(backbones, self.dense, branches, **options)
 
     @torch.no_grad()
     def forward(
@@ -336,7 +328,7 @@ class Planned(Protocol):
     def selection(self) -> Selection: ...
     def backbone_at(self, si: int) -> VAR: ...
     def plan(
-        self, branches: Sequence[int] | None = None, adaln_every_scale: bool = False
+        self, branches: Sequence[int] | None = None, **options: Unpack[PlanOptions]
     ) -> tuple[Step, ...]: ...
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -74,20 +74,34 @@ class Step:
         return mask_11LL[:, :, self.tokens, : self.tokens.stop]
 
 
+class PlanOptions(TypedDict, total=False):
+    """What a plan can be told; each is as in `generate`, and off if it is left out."""
+
+    adaln_every_scale: bool
+    """Whether each step computes AdaLN's projections, not just a backbone's first."""
+    share_mask: bool
+    """Whether all rows of an image keep the tokens that its first one chooses."""
+    skipping: TokenSkipping | None
+    heads: HeadSkipping | None
+    first: int
+    """The first scale that is predicted."""
+
+
 def steps(
     backbones: Sequence[Backbone],
     cache: Backbone,
     branches: Sequence[int] | None,
-    adaln_every_scale: bool,
-    skipping: TokenSkipping | None,
-    share_mask: bool,
-    first: int = 0,
+    adaln_every_scale: bool = False,
+    share_mask: bool = False,
+    skipping: TokenSkipping | None = None,
     heads: HeadSkipping | None = None,
+    first: int = 0,
 ) -> tuple[Step, ...]:
-    """Plan one step per scale, each on its backbone, all over one cache. See `VAR.plan`.
+    """Plan one step per scale, each on its backbone, all over one cache. See `PlanOptions`.
 
-    The tokens of scales before `first` are known and only fill the cache. They pass together, and
-    with those of `first`, as far as one backbone runs them, without experts and on all heads.
+    branches: rows per image at each scale; None is one at all. The tokens of scales before `first`
+    are known and only fill the cache. They pass together, and with those of `first`, as far as one
+    backbone runs them, without experts and on all heads.
     """
     shape = cache.config
     branches_S = branches or (1,) * shape.num_scales

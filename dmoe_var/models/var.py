@@ -16,13 +16,14 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Unpack
 
 from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
-from dmoe_var.models.head_skipping import Heads, HeadSkipping
+from dmoe_var.models.head_skipping import Heads
 from dmoe_var.models.kv_cache import KVCache
-from dmoe_var.models.plan import Step, steps
-from dmoe_var.models.token_skipping import Skip, TokenSkipping
+from dmoe_var.models.plan import PlanOptions, Step, steps
+from dmoe_var.models.token_skipping import Skip
 from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, PatchNums, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
@@ -235,20 +236,10 @@ class VAR(nn.Module):
         return self
 
     def plan(
-        self,
-        branches: Sequence[int] | None = None,
-        adaln_every_scale: bool = False,
-        skipping: TokenSkipping | None = None,
-        share_mask: bool = False,
-        first: int = 0,
-        heads: HeadSkipping | None = None,
+        self, branches: Sequence[int] | None = None, **options: Unpack[PlanOptions]
     ) -> tuple[Step, ...]:
-        """Plan the steps of an image in order, see `models.plan`. branches: rows per image at
-        each scale; None is one at all. adaln_every_scale: each step computes AdaLN's projections,
-        not just a backbone's first. share_mask: all rows of an image keep the tokens that its first
-        one chooses. first: the first scale that is predicted."""
-        how = (branches, adaln_every_scale, skipping, share_mask, first, heads)
-        return steps([self] * self.config.num_scales, self, *how)
+        """Plan the steps of an image in order, see `models.plan.steps`."""
+        return steps([self] * self.config.num_scales, self, branches, **options)
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Embed classes, (B, C); label `num_classes` is the null class."""

@@ -24,7 +24,7 @@ from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.guidance import Cfg
 from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.int8 import Int8
-from dmoe_var.models.plan import Passes
+from dmoe_var.models.plan import Passes, PlanOptions
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import Labels, VARConfig, check_labels, check_pair
@@ -115,6 +115,15 @@ class Call(NamedTuple):
     adaln_every_scale: bool
     skipping: TokenSkipping
     heads: HeadSkipping
+
+    @property
+    def plan_options(self) -> PlanOptions:
+        return {
+            "adaln_every_scale": self.adaln_every_scale,
+            "share_mask": self.share_mask,
+            "skipping": self.skipping,
+            "heads": self.heads,
+        }
 
     @classmethod
     def of(cls, *args: Any, **named: Any) -> Call:
@@ -237,8 +246,7 @@ def generate(
     in_layers = None if observer is None else observer.in_layers()
     # Scale by scale
     passes = Passes(labels_R, len(labels_B))
-    how = (branches_S, call.adaln_every_scale, call.skipping, call.share_mask)
-    plan = model.plan(*how, heads=call.heads)
+    plan = model.plan(branches_S, **call.plan_options)
     f_hat_BCHW = torch.zeros((), device=device)
     inputs: dict[int, Tensor] = {}  # by scale, (B, l, Cvae)
     for i, step in enumerate(plan):

@@ -99,6 +99,7 @@ class TuningObjective(TokenObjective):
     """
 
     config: TuneConfig
+    most_validated = 1024  # every expert runs on every token, scale by scale
 
     def __init__(
         self,
