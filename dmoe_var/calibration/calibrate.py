@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -60,6 +61,14 @@ class Plan:
     def density(self, group: Group, tau: float) -> float:
         """Look up the density of a group, the share of its experts that run."""
         return self.tails[group].density(tau)
+
+    def scale_densities(self, taus: Taus) -> dict[int, float]:
+        """Look up the density of each scale, the mean over its groups."""
+        of_scale = {si: [group for group in taus if group[0] == si] for si in self.scales}
+        return {
+            si: fmean(self.density(group, taus[group]) for group in groups)
+            for si, groups in of_scale.items()
+        }
 
     def gmac(self, taus: Taus) -> float:
         """Predict the GMAC of an image."""

@@ -9,11 +9,13 @@ Legend: B images, L tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -76,12 +78,20 @@ class CrossEntropy:
                 write_text(self.kept, "".join(lines))
         return self.known[key]
 
+    def dense(self) -> float:
+        """Measure the dense model at the same scales."""
+        return self._mean(self.model.dense)
+
     def _measure(self, rules: Sequence[SelectionRule]) -> float:
+        return self._mean(partial(self.model, selection=list(rules), impl=self.impl))
+
+    def _mean(self, forward: Callable[[Tensor, Tensor], Tensor]) -> float:
         scales = self.model.moe_scales
         tokens_of = {step.si: step.tokens for step in self.model.plan()}
         totals, tokens = dict.fromkeys(scales, 0.0), dict.fromkeys(scales, 0)
         for labels_B, teacher_BLC, tokens_BL in self.images.batches():
-            logits_BLV = self.model(labels_B, teacher_BLC, selection=list(rules), impl=self.impl)
+            with torch.no_grad():
+                logits_BLV = forward(labels_B, teacher_BLC)
             for si in scales:
                 logits, target = logits_BLV[:, tokens_of[si]], tokens_BL[:, tokens_of[si]]
                 totals[si] += F.cross_entropy(

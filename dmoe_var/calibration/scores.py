@@ -15,13 +15,15 @@ from torch import Tensor
 
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.moe.observer import Observer, Routed
-from dmoe_var.moe.selection import Threshold, check_finite
+from dmoe_var.moe.selection import SelectionRule, Threshold, check_finite
 
 BINS = 4096
 """Steps of tau that are told apart."""
 
 Cell = tuple[int, int]
 """(scale, layer)."""
+ROUTERS = Threshold(0.0)
+"""Reads the routers' scores, and runs every expert."""
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Labels (B,) and teacher input (B, L - 1, Cvae)."""
 
@@ -97,8 +99,11 @@ class Recorder(Observer):
         return {(si, i): cell.tails() for si, of in self._sums.items() for i, cell in of.items()}
 
 
-def record_scores(model: DynamicVAR, batches: Batches) -> dict[Cell, Tails]:
+def record_scores(
+    model: DynamicVAR, batches: Batches, rule: SelectionRule = ROUTERS
+) -> dict[Cell, Tails]:
     """Find tails of every cell of `model.moe_scales`, by teacher-forced passes with every expert.
+    rule: it reads the scores that are meant (`Oracle(0.0)`: true norms), and runs every expert.
 
     Each batch runs with its labels and with the null class, as at inference half of the tokens are
     of either kind.
@@ -106,5 +111,5 @@ def record_scores(model: DynamicVAR, batches: Batches) -> dict[Cell, Tails]:
     recorder = Recorder(model)
     for labels_B, teacher_BLC in batches:
         for labels in (labels_B, torch.full_like(labels_B, model.config.num_classes)):
-            model(labels, teacher_BLC, selection=Threshold(0.0), observer=recorder)
+            model(labels, teacher_BLC, selection=rule, observer=recorder)
     return recorder.tails()

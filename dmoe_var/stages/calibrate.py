@@ -15,13 +15,14 @@ from dmoe_var.calibration import rivals
 from dmoe_var.calibration.calibrate import Plan, Taus, taus_for
 from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
+from dmoe_var.calibration.scores import ROUTERS, record_scores
 from dmoe_var.config.root import Config
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import calibration as figure
-from dmoe_var.moe.selection import Selection, SelectionRule, Threshold
+from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
@@ -84,7 +85,8 @@ def _check_reachable(calibration: Calibration) -> None:
 
 
 def _verified(bench: CalibrationBench, found: Found) -> dict[str, float]:
-    """Measure FLOPs on images of another seed, beside the predicted, and held-out cross-entropy."""
+    """Measure FLOPs on images of another seed, beside the predicted, and held-out cross-entropy. It
+    is told in steps: the dense model, every expert, as many as run by true norms, those that do."""
     predicted = found.plan.gmac(found.taus)
     counted = bench.drawn(found.rules, bench.config.seed + 1)
     everything = [Threshold(0.0)] * len(found.rules)
@@ -95,8 +97,22 @@ def _verified(bench: CalibrationBench, found: Found) -> dict[str, float]:
         "predicted_over_measured": predicted / counted.total_gmac,
         "measured_share": counted.total_gmac / bench.dense_gmac,
         "held_out_ce": bench.held_out_loss(found.rules),
+        "held_out_ce_dense": bench.held_out_loss.dense(),
         "held_out_ce_all_experts": bench.held_out_loss(everything),
+        "held_out_ce_oracle": bench.held_out_loss(_by_true_norms(bench, found)),
     }
+
+
+def _by_true_norms(bench: CalibrationBench, found: Found) -> list[SelectionRule]:
+    """Find the oracle's tau for each scale that run as many experts on the held-out images."""
+    batches = [(labels, teacher) for labels, teacher, _ in bench.images[1].batches()]
+    by_layer = len(next(iter(found.taus))) == 2
+    predicted, true = (
+        Plan.of(bench.fixed, record_scores(bench.model, batches, rule), by_layer=each)
+        for rule, each in ((ROUTERS, by_layer), (Oracle(0.0), False))
+    )
+    densities = predicted.scale_densities(found.taus)
+    return [Oracle(true.tails[si,].tau(density)) for si, density in densities.items()]
 
 
 def _found_for_time(calibration: Calibration, table: CostTable) -> Found:
@@ -142,11 +158,7 @@ def _share_of_time(
 
 def _ms_of(plan: Plan, table: CostTable, taus: Taus) -> float:
     """Look up the milliseconds of these tau in the table."""
-    shares = {}
-    for si in plan.scales:
-        groups = [group for group in taus if group[0] == si]
-        shares[si] = sum(plan.density(group, taus[group]) for group in groups) / len(groups)
-    return table.ms(shares)
+    return table.ms(plan.scale_densities(taus))
 
 
 def _cost_table(calibration: Calibration) -> CostTable:

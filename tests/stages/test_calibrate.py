@@ -18,7 +18,8 @@ from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.files import write_text
 from dmoe_var.metrics.flops import count_flops
-from dmoe_var.moe.selection import LayerThreshold, Threshold
+from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.selection import LayerThreshold, Oracle, Threshold
 from dmoe_var.stages import calibrate
 from dmoe_var.stages.parts import calibration_bench, loaded
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench
@@ -48,6 +49,20 @@ def calibrated(make_experiment, kept_runs):
     return experiment, run_stage(experiment, "calibrate")
 
 
+def densities(experiment, rules):
+    """Share of the experts that run at each scale under teacher forcing on held-out images, with
+    their classes and without."""
+    bench, counts = CalibrationBench(experiment), ExpertCounts()
+    for labels_B, teacher_BLC, _ in bench.images[1].batches():
+        for labels in (labels_B, torch.full_like(labels_B, 10)):
+            bench.model(labels, teacher_BLC, selection=rules, observer=counts)
+    ran = counts._by_scale.values()
+    return [
+        torch.cat([x.flatten() for x in of]).float().mean().item() / counts.num_experts
+        for of in ran
+    ]
+
+
 def test_a_budget_is_hit_on_held_out_images(calibrated):
     """Counted once more by `count_flops`, of other images, under the tau that was found."""
     experiment, record = calibrated
@@ -62,6 +77,14 @@ def test_a_budget_is_hit_on_held_out_images(calibrated):
     assert record.metrics["predicted_gmac"] == pytest.approx(0.85 * dense, rel=1e-3)
     assert 2 * 3 + 1 + 2 + 3 < record.metrics["loss_evaluations"] <= 2 * 3 + 1 + most_losses(2, 3)
     assert len(tau) == 2
+    loss = CalibrationBench(experiment).held_out_loss
+    teacher = loss.images.batches()
+    found = [
+        F.cross_entropy(model.dense(y, x)[:, own].flatten(0, 1), t[:, own].flatten()).item()
+        for y, x, t in teacher
+        for own in model.config.scale_slices[2:]
+    ]
+    assert record.metrics["held_out_ce_dense"] == pytest.approx(sum(found) / len(found), rel=0.02)
 
 
 def test_what_finds_tau_does_not_judge_it(make_experiment, runs, monkeypatch):
@@ -97,9 +120,17 @@ def test_what_finds_tau_does_not_judge_it(make_experiment, runs, monkeypatch):
     for each in record.about["losses"]:
         alone = [[t, 0.0] if each["group"] == [2] else [0.0, t] for t in each["tau"]]
         assert each["loss"] == pytest.approx([level(taus) for taus in alone])
-    assert measured["held out"] == [tau, [0.0, 0.0]]
+    *held_out, oracle = measured["held out"]
+    assert held_out == [tau, [0.0, 0.0]]
+    ran = [
+        densities(experiment, [rule(t) for t in of])
+        for rule, of in ((Threshold, tau), (Oracle, oracle))
+    ]
+    assert ran[0] == pytest.approx(ran[1], abs=0.02)
+    assert min(ran[0]) < 0.9
     assert record.metrics["held_out_ce"] == pytest.approx(100 + level(tau))
     assert record.metrics["held_out_ce_all_experts"] == 100
+    assert record.metrics["held_out_ce_oracle"] == pytest.approx(100 + level(oracle))
     assert seeds == [seed, seed, seed, seed + 1]
     counted = count_flops(
         loaded.dynamic(experiment),
