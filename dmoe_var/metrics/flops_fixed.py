@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
@@ -27,6 +26,8 @@ from dmoe_var.moe.selection import SelectionRule
 from dmoe_var.sampling.sampler import config_device
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from dmoe_var.metrics.flops_ops import MacsByModule
 
 OTHER = "other"

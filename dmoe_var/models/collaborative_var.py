@@ -9,10 +9,10 @@ scales, V vocabulary, Cvae latent channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
@@ -22,6 +22,9 @@ from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import Selection
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IN_COMMON = ("num_classes", *IN_PAIRS)
 """Fields that drafter and refiner need in common."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from dmoe_var import values
 from dmoe_var.models.build import build_strictly
@@ -27,6 +26,9 @@ from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau, resolve_rules
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PAPER_MOE_SCALES = (7, 8, 9)
 SHARED_FIELDS = (

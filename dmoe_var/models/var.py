@@ -9,14 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import Unpack
 
 from dmoe_var import values
 from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
@@ -28,6 +27,9 @@ from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, PatchNums, VQVAEConfig
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
 from dmoe_var.ops import Linear, at_least_float32, hooked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Labels = Sequence[int] | np.ndarray | Tensor
 """Class numbers of any integer type, on any device."""
