@@ -45,7 +45,6 @@ HOUSEKEEPING = [
     {"figures.figure": "4", "figures.make": True, "figures.plan": True},
     {"sweep.parts": 2, "sweep.part": 1},
     {"sampling.batch_size": 3, "fidelity.batch_size": 5},
-    {"data.workers": 3, "data.encode_batch": 5},
     {"sampling.skipping.first_layer": 0, "sampling.skipping.source": 1},  # nothing is skipped
     {"sampling.heads.measure": "bound"},
     {"train_classifier.log_every": 3, "train_classifier.checkpoint_every": 7},
