@@ -264,8 +264,9 @@ class Config:
                 why = f"selection.rule={self.selection.rule} runs no router"
             if why:
                 raise ValueError(f"sampling.skipping.measure=router: {why}; allowed: distance")
-        tau = self.tune_experts.tau
-        by_scale(f"tune_experts.tau={list(tau)}", tau, self.var.num_scales, self.moe.scales)
+        if self.tune_experts.on:
+            tau = self.tune_experts.tau
+            by_scale(f"tune_experts.tau={list(tau)}", tau, self.var.num_scales, self.moe.scales)
 
     @property
     def expert_stage(self) -> str:

@@ -41,6 +41,7 @@ OPTIONAL = {
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     "train_var.start": "train_var.start",
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
+    **{key: key for key in ("sparsify.distill", "tune_experts.distill")},
     "moe.mean_images": "moe.skipped",
     "drafter": "drafter.var",
     "sampling.skipping": "sampling.skipping.ratios",

@@ -354,8 +354,19 @@ class VAR(nn.Module):
         instead of storing what it needs.
         """
         labels_B, teacher_BLC = self.check_teacher(labels_B, teacher_BLC)
+        labels_B = self.drop_labels(labels_B, rows)
+        return self.predict(labels_B, teacher_BLC, rows, activation_checkpointing)
+
+    def predict(
+        self,
+        labels_B: Tensor,
+        teacher_BLC: Tensor,
+        rows: Rows | None = None,
+        activation_checkpointing: bool = False,
+    ) -> Tensor:
+        """Compute what `forward` does for labels of which none is dropped any more."""
         rest = slice(self.config.scale_slices[0].stop, None)
-        cond_BC = self.condition(self.drop_labels(labels_B, rows))
+        cond_BC = self.condition(labels_B)
         words_BLC = self.word_embed(teacher_BLC.to(self.word_embed.weight.dtype))
         x_BLC = torch.cat([self.embed_start(cond_BC), words_BLC + self._position(rest)], dim=1)
         mod = self.modulation(cond_BC)

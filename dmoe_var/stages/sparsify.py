@@ -17,8 +17,10 @@ def run(experiment: Experiment) -> StageResult:
     var = loaded.dense(experiment)
     if config.activation == "relu":
         var = relufy(var)
+    dense = loaded.dense(experiment) if config.distill else None
     tokens = token_sets(experiment, vqvae)
-    objective = SparsifyObjective(var, vqvae, *tokens, config, experiment.config.conversion)
+    conversion = experiment.config.conversion
+    objective = SparsifyObjective(var, vqvae, *tokens, config, conversion, dense)
     metrics = train(objective, config, experiment.training_run("sparsify"))
     loaded.save(experiment, "sparsify", var)
     return StageResult(

@@ -24,6 +24,7 @@ from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
+from dmoe_var.training.distillation import Distill, prediction_loss
 from dmoe_var.training.step import OptimConfig, summed
 
 VALIDATION_BATCH = 128
@@ -50,6 +51,15 @@ class TokenObjective:
         self.device = var.pos_start.device
         self.validation_batch = config.micro_batch_size or VALIDATION_BATCH
         self.learnt_tokens: Tensor | slice = slice(None)
+        self.dense: VAR | None = None
+        self.distill = 0.0
+
+    def learn_from(self, dense: VAR | None, distill: float) -> None:
+        """Take this share of the loss against a dense model's predictions; 0 needs no model."""
+        if distill and dense is None:
+            raise ValueError(f"distill={distill} needs the dense model")
+        self.distill = distill
+        self.dense = dense.requires_grad_(False).eval() if distill and dense else None
 
     def batch(self, tokens: TokenSet, indices_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens (B, L), labels (B,) and teacher input (B, L - 1, Cvae)."""
@@ -71,6 +81,18 @@ class TokenObjective:
         )
         for indices_B in batches[rank() :: world_size()]:
             yield self.batch(self.held_out, indices_B)
+
+    def prediction_loss(
+        self, logits_BLV: Tensor, tokens_BL: Tensor, labels_B: Tensor, teacher_BLC: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Measure how well the learnt tokens are predicted, and what is logged of it: against the
+        tokens and, if there is a dense model to learn from, against its predictions."""
+        learnt = self.learnt_tokens
+        dense_BlV = None
+        if self.dense is not None:
+            with torch.no_grad():
+                dense_BlV = self.dense(labels_B, teacher_BLC)[:, learnt]
+        return prediction_loss(logits_BLV[:, learnt], tokens_BL[:, learnt], dense_BlV, self.distill)
 
     def after_step(self, step: int, num_steps: int) -> None:
         """Do nothing between steps."""
@@ -121,9 +143,10 @@ class VARObjective(TokenObjective):
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
         tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        logits_BLV = self.var(labels_B, teacher_BLC, rows, self.config.activation_checkpointing)
-        logits_BlV, tokens_Bl = logits_BLV[:, self.learnt_tokens], tokens_BL[:, self.learnt_tokens]
-        return F.cross_entropy(logits_BlV.flatten(0, 1), tokens_Bl.flatten()), {}
+        labels_B = self.var.drop_labels(labels_B, rows)
+        checkpointing = self.config.activation_checkpointing
+        logits_BLV = self.var.predict(labels_B, teacher_BLC, rows, checkpointing)
+        return self.prediction_loss(logits_BLV, tokens_BL, labels_B, teacher_BLC)
 
     def validate(self) -> dict[str, float]:
         """Measure cross-entropy and accuracy on held-out images, over all tokens and by scale."""
@@ -172,6 +195,9 @@ class SparsifyConfig(TokenTrainingConfig):
     activation: Literal["relu", "gelu"] = "relu"
     """relu, or gelu: the ablation without ReLUfication, Hoyer on clamped and shifted
     pre-activations."""
+    distill: Distill = 0.0
+    """Share of the cross-entropy that gives way to the divergence from the dense model's
+    predictions (beyond the paper)."""
 
     def alpha_at(self, step: int, num_steps: int) -> float:
         """Return alpha of step 0..num_steps - 1."""
@@ -208,8 +234,10 @@ class SparsifyObjective(VARObjective):
         held_out: TokenSet,
         config: SparsifyConfig,
         conversion: ConversionConfig,
+        dense: VAR | None = None,
     ):
         super().__init__(var, vqvae, training, held_out, config)
+        self.learn_from(dense, config.distill)
         learnt = conversion.scale_numbers(var.config.num_scales)
         self.learnt_tokens = tokens_of(var.config, learnt, self.device)
         self.probe = ActivationProbe(var, pre_activation=config.activation == "gelu")
@@ -225,11 +253,11 @@ class SparsifyObjective(VARObjective):
         by_layer: dict[int, Tensor] = {}
         # The first time counts: checkpointed blocks are seen once more in the backward pass.
         self.probe.see = lambda layer, a_BLH: by_layer.setdefault(layer, self._hoyer(a_BLH))
-        cross_entropy, _ = super().loss(indices_B, step, num_steps, rows)
+        prediction, logged = super().loss(indices_B, step, num_steps, rows)
         sparsity = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).mean()
         alpha = self.config.alpha_at(step, num_steps)
-        logged = {"ce": cross_entropy.item(), "hoyer": sparsity.item(), "alpha": alpha}
-        return cross_entropy + alpha * sparsity, logged
+        logged = {"ce": prediction.item(), **logged, "hoyer": sparsity.item(), "alpha": alpha}
+        return prediction + alpha * sparsity, logged
 
     def validate(self) -> dict[str, float]:
         """Measure as for VAR, and the share of inactive neurons by layer and scale, and the Hoyer

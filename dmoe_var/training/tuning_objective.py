@@ -22,6 +22,7 @@ from dmoe_var.models.blocks import Rows
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.observer import Observer, Routed
+from dmoe_var.training.distillation import Distill
 from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
 from dmoe_var.training.router_objective import expert_ffns, spearman
 from dmoe_var.training.step import OptimConfig
@@ -44,6 +45,9 @@ class TuneConfig(OptimConfig):
     """Weight of the routers' squared error; only they learn from it."""
     null_share: Share = 0.5
     """Share of a batch that runs with the null class, like the unconditional half of guidance."""
+    distill: Distill = 0.0
+    """Share of the cross-entropy that gives way to the divergence from the dense model's
+    predictions."""
 
     def __post_init__(self) -> None:
         if self.on:
@@ -114,6 +118,7 @@ class TuningObjective(TokenObjective):
         self.learnt_tokens = tokens_of(model.config, model.moe_scales, self.device)
         ffns = expert_ffns(model.moe)
         model.requires_grad_(False).eval()
+        self.learn_from(model.dense, config.distill)
         self.module = nn.ModuleList(ffns).requires_grad_(True)
 
     def loss(
@@ -125,10 +130,9 @@ class TuningObjective(TokenObjective):
         logits_BLV = self.model.forward_with_gradients(
             labels_B, teacher_BLC, self.config.tau, IMPL, errors
         )
-        logits_BlV, tokens_Bl = logits_BLV[:, self.learnt_tokens], tokens_BL[:, self.learnt_tokens]
-        cross_entropy = F.cross_entropy(logits_BlV.flatten(0, 1), tokens_Bl.flatten())
-        logged = {"ce": cross_entropy.item(), "router_mse": errors.mean.item()}
-        return cross_entropy + self.config.router_weight * errors.mean, logged
+        prediction, logged = self.prediction_loss(logits_BLV, tokens_BL, labels_B, teacher_BLC)
+        logged = {"ce": prediction.item(), **logged, "router_mse": errors.mean.item()}
+        return prediction + self.config.router_weight * errors.mean, logged
 
     def validate(self) -> dict[str, float]:
         """Measure on held-out images under the mask, at scales with experts: cross-entropy and

@@ -147,7 +147,7 @@ WRONG = [
     ({"train_router.scales": [9]}, ("train_router.scales=[9]", "within 0..6")),
     ({"selection.tau": [0.1, 0.2]}, ("selection.tau=[0.1, 0.2]", "1, 3, 7 values")),
     (
-        {"tune_experts.tau": [0.1, 0.2]},
+        {"tune_experts.tau": [0.1, 0.2], "tune_experts.steps": 1},
         ("tune_experts.tau=[0.1, 0.2] has 2 values",),
     ),
     ({"tune_experts.steps": 2, "tune_experts.epochs": 2}, ("tune_experts", "exactly one")),

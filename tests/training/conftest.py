@@ -87,7 +87,9 @@ def build(digits, tokens, vqvae, make_vqvae, make_var, make_moe):
         model = model.to(device, dtype)
         if kind == "var":
             return VARObjective(model, *given), config
-        return SparsifyObjective(model, *given, ConversionConfig(**conversion or {})), config
+        dense = make_var(seed=1, **shape).to(device, dtype) if config.distill else None
+        asked = ConversionConfig(**conversion or {})
+        return SparsifyObjective(model, *given, asked, dense), config
 
     return build
 

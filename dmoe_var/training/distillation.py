@@ -1,0 +1,32 @@
+"""Learn the dense model's predictions beside the tokens (beyond the paper).
+
+Conversion has to keep what the dense model predicts. A token tells one code of it, the dense
+model's own prediction tells how likely every code is, which is far less noisy. Legend: B batch,
+l tokens that are learnt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+Distill = Annotated[float, Field(ge=0, le=1)]
+"""Share of the loss that compares with the dense model's predictions in place of the tokens."""
+
+
+def prediction_loss(
+    logits_BlV: Tensor, tokens_Bl: Tensor, dense_BlV: Tensor | None, distill: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Return (1 - distill) * CE(tokens) + distill * KL(dense || model), means over tokens, and both
+    terms to log. Without logits of the dense model there is only the first, which is the loss."""
+    logits_NV = logits_BlV.flatten(0, 1)
+    cross_entropy = F.cross_entropy(logits_NV, tokens_Bl.flatten())
+    if dense_BlV is None:
+        return cross_entropy, {}
+    log_p_NV, log_dense_NV = logits_NV.log_softmax(-1), dense_BlV.flatten(0, 1).log_softmax(-1)
+    divergence = F.kl_div(log_p_NV, log_dense_NV, log_target=True, reduction="batchmean")
+    loss = (1 - distill) * cross_entropy + distill * divergence
+    return loss, {"ce": cross_entropy.item(), "kl": divergence.item()}
