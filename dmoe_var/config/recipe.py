@@ -31,6 +31,8 @@ class FindRecipeConfig:
     left out."""
     unguided: Annotated[tuple[Index, ...], Listed, Several, Distinct] = (0, 1, 2, 3, 4)
     """How many of the last scales have no guidance, each tried."""
+    cfg: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Listed, Distinct] = ()
+    """Strengths of guidance that are tried at the other scales, beside sampling.cfg."""
     skipped_tokens: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], ...], Listed, Several, Distinct
     ] = (0.0, 0.4)

@@ -1,4 +1,4 @@
-"""Find a recipe for a budget: where guidance ends, which tokens are skipped, what stands for
+"""Find a recipe for a budget: how strong guidance is and where it ends, which tokens are skipped, what stands for
 experts that do not run, and tau for each layer. FID of images that nothing else uses decides,
 because losses under teacher forcing cannot see guidance.
 
@@ -147,10 +147,11 @@ def run(experiment: Experiment) -> StageResult:
     config = experiment.config.find_recipe
     search = Search(experiment)
     num_scales = experiment.config.var.num_scales
-    cfg_S = by_scale(experiment.config.sampling.cfg, num_scales)
-    # Where guidance ends
-    ends = [(*cfg_S[: num_scales - n], *(0.0,) * n) for n in config.unguided]
-    best = search.best([{"sampling.cfg": end} for end in ends], "end of guidance")
+    configured = experiment.config.sampling.cfg
+    # How strong guidance is, and where it ends
+    strengths = [by_scale(cfg, num_scales) for cfg in (configured, *config.cfg)]
+    ends = [(*cfg_S[: num_scales - n], *(0.0,) * n) for cfg_S in strengths for n in config.unguided]
+    best = search.best([{"sampling.cfg": end} for end in dict.fromkeys(ends)], "guidance")
     guided = {"sampling.cfg": best.keys["sampling.cfg"]}
     # Which tokens are skipped
     shares = [share for share in config.skipped_tokens if share > 0]
@@ -163,13 +164,16 @@ def run(experiment: Experiment) -> StageResult:
         with_means = search._measured({**best.keys, "moe.skipped": "mean"})
         search.tried.append(with_means)
         best = min((best, with_means), key=lambda each: each.fid)
-    # Verify
-    dense, ours = (
-        search.point(keys, config.seed + 1) for keys in ({"evaluate.model": "dense"}, best.keys)
+    # Verify, beside the dense model as configured, and under the recipe's guidance
+    plain: Keys = {"evaluate.model": "dense"}
+    dense, guided_dense, ours = (
+        search.point(keys, config.seed + 1) for keys in (plain, {**plain, **guided}, best.keys)
     )
     verified = {
         "dense_gmac": search.dense_gmac,
         "dense_fid": search.fid(dense),
+        "dense_guided_gmac": guided_dense.metrics["flops_gmac"],
+        "dense_guided_fid": search.fid(guided_dense),
         "flops_gmac": ours.metrics["flops_gmac"],
         "flops_share": ours.metrics["flops_gmac"] / search.dense_gmac,
         "fid": search.fid(ours),
