@@ -24,19 +24,27 @@ WAITS = {
 }
 
 
+DISTILLED = {"training/distillation.py:prediction_loss"}
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, torch.float32) for kind in WAITS), ("sparsify", torch.bfloat16)]
+    ("kind", "dtype", "distill"),
+    [
+        *((kind, torch.float32, {}) for kind in WAITS),
+        ("sparsify", torch.bfloat16, {}),
+        *((kind, torch.float32, {"distill": 0.5}) for kind in ("sparsify", "tune")),
+    ],
 )
-def test_training(build, run_in, cuda_dry_run, tmp_path, monkeypatch, kind, dtype):
+def test_training(build, run_in, cuda_dry_run, tmp_path, monkeypatch, kind, dtype, distill):
     """A step and a validation. A state is written from memory, which fake tensors have none of."""
     monkeypatch.setattr(StateFile, "save", lambda *_: None)
-    fields = {"conversion": {"scales": "last3"}, "steps": 1, "batch_size": 4}
+    fields = {"conversion": {"scales": "last3"}, "steps": 1, "batch_size": 4, **distill}
     on_cpu = run_in(tmp_path / "cpu", *build(kind, dtype, **fields))
     with cuda_dry_run() as run:
         objective, config = build(kind, dtype, device="cuda", **fields)
         run.waits.clear()
         on_gpu = run_in(tmp_path / "gpu", objective, config)
-        assert run.waits.keys() == WAITS[kind]
+        assert run.waits.keys() == WAITS[kind] | (DISTILLED if distill else set())
         assert run.waits["training/step.py:add"] == run.waits["training/loop.py:train"] == 1
     coarse = 10 if dtype == torch.bfloat16 else 1
     assert_close(on_gpu, on_cpu, rtol=1e-3 * coarse, atol=1e-4 * coarse)
