@@ -34,14 +34,14 @@ HOUSEKEEPING = (
 with other values. `data.root` says where the pictures are, not which they are; `sweep.part` says
 which points a run measures, not what they are."""
 
-OFF: tuple[Any, ...] = (None, False, [], "none", "zero")
+OFF: tuple[Any, ...] = (None, False, 0.0, [], "none", "zero")
 OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
     "sampling.int8": "sampling.int8",
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     "train_var.start": "train_var.start",
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
-    **{key: key for key in ("sparsify.distill", "tune_experts.distill")},
+    **{key: key for key in ("sparsify.distill", "tune_experts.distill", "find_recipe.cfg")},
     "moe.mean_images": "moe.skipped",
     "drafter": "drafter.var",
     "sampling.skipping": "sampling.skipping.ratios",

@@ -1,6 +1,6 @@
-"""Find a recipe for a budget: how strong guidance is and where it ends, which tokens are skipped, what stands for
-experts that do not run, and tau for each layer. FID of images that nothing else uses decides,
-because losses under teacher forcing cannot see guidance.
+"""Find a recipe for a budget: how strong guidance is and where it ends, which tokens are skipped,
+what stands for experts that do not run, and tau for each layer. FID of images that nothing else
+uses decides, because losses under teacher forcing cannot see guidance.
 
 One technique comes after the other, and each keeps the value under which FID is best. For every
 combination that is tried, tau are calibrated so that its images take the budget.
@@ -180,7 +180,11 @@ def run(experiment: Experiment) -> StageResult:
     }
     for name in ("label_agreement",):
         if name in ours.metrics:
-            verified |= {name: ours.metrics[name], f"dense_{name}": dense.metrics[name]}
+            verified |= {
+                name: ours.metrics[name],
+                f"dense_{name}": dense.metrics[name],
+                f"dense_guided_{name}": guided_dense.metrics[name],
+            }
     tried = [each.row() for each in search.tried]
     about = {"keys": dict(best.keys), "tried": tried, "fidelity": ours.about["fidelity"]}
     if is_main():

@@ -21,12 +21,19 @@ def prediction_loss(
     logits_BlV: Tensor, tokens_Bl: Tensor, dense_BlV: Tensor | None, distill: float
 ) -> tuple[Tensor, dict[str, float]]:
     """Return (1 - distill) * CE(tokens) + distill * KL(dense || model), means over tokens, and both
-    terms to log. Without logits of the dense model there is only the first, which is the loss."""
+    terms to log. Without logits of the dense model the loss is CE(tokens), and nothing is logged
+    beside it."""
     logits_NV = logits_BlV.flatten(0, 1)
     cross_entropy = F.cross_entropy(logits_NV, tokens_Bl.flatten())
     if dense_BlV is None:
         return cross_entropy, {}
-    log_p_NV, log_dense_NV = logits_NV.log_softmax(-1), dense_BlV.flatten(0, 1).log_softmax(-1)
-    divergence = F.kl_div(log_p_NV, log_dense_NV, log_target=True, reduction="batchmean")
-    loss = (1 - distill) * cross_entropy + distill * divergence
-    return loss, {"ce": cross_entropy.item(), "kl": divergence.item()}
+    kl = divergence(logits_BlV, dense_BlV)
+    loss = kl if distill == 1 else (1 - distill) * cross_entropy + distill * kl
+    return loss, {"ce": cross_entropy.item(), "kl": kl.item()}
+
+
+def divergence(logits_BlV: Tensor, dense_BlV: Tensor) -> Tensor:
+    """Compute KL(dense || model), the mean over tokens, in nats."""
+    log_p_NV = logits_BlV.flatten(0, 1).log_softmax(-1)
+    log_dense_NV = dense_BlV.flatten(0, 1).log_softmax(-1)
+    return F.kl_div(log_p_NV, log_dense_NV, log_target=True, reduction="batchmean")

@@ -24,7 +24,7 @@ from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.distillation import Distill, prediction_loss
+from dmoe_var.training.distillation import Distill, divergence, prediction_loss
 from dmoe_var.training.step import OptimConfig, summed
 
 VALIDATION_BATCH = 128
@@ -87,12 +87,25 @@ class TokenObjective:
     ) -> tuple[Tensor, dict[str, float]]:
         """Measure how well the learnt tokens are predicted, and what is logged of it: against the
         tokens and, if there is a dense model to learn from, against its predictions."""
+        dense_BlV = self._dense_logits(labels_B, teacher_BLC)
         learnt = self.learnt_tokens
-        dense_BlV = None
-        if self.dense is not None:
-            with torch.no_grad():
-                dense_BlV = self.dense(labels_B, teacher_BLC)[:, learnt]
         return prediction_loss(logits_BLV[:, learnt], tokens_BL[:, learnt], dense_BlV, self.distill)
+
+    def add_divergence(
+        self, mean: Mean, logits_BLV: Tensor, labels_B: Tensor, teacher_BLC: Tensor
+    ) -> None:
+        """Add to `mean` how far learnt tokens are from a dense model that is learnt from."""
+        dense_BlV = self._dense_logits(labels_B, teacher_BLC)
+        if dense_BlV is not None:
+            kl = divergence(logits_BLV[:, self.learnt_tokens], dense_BlV)
+            mean.add("val_kl", kl, len(logits_BLV))
+
+    @torch.no_grad()
+    def _dense_logits(self, labels_B: Tensor, teacher_BLC: Tensor) -> Tensor | None:
+        """Predict the learnt tokens by the dense model, for labels that were checked."""
+        if self.dense is None:
+            return None
+        return self.dense.predict(labels_B, teacher_BLC)[:, self.learnt_tokens]
 
     def after_step(self, step: int, num_steps: int) -> None:
         """Do nothing between steps."""
@@ -158,6 +171,7 @@ class VARObjective(TokenObjective):
             rows = len(tokens_BL)
             mean.add("val_ce", loss_BL.mean(), rows)
             mean.add("val_accuracy", hit_BL.mean(), rows)
+            self.add_divergence(mean, logits_BLV, labels_B, teacher_BLC)
             for si, scale in enumerate(self.var.config.scale_slices):
                 mean.add(f"val_ce_scale{si}", loss_BL[:, scale].mean(), rows)
                 mean.add(f"val_accuracy_scale{si}", hit_BL[:, scale].mean(), rows)
@@ -222,7 +236,8 @@ def tokens_of(config: VARConfig, scales: Sequence[int], device: torch.device) ->
 
 
 class SparsifyObjective(VARObjective):
-    """Cross-entropy plus alpha times the mean over layers of the FFN activations' Hoyer measure."""
+    """The prediction's loss plus alpha times the mean over layers of the FFN activations' Hoyer
+    measure."""
 
     config: SparsifyConfig
 
@@ -256,8 +271,10 @@ class SparsifyObjective(VARObjective):
         prediction, logged = super().loss(indices_B, step, num_steps, rows)
         sparsity = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).mean()
         alpha = self.config.alpha_at(step, num_steps)
-        logged = {"ce": prediction.item(), **logged, "hoyer": sparsity.item(), "alpha": alpha}
-        return prediction + alpha * sparsity, logged
+        logged = logged or {"ce": prediction.item()}
+        return prediction + alpha * sparsity, {
+            **logged, "hoyer": sparsity.item(), "alpha": alpha
+        }  # fmt: skip
 
     def validate(self) -> dict[str, float]:
         """Measure as for VAR, and the share of inactive neurons by layer and scale, and the Hoyer

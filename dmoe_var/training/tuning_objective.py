@@ -96,7 +96,7 @@ class _Measured(Observer):
 
 
 class TuningObjective(TokenObjective):
-    """Cross-entropy of the tokens at scales with experts, under the mask, plus the routers' error.
+    """Prediction of the tokens at scales with experts, under the mask, plus the routers' error.
 
     The mask itself is not differentiated. Experts (with the shared output bias) and routers train;
     all else stays.
@@ -131,8 +131,9 @@ class TuningObjective(TokenObjective):
             labels_B, teacher_BLC, self.config.tau, IMPL, errors
         )
         prediction, logged = self.prediction_loss(logits_BLV, tokens_BL, labels_B, teacher_BLC)
-        logged = {"ce": prediction.item(), **logged, "router_mse": errors.mean.item()}
-        return prediction + self.config.router_weight * errors.mean, logged
+        logged = logged or {"ce": prediction.item()}
+        loss = prediction + self.config.router_weight * errors.mean
+        return loss, {**logged, "router_mse": errors.mean.item()}
 
     def validate(self) -> dict[str, float]:
         """Measure on held-out images under the mask, at scales with experts: cross-entropy and
@@ -143,6 +144,7 @@ class TuningObjective(TokenObjective):
             logits_BLV = self.model(*given, impl=IMPL, observer=_Measured(mean))
             loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
             mean.add("val_ce", loss_BL[:, self.learnt_tokens].mean(), len(tokens_BL))
+            self.add_divergence(mean, logits_BLV, labels_B, teacher_BLC)
             for si in self.model.moe_scales:
                 scale = self.model.config.scale_slices[si]
                 mean.add(f"val_ce_scale{si}", loss_BL[:, scale].mean(), len(tokens_BL))

@@ -76,6 +76,7 @@ READ_BY = [
     ({"base.var": "digits"}, from_("train_var") | TIMED | DRAWN),
     ({"train_var.betas": [0.9, 0.99]}, from_("train_var") | DRAWN),
     ({"sparsify.alpha": 0.1}, from_("sparsify") | DRAWN),
+    ({"sparsify.distill": 0.5}, from_("sparsify") | DRAWN),
     ({"split.router_hidden": 3}, from_("split") | DRAWN),
     ({"train_router.scales": [3]}, from_("train_router") | DRAWN),
     ({"tune_experts.tau": 0.6}, {"tune_experts"} | DRAWN),  # it is off

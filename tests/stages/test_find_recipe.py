@@ -70,13 +70,13 @@ def test_the_best_of_what_was_tried_within_the_budget(found):
 
 def test_strengths_of_guidance(make_experiment, kept_runs):
     """Each with every end, the configured one first; the dense model has the same beside it."""
-    keys = {"find_recipe.cfg": [1.5, 3.0], "find_recipe.unguided": [1, 2]}
+    keys = {"find_recipe.cfg": [3.0, 1.5], "find_recipe.unguided": [1, 2]}
     lean = {"find_recipe.budget": 0.8, "find_recipe.skipped_tokens": [0.0]}
     experiment = make_experiment(kept_runs, edited=FEW, changes={**keys, **lean})
     record = run_stage(experiment, "find_recipe")
     tried = [tuple(each["keys"]["sampling.cfg"]) for each in record.about["tried"]]
-    expected = [(c,) * (4 - n) + (0.0,) * n for c in (1.5, 3.0) for n in (1, 2)]
-    assert list(dict.fromkeys(tried)) == expected
+    assert tried[:4] == [(c,) * (4 - n) + (0.0,) * n for c in (1.5, 3.0) for n in (1, 2)]
+    assert len(tried) == 4 + record.about["keys"].get("evaluate.model", "").count("dynamic")
     guided = {"sampling.cfg": record.about["keys"]["sampling.cfg"], "evaluate.model": "dense"}
     verifying = {"evaluate.seed": 2001, "evaluate.num_samples": 20}
     dense = record_if_done(vary(experiment, {**guided, **verifying}), "evaluate")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dmoe_var.experiment.graph import run_stage
 from dmoe_var.models.blocks import whole
 from dmoe_var.training.distillation import prediction_loss
 
@@ -52,7 +53,7 @@ def test_gradient_is_the_difference_of_the_predictions(given):
 
 def test_without_a_dense_model_it_is_the_cross_entropy(given):
     loss, logged = prediction_loss(*given[:2], None, 0.0)
-    assert float(loss) == pytest.approx(by_hand(*given, 0.0)[0], rel=1e-12)
+    assert loss.item() == pytest.approx(by_hand(*given, 0.0)[0], rel=1e-12)
     assert logged == {}
 
 
@@ -104,6 +105,32 @@ def test_the_dense_model_stays_and_is_approached(build, run_in, tmp_path, kind):
     assert objective.loss(ALL, 0, 6, whole(20))[1]["kl"] < 0.7 * before
     for name, parameter in objective.dense.named_parameters():
         assert torch.equal(parameter, dense[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparsify", "tune"])
+def test_validation_measures_the_divergence(build, held_out, kind, monkeypatch):
+    """By batches of which the last one is smaller."""
+    monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)
+    objective, _ = build(kind, torch.float64, distill=1.0)
+    tokens_BL, *inputs = held_out
+    if kind == "sparsify":
+        learnt, logits_BLV = slice(None), objective.var(*inputs)
+    else:
+        learnt, logits_BLV = [*range(1, 5), *range(14, 30)], objective.model(*inputs, 0.2)
+    dense_BLV = objective.dense(*inputs)
+    given = (each[:, learnt] for each in (logits_BLV, tokens_BL, dense_BLV))
+    assert objective.validate()["val_kl"] == pytest.approx(by_hand(*given, 1.0)[2], rel=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_sparsify_loads_the_dense_model(
+    make_experiment, use_few_digits, runs, monkeypatch, activation
+):
+    use_few_digits(monkeypatch)
+    how = {"sparsify.distill": 1.0, "sparsify.steps": 2, "sparsify.activation": activation}
+    metrics = run_stage(make_experiment(runs, how), "sparsify").metrics
+    assert metrics["val_kl"] > 0
 
 
 def test_without_distillation_no_dense_model_runs(build):
