@@ -364,7 +364,8 @@ class VAR(nn.Module):
         rows: Rows | None = None,
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """Compute what `forward` does for labels of which none is dropped any more."""
+        """Compute what `forward` does, for labels and teacher input that were checked. No label is
+        dropped any more."""
         rest = slice(self.config.scale_slices[0].stop, None)
         cond_BC = self.condition(labels_B)
         words_BLC = self.word_embed(teacher_BLC.to(self.word_embed.weight.dtype))

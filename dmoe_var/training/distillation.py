@@ -7,14 +7,8 @@ l tokens that are learnt, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
-
-Distill = Annotated[float, Field(ge=0, le=1)]
-"""Share of the loss that compares with the dense model's predictions in place of the tokens."""
 
 
 def prediction_loss(

@@ -24,7 +24,7 @@ from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.distillation import Distill, divergence, prediction_loss
+from dmoe_var.training.distillation import divergence, prediction_loss
 from dmoe_var.training.step import OptimConfig, summed
 
 VALIDATION_BATCH = 128
@@ -209,7 +209,7 @@ class SparsifyConfig(TokenTrainingConfig):
     activation: Literal["relu", "gelu"] = "relu"
     """relu, or gelu: the ablation without ReLUfication, Hoyer on clamped and shifted
     pre-activations."""
-    distill: Distill = 0.0
+    distill: Share = 0.0
     """Share of the cross-entropy that gives way to the divergence from the dense model's
     predictions (beyond the paper)."""
 
@@ -272,9 +272,8 @@ class SparsifyObjective(VARObjective):
         sparsity = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).mean()
         alpha = self.config.alpha_at(step, num_steps)
         logged = logged or {"ce": prediction.item()}
-        return prediction + alpha * sparsity, {
-            **logged, "hoyer": sparsity.item(), "alpha": alpha
-        }  # fmt: skip
+        loss = prediction + alpha * sparsity
+        return loss, {**logged, "hoyer": sparsity.item(), "alpha": alpha}
 
     def validate(self) -> dict[str, float]:
         """Measure as for VAR, and the share of inactive neurons by layer and scale, and the Hoyer

@@ -22,7 +22,6 @@ from dmoe_var.models.blocks import Rows
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.observer import Observer, Routed
-from dmoe_var.training.distillation import Distill
 from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
 from dmoe_var.training.router_objective import expert_ffns, spearman
 from dmoe_var.training.step import OptimConfig
@@ -45,7 +44,7 @@ class TuneConfig(OptimConfig):
     """Weight of the routers' squared error; only they learn from it."""
     null_share: Share = 0.5
     """Share of a batch that runs with the null class, like the unconditional half of guidance."""
-    distill: Distill = 0.0
+    distill: Share = 0.0
     """Share of the cross-entropy that gives way to the divergence from the dense model's
     predictions."""
 
