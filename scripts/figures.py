@@ -25,6 +25,8 @@ def run(experiment: Experiment) -> None:
     if experiment.config.figures.plan:
         say(figures.plan_text(experiment, figures.missing(experiment)))
         return
+    if experiment.config.figures.make:  # here, as the stage locks its folder: others can help
+        figures.make(experiment)
     report(experiment, "figures", run_stage(experiment, "figures"))
 
 

@@ -39,11 +39,11 @@ class DataSet:
 Given = Path | DataSet
 
 GIVEN = (
-    "base.vqvae", "base.var", "base.classifier", "train_var.start", "drafter.var",
-    "sample.pretrained", "fidelity.weights",
+    "base.vqvae", "base.var", "base.classifier", "train_var.start", "tune_experts.start",
+    "drafter.var", "sample.pretrained", "fidelity.weights",
 )  # fmt: skip
 """Keys that name files. Their content counts, and not where they lie."""
-MODELS = ("base.vqvae", "base.var", "train_var.start", "drafter.var")
+MODELS = ("base.vqvae", "base.var", "train_var.start", "tune_experts.start", "drafter.var")
 """Those of them that may name a published model."""
 _HELD: ContextVar[dict[tuple[Given, Path], str] | None] = ContextVar("held", default=None)
 """Contents that one thread holds: runs in two threads end in any order."""
@@ -110,7 +110,7 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
 
 def kind_of(key: str) -> str:
     """Return the kind of model, "vqvae" or "var", that a key names."""
-    return "var" if key == "train_var.start" else key.rpartition(".")[2]
+    return "var" if key.endswith(".start") else key.rpartition(".")[2]
 
 
 def _known(key: str, source: str | None) -> dict[str, str] | None:

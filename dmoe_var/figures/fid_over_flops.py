@@ -12,6 +12,8 @@ from dmoe_var.figures.style import MARKERS, SHADED_MARKERS, Paths, colour, save,
 
 FLOPS = "transformer GMAC an image (guidance included, decoder left out)"
 SIZES = {"dense": 11, "chosen": 10}
+MANY_LINES = 6
+"""Lines in one plot above which only the ends of a line are labelled."""
 
 Curve = Mapping[str, Any]
 """Keys: name, method (for the colour), shade (None, or 0..1 among curves of a kind), line (false:
@@ -63,17 +65,21 @@ def _draw_beside(
     figure, axes = subplots(1, 2, figsize=(9.6, 3.8), sharey=True)
     for axis, (x, label) in zip(axes, {"flops_gmac": FLOPS, **other}.items(), strict=True):
         plot(axis, curves, x)
-        finish(axis, label, display_name(fid_name), "", note)
+        finish(axis, label, display_name(fid_name), "", note, legend=False)
+    of_curves = axes[0].get_legend_handles_labels()
+    figure.legend(*of_curves, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, fontsize=7)
     figure.suptitle(title, fontsize=9)
     save(figure, paths)
 
 
 def plot(axis: Axes, curves: Sequence[Curve], x: str = "flops_gmac") -> None:
-    """Plot mean FID over `x`, error bars over seeds; the points of a line carry their labels."""
+    """Plot mean FID over `x`, error bars over seeds; several points of a curve carry their labels,
+    the first and the last alone where there are many lines. A line follows FLOPs, over time too."""
+    crowded = sum(curve["line"] for curve in curves) > MANY_LINES
     shaded = 0
     for curve in curves:
         method, shade = curve["method"], curve["shade"]
-        rows = sorted(curve["rows"], key=lambda row: float(row[x]))
+        rows = sorted(curve["rows"], key=lambda row: float(row["flops_gmac"]))
         across = np.array([row[x] for row in rows])
         fid = np.array([row["fid_mean"] for row in rows])
         spread = np.array([row["fid_std"] for row in rows])
@@ -86,22 +92,23 @@ def plot(axis: Axes, curves: Sequence[Curve], x: str = "flops_gmac") -> None:
         axis.errorbar(
             across, fid, yerr=spread, label=curve["name"], color=drawn, marker=marker,
             linestyle="-" if curve["line"] else "none", markersize=SIZES.get(method, 4),
-            markeredgewidth=2 if chosen else 1, capsize=2, linewidth=1.2,
+            markeredgewidth=2 if chosen else 1, capsize=2, linewidth=1.2, elinewidth=0.7,
             zorder=5 if chosen else 3,
         )  # fmt: skip
-        for row in rows if curve["line"] else ():
+        labelled = rows if curve["line"] or len(rows) > 1 else []
+        for row in labelled[:: max(1, len(rows) - 1)] if crowded and curve["line"] else labelled:
             axis.annotate(
                 row["label"], (row[x], row["fid_mean"]), xytext=(3, 4),
                 textcoords="offset points", fontsize=6, color=drawn,
             )  # fmt: skip
 
 
-def finish(axis: Axes, x: str, y: str, title: str, note: str = "") -> None:
+def finish(axis: Axes, x: str, y: str, title: str, note: str = "", *, legend: bool = True) -> None:
     """Add axis labels, title, legend, and a note below the figure."""
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_title(title, fontsize=9)
-    if axis.get_legend_handles_labels()[0]:
+    if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)
     if note:
         axis.annotate(

@@ -28,8 +28,14 @@ METHODS = {
     "search": ("#CC79A7", "v"),
     "linear": ("#009E73", "^"),
     "fixed": ("#0072B2", "o"),
+    "guidance ends": ("#E69F00", "s"),
+    "means of skipped experts": ("#56B4E9", "P"),
+    "tokens skipped": ("#CC79A7", "v"),
+    "heads left out": ("#777777", "D"),
+    "routers told scale and class": ("#8C6D00", "^"),
+    "tau in the loss": ("#009E73", "X"),
 }
-"""Colour and marker of each method: Okabe-Ito's palette and two dark tones; `last` and `fixed` are
+"""Colour and marker of each method: Okabe-Ito's palette and some dark tones; `last` and `fixed` are
 one method."""
 COLOURS = {method: colour for method, (colour, _) in METHODS.items()}
 MARKERS = {method: marker for method, (_, marker) in METHODS.items()}

@@ -70,7 +70,9 @@ def plan_text(experiment: Experiment, steps: Sequence[Need]) -> str:
 
 
 def make(experiment: Experiment) -> None:
-    """Make what is missing; an interrupted run goes on where it stopped."""
+    """Make what is missing; an interrupted run goes on where it stopped. Several runs at once share
+    the work, also for different figures."""
+    experiment.check("figures")
     while steps := missing_everywhere(experiment):
         for step in steps:
             step.experiment.check(step.stage)

@@ -20,7 +20,7 @@ def run(experiment: Experiment) -> StageResult:
     tau runs another density after training."""
     config = experiment.config.tune_experts
     vqvae = loaded.vqvae(experiment)
-    moe = loaded.split(experiment, "train_router")
+    moe = loaded.split(experiment, "train_router", given=config.start)
     model = DynamicVAR(loaded.dense(experiment), moe, experiment.config.moe.scales)
     tokens = token_sets(experiment, vqvae)
     objective = TuningObjective(model, vqvae, *tokens, config)

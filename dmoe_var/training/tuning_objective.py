@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmoe_var.config_fields import Share, Taus
+from dmoe_var.config_fields import PathOrName, Share, Taus
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.dynamic_var import DynamicVAR
@@ -36,6 +36,9 @@ class TuneConfig(OptimConfig):
 
     steps: Annotated[int, Field(ge=0)] | None = None
     """Optimiser steps; null or 0 leaves experts untuned, if epochs is null."""
+    start: PathOrName | None = None
+    """VAR with experts and routers that tuning begins with, of which later stages ask the content
+    too: one that was tuned at another tau, for example. null takes that of train_router."""
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-4
     """Learning rate after the warmup."""
     tau: Taus = (0.2,)

@@ -52,17 +52,32 @@ def test_every_setting_is_there(unsaved):
 
 
 def test_both_accountings_of_the_same_points(unsaved):
-    """FID on the y axes, as counted on the left and as the authors charge it on the right."""
+    """FID on the y axes, as counted on the left and as the authors charge it on the right. Lines
+    follow the FLOPs as counted on both sides, and the sides share a legend."""
     rows = [
         {**row, "flops_gmac_authors": row["flops_gmac"] - 1.5 * i} for i, row in enumerate(LAST)
     ]
     curves = curves_of(rows)
-    left, right = unsaved(
-        fid_over_flops, fid_over_flops.draw_accounting, curves, "fid", "title", "note"
-    ).axes
+    figure = unsaved(fid_over_flops, fid_over_flops.draw_accounting, curves, "fid", "title", "note")
+    left, right = figure.axes
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == [curve["name"] for curve in curves]
+    rising = sorted(rows, key=lambda row: row["flops_gmac"])
     for axis, key in ((left, "flops_gmac"), (right, "flops_gmac_authors")):
         (container,) = axis.containers
         points = np.column_stack(container[0].get_data()).tolist()
-        assert points == sorted([row[key], row["fid_mean"]] for row in rows)
+        assert points == [[row[key], row["fid_mean"]] for row in rising]
+        assert axis.get_legend() is None
         assert axis.get_ylabel() == "FID"
     assert ["authors" in axis.get_xlabel() for axis in (left, right)] == [False, True]
+
+
+def test_labels_of_a_crowd(unsaved):
+    """Of many lines the ends are labelled; several points without a line are labelled all."""
+    many = [{**curves_of(LAST)[0], "name": str(i)} for i in range(fid_over_flops.MANY_LINES + 1)]
+    alone = {**many[0], "name": "alone", "line": False}
+    for lines, labels in ((many, ["0.1", "0.3"]), (many[1:], ["0.1", "0.2", "0.3"])):
+        curves = [*lines, alone]
+        (axis,) = unsaved(fid_over_flops, fid_over_flops.draw, curves, "fid", "title", "").axes
+        told = sorted(text.get_text() for text in axis.texts)
+        assert told == sorted([*labels * len(lines), "0.1", "0.2", "0.3"])

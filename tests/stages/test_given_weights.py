@@ -245,3 +245,24 @@ def test_training_goes_on_from_given_weights(make_experiment, runs, bases, tmp_p
     unfit = make_experiment(runs, {**still, "train_var.start": str(tmp_path / "other")})
     with pytest.raises(CheckpointError, match=r"^train_var\.start=.*depth is 3"):
         run_through(unfit, "train_var", lambda *_: None)
+
+
+def test_tuning_goes_on_from_given_experts(make_experiment, runs, tmp_path, make_var):
+    """As above, for experts that were tuned before: they start, and not those of train_router."""
+    before = make_experiment(runs, {"tune_experts.steps": 1, "tune_experts.lr": 0.1})
+    run_through(before, "tune_experts", lambda *_: None)
+    source = str(before.folder("tune_experts") / "checkpoint")
+    still = {"tune_experts.start": source, "tune_experts.lr": 1e-12, "tune_experts.steps": 1}
+    experiment = make_experiment(runs, still)
+    record = run_through(experiment, "tune_experts", lambda *_: None)
+    assert len(record.weights["tune_experts.start"]) == 64
+    theirs, ours = load_var(source).state_dict(), loaded.split(experiment).state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+    untuned = loaded.split(make_experiment(runs), "train_router").state_dict()
+    name = "blocks.0.ffn.w1_EDC"
+    assert not torch.allclose(ours[name], untuned[name], atol=1e-3)
+    assert "tune_experts.start" not in before.relevant("tune_experts")
+    save_checkpoint(tmp_path / "dense", make_var(num_classes=10))
+    unfit = make_experiment(runs, {**still, "tune_experts.start": str(tmp_path / "dense")})
+    with pytest.raises(CheckpointError, match="experts is None"):
+        run_through(unfit, "tune_experts", lambda *_: None)

@@ -7,7 +7,13 @@ from typing import Any
 
 from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.experiment import Experiment
-from dmoe_var.experiment.points import Curve, dense_curve, operating_point, single, tau_curve
+from dmoe_var.experiment.points import (
+    Curve,
+    Point,
+    dense_curve,
+    operating_point,
+    tau_curve,
+)
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.style import Paths
 from dmoe_var.files import write_text
@@ -20,15 +26,15 @@ from dmoe_var.stages.catalogue.figure import (
     Figure,
     figure,
     heading,
-    shades,
 )
 
 SKIPPED = 0.4
 """Share of the tokens that are skipped at the last two scales."""
 LEFT_OUT = 0.5
 """Share of the heads that are left out at the last three scales."""
-PLAIN, JOINED = "experts alone", "all joined"
-TABLE = """| | tau | GMAC per image | saved | {fid} | label agreement | ms per image |
+PLAIN, JOINED, ABLATED = "experts alone", "all joined", "all but the one named, chosen tau"
+TABLE = """\
+| | tau, or what is missing | GMAC per image | saved | {fid} | agreement | ms per image |
 |---|---|---|---|---|---|---|
 {rows}
 """
@@ -69,14 +75,9 @@ def techniques(experiment: Experiment) -> Figure:
     tau = figures.along(figures.tau)
     together = _merged(known)
     chosen = {"evaluate.model": "dynamic", **operating_point(experiment)}
-    alone = [
-        tau_curve(name, "last", tau, changes, shade)
-        for (name, changes), shade in zip(known.items(), shades(known), strict=True)
-    ]
-    ablated = [
-        single(f"all but {left_out}", "lists", left_out, {**chosen, **_merged(known, left_out)})
-        for left_out in known
-    ]
+    alone = [tau_curve(name, name, tau, changes) for name, changes in known.items()]
+    missing = (Point(name, None, {**chosen, **_merged(known, name)}) for name in known)
+    ablated = Curve(ABLATED, "lists", tuple(missing), line=False)
     plain = tau_curve(PLAIN, "last", tau)
     joined = tau_curve(JOINED, "chosen", tau, together)
     others = [
@@ -86,7 +87,7 @@ def techniques(experiment: Experiment) -> Figure:
     ]
     unguided = dense_curve("dense, guidance ends", known["guidance ends"], 0.0)
     claims = [Claim(f"{c.name} pays", better=c.name, worse=PLAIN) for c in (*alone, joined)]
-    curves: list[Curve] = [dense_curve(), unguided, *others, plain, *alone, joined, *ablated]
+    curves: list[Curve] = [dense_curve(), unguided, *others, plain, *alone, joined, ablated]
     return Figure("techniques beyond the paper", draw, curves=curves, claims=claims)
 
 
@@ -109,10 +110,10 @@ def table(curves: Sequence[Mapping[str, Any]], fid: str) -> str:
     rows = []
     for curve in curves:
         for row in curve["rows"]:
-            tau = f"{row['value']:g}" if row["value"] is not None else "-"
+            of_curve = "-" if row["label"] == curve["name"] else row["label"]
             agreement = row.get("label_agreement")
             rows.append(
-                f"| {curve['name']} | {tau} | {row['flops_gmac']:.4f} "
+                f"| {curve['name']} | {of_curve} | {row['flops_gmac']:.4f} "
                 f"| {1 - row['flops_gmac'] / dense_gmac:.1%} "
                 f"| {row['fid_mean']:.1f} ± {row['fid_std']:.1f} "
                 f"| {'-' if agreement is None else f'{agreement:.1%}'} "

@@ -101,16 +101,18 @@ def needs_experts(config: Config) -> Keys:
     return (config.expert_stage,)
 
 
-def split(experiment: Experiment, stage: str | None = None) -> VAR:
+def split(experiment: Experiment, stage: str | None = None, given: str | None = None) -> VAR:
     """Load the expert VAR as a stage left it: one of MADE_OF_EXPERTS, or by default the last one
-    that the configuration has. The whole one says which: a stage's `needs` do too."""
-    return var(experiment, stage or experiment.whole.expert_stage)
+    that the configuration has. The whole one says which: a stage's `needs` do too. `given` names
+    another VAR of the same shape."""
+    return var(experiment, stage or experiment.whole.expert_stage, given)
 
 
-def var(experiment: Experiment, stage: str) -> VAR:
-    """Load the VAR as a stage left it, in eval mode on the experiment's device. The stage is
-    train_var (or the VAR is given), sparsify, or one of MADE_OF_EXPERTS."""
-    given = experiment.config.base.var if stage == "train_var" else None
+def var(experiment: Experiment, stage: str, given: str | None = None) -> VAR:
+    """Load the VAR as a stage left it, or another of its shape that is given, in eval mode on the
+    experiment's device. The stage is train_var, sparsify, or one of MADE_OF_EXPERTS."""
+    if stage == "train_var":
+        given = experiment.config.base.var
     source, expected = given or checkpoint(experiment, stage), experiment.config.var
     if stage != "train_var":
         expected = replace(expected, activation=experiment.config.sparsify.activation)

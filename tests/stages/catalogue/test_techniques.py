@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmoe_var.stages.catalogue import techniques
-from dmoe_var.stages.catalogue.techniques import JOINED, PLAIN, table
+from dmoe_var.stages.catalogue.techniques import ABLATED, JOINED, PLAIN, table
 
 
 def changes_of(curve):
@@ -19,8 +19,9 @@ def test_each_alone_joined_and_left_out(experiment):
     everything = {key: value for changes in known.values() for key, value in changes.items()}
     for name, changes in (*known.items(), (JOINED, everything)):
         assert changes_of(curves[name]) == [{**each, **changes} for each in over]
-    for name, changes in known.items():
-        (left,) = changes_of(curves[f"all but {name}"])
+    ablated = curves[ABLATED]
+    assert [point.label for point in ablated.points] == list(known)
+    for changes, left in zip(known.values(), changes_of(ablated), strict=True):
         others = {key: value for key, value in everything.items() if key not in changes}
         assert {**others, "selection.tau": (0.3, 0.6)}.items() <= left.items()
         assert not changes.keys() & left.keys()
@@ -29,14 +30,14 @@ def test_each_alone_joined_and_left_out(experiment):
     ]
 
 
-def row(value, gmac, fid, **others):
-    return {"value": value, "flops_gmac": gmac, "fid_mean": fid, "fid_std": 0.25, **others}
+def row(label, gmac, fid, **others):
+    return {"label": label, "flops_gmac": gmac, "fid_mean": fid, "fid_std": 0.25, **others}
 
 
 def test_table():
-    dense = {"name": "dense VAR", "rows": [row(None, 2.0, 9, sampling_ms_per_image=4.0)]}
+    dense = {"name": "dense VAR", "rows": [row("dense VAR", 2.0, 9, sampling_ms_per_image=4.0)]}
     ours = {"name": "ours", "rows": [
-        row(0.4, 1.5, 8, sampling_ms_per_image=3.0, label_agreement=0.995)
+        row("0.4", 1.5, 8, sampling_ms_per_image=3.0, label_agreement=0.995)
     ]}  # fmt: skip
     *_, first, second = table([dense, ours], "fid").splitlines()
     assert first == "| dense VAR | - | 2.0000 | 0.0% | 9.0 ± 0.2 | - | 4.0 |"
