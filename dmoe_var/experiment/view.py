@@ -39,7 +39,7 @@ OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
     "sampling.int8": "sampling.int8",
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
-    **{key: key for key in ("train_var.start", "tune_experts.start")},
+    **{key: key for key in ("train_var.start", "tune_experts.start", "tune_experts.blocks")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     **{key: key for key in ("sparsify.distill", "tune_experts.distill", "find_recipe.cfg")},
     "moe.mean_images": "moe.skipped",

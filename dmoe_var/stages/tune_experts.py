@@ -39,6 +39,11 @@ def refuse(config: Config) -> None:
             f"tune_experts.steps={'null' if tune.steps is None else tune.steps}: experts are not "
             "tuned; allowed here: 1 or more, or tune_experts.epochs"
         )
+    if tune.blocks and config.conversion.train == "ffn":
+        raise ConfigError(
+            "tune_experts.blocks=true trains what conversion.train=ffn shares with the dense model;"
+            " allowed with it: false"
+        )
 
 
 STAGE = Stage(

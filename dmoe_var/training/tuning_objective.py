@@ -22,7 +22,7 @@ from dmoe_var.models.blocks import Rows
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.observer import Observer, Routed
-from dmoe_var.training.objectives import Mean, TokenObjective, tokens_of
+from dmoe_var.training.objectives import Mean, TokenObjective, select_trainable, tokens_of
 from dmoe_var.training.router_objective import expert_ffns, spearman
 from dmoe_var.training.step import OptimConfig
 
@@ -47,6 +47,9 @@ class TuneConfig(OptimConfig):
     """Weight of the routers' squared error; only they learn from it."""
     null_share: Share = 0.5
     """Share of a batch that runs with the null class, like the unconditional half of guidance."""
+    blocks: bool = False
+    """Whether whole blocks and the head train, as in sparse fine-tuning, or experts and their
+    routers alone."""
     distill: Share = 0.0
     """Share of the cross-entropy that gives way to the divergence from the dense model's
     predictions."""
@@ -100,8 +103,8 @@ class _Measured(Observer):
 class TuningObjective(TokenObjective):
     """Prediction of the tokens at scales with experts, under the mask, plus the routers' error.
 
-    The mask itself is not differentiated. Experts (with the shared output bias) and routers train;
-    all else stays.
+    The mask itself is not differentiated. Experts (with the shared output bias) and routers train,
+    and if asked for all else in the blocks and the head. The dense model stays as it is.
     """
 
     config: TuneConfig
@@ -121,7 +124,9 @@ class TuningObjective(TokenObjective):
         ffns = expert_ffns(model.moe)
         model.requires_grad_(False).eval()
         self.learn_from(model.dense, config.distill)
-        self.module = nn.ModuleList(ffns).requires_grad_(True)
+        self.module = model.moe if config.blocks else nn.ModuleList(ffns).requires_grad_(True)
+        if config.blocks:
+            select_trainable(model.moe, "blocks+head")
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows

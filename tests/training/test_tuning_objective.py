@@ -18,6 +18,7 @@ from dmoe_var.experiment.graph import record_if_done, run_through
 from dmoe_var.experiment.record import Record
 from dmoe_var.models.blocks import whole
 from dmoe_var.stages.parts import loaded
+from dmoe_var.training.state import trainable
 from dmoe_var.training.tuning_objective import TuneConfig
 
 TAU, WEIGHT = (0.5, 0.7), 0.3
@@ -84,16 +85,18 @@ def by_hand(model, labels_B, teacher_BLC, tokens_BL):
     return torch.cat(losses, 1).mean() + WEIGHT * router
 
 
-def test_gradients_are_those_of_the_masked_model(build):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_gradients_are_those_of_the_masked_model(build, blocks):
     """A dense scale lies between the two with experts: gradients also flow through its keys."""
-    objective, _ = build("tune", torch.float64, **OPTIONS)
+    objective, _ = build("tune", torch.float64, **OPTIONS, blocks=blocks)
     loss, _ = objective.loss(ALL, 0, 6, whole(20))
     loss.backward()
     tokens_BL, labels_B, teacher_BLC = objective.batch(objective.training, ALL)
     labels_B = torch.cat([torch.full((5,), 10), labels_B[5:]])
     expected = by_hand(objective.model, labels_B, teacher_BLC, tokens_BL)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    parameters = dict(objective.module.named_parameters())
+    parameters = trainable(objective.module)
+    assert any("attn" in name for name in parameters) == blocks
     grads = torch.autograd.grad(expected, list(parameters.values()))
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
         assert grad.abs().max() > 0, name
@@ -163,6 +166,17 @@ def test_the_stage(make_experiment, use_few_digits, runs, monkeypatch, tmp_path)
     ours, theirs = loaded.split(on).state_dict(), loaded.split(off).state_dict()
     moved = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     assert moved == {name for name in ours if ".ffn." in name}
+    whole_blocks = make_experiment(runs, {**tuning, "tune_experts.blocks": True})
+    through(whole_blocks, "tune_experts")
+    ours = loaded.split(whole_blocks).state_dict()
+    moved = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    trained = {name for name in ours if name.startswith(("blocks.", "head"))}
+    assert {name for name in trained if "zero_k_bias" not in name} == moved
+    shared = make_experiment(
+        runs, {"tune_experts.blocks": True, "conversion.train": "ffn", **tuning}
+    )
+    with pytest.raises(ConfigError, match=r"tune_experts\.blocks=true .* allowed with it: false"):
+        through(shared, "tune_experts")
     assert record_if_done(off, "train_router") is not None
     assert off.needs("export") == ("train_router",)
     oracle = make_experiment(runs, {"tune_experts.steps": 2, "selection.rule": "oracle"})
