@@ -8,7 +8,7 @@ combination that is tried, tau are calibrated so that its images take the budget
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.metrics.flops import report
 from dmoe_var.metrics.flops_fixed import fixed_cost
-from dmoe_var.models.guidance import by_scale
+from dmoe_var.models.guidance import Cfg, by_scale
 from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.stages import evaluate
 from dmoe_var.stages.parts.loaded import needs_experts, refuse_drafter, refuse_int8
@@ -142,6 +142,19 @@ class Search:
         return {"selection.layer_tau": tuple(tuple(of_scale) for of_scale in tau)}
 
 
+def guidances(strengths: Sequence[Cfg], unguided: Sequence[int], num_scales: int) -> list[Cfg]:
+    """List each strength with each end, without those that sample the same: the first scale is
+    never guided. The first strength keeps its spelling where guidance does not end early, so that
+    its records are found."""
+    found: dict[tuple[float, ...], Cfg] = {}
+    for strength in strengths:
+        cfg_S = by_scale(strength, num_scales)
+        for n in unguided:
+            ended_S = (*cfg_S[: num_scales - n], *(0.0,) * n)
+            found.setdefault(ended_S[1:], strength if ended_S == cfg_S else ended_S)
+    return list(found.values())
+
+
 def run(experiment: Experiment) -> StageResult:
     """Search, verify on images of another seed, and write recipe.json."""
     config = experiment.config.find_recipe
@@ -149,9 +162,8 @@ def run(experiment: Experiment) -> StageResult:
     num_scales = experiment.config.var.num_scales
     configured = experiment.config.sampling.cfg
     # How strong guidance is, and where it ends
-    strengths = [by_scale(cfg, num_scales) for cfg in (configured, *config.cfg)]
-    ends = [(*cfg_S[: num_scales - n], *(0.0,) * n) for cfg_S in strengths for n in config.unguided]
-    best = search.best([{"sampling.cfg": end} for end in dict.fromkeys(ends)], "guidance")
+    ends = guidances((configured, *config.cfg), config.unguided, num_scales)
+    best = search.best([{"sampling.cfg": end} for end in ends], "guidance")
     guided = {"sampling.cfg": best.keys["sampling.cfg"]}
     # Which tokens are skipped
     shares = [share for share in config.skipped_tokens if share > 0]

@@ -14,6 +14,7 @@ from dmoe_var.experiment.graph import record_if_done, run_stage
 from dmoe_var.experiment.points import vary
 from dmoe_var.metrics.flops import count_flops
 from dmoe_var.stages.evaluate import Bench
+from dmoe_var.stages.find_recipe import guidances
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = {
@@ -62,10 +63,19 @@ def test_the_best_of_what_was_tried_within_the_budget(found):
     within = [each for each in tried if each["flops_gmac"] <= 1.01 * target]
     best = min(within, key=lambda each: each["fid"])
     assert record.about["keys"] == best["keys"]
-    ends = [tuple(each["keys"]["sampling.cfg"]) for each in tried]
-    assert ends[:3] == [(1.5,) * 4, (1.5, 1.5, 1.5, 0.0), (1.5, 1.5, 0.0, 0.0)]
-    assert len(set(ends[3:])) == 1
+    ends = [each["keys"]["sampling.cfg"] for each in tried]
+    assert ends[:3] == [1.5, (1.5, 1.5, 1.5, 0.0), (1.5, 1.5, 0.0, 0.0)]
+    assert len({*ends[3:]}) == 1
     assert any("sampling.skipping.ratios" in each["keys"] for each in tried)
+
+
+def test_guidance_is_tried_once_for_each_model():
+    """The first scale is never guided, so that after it every strength ends alike."""
+    assert guidances((1.5, (1.5, 1.5, 1.5), 3.0), (0, 1, 2), 3) == [
+        1.5, (1.5, 1.5, 0.0), (1.5, 0.0, 0.0), 3.0, (3.0, 3.0, 0.0),
+    ]  # fmt: skip
+    ended = (1.5, 1.5, 0.0)
+    assert guidances((ended,), (0, 1), 3) == [ended]
 
 
 def test_strengths_of_guidance(make_experiment, kept_runs):

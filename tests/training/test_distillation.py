@@ -91,7 +91,7 @@ def test_objectives_learn_the_dense_model_at_their_scales(build, batch, kind, fi
         else:
             logits_BLV = model(labels[0], batch[2], 0.5, impl="reference")
     expected = by_hand(logits_BLV[:, learnt], batch[0][:, learnt], dense_BLV[:, learnt], 0.7)
-    assert [float(loss), logged["ce"], logged["kl"]] == pytest.approx(expected, rel=1e-6)
+    assert [loss.item(), logged["ce"], logged["kl"]] == pytest.approx(expected, rel=1e-6)
     loss.backward()
     assert all(parameter.grad is None for parameter in objective.dense.parameters())
 
