@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
+import time
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -15,10 +18,13 @@ from dmoe_var.errors import ConfigError, DataError
 from dmoe_var.experiment.graph import run_stage, run_through
 from dmoe_var.experiment.points import operating_point, vary
 from dmoe_var.figures import learning
+from dmoe_var.files import alone
 from dmoe_var.stages import figures
 from dmoe_var.stages.catalogue import FIGURES
 from dmoe_var.stages.catalogue.figure import at_size, note
 from dmoe_var.stages.figures import make, missing, plan_text
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FEW = {
     "figures.tau": [0.0, 0.5],
@@ -151,6 +157,32 @@ def test_plan(experiment_of, runs):
     assert [line.split() for line in lines] == [[str(i), f] for i, f in enumerate(folders, 1)]
     assert last == f"{len(steps)} steps"
     assert missing(experiment) == steps  # nothing was made
+
+
+def test_commands_share_the_work(experiment_of, runs, monkeypatch):
+    """A command that draws into the folder of figures keeps no other one from making records."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("figures")
+    experiment = experiment_of(runs, "4", seeds=[0], make=True)
+    folder = experiment.folder("figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawing, left = threading.Event(), []
+
+    def draw():
+        with alone(folder):
+            drawing.set()
+            give_up = time.monotonic() + 60
+            while missing(experiment) and time.monotonic() < give_up:
+                time.sleep(0.1)
+            left.extend(missing(experiment))
+
+    other = threading.Thread(target=draw)
+    other.start()
+    drawing.wait()
+    script.run(experiment)
+    other.join()
+    assert not left
+    assert (folder / "figure_4.png").exists()
 
 
 def test_make_goes_on_where_it_stopped(experiment_of, runs, monkeypatch):
