@@ -7,13 +7,7 @@ from typing import Any
 
 from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.experiment import Experiment
-from dmoe_var.experiment.points import (
-    Curve,
-    Point,
-    dense_curve,
-    operating_point,
-    tau_curve,
-)
+from dmoe_var.experiment.points import Curve, Point, dense_curve, operating_point, tau_curve
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.style import Paths
 from dmoe_var.files import write_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dmoe_var.figures.style import COLOURS
 from dmoe_var.stages.catalogue import techniques
 from dmoe_var.stages.catalogue.techniques import ABLATED, JOINED, PLAIN, table
 
@@ -13,6 +14,7 @@ def changes_of(curve):
 def test_each_alone_joined_and_left_out(experiment):
     """Joined are the keys of all; each ablation lacks those of its own technique."""
     known = techniques.techniques_of(experiment)
+    assert known.keys() <= COLOURS.keys()
     curves = {curve.name: curve for curve in techniques.techniques(experiment).curves}
     over = [{**each} for each in changes_of(curves[PLAIN])]
     assert [each["selection.tau"] for each in over] == [(0.0,), (0.5,)]
