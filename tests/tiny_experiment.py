@@ -98,7 +98,8 @@ def fixed_costs():
 
     def cost(model, vqvae, **options):
         shapes = [(k, v.shape) for each in (model, vqvae) for k, v in each.state_dict().items()]
-        key = str((shapes, getattr(model, "moe_scales", None), options))
+        told = (getattr(model, name, None) for name in ("moe_scales", "drafted_scales"))
+        key = str((shapes, *told, options))
         if key not in known:
             known[key] = fixed_cost(model, vqvae, **options)
         return known[key]

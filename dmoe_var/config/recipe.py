@@ -28,11 +28,14 @@ class FindRecipeConfig:
 
     budget: PositiveShare = 0.5
     """FLOPs of an image as a share of the dense model's under the configured guidance, decoder
-    left out."""
+    left out. With drafter.var it is the drafter's, drawing every scale."""
     unguided: Annotated[tuple[Index, ...], Listed, Several, Distinct] = (0, 1, 2, 3, 4)
     """How many of the last scales have no guidance, each tried."""
     cfg: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Listed, Distinct] = ()
     """Strengths of guidance that are tried at the other scales, beside sampling.cfg."""
+    drafted: Annotated[tuple[Index, ...], Listed, Distinct] = ()
+    """How many of the first scales drafter.var draws, each tried with each end of guidance; none
+    given is drafter.scales alone."""
     skipped_tokens: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], ...], Listed, Several, Distinct
     ] = (0.0, 0.4)

@@ -43,7 +43,7 @@ from dmoe_var.stages.parts.skipped_means import let_means_stand
 from dmoe_var.stages.parts.timed_samplers import Task, ours, published
 
 NOTHING_SKIPPED: Any = {"skipping": TokenSkipping(), "heads": HeadSkipping()}
-OURS, PLAIN, PUBLISHED = "dense", "plain", "published"
+OURS, PLAIN, DRAFTER, PUBLISHED = "dense", "plain", "drafter", "published"
 DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
 """Published models of 256 px, by rising depth."""
 
@@ -156,8 +156,9 @@ def run(experiment: Experiment) -> StageResult:
 def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
     """Collect one batch size's metrics, flat. NAME_time_ratio compares with the dense model, or a
     compiled model with the compiled dense one; p10 and p90 are over the rounds. NAME_plain_ratio
-    compares with the dense model that samples as published. time_ratio compares the dense model,
-    compiled if it ran only so, with the published sampler."""
+    compares with the dense model that samples as published, NAME_drafter_ratio with the drafter
+    alone that does. time_ratio compares the dense model, compiled if it ran only so, with the
+    published sampler."""
     metrics: dict[str, float] = {}
     compiled = timings.get(f"{OURS}_compiled")
     mine = timings.get(OURS, compiled)
@@ -166,9 +167,12 @@ def _metrics(timings: Mapping[str, Timing], suffix: str) -> dict[str, float]:
         alike = compiled if name.endswith("_compiled") else mine
         if alike is not None and timing is not alike and name != PUBLISHED:
             metrics |= _ratio(timing, alike, f"{name}{suffix}_")
-        plain = timings.get(f"{PLAIN}_compiled" if name.endswith("_compiled") else PLAIN)
-        if plain is not None and timing is not plain and name != PUBLISHED:
-            metrics |= _ratio(timing, plain, f"{name}{suffix}_", called="plain_ratio")
+        end = "_compiled" if name.endswith("_compiled") else ""
+        drafters = (f"{PLAIN}_{DRAFTER}{end}", f"{DRAFTER}{end}")
+        for called, others in (("plain_ratio", (f"{PLAIN}{end}",)), ("drafter_ratio", drafters)):
+            other = next((timings[each] for each in others if each in timings), None)
+            if other is not None and timing is not other and name != PUBLISHED:
+                metrics |= _ratio(timing, other, f"{name}{suffix}_", called=called)
     if mine is not None and PUBLISHED in timings:
         theirs = timings[PUBLISHED]
         metrics |= _ratio(mine, theirs, "", suffix)
@@ -296,10 +300,14 @@ def _means(experiment: Experiment, dynamic: Task) -> SkippedMeans | None:
 
 
 def _drafted(cases: Sequence[Case], source: str, scales: int) -> list[Case]:
-    """List the drafter alone, and after it the dense model and each dynamic one."""
-    alone = replace(cases[0].task, var=source)
-    found = [Case("drafter", "drafter", None, alone, alone.flops())]
+    """List the drafter alone, sampled as the dense model is and as published, and after it the
+    dense model and each dynamic one."""
+    found = []
     for case in cases:
+        if case.model in (OURS, PLAIN):
+            alone = replace(case.task, var=source)
+            name = DRAFTER if case.model == OURS else f"{PLAIN}_{DRAFTER}"
+            found.append(Case(name, DRAFTER, None, alone, alone.flops()))
         if case.model in (OURS, "dynamic"):
             task = replace(case.task, drafter=source, drafted_scales=scales)
             found.append(Case(f"drafted_{case.name}", "drafted", case.tau, task, task.flops()))

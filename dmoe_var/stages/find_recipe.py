@@ -1,6 +1,7 @@
-"""Find a recipe for a budget: how strong guidance is and where it ends, which tokens are skipped,
-what stands for experts that do not run, and tau for each layer. FID of images that nothing else
-uses decides, because losses under teacher forcing cannot see guidance.
+"""Find a recipe for a budget: how strong guidance is and where it ends, how many scales a drafter
+draws, which tokens are skipped, what stands for experts that do not run, and tau for each layer.
+FID of images that nothing else uses decides, because losses under teacher forcing cannot see
+guidance.
 
 One technique comes after the other, and each keeps the value under which FID is best. For every
 combination that is tried, tau are calibrated so that its images take the budget.
@@ -29,7 +30,7 @@ from dmoe_var.metrics.flops_fixed import fixed_cost
 from dmoe_var.models.guidance import Cfg, by_scale
 from dmoe_var.moe.counts import ExpertHistogram
 from dmoe_var.stages import evaluate
-from dmoe_var.stages.parts.loaded import needs_experts, refuse_drafter, refuse_int8
+from dmoe_var.stages.parts.loaded import drafter_keys, needs_experts, refuse_int8
 
 RECIPE_FILE = "recipe.json"
 WITHIN = 0.01
@@ -43,6 +44,8 @@ OFF: dict[str, Any] = {
     "sampling.skipping.ratios": (),
     "sampling.heads.ratios": (),
 }
+
+ALONE: dict[str, Any] = {"drafter.var": None, "drafter.scales": None}
 
 Keys = Mapping[str, Any]
 
@@ -66,8 +69,12 @@ class Search:
         self.experiment = experiment
         self.config = experiment.config.find_recipe
         self.bench = evaluate.Bench(experiment)
-        dense = self.point({"evaluate.model": "dense"})
-        self.dense_fid, self.dense_gmac = self.fid(dense), dense.metrics["flops_gmac"]
+        self.plain: Keys = {
+            "evaluate.model": "dense",
+            **drafting(experiment.config, experiment.config.var.num_scales),
+        }
+        """The dense model that the budget is a share of: the drafter, if there is one."""
+        self.dense_gmac = self.point(self.plain).metrics["flops_gmac"]
         self.target = self.config.budget * self.dense_gmac
         self.tried: list[Tried] = []
 
@@ -84,12 +91,13 @@ class Search:
 
     def fitted(self, keys: Keys) -> Tried | None:
         """Calibrate tau until a combination takes the budget; None if no tau does."""
-        dense_gmac = self._dense_gmac(keys)
-        if dense_gmac <= self.target:  # guidance alone saves as much
+        dense_gmac, ours_gmac = self._dense_gmac(keys), self._dense_gmac({**keys, **ALONE})
+        if dense_gmac <= self.target:  # guidance and drafter alone save as much
             return self._measured({**keys, "evaluate.model": "dense"})
-        share, closest = min(self.target / dense_gmac, FIRST_SHARE), None
+        # tau are calibrated for the model with experts, which saves for both if it is a refiner
+        share, closest = min(1 - (dense_gmac - self.target) / ours_gmac, FIRST_SHARE), None
         for _ in range(ROUNDS):
-            tau = self._tau(keys, share)
+            tau = self._tau(keys, share) if share > 0 else None
             if tau is None:
                 break
             found = self._measured(
@@ -99,7 +107,7 @@ class Search:
                 closest = found
             if abs(found.gmac / self.target - 1) <= WITHIN:
                 break
-            share = min(share * self.target / found.gmac, 1.0)
+            share = min(share - (found.gmac - self.target) / ours_gmac, 1.0)
         return closest
 
     def best(self, combinations: list[Keys], name: str) -> Tried:
@@ -123,16 +131,18 @@ class Search:
         return Tried(keys, record.metrics["flops_gmac"], self.fid(record))
 
     def _dense_gmac(self, keys: Keys) -> float:
-        """Count the dense model's FLOPs under the guidance of a combination."""
-        whole = vary(self.experiment, {**OFF, **keys}).whole
-        fixed = fixed_cost(self.bench.dense, self.bench.vqvae, whole.sampling.cfg)
+        """Count the FLOPs under the guidance and with the drafter of a combination, all dense."""
+        point = vary(self.experiment, {**OFF, **keys})
+        model = self.bench.drafted(point, self.bench.dense)
+        fixed = fixed_cost(model, self.bench.vqvae, point.whole.sampling.cfg)
         return report(fixed, ExpertHistogram.none(1), {}).total_gmac
 
     def _tau(self, keys: Keys, share: float) -> Keys | None:
         """Calibrate tau by layer for a share of that; None if it is out of reach."""
         guided = {key: value for key, value in keys.items() if key == "sampling.cfg"}
         asked = {"calibrate.budget": share, "calibrate.by_layer": True, "calibrate.budgets": ()}
-        point = vary(self.experiment, {**OFF, **guided, **asked, "calibrate.budget_ms": None})
+        asked |= {"calibrate.budget_ms": None, **ALONE}
+        point = vary(self.experiment, {**OFF, **guided, **asked})
         try:
             tau = run_stage(point, "calibrate").about["tau"]
         except ConfigError:
@@ -155,20 +165,31 @@ def guidances(strengths: Sequence[Cfg], unguided: Sequence[int], num_scales: int
     return list(found.values())
 
 
+def drafting(config: Config, scales: int | None = None) -> Keys:
+    """List the keys with which the drafter draws so many scales, `drafter.scales` if it is None;
+    none if there is no drafter."""
+    if config.drafter.var is None:
+        return {}
+    number = config.drafter.scales if scales is None else scales
+    return {"drafter.var": config.drafter.var, "drafter.scales": number}
+
+
 def run(experiment: Experiment) -> StageResult:
     """Search, verify on images of another seed, and write recipe.json."""
     config = experiment.config.find_recipe
     search = Search(experiment)
     num_scales = experiment.config.var.num_scales
     configured = experiment.config.sampling.cfg
-    # How strong guidance is, and where it ends
+    # How strong guidance is and where it ends, and how many scales are drafted
     ends = guidances((configured, *config.cfg), config.unguided, num_scales)
-    best = search.best([{"sampling.cfg": end} for end in ends], "guidance")
+    drafts = [drafting(experiment.config, scales) for scales in config.drafted or (None,)]
+    combinations: list[Keys] = [{"sampling.cfg": e, **d} for d in drafts for e in ends]
+    best = search.best(combinations, "guidance")
     guided = {"sampling.cfg": best.keys["sampling.cfg"]}
     # Which tokens are skipped
     shares = [share for share in config.skipped_tokens if share > 0]
     late = [(*(0.0,) * (num_scales - 2), share, share) for share in shares]
-    combinations: list[Keys] = [{**guided, "sampling.skipping.ratios": each} for each in late]
+    combinations = [{**guided, "sampling.skipping.ratios": each} for each in late]
     found = [best, *([search.best(combinations, "share of tokens")] if combinations else [])]
     best = min(found, key=lambda each: each.fid)
     # What stands for skipped experts
@@ -177,9 +198,9 @@ def run(experiment: Experiment) -> StageResult:
         search.tried.append(with_means)
         best = min((best, with_means), key=lambda each: each.fid)
     # Verify, beside the dense model as configured, and under the recipe's guidance
-    plain: Keys = {"evaluate.model": "dense"}
     dense, guided_dense, ours = (
-        search.point(keys, config.seed + 1) for keys in (plain, {**plain, **guided}, best.keys)
+        search.point(keys, config.seed + 1)
+        for keys in (search.plain, {**search.plain, **guided}, best.keys)
     )
     verified = {
         "dense_gmac": search.dense_gmac,
@@ -209,12 +230,12 @@ def refuse(config: Config) -> None:
     """Raise ConfigError for techniques that the search sets by itself, and what it cannot try."""
     evaluate.refuse(config)
     evaluate.refuse_given_samples(config)
-    refuse_drafter(config, "tau is calibrated for a model that draws every scale")
     refuse_int8(config, "recipes are compared in floats")
     for key, set_to in OFF.items():
         given = config.leaves[key]
         if given not in (set_to, list(set_to)):
             raise ConfigError(f"{key}={given}: find_recipe chooses it; allowed here: {set_to}")
+    _refuse_drafted(config)
     most = max(config.find_recipe.unguided)
     if most >= config.var.num_scales:
         raise ConfigError(
@@ -223,10 +244,33 @@ def refuse(config: Config) -> None:
         )
 
 
+def _refuse_drafted(config: Config) -> None:
+    """Raise ConfigError for numbers of drafted scales without a drafter, or that leave none to
+    experts, and for a drafter where tokens are to be skipped."""
+    search, last = config.find_recipe, config.var.num_scales - 1
+    if config.drafter.var is None:
+        if search.drafted:
+            raise ConfigError(
+                f"find_recipe.drafted={list(search.drafted)}: there is no drafter "
+                "(drafter.var=null); allowed without: []"
+            )
+        return
+    if max(search.drafted, default=0) > last:
+        raise ConfigError(f"find_recipe.drafted={max(search.drafted)} must be within 0..{last}")
+    if any(search.skipped_tokens):
+        raise ConfigError(
+            f"find_recipe.skipped_tokens={list(search.skipped_tokens)}: a drafter and its refiner "
+            "skip no tokens; allowed with drafter.var: [0]"
+        )
+
+
 STAGE = Stage(
     "find_recipe",
     run,
-    reads=("moe", "sampling", "calibrate", "fidelity", "find_recipe"),
+    reads=lambda config, _: (
+        *("moe", "sampling", "calibrate", "fidelity", "find_recipe"),
+        *drafter_keys(config),
+    ),
     needs=lambda config: (*needs_experts(config), *evaluate.needs_classifier(config)),
     refuse=refuse,
     one_process=True,

@@ -10,6 +10,7 @@ from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.experiment.graph import run_stage
+from dmoe_var.metrics.timing import Timing
 from dmoe_var.stages import benchmark
 from dmoe_var.stages.evaluate import Bench, describe
 from dmoe_var.stages.maps import stored_maps
@@ -104,6 +105,28 @@ def test_what_is_timed(make_experiment, runs, keys):
         assert case.task.load()[0].drafted_scales == 2
         assert refiner.flops.total_gmac < case.flops.total_gmac
         assert case.tau == refiner.tau
+
+
+def test_the_drafter_is_timed_as_published_too(make_experiment, runs, keys):
+    """Where guidance ends early, the dense models with the published guidance stand beside."""
+    early = {"sampling.cfg": [1.5, 1.5, 0.0, 0.0], "benchmark.tau": [0.5]}
+    experiment = make_experiment(runs, {**keys(2), **early})
+    cases = benchmark._cases(experiment, benchmark._sources(experiment), 2)
+    found = {
+        case.name: (case.task.load()[0].config.depth, case.task.sampling.cfg) for case in cases
+    }
+    ends = (1.5, 1.5, 0.0, 0.0)
+    assert found == {
+        "dense": (1, ends), "plain": (1, 1.5), "drafter": (3, ends), "plain_drafter": (3, 1.5),
+        "dynamic_tau0.5": (1, ends),
+        "drafted_dense": (1, ends), "drafted_dynamic_tau0.5": (1, ends),
+    }  # fmt: skip
+    timings = {name: Timing((1.0 + at,), 0, np.zeros(1)) for at, name in enumerate(found)}
+    metrics = benchmark._metrics(timings, "")
+    times = {name: timing.runs_ms[0] for name, timing in timings.items()}
+    ratio = times["drafted_dense"] / times["plain_drafter"]
+    assert metrics["drafted_dense_drafter_ratio"] == pytest.approx(ratio)
+    assert "plain_drafter_drafter_ratio" not in metrics
 
 
 def test_another_tokenizer_or_experts(make_experiment, runs, make_var, make_moe, tmp_path):

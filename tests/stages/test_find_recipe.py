@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dmoe_var import CollaborativeVAR
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.config.recipe import read_recipe
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.experiment.graph import record_if_done, run_stage
@@ -95,6 +97,44 @@ def test_strengths_of_guidance(make_experiment, kept_runs):
     assert metrics["flops_gmac"] <= metrics["dense_guided_gmac"] < metrics["dense_gmac"]
 
 
+def test_scales_that_are_drafted(make_experiment, kept_runs, make_var, tmp_path):
+    """Each number with each end of guidance; the budget is a share of the drafter's own FLOPs, and
+    experts of the refiner save what drafting does not."""
+    drafter = make_var(seed=3, num_classes=10, depth=3)
+    save_checkpoint(tmp_path / "drafter", drafter)
+    keys = {"drafter.var": str(tmp_path / "drafter"), "drafter.scales": 1}
+    tries = {"find_recipe.drafted": [1, 3], "find_recipe.unguided": [0, 1]}
+    lean = {"find_recipe.skipped_tokens": [0.0], "find_recipe.means": False}
+    experiment = make_experiment(
+        kept_runs, edited=FEW, changes={**keys, **tries, **lean, "find_recipe.budget": 0.1}
+    )
+    record = run_stage(experiment, "find_recipe")
+    bench, labels = Bench(experiment), [i % 10 for i in range(100)]
+    plain = count_flops(drafter, bench.vqvae, labels[:1]).total_gmac
+    assert record.metrics["dense_gmac"] == pytest.approx(plain)
+    tried = record.about["tried"]
+    assert {each["keys"]["drafter.scales"] for each in tried} <= {1, 3}
+    for each in tried:
+        point = vary(experiment, each["keys"])
+        fewer = each["keys"]["evaluate.model"] == "dynamic"
+        guided = count_flops(
+            CollaborativeVAR(drafter, bench.dense, each["keys"]["drafter.scales"]),
+            bench.vqvae, labels[:1], cfg=point.config.sampling.cfg,
+        ).total_gmac  # fmt: skip
+        assert fewer == (guided > 0.1 * plain)
+        rules = point.config.selection.rules() if fewer else None
+        gmac = count_flops(
+            bench.model(point), bench.vqvae, labels, seed=5, selection=rules,
+            **point.config.sampling.options,
+        ).total_gmac  # fmt: skip
+        assert each["flops_gmac"] == pytest.approx(gmac, rel=0.03)
+    assert any(each["keys"]["evaluate.model"] == "dynamic" for each in tried)
+    assert record.metrics["flops_gmac"] <= 0.102 * plain
+    recipe = read_recipe(experiment.folder("find_recipe") / "recipe.json")
+    assert recipe["drafter.var"] == keys["drafter.var"]
+    assert recipe["drafter.scales"] in (1, 3)
+
+
 def test_evaluate_reads_the_recipe(found, monkeypatch):
     """Its keys stand on the command line before all others; the point that was measured is done."""
     experiment, record = found
@@ -116,9 +156,15 @@ def test_what_is_refused(make_experiment, kept_runs, tmp_path):
     given = make_experiment(kept_runs, edited={**FEW, "moe.skipped": "mean"})
     with pytest.raises(ConfigError, match=r"moe.skipped=mean: find_recipe chooses it"):
         run_stage(given, "find_recipe")
-    drafted = {**FEW, "drafter.var": "digits", "drafter.scales": 1}
-    with pytest.raises(ConfigError, match=r"drafter.var=digits: .* draws every scale"):
-        make_experiment(kept_runs, edited=drafted).check("find_recipe")
+    none = {**FEW, "find_recipe.drafted": [1]}
+    drafter = {"drafter.var": "digits", "drafter.scales": 1, "find_recipe.skipped_tokens": [0.0]}
+    for keys, message in (
+        (none, r"find_recipe.drafted=\[1\]: there is no drafter"),
+        ({**none, **drafter, "find_recipe.drafted": [1, 4]}, r"drafted=4 must be within 0\.\.3"),
+        ({**drafter, "find_recipe.skipped_tokens": [0.4]}, r"\[0\.4\]: .* skip no tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_experiment(kept_runs, edited=keys).check("find_recipe")
     far = {**FEW, "find_recipe.budget": 0.01, "find_recipe.unguided": [0]}
     with pytest.raises(InputError, match=r"find_recipe.budget=0.01: out of reach"):
         run_stage(make_experiment(kept_runs, edited=far), "find_recipe")
