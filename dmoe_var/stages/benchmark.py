@@ -51,8 +51,8 @@ DEPTHS = ("var_d16", "var_d20", "var_d24", "var_d30")
 @dataclass(frozen=True)
 class Case:
     """One sampler at one batch size. model: dense, plain (dense, sampled as published if `sampling`
-    says otherwise), dynamic, random, drafter, drafted (dense or dynamic after it), smaller or
-    published."""
+    says otherwise), dynamic, random, drafter (alone, sampled as dense or plain), drafted (dense or
+    dynamic after it), smaller or published."""
 
     name: str
     model: str

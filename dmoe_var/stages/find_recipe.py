@@ -45,7 +45,7 @@ OFF: dict[str, Any] = {
     "sampling.heads.ratios": (),
 }
 
-ALONE: dict[str, Any] = {"drafter.var": None, "drafter.scales": None}
+NO_DRAFTER: dict[str, Any] = {"drafter.var": None, "drafter.scales": None}
 
 Keys = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ class Search:
             **drafting(experiment.config, experiment.config.var.num_scales),
         }
         """The dense model that the budget is a share of: the drafter, if there is one."""
-        self.dense_gmac = self.point(self.plain).metrics["flops_gmac"]
+        self.dense_gmac = self._dense_gmac(self.plain)
         self.target = self.config.budget * self.dense_gmac
         self.tried: list[Tried] = []
 
@@ -91,11 +91,14 @@ class Search:
 
     def fitted(self, keys: Keys) -> Tried | None:
         """Calibrate tau until a combination takes the budget; None if no tau does."""
-        dense_gmac, ours_gmac = self._dense_gmac(keys), self._dense_gmac({**keys, **ALONE})
+        dense_gmac = self._dense_gmac(keys)
         if dense_gmac <= self.target:  # guidance and drafter alone save as much
             return self._measured({**keys, "evaluate.model": "dense"})
-        # tau are calibrated for the model with experts, which saves for both if it is a refiner
-        share, closest = min(1 - (dense_gmac - self.target) / ours_gmac, FIRST_SHARE), None
+        # tau are calibrated for the model with experts alone: all has to be saved there
+        ours_gmac = self._dense_gmac({**keys, **NO_DRAFTER})
+        drafting_gmac = dense_gmac - ours_gmac
+        target = self.target - drafting_gmac
+        share, closest = min(target / ours_gmac, FIRST_SHARE), None
         for _ in range(ROUNDS):
             tau = self._tau(keys, share) if share > 0 else None
             if tau is None:
@@ -107,7 +110,7 @@ class Search:
                 closest = found
             if abs(found.gmac / self.target - 1) <= WITHIN:
                 break
-            share = min(share - (found.gmac - self.target) / ours_gmac, 1.0)
+            share = min(share * target / (found.gmac - drafting_gmac), 1.0)
         return closest
 
     def best(self, combinations: list[Keys], name: str) -> Tried:
@@ -122,7 +125,7 @@ class Search:
         if not within:
             raise InputError(
                 f"find_recipe.budget={self.config.budget:g}: out of reach of every {name} that "
-                "was tried; allow more, or try more (find_recipe.unguided)"
+                "was tried; allow more, or try more (find_recipe.unguided, find_recipe.drafted)"
             )
         return min(within, key=lambda each: each.fid)
 
@@ -141,7 +144,7 @@ class Search:
         """Calibrate tau by layer for a share of that; None if it is out of reach."""
         guided = {key: value for key, value in keys.items() if key == "sampling.cfg"}
         asked = {"calibrate.budget": share, "calibrate.by_layer": True, "calibrate.budgets": ()}
-        asked |= {"calibrate.budget_ms": None, **ALONE}
+        asked |= {"calibrate.budget_ms": None, **NO_DRAFTER}
         point = vary(self.experiment, {**OFF, **guided, **asked})
         try:
             tau = run_stage(point, "calibrate").about["tau"]
@@ -197,7 +200,7 @@ def run(experiment: Experiment) -> StageResult:
         with_means = search._measured({**best.keys, "moe.skipped": "mean"})
         search.tried.append(with_means)
         best = min((best, with_means), key=lambda each: each.fid)
-    # Verify, beside the dense model as configured, and under the recipe's guidance
+    # Verify, beside the dense model (the drafter) as configured, and under the recipe's guidance
     dense, guided_dense, ours = (
         search.point(keys, config.seed + 1)
         for keys in (search.plain, {**search.plain, **guided}, best.keys)
@@ -222,8 +225,17 @@ def run(experiment: Experiment) -> StageResult:
     about = {"keys": dict(best.keys), "tried": tried, "fidelity": ours.about["fidelity"]}
     if is_main():
         folder = experiment.folder("find_recipe")
-        write_recipe(folder / RECIPE_FILE, best.keys, {**verified, "images": config.num_samples})
+        keys = {**_refiner(experiment.whole), **best.keys}
+        write_recipe(folder / RECIPE_FILE, keys, {**verified, "images": config.num_samples})
     return StageResult(verified, config.num_samples, {**about, "recipe": RECIPE_FILE}, config.seed)
+
+
+def _refiner(config: Config) -> Keys:
+    """List the keys that name the model behind a drafter: without them a recipe would silently
+    refine by whatever an experiment has; none if there is no drafter."""
+    if config.drafter.var is None:
+        return {}
+    return {"var.depth": config.var.depth, "base.var": config.base.var}
 
 
 def refuse(config: Config) -> None:
@@ -245,8 +257,8 @@ def refuse(config: Config) -> None:
 
 
 def _refuse_drafted(config: Config) -> None:
-    """Raise ConfigError for numbers of drafted scales without a drafter, or that leave none to
-    experts, and for a drafter where tokens are to be skipped."""
+    """Raise ConfigError for numbers of drafted scales without a drafter, or that leave none to the
+    refiner, and for a drafter where tokens are to be skipped."""
     search, last = config.find_recipe, config.var.num_scales - 1
     if config.drafter.var is None:
         if search.drafted:
@@ -255,8 +267,14 @@ def _refuse_drafted(config: Config) -> None:
                 "(drafter.var=null); allowed without: []"
             )
         return
-    if max(search.drafted, default=0) > last:
-        raise ConfigError(f"find_recipe.drafted={max(search.drafted)} must be within 0..{last}")
+    for key, number in (
+        ("find_recipe.drafted", max(search.drafted, default=0)),
+        ("drafter.scales", config.drafter.scales or 0),
+    ):
+        if number > last:
+            raise ConfigError(
+                f"{key}={number} must be within 0..{last}, to leave a scale to refine"
+            )
     if any(search.skipped_tokens):
         raise ConfigError(
             f"find_recipe.skipped_tokens={list(search.skipped_tokens)}: a drafter and its refiner "

@@ -133,6 +133,8 @@ def test_scales_that_are_drafted(make_experiment, kept_runs, make_var, tmp_path)
     recipe = read_recipe(experiment.folder("find_recipe") / "recipe.json")
     assert recipe["drafter.var"] == keys["drafter.var"]
     assert recipe["drafter.scales"] in (1, 3)
+    assert recipe["var.depth"] == experiment.config.var.depth  # it is refined by no other model
+    assert "base.var" in recipe
 
 
 def test_evaluate_reads_the_recipe(found, monkeypatch):
@@ -161,6 +163,10 @@ def test_what_is_refused(make_experiment, kept_runs, tmp_path):
     for keys, message in (
         (none, r"find_recipe.drafted=\[1\]: there is no drafter"),
         ({**none, **drafter, "find_recipe.drafted": [1, 4]}, r"drafted=4 must be within 0\.\.3"),
+        (
+            {**drafter, "drafter.scales": 4, "evaluate.model": "dense"},
+            r"drafter\.scales=4 must be within 0\.\.3",
+        ),
         ({**drafter, "find_recipe.skipped_tokens": [0.4]}, r"\[0\.4\]: .* skip no tokens"),
     ):
         with pytest.raises(ConfigError, match=message):
