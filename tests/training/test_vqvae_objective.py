@@ -46,8 +46,8 @@ def test_loss(objective, digits):
     out, quantisation, _ = objective.vqvae(images)
     mse, l1 = (out - images).square().mean(), (out - images).abs().mean()
     torch.testing.assert_close(loss, 2 * mse + 0.5 * l1 + quantisation)
-    assert logged["mse"] == pytest.approx(float(mse))
-    assert logged["quantisation"] == pytest.approx(float(quantisation))
+    assert logged["mse"] == pytest.approx(mse.item())
+    assert logged["quantisation"] == pytest.approx(quantisation.item())
 
 
 def test_codes_are_counted_by_scale(objective, digits):
