@@ -118,7 +118,7 @@ def test_perceptual_term(objective, digits):
     config = replace(objective.config, perceptual=3.0, perceptual_size=32)
     sets = objective.training, objective.held_out
     loss, logged = VQVAEObjective(objective.vqvae, *sets, config).loss(ALL[:4], 1, 10, whole(4))
-    assert float(loss - plain) == pytest.approx(3 * logged["perceptual"], rel=1e-4)
+    assert (loss - plain).item() == pytest.approx(3 * logged["perceptual"], rel=1e-4)
     loss.backward()
     assert objective.vqvae.encoder.conv_in.weight.grad.abs().max() > 0
 
