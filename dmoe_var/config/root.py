@@ -193,6 +193,12 @@ class Config:
                 f"var.num_classes={self.var.num_classes} must be {self.data.known_classes()}{more},"
                 f" the classes of the data (data.kind={self.data.kind})"
             )
+        named = len(self.data.class_names)
+        if named not in (0, self.var.num_classes):
+            raise ValueError(
+                f"data.class_names={list(self.data.class_names)} must be none, or as many as "
+                f"var.num_classes={self.var.num_classes}"
+            )
         if max(self.report.labels or (0,)) >= self.var.num_classes:
             raise ValueError(
                 f"report.labels={list(self.report.labels or ())} must be within "
@@ -283,8 +289,8 @@ class Config:
         given = self.sample.classes
         if given is None:
             return
-        kind, num_classes = self.data.kind, self.var.num_classes
-        found = tuple(class_index(each, kind, num_classes, "sample.classes") for each in given)
+        named = (self.data, self.var.num_classes, "sample.classes")
+        found = tuple(class_index(each, *named) for each in given)
         if len(set(found)) != len(found):
             raise ValueError(f"sample.classes={list(given)} must be distinct classes")
         object.__setattr__(self, "sample", replace(self.sample, classes=found))

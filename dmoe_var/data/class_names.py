@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from dmoe_var.data import cifar10
+from dmoe_var.data.config import DataConfig
 from dmoe_var.errors import ConfigError
 
 IMAGENET_CLASSES = 1000
@@ -21,14 +22,17 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def class_names(kind: str, num_classes: int) -> tuple[str, ...] | None:
-    """Name the classes of a kind of data by index; return None if only indices are known.
+def class_names(data: DataConfig, num_classes: int) -> tuple[str, ...] | None:
+    """Name a model's classes by index; return None if only indices are known.
 
-    digits: "0" to "9". cifar10: its own. image_folder with 1,000 classes: ImageNet's.
+    They are data.class_names. If none are given: digits "0" to "9", cifar10's own, and ImageNet's
+    for image_folder with 1,000 classes.
     """
-    if kind == "digits":
+    if data.class_names:
+        return data.class_names
+    if data.kind == "digits":
         return tuple(str(digit) for digit in range(num_classes))
-    if kind == "cifar10":
+    if data.kind == "cifar10":
         return cifar10.CLASS_NAMES
     return imagenet_names() if num_classes == IMAGENET_CLASSES else None
 
@@ -38,7 +42,7 @@ def title(names: Sequence[str] | None, index: int) -> str:
     return f"class {index}" if names is None else names[index]
 
 
-def class_index(given: int | str, kind: str, num_classes: int, key: str) -> int:
+def class_index(given: int | str, data: DataConfig, num_classes: int, key: str) -> int:
     """Find the index of a class given by index or by name.
 
     A name may have any case, spaces, underscores or hyphens, and no apostrophes. If two differ in
@@ -49,7 +53,7 @@ def class_index(given: int | str, kind: str, num_classes: int, key: str) -> int:
         if not 0 <= int(given) < num_classes:
             raise ConfigError(f"{key}: {given} must be within 0..{num_classes - 1}")
         return int(given)
-    names = class_names(kind, num_classes)
+    names = class_names(data, num_classes)
     allowed = f"allowed: an index within 0..{num_classes - 1}"
     if names is None:
         raise ConfigError(f"{key}: {given!r}: these classes have no known names; {allowed}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from dmoe_var.config_fields import PathOrName
+from dmoe_var.config_fields import Distinct, Listed, PathOrName
 from dmoe_var.data import cifar10, digits
 
 Name = Annotated[str, Field(min_length=1)]
@@ -40,6 +40,9 @@ class DataConfig:
     """Side in pixels of the images that the models see."""
     num_classes: Count | None = None
     """Class folders that must be there, or classes of the model; null takes what is there."""
+    class_names: Annotated[tuple[Name, ...], Listed, Distinct] = ()
+    """Names of the model's classes by label, for titles and sample.classes. If none are given,
+    ImageNet's stand for 1,000 classes, and others have numbers alone."""
     root: PathOrName | None = None
     """Folder that holds train and val. cifar10: that of cifar-10-batches-py, downloaded if it is
     not there; null takes the cache folder."""

@@ -229,7 +229,7 @@ def grid(folder: Path, record: Record | None, experiment: Experiment) -> dict[st
     else:
         return {"grid": None, "grid_note": f"{folder.name}: its pictures are gone"}
     columns = min(GRID_COLUMNS, config.var.num_classes, len(images))
-    names = class_names(config.data.kind, config.var.num_classes)
+    names = class_names(config.data, config.var.num_classes)
     shown = dict.fromkeys(title(names, int(label)) for label in labels)
     return {
         "grid": grid_uri(images, columns, report.grid_side),

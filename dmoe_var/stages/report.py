@@ -97,7 +97,7 @@ def _microscope(experiment: Experiment, bench: Bench, budget: float) -> dict[str
     model = DynamicVAR(bench.dense, bench.experts, config.moe.scales)
     let_means_stand(bench, experiment, model, bench.vqvae, Threshold(config.report.tau[0]))
     fixed = fixed_cost(model, bench.vqvae, **config.sampling.counted)
-    names = class_names(config.data.kind, config.var.num_classes)
+    names = class_names(config.data, config.var.num_classes)
     experts = config.var.hidden // config.split.expert_size
     tokens = sum(fixed.branches[si] * config.var.patch_nums[si] ** 2 for si in config.moe.scales)
     each = microscope.num_bytes(config.var.depth, tokens, experts)

@@ -72,7 +72,7 @@ class Pictures:
         spread = balanced_labels(min(MOST_CLASSES, num_classes), num_classes).tolist()
         # Config has turned names into indices.
         labels = tuple(int(label) for label in sample.classes or spread)
-        names = class_names(config.data.kind, num_classes)
+        names = class_names(config.data, num_classes)
         return cls(labels, sample.seeds, sample.per_class, names)
 
     @property

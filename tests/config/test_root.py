@@ -73,6 +73,12 @@ WRONG = [
     ({"train_var.start": "digits"}, ("train_var.start=digits: nothing is trained", "base.var=")),
     ({"sparsify.start": "digits"}, ("sparsify.start: unknown key", "activation_checkpointing")),
     ({"sparsify.snapshot_every": 9}, ("sparsify.snapshot_every: unknown key",)),
+    # names of classes
+    ({"data.class_names": ["a"]}, ("class_names=('a',) is read by kind=image_folder alone",)),
+    (
+        {"data.kind": "image_folder", "data.class_names": ["a"]},
+        ("data.class_names=['a'] must be none", "var.num_classes=10"),
+    ),
     # types
     ({"seed": "one"}, ("seed='one'", "integer")),
     ({"seed": 1.5}, ("seed=1.5", "integer")),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from dmoe_var.data.class_names import class_index, class_names, imagenet_names, slug, title
+from dmoe_var.data.config import DataConfig
 from dmoe_var.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 KNOWN = {0: "tench", 207: "golden retriever", 985: "daisy", 999: "toilet tissue"}
 """Of ImageNet's classes, whose order is that of the WordNet numbers."""
@@ -19,12 +25,13 @@ SPELLINGS = [
 ]
 
 
-def find(given, num_classes=1000, kind="image_folder"):
-    return class_index(given, kind, num_classes, "sample.classes")
+def find(given, num_classes=1000, **data):
+    data = DataConfig(**{"kind": "image_folder", **data})
+    return class_index(given, data, num_classes, "sample.classes")
 
 
 def test_imagenet():
-    names = class_names("image_folder", 1000)
+    names = class_names(DataConfig(kind="image_folder"), 1000)
     assert len(set(names)) == 1000
     assert {i: names[i] for i in KNOWN} == KNOWN
 
@@ -49,18 +56,19 @@ def test_indices(given):
 @pytest.mark.parametrize(
     ("given", "arguments", "parts"),
     [
-        ("golden retreiver", (), ("is no class; did you mean golden retriever (207)?", "0..999")),
-        ("xyzzy", (), ("'xyzzy' is no class; allowed: an index within 0..999",)),
-        (1000, (), ("1000 must be within 0..999",)),
-        ("-1", (), ("-1 must be within 0..999",)),
-        ("cat", (10,), ("'cat'", "no known names", "0..9")),
-        ("ten", (10, "digits"), ("'ten' is no class", "0..9")),
-        (10, (10, "digits"), ("10 must be within 0..9",)),
+        ("golden retreiver", {}, ("is no class; did you mean golden retriever (207)?", "0..999")),
+        ("xyzzy", {}, ("'xyzzy' is no class; allowed: an index within 0..999",)),
+        (1000, {}, ("1000 must be within 0..999",)),
+        ("-1", {}, ("-1 must be within 0..999",)),
+        ("cat", {"num_classes": 10}, ("'cat'", "no known names", "0..9")),
+        ("ten", {"num_classes": 10, "kind": "digits"}, ("'ten' is no class", "0..9")),
+        ("dog", {"num_classes": 2, "class_names": ("cat", "cow")}, ("'dog' is no class", "0..1")),
+        (10, {"num_classes": 10, "kind": "digits"}, ("10 must be within 0..9",)),
     ],
 )
 def test_what_is_no_class(given, arguments, parts):
     with pytest.raises(ConfigError) as caught:
-        find(given, *arguments)
+        find(given, **arguments)
     message = str(caught.value)
     assert message.startswith("sample.classes: ")
     assert "\n" not in message
@@ -68,13 +76,22 @@ def test_what_is_no_class(given, arguments, parts):
 
 
 def test_digits():
-    names = class_names("digits", 10)
-    assert [find(name, 10, "digits") for name in names] == list(range(10))
+    names = class_names(DataConfig(), 10)
+    assert [find(name, 10, kind="digits") for name in names] == list(range(10))
     assert title(names, 3) == "3"
 
 
+def test_names_that_are_given():
+    """For any folders of pictures; the packaged CIFAR-10 has its own in either layout."""
+    data = DataConfig(kind="image_folder", class_names=("cat", "polar bear"))
+    assert class_names(data, 2) == ("cat", "polar bear")
+    assert find("Polar_Bear", 2, class_names=data.class_names) == 1
+    given = yaml.safe_load((ROOT / "configs/data/cifar10.yaml").read_text())["class_names"]
+    assert tuple(given) == class_names(DataConfig(kind="cifar10", image_size=32), 10)
+
+
 def test_titles_and_file_names():
-    assert title(class_names("image_folder", 10), 3) == "class 3"
+    assert title(class_names(DataConfig(kind="image_folder"), 10), 3) == "class 3"
     assert title(imagenet_names(), 207) == "golden retriever"
     slugs = [slug(name) for name in imagenet_names()]
     assert slugs[207] == "golden_retriever"
