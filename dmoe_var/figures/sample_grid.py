@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +16,8 @@ MOST = 20
 """Most width and height of a panel, in inches."""
 GAP = 0.2
 """Space between panels, in inches."""
+LETTERS = 12
+"""Letters of a title per inch: longer ones are broken, lest they meet the next panel's."""
 
 
 def tile(images_NRR3: np.ndarray, columns: int) -> np.ndarray:
@@ -51,7 +54,7 @@ def draw(
     for i, (title, images) in enumerate(panels.items()):
         axis = figure.add_axes((i * (width + GAP) / whole, 0, width / whole, 1))
         axis.imshow(tile(images, columns), interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(fill(title, max(1, int(LETTERS * width))), fontsize=9)
         _name_cells(axis, side, row_names if i == 0 else (), column_names)
     save(figure, paths)
 

@@ -53,3 +53,13 @@ def test_names_stand_by_their_pictures(images, unsaved):
     assert [label.get_text() for label in first.get_yticklabels()] == ["x", "y"]
     assert first.get_yticks().tolist() == [1.5, 6.5]
     assert len(second.get_yticks()) == 0
+
+
+def test_titles_do_not_meet(images, unsaved):
+    """A long title is broken at the width of its narrow panel."""
+    title = "DMoE-VAR, tau 0.0938, 0.1016, 0.1088"
+    figure = unsaved(sample_grid, draw, {"dense VAR": images[:2], title: images[:2]}, 2)
+    figure.draw_without_rendering()
+    first, second = (axis.title.get_window_extent() for axis in figure.axes)
+    assert first.x1 < second.x0
+    assert " ".join(figure.axes[1].get_title().split()) == title
