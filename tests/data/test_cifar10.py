@@ -131,8 +131,9 @@ def test_class_folders_have_the_same_labels(loaded, tmp_path):
     assert folders.classes == of_class
     assert folders.pixels(range(10))[:, 0, 0, 0].tolist() == folders.labels.tolist()
     assert {CLASS_NAMES[label] for label in loaded()[0].labels} == set(CLASS_NAMES)
-    assert class_names("cifar10", 10) == CLASS_NAMES
-    assert class_index("Cat", "cifar10", 10, "sample.classes") == of_class["cat"]
+    data = DataConfig("cifar10", 32)
+    assert class_names(data, 10) == CLASS_NAMES
+    assert class_index("Cat", data, 10, "sample.classes") == of_class["cat"]
 
 
 def fetched(monkeypatch, error=None, fake=None):
