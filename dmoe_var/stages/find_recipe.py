@@ -44,7 +44,7 @@ OFF: dict[str, Any] = {
     "sampling.skipping.ratios": (),
     "sampling.heads.ratios": (),
 }
-
+"""What is off unless a combination switches it on."""
 NO_DRAFTER: dict[str, Any] = {"drafter.var": None, "drafter.scales": None}
 
 Keys = Mapping[str, Any]
@@ -71,7 +71,7 @@ class Search:
         self.bench = evaluate.Bench(experiment)
         self.plain: Keys = {
             "evaluate.model": "dense",
-            **drafting(experiment.config, experiment.config.var.num_scales),
+            **drafting(experiment.whole, experiment.config.var.num_scales),
         }
         """The dense model that the budget is a share of: the drafter, if there is one."""
         self.dense_gmac = self._dense_gmac(self.plain)
@@ -170,11 +170,13 @@ def guidances(strengths: Sequence[Cfg], unguided: Sequence[int], num_scales: int
 
 def drafting(config: Config, scales: int | None = None) -> Keys:
     """List the keys with which the drafter draws so many scales, `drafter.scales` if it is None;
-    none if there is no drafter."""
+    none if there is no drafter. They name the refiner too: without it a recipe would silently
+    refine by whatever model an experiment has."""
     if config.drafter.var is None:
         return {}
     number = config.drafter.scales if scales is None else scales
-    return {"drafter.var": config.drafter.var, "drafter.scales": number}
+    refiner = {"var.depth": config.var.depth, "base.var": config.base.var}
+    return {**refiner, "drafter.var": config.drafter.var, "drafter.scales": number}
 
 
 def run(experiment: Experiment) -> StageResult:
@@ -185,7 +187,7 @@ def run(experiment: Experiment) -> StageResult:
     configured = experiment.config.sampling.cfg
     # How strong guidance is and where it ends, and how many scales are drafted
     ends = guidances((configured, *config.cfg), config.unguided, num_scales)
-    drafts = [drafting(experiment.config, scales) for scales in config.drafted or (None,)]
+    drafts = [drafting(experiment.whole, scales) for scales in config.drafted or (None,)]
     combinations: list[Keys] = [{"sampling.cfg": e, **d} for d in drafts for e in ends]
     best = search.best(combinations, "guidance")
     guided = {"sampling.cfg": best.keys["sampling.cfg"]}
@@ -225,17 +227,8 @@ def run(experiment: Experiment) -> StageResult:
     about = {"keys": dict(best.keys), "tried": tried, "fidelity": ours.about["fidelity"]}
     if is_main():
         folder = experiment.folder("find_recipe")
-        keys = {**_refiner(experiment.whole), **best.keys}
-        write_recipe(folder / RECIPE_FILE, keys, {**verified, "images": config.num_samples})
+        write_recipe(folder / RECIPE_FILE, best.keys, {**verified, "images": config.num_samples})
     return StageResult(verified, config.num_samples, {**about, "recipe": RECIPE_FILE}, config.seed)
-
-
-def _refiner(config: Config) -> Keys:
-    """List the keys that name the model behind a drafter: without them a recipe would silently
-    refine by whatever an experiment has; none if there is no drafter."""
-    if config.drafter.var is None:
-        return {}
-    return {"var.depth": config.var.depth, "base.var": config.base.var}
 
 
 def refuse(config: Config) -> None:

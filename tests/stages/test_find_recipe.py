@@ -135,6 +135,7 @@ def test_scales_that_are_drafted(make_experiment, kept_runs, make_var, tmp_path)
     assert recipe["drafter.scales"] in (1, 3)
     assert recipe["var.depth"] == experiment.config.var.depth  # it is refined by no other model
     assert "base.var" in recipe
+    assert recipe == json.loads(json.dumps(record.about["keys"]))
 
 
 def test_evaluate_reads_the_recipe(found, monkeypatch):
