@@ -18,6 +18,7 @@ from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import VAR, VARConfig, build_models
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
+from dmoe_var.sampling.cuda_graphs import CudaGraphs
 from dmoe_var.sampling.sampler import generate
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "VQVAE",
     "All",
     "CollaborativeVAR",
+    "CudaGraphs",
     "Cumulative",
     "DynamicVAR",
     "HeadSkipping",

@@ -6,7 +6,8 @@ to bfloat16 once. This is faster, and at least as exact.
 
 While sampling on an x86 CPU, float32 products go to oneDNN, which applies bias and activation in
 the same pass over the result. torch's own Linear uses MKL there, which is slower at few rows and
-needs extra passes for bias and activation.
+needs extra passes for bias and activation. While sampling on an NVIDIA GPU, cuBLAS applies an FFN's
+bias and activation so.
 
 Everywhere else this is torch's own Linear and Conv2d.
 """
@@ -99,18 +100,32 @@ def kernels_may_take(x: Tensor, *weights: Tensor) -> bool:
     return not learns and all(w.dtype == x.dtype for w in weights) and not observed(x)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Say whether a product of x goes to oneDNN, which has no gradients and knows plain weights."""
+def _samples(x: Tensor, weight: Tensor) -> bool:
+    """Say whether a product of x may go to an operator of sampling, which has no gradients and
+    knows plain weights."""
     return (
-        x.dtype == torch.float32
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
+        type(weight) in (Tensor, nn.Parameter)
         and this_sampling() is not None
         and not observed(x)
         and not torch.is_grad_enabled()
+    )
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Say whether a product of x goes to oneDNN."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and _samples(x, weight)
         and bool(torch.backends.mkldnn.enabled)
         and has_onednn()
     )
+
+
+def _by_cublas(act: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    """Say whether act(x weight^T + bias) goes to cuBLAS in one piece."""
+    known = isinstance(act, nn.ReLU) or (isinstance(act, nn.GELU) and act.approximate == "tanh")
+    return x.is_cuda and known and _samples(x, weight) and x.numel() > 0
 
 
 def _onednn_linear(
@@ -165,12 +180,16 @@ def activated_linear(
             return _onednn_linear(x, weight, bias, "relu")
         if isinstance(act, nn.GELU):
             return _onednn_linear(x, weight, bias, "gelu", act.approximate)
+    if bias is not None and _by_cublas(act, x, weight) and not hooked(act):
+        rows, gelu = x.flatten(0, -2), isinstance(act, nn.GELU)
+        return torch._addmm_activation(bias, rows, weight.T, use_gelu=gelu).view(*x.shape[:-1], -1)
     return act(linear(x, weight, bias, ragged))
 
 
 def activated(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
     """Compute act(layer(x)). Hooks of both modules are called."""
-    if not _by_onednn(x, layer.weight) or hooked(layer):
+    fused = _by_onednn(x, layer.weight) or _by_cublas(act, x, layer.weight)
+    if not fused or hooked(layer):
         return act(layer(x))
     return activated_linear(act, x, layer.weight, layer.bias)
 

@@ -12,23 +12,26 @@ from torch import Tensor
 
 from dmoe_var.errors import InputError
 
+Check = tuple[Tensor, str]
+"""A truth value on any device, and what to say if it is false."""
+
 
 class Sampling:
     """Stands for one `sampling` block; while it lasts nobody writes to a weight."""
 
     def __init__(self) -> None:
-        self._checks: list[tuple[Tensor, str]] = []
+        self.checks: list[Check] = []
 
     def check_at_end(self, holds: Tensor, otherwise: str) -> None:
         """Raise InputError(otherwise) at the end of the block unless `holds`, a truth value on any
         device. The host waits for the device only then."""
-        self._checks.append((holds, otherwise))
+        self.checks.append((holds, otherwise))
 
     def end(self) -> None:
         """Raise InputError for the first check that does not hold."""
-        if self._checks:
-            held = torch.stack([holds for holds, _ in self._checks]).cpu()
-            for holds, (_, otherwise) in zip(held.tolist(), self._checks, strict=True):
+        if self.checks:
+            held = torch.stack([holds for holds, _ in self.checks]).cpu()
+            for holds, (_, otherwise) in zip(held.tolist(), self.checks, strict=True):
                 if not holds:
                     raise InputError(otherwise)
 

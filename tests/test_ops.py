@@ -211,6 +211,33 @@ def test_products_go_to_onednn_while_images_are_drawn_alone(monkeypatch):
         assert not ops._by_onednn(x, weight)
 
 
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.GELU(approximate="tanh"), nn.GELU()], ids=str)
+def test_cublas_takes_bias_and_activation_too(act, monkeypatch):
+    """As a GPU's tensors would go, here on the CPU, which has the operator as well; GELU by erf is
+    left to torch."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(ops, "has_onednn", lambda: False)
+    layer, x = Linear(8, 4), torch.randn(2, 3, 8)
+    fused = []
+    one = torch._addmm_activation
+    monkeypatch.setattr(
+        torch, "_addmm_activation", lambda *a, **k: fused.append(None) or one(*a, **k)
+    )
+    with torch.no_grad():
+        exact = act(exact_linear(x, layer.weight, layer.bias))
+        plain = ops.activated(act, layer, x)
+    assert not fused
+    with sampling():
+        found = ops.activated(act, layer, x), activated_linear(act, x, layer.weight, layer.bias)
+        assert len(fused) == (0 if getattr(act, "approximate", None) == "none" else 2)
+        hook = act.register_forward_hook(lambda *_: None)
+        ops.activated(act, layer, x)
+        hook.remove()
+        assert len(fused) in (0, 2)
+    for out in (plain, *found):
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_an_unrounded_product(dtype):

@@ -6,7 +6,7 @@ a scale, C width, V vocabulary, Cvae latent channels. In shapes of images R is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -24,7 +24,7 @@ from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.guidance import Cfg
 from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.int8 import Int8
-from dmoe_var.models.plan import Passes, PlanOptions
+from dmoe_var.models.plan import Passes, PlanOptions, Step
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import Labels, VARConfig, check_labels, check_pair
@@ -33,7 +33,9 @@ from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau
+from dmoe_var.sampling.cuda_graphs import CudaGraphs, Predict
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
@@ -125,6 +127,11 @@ class Call(NamedTuple):
             "heads": self.heads,
         }
 
+    def kind(self, impl: str) -> Hashable:
+        """Say what the transformer's operators depend on, beside the model and its batch."""
+        rules, branches = tuple(self.rules.items()), guidance.branches(self.cfg_S)
+        return (impl, rules, branches, *self.plan_options.values())
+
     @classmethod
     def of(cls, *args: Any, **named: Any) -> Call:
         """Check arguments of `generate`; raise ValueError for the first one that is wrong."""
@@ -143,6 +150,7 @@ class Call(NamedTuple):
         skipping.check_routers(rules)
         heads = _of_kind(HeadSkipping, "heads", given.heads)
         heads.check(config.num_scales)
+        _check_graphs(given.graphs, device, rules, heads)
         return cls(
             check_labels(given.labels, config.num_classes, device),
             rules,
@@ -189,6 +197,66 @@ def _check_generator(generator: Any, device: torch.device) -> None:
         raise ValueError(f"generator is of {generator.device}, but the model is on {device}")
 
 
+def _check_graphs(
+    graphs: Any, device: torch.device, rules: Mapping[int, SelectionRule], heads: HeadSkipping
+) -> None:
+    if graphs is None:
+        return
+    if not isinstance(graphs, CudaGraphs):
+        raise ValueError(f"graphs={values.shown(graphs)} must be CudaGraphs or None")
+    if device.type != "cuda":
+        raise ValueError(f"graphs need an NVIDIA GPU, but the model is on {device}")
+    if by_chance := [rule.name for rule in rules.values() if not rule.uses_scores]:
+        raise ValueError(f"graphs hold no random numbers, which rule={by_chance[0]} draws")
+    if heads.scales:  # whose measures are computed from the weights at each call
+        raise ValueError(f"graphs take all heads, heads.ratios={list(heads.ratios)} leave some out")
+
+
+class _Transformer:
+    """Runs the steps of a plan for the classes of its rows, those of the conditional branch first.
+
+    routing_noise, watching and in_layers are the sampler's.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        means: SkippedMeans | None,
+        impl: str,
+        routing_noise: Callable[..., Tensor],
+        labels_R: Tensor,
+        in_layers: Observer | None,
+        watching: Observer,
+    ):
+        self._call, self._means, self._impl, self._noise = call, means, impl, routing_noise
+        self._labels_R, self._in_layers, self._watching = labels_R, in_layers, watching
+        self._passes = Passes(labels_R, len(call.labels_B))
+
+    def __call__(self, step: Step, inputs: Mapping[int, Tensor]) -> Tensor:
+        self._watching.on_part("embedding", step.si)
+        self._passes.begin(step)
+        x_RlC = self._passes.embed(step, inputs)
+        routing = self._routing(step)
+        self._watching.on_part("transformer", step.si)
+        return self._passes.run(step, x_RlC, routing)
+
+    def _routing(self, step: Step) -> Routing | None:
+        rule = step.rule(self._call.rules)
+        if rule is None:
+            return None
+        sharing = step.branches if self._call.share_mask else 1
+        return Routing(
+            rule,
+            step.si,
+            self._impl,
+            self._in_layers,
+            noise=partial(self._noise, branches=step.branches // sharing),
+            sharing=sharing,
+            labels_B=self._labels_R[: step.branches * len(self._call.labels_B)],
+            means_KEC=None if self._means is None else self._means.at(step.si),
+        )
+
+
 @sampling()
 def generate(
     model: AnyVAR,
@@ -209,6 +277,7 @@ def generate(
     observer: Observer | None = None,
     skipping: TokenSkipping | None = None,
     heads: HeadSkipping | None = None,
+    graphs: CudaGraphs | None = None,
 ) -> Tensor:
     """Sample images (B, 3, R, R) in [0, 1] of the given classes.
 
@@ -223,16 +292,17 @@ def generate(
     is none. adaln_every_scale: compute AdaLN's projections at each scale, as the published sampler
     does, instead of once per image. observer: is shown f_hat and which experts run, see
     `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are plain
-    tensors without a gradient.
+    tensors without a gradient. graphs: keeps the transformer's work on a GPU as CUDA graphs from
+    call to call, see `CudaGraphs`.
 
     Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
     has no meaning, and at the end if logits were not finite.
     """
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
-        more_smooth, share_mask, impl, adaln_every_scale, observer, skipping, heads,
+        more_smooth, share_mask, impl, adaln_every_scale, observer, skipping, heads, graphs,
     )  # fmt: skip
-    config, labels_B, rules = model.config, call.labels_B, call.rules
+    config, labels_B = model.config, call.labels_B
     branches_S = guidance.branches(call.cfg_S)
     null_B = torch.full_like(labels_B, config.num_classes)
     labels_R = torch.cat([labels_B, null_B][: branches_S[0]])
@@ -244,29 +314,22 @@ def generate(
     streams = ImageStreams(call.seed, call.start_index, len(labels_B), device, generator)
     watching = Observer() if observer is None else observer
     in_layers = None if observer is None else observer.in_layers()
-    # Scale by scale
-    passes = Passes(labels_R, len(labels_B))
     plan = model.plan(branches_S, **call.plan_options)
+    transformer = partial(_Transformer, call, model.skipped, impl, streams.routing_noise)
+    if graphs is None:
+        predict: Predict = transformer(labels_R, in_layers, watching)
+    else:
+        build = partial(transformer, watching=Observer())
+        predict = graphs.start(call.kind(impl), model, labels_R, in_layers, build)
+    # Scale by scale
     f_hat_BCHW = torch.zeros((), device=device)
     inputs: dict[int, Tensor] = {}  # by scale, (B, l, Cvae)
     for i, step in enumerate(plan):
-        si = step.si
-        watching.on_part("embedding", si)
-        passes.begin(step)
-        x_RlC = passes.embed(step, inputs)
-        rule = step.rule(rules)
-        routing = None
-        if rule is not None:
-            sharing = step.branches if call.share_mask else 1
-            noise = partial(streams.routing_noise, branches=step.branches // sharing)
-            rows_R = labels_R[: step.branches * len(labels_B)]
-            means_KEC = None if model.skipped is None else model.skipped.at(si)
-            routing = Routing(
-                rule, si, impl, in_layers, noise, sharing, rows_R, means_KEC=means_KEC
-            )
         # Predict, guide, draw
-        watching.on_part("transformer", si)
-        logits_RlV = passes.run(step, x_RlC, routing)
+        si = step.si
+        if graphs is not None:
+            watching.on_part("transformer", si)
+        logits_RlV = predict(step, inputs)
         if not step.num_predicted:
             continue
         watching.on_part("sampling", si)

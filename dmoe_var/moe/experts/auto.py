@@ -3,7 +3,7 @@
 A path's time is a line through its times at two densities of random masks. `reference` runs the
 whole dense FFN and zeroes what was not selected, so nothing is ever much slower than dense.
 On a GPU the host would have to wait for the mask's density. There a shape takes the path that is
-fastest at the density ASSUMED.
+fastest at the density ASSUMED, of those for which the host does not wait either.
 
 The table is in `c_library.cache_folder()`; a process reads it once for each case that it meets. The
 same inputs take the same path as long as the table is there, or as long as the process lives if it
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_var.c_library import cache_folder, processor
-from dmoe_var.devices import synchronise
+from dmoe_var.devices import seconds_of
 from dmoe_var.files import alone, note, write_text
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.paths import FALLBACK, PLAIN, RAN, ComputePath, path, paths_on
@@ -51,20 +50,27 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
 
 
 def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> str:
-    """Return the name of the path to run: `grouped` if only plain paths can run the tensors."""
+    """Return the name of the path to run. If only plain paths can run the tensors, it is `grouped`,
+    or on a GPU `reference`, for which the host need not wait."""
     device = x_NC.device
-    there = paths_on(device).items()
-    paths = {name: each for name, each in there if each.can_run(x_NC, weights, act)}
+    on_gpu = device.type == "cuda"
+    paths = {
+        name: each
+        for name, each in paths_on(device).items()
+        if not (on_gpu and each.waits) and each.can_run(x_NC, weights, act)
+    }
     last = next(reversed(paths))
     if last in PLAIN or dispatch.mask_NE.numel() == 0:
-        return FALLBACK
-    if device.type != "cuda":
-        density = dispatch.density
-    elif torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
-        return last
-    else:
-        density = ASSUMED
-    seconds = _seconds(paths, x_NC, weights, act)
+        return last if on_gpu else FALLBACK
+    if on_gpu and torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
+        known = _known.get(_case(paths, x_NC, weights))
+        return last if known is None else _best(ASSUMED, known)
+    density = ASSUMED if on_gpu else dispatch.density
+    return _best(density, _seconds(paths, x_NC, weights, act))
+
+
+def _best(density: float, seconds: Seconds) -> str:
+    """Return the path that is fastest at a density."""
     return min(seconds, key=lambda name: _at(density, seconds[name]))
 
 
@@ -74,20 +80,27 @@ def _at(density: float, times: Sequence[float]) -> float:
     return times[0] + (times[1] - times[0]) * (density - low) / (high - low)
 
 
-def _seconds(
-    paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights, act: nn.Module
-) -> Seconds:
-    """Return the times of this case: known already, or from the table, or measured now."""
+def _case(
+    paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights
+) -> tuple[Any, ...]:
+    """Say what the times depend on."""
     if x_NC.is_cuda:
         products = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "exact"
     else:
         products = "torch" if this_sampling() is None else "sampling"
     shape, tokens = weights.w1_EDC.shape, _rounded(len(x_NC))
-    case = (x_NC.device, torch.get_num_threads(), x_NC.dtype, shape, tokens, products, *paths)
+    return (x_NC.device, torch.get_num_threads(), x_NC.dtype, shape, tokens, products, *paths)
+
+
+def _seconds(
+    paths: Mapping[str, ComputePath], x_NC: Tensor, weights: ExpertWeights, act: nn.Module
+) -> Seconds:
+    """Return the times of this case: known already, or from the table, or measured now."""
+    case = _case(paths, x_NC, weights)
     if case not in _known:
-        E, D, C = shape
-        dtype, names = str(x_NC.dtype).removeprefix("torch."), ",".join(paths)
-        key = f"{dtype} C={C} D={D} E={E} N={tokens} {products} {names}"
+        _, _, dtype, (E, D, C), tokens, products, *names = case
+        key = f"{str(dtype).removeprefix('torch.')} C={C} D={D} E={E} N={tokens} {products} "
+        key += ",".join(names)
         file = _file(x_NC.device)
         found = _read(file).get(key)
         if found is None or found.keys() != paths.keys():
@@ -113,11 +126,9 @@ def _measured(
     for _ in range(1 + REPEATS):  # paths take turns, so a busy spell slows all of them
         for name, each in paths.items():
             for mask_NE, found in zip(masks, times[name], strict=True):
-                synchronise(x_NC.device)
-                started = time.perf_counter()
-                each.run(x_NC, Dispatch(mask_NE), weights, act)
-                synchronise(x_NC.device)
-                found.append(time.perf_counter() - started)
+                # Each call derives from the mask anew what the path needs.
+                run = lambda: each.run(x_NC, Dispatch(mask_NE), weights, act)  # noqa: B023, E731
+                found.append(seconds_of(run, x_NC.device))
     return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
 
 

@@ -15,6 +15,9 @@ from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.ops import activated_linear, at_least_float32, unrounded_linear
 
+waits = True
+"""Each expert's tokens have to be known."""
+
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `paths.ComputePath`."""

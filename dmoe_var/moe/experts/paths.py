@@ -44,6 +44,8 @@ class ComputePath:
     InputError if the path can run nothing at all here and the user should know."""
     runs_on: Callable[[torch.device], bool] = lambda device: True
     """Whether `auto` and benchmarks try it on a device."""
+    waits: bool = False
+    """Whether the host waits for a GPU while it runs. `auto` leaves it out there."""
     version: Callable[[], str] = str
     """What its speed depends on besides this machine and torch: its sources and packages."""
 
