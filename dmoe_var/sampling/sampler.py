@@ -75,11 +75,18 @@ class SamplingConfig:
     int8: Int8 = "none"
     """Linear layers in 8 bits (beyond the paper; needs torchao): dynamic (weights and activations,
     for CPUs), weights (alone, for GPUs) or none."""
+    cuda_graphs: bool = False
+    """Whether an NVIDIA GPU keeps the transformer's work as CUDA graphs, which is faster for few
+    images and takes memory; images are the same."""
     skipping: TokenSkipping = field(default_factory=TokenSkipping)
     heads: HeadSkipping = field(default_factory=HeadSkipping)
 
     def __post_init__(self) -> None:
         values.take_fields(self)
+
+    def new_graphs(self) -> CudaGraphs | None:
+        """Make what keeps graphs from call to call; None without `cuda_graphs`."""
+        return CudaGraphs() if self.cuda_graphs else None
 
     @property
     def options(self) -> dict[str, Any]:

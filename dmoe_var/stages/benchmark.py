@@ -278,12 +278,12 @@ def _cases(experiment: Experiment, sources: Mapping[str, str], size: int) -> lis
 
 
 def _plain(config: Config) -> SamplingConfig | None:
-    """Sample as published: every token, in floats, guided at all scales by the strongest cfg.
-    Return None if the dense model samples so anyway."""
+    """Sample as published: every token, in floats, guided at all scales by the strongest cfg, each
+    operator started by itself. Return None if the dense model samples so anyway."""
     ours = config.sampling
     cfg_S = by_scale(ours.cfg, config.var.num_scales)
-    plain = replace(ours, int8="none", **NOTHING_SKIPPED)
-    if set(cfg_S[1:]) == {max(cfg_S)} and plain.options == ours.options and plain.int8 == ours.int8:
+    plain = replace(ours, int8="none", cuda_graphs=False, **NOTHING_SKIPPED)
+    if set(cfg_S[1:]) == {max(cfg_S)} and plain == ours:
         return None
     return replace(plain, cfg=max(cfg_S))
 

@@ -264,7 +264,7 @@ def _draw(
     starts = range(0, pictures.per_class, sampling.batch_size)
     batches = list(itertools.product(pictures.labels, pictures.seeds, starts))
     ours = range(rank(), len(batches), world_size())
-    drawn = {}
+    drawn, graphs = {}, sampling.new_graphs()
     for i in tqdm(ours, name, unit="batch", leave=False, disable=not experiment.progress):
         label, seed, start = batches[i]
         images_B3RR = generate(
@@ -276,6 +276,7 @@ def _draw(
             selection=drawer.selection,
             start_index=start,
             impl=drawer.impl,
+            graphs=graphs,
         )
         drawn[i] = to_uint8(images_B3RR)
     everything = {i: images for part in gathered(drawn) for i, images in part.items()}
