@@ -81,7 +81,8 @@ def gpu(monkeypatch):
 
             return AnyGrid(launch)
 
-        fakes = SimpleNamespace(row_lists=kernel("row_lists"), fc1=kernel("fc1"))
+        names = ("row_lists", "zeros", "fc1")
+        fakes = SimpleNamespace(**{name: kernel(name) for name in names})
         monkeypatch.delenv(triton.INTERPRETER, raising=False)
         monkeypatch.setattr(triton, "kernels", lambda: fakes)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10))
@@ -120,7 +121,7 @@ def test_the_host_does_not_wait_for_the_device(gpu, tokens):
     x, mask, weights = fake_layer(32, tokens)
     out = triton.run(x, Dispatch(mask), weights, RELU)
     assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
-    assert launches.keys() == ({"row_lists", "fc1"} if tokens else set())
+    assert launches.keys() == ({"row_lists", "zeros", "fc1"} if tokens else set())
 
 
 @pytest.mark.parametrize("impl", ["triton", "auto"])
@@ -213,12 +214,18 @@ def test_machine_code_of_fc1(gpu, tmp_path, launch):
         *(pytest.param(*x, marks=pytest.mark.slow) for x in [(80, FEW), (80, MANY), (90, FEW)]),
     ],
 )
-def test_machine_code_of_row_lists(gpu, tmp_path, arch, tokens):
+def test_machine_code_of_row_lists_and_zeros(gpu, tmp_path, arch, tokens):
+    """Zeros are written 16 bytes at a time, by as many programs as there are registers for."""
     from dmoe_var.moe.experts import triton_kernels
 
     launches = launches_of(gpu, arch, torch.float16, False, 128, tokens)
     found = compiled(triton_kernels.row_lists, *launches["row_lists"], arch)
     no_slower_than_meant(found, machine_code(found, tmp_path), arch)
+    found = compiled(triton_kernels.zeros, *launches["zeros"], arch)
+    code = machine_code(found, tmp_path)
+    no_slower_than_meant(found, code, arch)
+    assert found.metadata.shared <= 2048
+    print(found.metadata.shared, code.count("STG"))
 
 
 def small_layer():

@@ -1,8 +1,8 @@
 """Run ReLU experts on an NVIDIA GPU, see triton_kernels.py: fc1 gathers rows, fc2 is cuBLAS's.
 
-`row_lists` sorts the tokens of each block into those that chose an expert and the others. fc1
-multiplies the former by the expert's weights and writes zeros for the others, so that fc2 is one
-dense product over all neurons. At density 0.5 this takes three quarters of the dense FFN's
+`row_lists` sorts the tokens of each block into those that chose an expert and the others. `fc1`
+multiplies the former by the expert's weights, and `zeros` writes zeros for the others, so that fc2
+is one dense product over all neurons. At density 0.5 this takes three quarters of the dense FFN's
 operations. An fc2 that skipped the zeros would have to add up its outputs in memory, expert by
 expert. By estimate, for experts of 128, that takes longer than the dense product above a density
 of 0.3 (H100) or 0.6 (A100), and less time below. On an H200 launches take 0.3 ms or more, as long
@@ -143,10 +143,11 @@ def _hidden(x_NC: Tensor, mask_NE: Tensor, w1_EDC: Tensor, b1_ED: Tensor) -> Ten
     assert loaded is not None
     rows, counts = row_lists(mask_NE, chosen.block)
     grid = (E * -(-D // chosen.columns), chosen.block // chosen.rows, len(counts))
+    tiles = {"D": D, "T": chosen.block, "ROWS": chosen.rows, "COLUMNS": chosen.columns}
     with torch.cuda.device_of(x_NC):
+        loaded.zeros[grid](rows, counts, h_NH, N, E, **tiles, enable_fp_fusion=True)
         loaded.fc1[grid](
-            x_NC, w1_EDC, b1_ED, rows, counts, h_NH, N, C, E,
-            D=D, T=chosen.block, ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=chosen.depth,
+            x_NC, w1_EDC, b1_ED, rows, counts, h_NH, N, C, E, **tiles, DEPTH=chosen.depth,
             PRECISION="ieee" if exact else "tf32",
             num_stages=chosen.stages, num_warps=chosen.warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -38,8 +38,9 @@ def fc1(
     D: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write ReLU(x W1_e + b1_e) for ROWS rows of a list into hidden (N, E, D), and zeros for rows
-    that did not choose the expert, so that each element is written once.
+    """Write ReLU(x W1_e + b1_e) for ROWS rows of a list into hidden (N, E, D), and zeros for those
+    that did not choose the expert. If none of them did, `zeros` writes them, so that each element
+    is written once.
 
     Neighbouring programs run experts on the same tokens, which are in the cache by then.
     """
@@ -47,6 +48,8 @@ def fc1(
     expert = tl.program_id(0) // columns
     first, block = tl.program_id(1) * ROWS, tl.program_id(2)
     count = tl.load(counts_ptr + block * E + expert)
+    if first >= count:
+        return
     rank_R = first + tl.arange(0, ROWS)
     row_R = tl.load(rows_ptr + (block * E + expert).to(tl.int64) * T + rank_R)
     token_R = block.to(tl.int64) * T + row_R
@@ -57,9 +60,7 @@ def fc1(
     place_K = tl.arange(0, DEPTH)
     x_RK = x_ptr + token_R[:, None] * C + place_K[None, :]
     w1_KD = w1_ptr + (expert * D + neuron_D).to(tl.int64)[None, :] * C + place_K[:, None]
-    # Skip the product if none of the rows chose the expert.
-    depth = tl.where(first < count, C, 0)
-    for start in range(0, depth, DEPTH):
+    for start in range(0, C, DEPTH):
         inside_K = place_K < C - start
         tile_RK = tl.load(x_RK + start, mask=runs_R[:, None] & inside_K[None, :], other=0.0)
         tile_KD = tl.load(w1_KD + start, mask=inside_K[:, None] & there_D[None, :], other=0.0)
@@ -72,3 +73,27 @@ def fc1(
     out_RD = hidden_ptr + token_R[:, None] * (E * D) + (expert * D + neuron_D)[None, :]
     inside_RD = (token_R < N)[:, None] & there_D[None, :]
     tl.store(out_RD, hidden_RD.to(hidden_ptr.dtype.element_ty), mask=inside_RD)
+
+
+@triton.jit(do_not_specialize=["N"])
+def zeros(
+    rows_ptr, counts_ptr, hidden_ptr, N, E,
+    D: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write zeros into hidden (N, E, D) for ROWS rows of a list if none chose the expert.
+
+    It needs no shared memory, so that many programs write at a time. In fc1 two would.
+    """
+    columns: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    expert = tl.program_id(0) // columns
+    first, block = tl.program_id(1) * ROWS, tl.program_id(2)
+    if first < tl.load(counts_ptr + block * E + expert):
+        return
+    rank_R = first + tl.arange(0, ROWS)
+    row_R = tl.load(rows_ptr + (block * E + expert).to(tl.int64) * T + rank_R)
+    token_R = block.to(tl.int64) * T + row_R
+    neuron_D = tl.program_id(0) % columns * COLUMNS + tl.arange(0, COLUMNS)
+    out_RD = hidden_ptr + token_R[:, None] * (E * D) + (expert * D + neuron_D)[None, :]
+    inside_RD = (token_R < N)[:, None] & (neuron_D < D)[None, :]
+    nothing_RD = tl.zeros((ROWS, COLUMNS), dtype=hidden_ptr.dtype.element_ty)
+    tl.store(out_RD, nothing_RD, mask=inside_RD)
