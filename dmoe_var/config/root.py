@@ -237,6 +237,11 @@ class Config:
                 f"sampling.heads.ratios={list(self.sampling.heads.ratios)}: sampling.int8="
                 f"{self.sampling.int8} holds projections in 8 bits, without heads; allowed: none"
             )
+        try:
+            guidance.by_scale(self.tune_experts.guidance, self.var.num_scales)
+        except ValueError as error:
+            why = str(error).removeprefix("cfg")
+            raise ValueError(f"tune_experts.guidance{why}") from error
         if self.sampling.cuda_graphs:
             if self.sampling.heads.scales:
                 raise ValueError(

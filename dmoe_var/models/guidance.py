@@ -54,7 +54,8 @@ def text(cfg: float | Sequence[float]) -> str:
     return ",".join(f"{each:g}" for each in ((cfg,) if isinstance(cfg, float) else cfg))
 
 
-def guide(logits_RlV: Tensor, t: float) -> Tensor:
-    """Guide stacked logits [cond; null] with strength t: (1 + t) cond - t null, (B, l, V)."""
+def guide(logits_RlV: Tensor, t: float | Tensor) -> Tensor:
+    """Guide stacked logits [cond; null] with strength t, one or of each token (l, 1):
+    (1 + t) cond - t null, (B, l, V)."""
     cond_BlV, null_BlV = logits_RlV.chunk(2)
     return (1 + t) * cond_BlV - t * null_BlV

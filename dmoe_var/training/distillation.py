@@ -7,12 +7,26 @@ l tokens that are learnt, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
+Join = Callable[[Tensor], Tensor]
+"""Makes of logits (B, l, V) those that are compared."""
+
+
+def alone(logits_BlV: Tensor) -> Tensor:
+    """Compare each row's logits as they are."""
+    return logits_BlV
+
 
 def prediction_loss(
-    logits_BlV: Tensor, tokens_Bl: Tensor, dense_BlV: Tensor | None, distill: float
+    logits_BlV: Tensor,
+    tokens_Bl: Tensor,
+    dense_BlV: Tensor | None,
+    distill: float,
+    join: Join = alone,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return (1 - distill) * CE(tokens) + distill * KL(dense || model), means over tokens, and both
     terms to log. Without logits of the dense model the loss is CE(tokens), and nothing is logged
@@ -21,7 +35,7 @@ def prediction_loss(
     cross_entropy = F.cross_entropy(logits_NV, tokens_Bl.flatten())
     if dense_BlV is None:
         return cross_entropy, {}
-    kl = divergence(logits_BlV, dense_BlV)
+    kl = divergence(join(logits_BlV), join(dense_BlV))
     loss = kl if distill == 1 else (1 - distill) * cross_entropy + distill * kl
     return loss, {"ce": cross_entropy.item(), "kl": kl.item()}
 

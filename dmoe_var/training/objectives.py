@@ -24,7 +24,7 @@ from dmoe_var.distributed import rank, world_size
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE
-from dmoe_var.training.distillation import divergence, prediction_loss
+from dmoe_var.training.distillation import Join, alone, divergence, prediction_loss
 from dmoe_var.training.step import OptimConfig, summed
 
 VALIDATION_BATCH = 128
@@ -53,6 +53,7 @@ class TokenObjective:
         self.learnt_tokens: Tensor | slice = slice(None)
         self.dense: VAR | None = None
         self.distill = 0.0
+        self.join: Join = alone
 
     def learn_from(self, dense: VAR | None, distill: float) -> None:
         """Take this share of the loss against a dense model's predictions; 0 needs no model."""
@@ -89,7 +90,8 @@ class TokenObjective:
         tokens and, if there is a dense model to learn from, against its predictions."""
         dense_BlV = self._dense_logits(labels_B, teacher_BLC)
         learnt = self.learnt_tokens
-        return prediction_loss(logits_BLV[:, learnt], tokens_BL[:, learnt], dense_BlV, self.distill)
+        given = (logits_BLV[:, learnt], tokens_BL[:, learnt], dense_BlV, self.distill)
+        return prediction_loss(*given, self.join)
 
     def add_divergence(
         self, mean: Mean, logits_BLV: Tensor, labels_B: Tensor, teacher_BLC: Tensor
@@ -97,7 +99,8 @@ class TokenObjective:
         """Add to `mean` how far learnt tokens are from a dense model that is learnt from."""
         dense_BlV = self._dense_logits(labels_B, teacher_BLC)
         if dense_BlV is not None:
-            kl = divergence(logits_BLV[:, self.learnt_tokens], dense_BlV)
+            learnt = self.join(logits_BLV[:, self.learnt_tokens])
+            kl = divergence(learnt, self.join(dense_BlV))
             mean.add("val_kl", kl, len(logits_BLV))
 
     @torch.no_grad()

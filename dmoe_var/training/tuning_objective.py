@@ -3,12 +3,13 @@
 The paper sets tau after training. Here the dense model runs the other scales and the experts run
 theirs scale by scale over one K/V cache, as in sampling. So experts learn to do without those that
 the mask leaves out, and routers follow the experts that move. Legend: B batch, L tokens of all
-scales, l those with experts, E experts, V vocabulary.
+scales, l those with experts, E experts, V vocabulary, R rows (2B: [cond; null], or B).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,6 +21,7 @@ from dmoe_var.config_fields import PathOrName, Share, Taus
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.guidance import Cfg, by_scale, guide, text
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.training.objectives import Mean, TokenObjective, select_trainable, tokens_of
@@ -53,10 +55,19 @@ class TuneConfig(OptimConfig):
     distill: Share = 0.0
     """Share of the cross-entropy that gives way to the divergence from the dense model's
     predictions."""
+    guidance: Cfg = 0.0
+    """Strength, as sampling.cfg, of the guidance under which predictions are distilled: every image
+    runs both halves, whose logits are joined as in sampling. 0 distils each row alone."""
 
     def __post_init__(self) -> None:
-        if self.on:
-            super().__post_init__()
+        if not self.on:
+            return
+        super().__post_init__()
+        if self.guidance and not self.distill:
+            raise ValueError(
+                f"guidance={text(self.guidance)} joins predictions that are distilled, but "
+                "distill=0; allowed: distill above 0, or guidance=0"
+            )
 
     @property
     def on(self) -> bool:
@@ -124,15 +135,37 @@ class TuningObjective(TokenObjective):
         ffns = expert_ffns(model.moe)
         model.requires_grad_(False).eval()
         self.learn_from(model.dense, config.distill)
+        if config.guidance:
+            self.join = partial(guide, t=self._strength())
         self.module = model.moe if config.blocks else nn.ModuleList(ffns).requires_grad_(True)
         if config.blocks:
             select_trainable(model.moe, "blocks+head")
+
+    def _strength(self) -> Tensor:
+        """Compute guidance's strength at each learnt token, (l, 1)."""
+        config = self.model.config
+        by_token = torch.zeros(config.num_tokens, 1, device=self.device)
+        last = config.num_scales - 1
+        for si, cfg in enumerate(by_scale(self.config.guidance, config.num_scales)):
+            by_token[config.scale_slices[si]] = cfg * si / last
+        return by_token[self.learnt_tokens]
+
+    def _halves(
+        self, tokens_BL: Tensor, labels_B: Tensor, teacher_BLC: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stack guidance's two halves, [cond; null], if their predictions are joined."""
+        if not self.config.guidance:
+            return tokens_BL, labels_B, teacher_BLC
+        null_B = torch.full_like(labels_B, self.model.config.num_classes)
+        return tokens_BL.repeat(2, 1), torch.cat([labels_B, null_B]), teacher_BLC.repeat(2, 1, 1)
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
         tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        labels_B = self.with_null(labels_B, rows, self.config.null_share)
+        if not self.config.guidance:
+            labels_B = self.with_null(labels_B, rows, self.config.null_share)
+        tokens_BL, labels_B, teacher_BLC = self._halves(tokens_BL, labels_B, teacher_BLC)
         errors = _RouterErrors()
         logits_BLV = self.model.forward_with_gradients(
             labels_B, teacher_BLC, self.config.tau, IMPL, errors
@@ -146,12 +179,14 @@ class TuningObjective(TokenObjective):
         """Measure on held-out images under the mask, at scales with experts: cross-entropy and
         density, in all and by scale, and how well routers predict the norms."""
         mean = Mean()
-        for tokens_BL, labels_B, teacher_BLC in self.held_out_batches():
-            given = (labels_B, teacher_BLC, self.config.tau)
-            logits_BLV = self.model(*given, impl=IMPL, observer=_Measured(mean))
+        for batch in self.held_out_batches():
+            tokens_BL, (_, labels_R, teacher_RLC) = batch[0], self._halves(*batch)
+            given = (labels_R, teacher_RLC, self.config.tau)
+            logits_RLV = self.model(*given, impl=IMPL, observer=_Measured(mean))
+            logits_BLV = logits_RLV[: len(tokens_BL)]
             loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
             mean.add("val_ce", loss_BL[:, self.learnt_tokens].mean(), len(tokens_BL))
-            self.add_divergence(mean, logits_BLV, labels_B, teacher_BLC)
+            self.add_divergence(mean, logits_RLV, labels_R, teacher_RLC)
             for si in self.model.moe_scales:
                 scale = self.model.config.scale_slices[si]
                 mean.add(f"val_ce_scale{si}", loss_BL[:, scale].mean(), len(tokens_BL))

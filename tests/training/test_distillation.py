@@ -5,6 +5,8 @@ Legend: B batch, L tokens, N tokens of all images, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +14,7 @@ from torch.testing import assert_close
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.models.blocks import whole
 from dmoe_var.training.distillation import prediction_loss
+from dmoe_var.training.tuning_objective import TuneConfig
 
 ALL, SHAPE = torch.arange(20), {"label_drop": 0.5, "drop_path": 0.0}
 
@@ -138,3 +141,46 @@ def test_without_distillation_no_dense_model_runs(build):
     assert objective.dense is None
     with pytest.raises(ValueError, match=r"distill=0\.5 needs the dense model"):
         objective.learn_from(None, 0.5)
+
+
+@pytest.mark.parametrize("cfg", [4.0, (9.0, 1.0, 0.0, 3.0)], ids=["one", "by scale"])
+def test_guided_predictions_are_distilled(build, cfg):
+    """Both halves of each image, run apart here, joined as sampling joins them: scale si of 4 with
+    strength cfg si / 3."""
+    objective, _ = build("tune", torch.float64, distill=1.0, guidance=cfg, tau=(0.5,))
+    model = objective.model
+
+    def expected(batch):
+        tokens_BL, labels_B, teacher_BLC = batch
+        null_B = torch.full_like(labels_B, model.config.num_classes)
+        total, count = 0.0, 0
+        for si in model.moe_scales:
+            tokens = model.config.scale_slices[si]
+            t = (cfg if isinstance(cfg, float) else cfg[si]) * si / 3
+            guided = []
+            for run in (partial(model, tau=0.5), model.dense):
+                cond, null = (run(y, teacher_BLC)[:, tokens] for y in (labels_B, null_B))
+                guided.append((cond + t * (cond - null)).log_softmax(-1))
+            total += (guided[1].exp() * (guided[1] - guided[0])).sum().item()
+            count += guided[0][..., 0].numel()
+        return total / count
+
+    with torch.no_grad():
+        by_hand = expected(objective.batch(objective.training, ALL))
+        validated = [expected(batch) for batch in objective.held_out_batches()]
+        scores = objective.validate()
+    loss, logged = objective.loss(ALL, 0, 6, whole(20))
+    assert logged["kl"] == pytest.approx(by_hand, rel=1e-6)
+    assert loss.item() == pytest.approx(by_hand + logged["router_mse"], rel=1e-6)
+    assert len(validated) == 1
+    assert scores["val_kl"] == pytest.approx(validated[0], rel=1e-6)
+    loss.backward()
+    grads = [p.grad for p in objective.module.parameters()]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+def test_guidance_needs_something_to_distil():
+    with pytest.raises(
+        ValueError, match=r"^guidance=4 joins predictions .*, but distill=0; allowed"
+    ):
+        TuneConfig(steps=1, guidance=4.0)
