@@ -151,7 +151,7 @@ def test_guided_predictions_are_distilled(build, cfg):
     model = objective.model
 
     def expected(batch):
-        tokens_BL, labels_B, teacher_BLC = batch
+        _, labels_B, teacher_BLC = batch
         null_B = torch.full_like(labels_B, model.config.num_classes)
         total, count = 0.0, 0
         for si in model.moe_scales:
