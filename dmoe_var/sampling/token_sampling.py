@@ -97,16 +97,21 @@ def _keep_top_k(
     logits_BlV: Tensor, top_k: int, wants_order: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Return the logits with -inf for all below the kth, and those left in ascending order with
-    their places: None if the order is not wanted, or if ties leave more than k.
+    their places: None if the order is not wanted, or if ties leave more than k on a CPU.
 
-    On a GPU it is None: there sorting all logits is faster than waiting to know of ties.
+    On a GPU one sort of all logits gives both: that is faster than waiting to know of ties.
     """
     V = logits_BlV.shape[-1]
-    k, in_order = min(top_k, V), wants_order and logits_BlV.device.type == "cpu"
-    kept, places = logits_BlV.topk(k, dim=-1, sorted=in_order)
-    dropped = logits_BlV < (kept[..., -1:] if in_order else kept.amin(-1, keepdim=True))
+    k, on_cpu = min(top_k, V), logits_BlV.device.type == "cpu"
+    if wants_order and not on_cpu:
+        ordered, order = logits_BlV.sort(dim=-1)
+        least = ordered[..., V - k, None]
+        ordered = ordered.masked_fill(ordered < least, -torch.inf)
+        return logits_BlV.masked_fill(logits_BlV < least, -torch.inf), (ordered, order)
+    kept, places = logits_BlV.topk(k, dim=-1, sorted=wants_order)
+    dropped = logits_BlV < (kept[..., -1:] if wants_order else kept.amin(-1, keepdim=True))
     logits_BlV = logits_BlV.masked_fill(dropped, -torch.inf)
-    if not in_order or int(dropped.count_nonzero()) != dropped.numel() // V * (V - k):
+    if not wants_order or int(dropped.count_nonzero()) != dropped.numel() // V * (V - k):
         return logits_BlV, None
     return logits_BlV, (kept.flip(-1), places.flip(-1))
 

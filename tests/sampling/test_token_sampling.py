@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -49,20 +50,27 @@ def naive_filter(row, top_k, top_p):
 # Filters
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("top_k", [0, 1, 10, 900])
 @pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.7, 1.0])
-def test_filters_by_loops(top_k, top_p):
+def test_filters_by_loops(top_k, top_p, device, cuda_dry_run):
     logits_BlV = random_logits(3, 20, 40)
-    before, filtered = logits_BlV.clone(), filter_logits(logits_BlV, top_k, top_p)
-    assert torch.equal(logits_BlV, before)
+    with cuda_dry_run() if device == "cuda" else nullcontext():
+        given = logits_BlV.to(device)
+        filtered = filter_logits(given, top_k, top_p).cpu()
+        assert torch.equal(given.cpu(), logits_BlV)
     for row, out in zip(logits_BlV.flatten(0, 1).tolist(), filtered.flatten(0, 1), strict=True):
         assert out.isfinite().nonzero().flatten().tolist() == naive_filter(row, top_k, top_p)
     kept = filtered.isfinite()
     assert torch.equal(filtered[kept], logits_BlV[kept])
 
 
-def test_top_k_keeps_what_ties_with_the_kth():
-    kept = filter_logits(torch.tensor([[[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]]), 2, 0).isfinite()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("top_p", [0.0, 1.0])
+def test_top_k_keeps_what_ties_with_the_kth(top_p, device, cuda_dry_run):
+    with cuda_dry_run() if device == "cuda" else nullcontext():
+        logits_11V = torch.tensor([[[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]]).to(device)
+        kept = filter_logits(logits_11V, 2, top_p).cpu().isfinite()
     assert kept.nonzero()[:, 2].tolist() == [1, 2, 3, 4]
 
 
