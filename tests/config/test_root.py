@@ -120,6 +120,22 @@ WRONG = [
         {"sampling.heads.ratios": [0, 0, 0, 0, 0, 0, 0.5], "sampling.int8": "dynamic"},
         ("sampling.int8=dynamic holds projections in 8 bits",),
     ),
+    (
+        {"sampling.heads.ratios": [0, 0, 0, 0, 0, 0, 0.5], "sampling.cuda_graphs": True},
+        ("sampling.cuda_graphs=true takes all heads",),
+    ),
+    (
+        {"selection.rule": "random", "sampling.cuda_graphs": True},
+        ("selection.rule=random: sampling.cuda_graphs=true holds no random numbers",),
+    ),
+    (
+        {"tune_experts.steps": 1, "tune_experts.guidance": 4},
+        ("tune_experts", "guidance=4 joins predictions", "distill=0; allowed: distill above 0"),
+    ),
+    (
+        {"tune_experts.steps": 1, "tune_experts.distill": 1, "tune_experts.guidance": [4, 0]},
+        ("tune_experts.guidance=(4.0, 0", "has 2 values", "each of 7 scales"),
+    ),
     ({"sampling.skipping.ratio": [0]}, ("sampling.skipping.ratio: unknown key", "mean ratios?")),
     (
         {"sampling.skipping": {"ratios": [0, 0, 0, 0.5, 0, 0, 0], "measure": "router"}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -96,3 +98,37 @@ def test_rates_are_those_of_the_fastest_call(monkeypatch):
     rates = measured_rates(CPU, torch.float32, 3)
     assert rates.gflops_per_s == pytest.approx(2e6 / 2e-3 / 1e9)
     assert rates.gbytes_per_s == pytest.approx(2e6 / 0.5e-3 / 1e9)
+
+
+def test_a_gpu_is_timed_without_the_host_too(monkeypatch):
+    """Calls are recorded as graphs, whose starts are then timed; a path that waits is left out."""
+    recorded, started = [], []
+
+    class Graph:
+        def replay(self):
+            started.append(self)
+
+    @contextmanager
+    def recording(graph):
+        recorded.append(graph)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    calls = {("dense", None): lambda: None, ("triton", 0.5): lambda: None}
+    captured = kernel_timing._captured(calls, torch.device("cuda"))
+    assert captured.keys() == calls.keys()
+    assert kernel_timing._captured(calls, CPU) == {}
+    for call in captured.values():
+        call()
+    assert started == recorded
+    # Their ratios are to the fastest dense one under graphs.
+    rows = [
+        {"impl": impl, "density": density, "ms_median": ms, "ms_min": ms, "captured_ms_median": own}
+        for impl, density, ms, own in (
+            ("dense_torch", None, 3.0, 2.0), ("dense", None, 2.0, 1.0), ("triton", 0.5, 4.0, 0.5),
+        )
+    ]  # fmt: skip
+    kernel_timing._beside_dense(SHAPE, 1, rows, RATES, 4)
+    assert [row["captured_time_ratio"] for row in rows] == [2.0, 1.0, 0.5]
+    assert [row["time_ratio"] for row in rows] == [1.5, 1.0, 2.0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from dmoe_var import generate, load_var, load_vqvae
+from dmoe_var import CudaGraphs, generate, load_var, load_vqvae
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.experiment.graph import run_stage
+from dmoe_var.metrics.part_timing import PartClock
 from dmoe_var.moe.experts import paths_on
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
@@ -243,6 +246,25 @@ def test_our_call_draws_in_the_published_order(files, no_grad):
     )  # fmt: skip
     assert torch.equal(call(), expected)
     assert torch.equal(call(), expected)
+
+
+def test_cuda_graphs_are_recorded_before_anything_is_timed(files, monkeypatch):
+    """And the dense model without them is timed beside."""
+    given = []
+    monkeypatch.setattr(timed_samplers, "generate", lambda *a, **k: given.append(k) or a[2])
+    sampling = SamplingConfig(cuda_graphs=True)
+    sources = (files["base.vqvae"], files["base.var"], (1, 2, 3, 4))
+    call = timed_samplers.ours(timed_samplers.Task(*sources, (3, 1), SEED, "cpu", sampling))
+    assert len(given) == 2
+    call()
+    call(PartClock(torch.device("cpu")))
+    graphs = {id(each["graphs"]) for each in given}
+    assert len(graphs) == 1
+    assert isinstance(given[0]["graphs"], CudaGraphs)
+    config = SimpleNamespace(sampling=sampling, var=SimpleNamespace(num_scales=4))
+    assert benchmark._plain(config) == SamplingConfig()
+    config.sampling = SamplingConfig()
+    assert benchmark._plain(config) is None
 
 
 def test_base_models_must_be_given(make_experiment, files, no_process, tmp_path):
