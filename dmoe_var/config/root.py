@@ -242,17 +242,6 @@ class Config:
         except ValueError as error:
             why = str(error).removeprefix("cfg")
             raise ValueError(f"tune_experts.guidance{why}") from error
-        if self.sampling.cuda_graphs:
-            if self.sampling.heads.scales:
-                raise ValueError(
-                    f"sampling.heads.ratios={list(self.sampling.heads.ratios)}: "
-                    "sampling.cuda_graphs=true takes all heads; allowed: none"
-                )
-            if not self.selection.kind.uses_scores:
-                raise ValueError(
-                    f"selection.rule={self.selection.rule}: sampling.cuda_graphs=true holds no "
-                    "random numbers; allowed: a rule that reads scores"
-                )
         if (self.drafter.scales or 0) > self.var.num_scales:
             raise ValueError(
                 f"drafter.scales={self.drafter.scales} must be within 0..{self.var.num_scales}"

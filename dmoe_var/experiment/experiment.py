@@ -14,7 +14,6 @@ from dmoe_var.checkpoints.load import file_dtype
 from dmoe_var.config.root import Config
 from dmoe_var.devices import chosen_device
 from dmoe_var.distributed import from_main, is_main
-from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.contents import (
     GIVEN,
     MODELS,
@@ -72,13 +71,7 @@ class Experiment:
 
     @property
     def device(self) -> torch.device:
-        """The device that runs. ConfigError if it is not there, or cannot do what is asked."""
-        device = chosen_device(self.whole.device)
-        if self.whole.sampling.cuda_graphs and device.type != "cuda":
-            raise ConfigError(
-                f"sampling.cuda_graphs=true: needs an NVIDIA GPU, device={device}; allowed: false"
-            )
-        return device
+        return chosen_device(self.whole.device)
 
     @property
     def progress(self) -> bool:

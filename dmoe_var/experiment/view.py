@@ -26,7 +26,7 @@ HOUSEKEEPING = (
     ),
     "train_var.snapshot_every",
     "train_var.activation_checkpointing", "sparsify.activation_checkpointing",
-    "sampling.batch_size", "fidelity.batch_size",
+    "sampling.batch_size", "sampling.cuda_graphs", "fidelity.batch_size",
     "sweep.part", "sweep.parts",
     "figures.figure", "figures.make", "figures.plan",
 )  # fmt: skip
@@ -37,7 +37,7 @@ which points a run measures, not what they are."""
 OFF: tuple[Any, ...] = (None, False, 0.0, [], "none", "zero")
 OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
-    **{key: key for key in ("sampling.int8", "sampling.cuda_graphs")},
+    "sampling.int8": "sampling.int8",
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     **{key: key for key in ("train_var.start", "tune_experts.start", "tune_experts.blocks")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},

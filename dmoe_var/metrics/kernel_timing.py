@@ -142,8 +142,8 @@ def time_layers(
     time_ratio: the median's ratio to the baseline's. limit_ratio: its lower bound for a path that
     multiplies every hidden value of the experts that run, from the larger of the times that the
     density leaves for the device's products and its memory. zeros: the share of those values that
-    are 0. captured_ms_median, captured_time_ratio: the same without the host's share, from CUDA
-    graphs, for what a graph can hold.
+    are 0. captured_ms_median and captured_time_ratio: the median and its ratio where CUDA graphs
+    start the calls, so that the host takes no part.
     """
     x_NC = layers[0].x_NC
     calls = _calls(layers)

@@ -111,7 +111,8 @@ class PartClock(Observer):
         """Run the clock from start to end of a call of this model.
 
         told_apart: whether the transformer's parts are timed too, by hooks on its modules that are
-        gone afterwards. If not (a compiled model has no hooks), all of a backbone is `transformer`.
+        gone afterwards. If not (a compiled model and CUDA graphs have no hooks), all of a backbone
+        is `transformer`, with CUDA graphs the embedding too.
         """
         self._told_apart = told_apart
         handles = [h for m in model.modules() for h in self._hook(m)] if told_apart else []

@@ -128,6 +128,8 @@ def _serve(
     """Serve in a process: take over `flags`, build its call, then run it as often as it is told."""
     try:
         torch.set_num_threads(threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags[:2]
         if flags[2]:  # not called without need: it imports the compiler, which takes seconds
             torch.use_deterministic_algorithms(True)

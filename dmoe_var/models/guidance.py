@@ -38,6 +38,12 @@ def by_scale(cfg: Any, num_scales: int) -> tuple[float, ...]:
     return given
 
 
+def strengths(cfg: Any, num_scales: int) -> tuple[float, ...]:
+    """Return the strength with which each scale is guided, see `Cfg`."""
+    last = max(num_scales - 1, 1)
+    return tuple(each * (si / last) for si, each in enumerate(by_scale(cfg, num_scales)))
+
+
 def branches(cfg_S: Sequence[float]) -> tuple[int, ...]:
     """Return the rows per image at each scale: 2 up to the last scale that is guided, then 1.
 

@@ -24,9 +24,11 @@ from dmoe_var.moe.counts import ExpertCounts, ExpertHistogram
 from dmoe_var.moe.observer import Observer, joined
 from dmoe_var.moe.selection import Selection, SelectionRule
 from dmoe_var.sampling.cuda_graphs import CudaGraphs
-from dmoe_var.sampling.sampler import SamplingConfig, generate
+from dmoe_var.sampling.sampler import SamplingConfig, config_device, generate
 
 SAMPLES_FILE = "samples.npz"
+WORTH_GRAPHS = 4
+"""Batches from which on CUDA graphs pay: the first one runs without, the second is recorded."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Drawing:
 
     @cached_property
     def _graphs(self) -> CudaGraphs | None:
-        return self.sampling.new_graphs()
+        graphs = self.sampling.new_graphs(config_device(self.model))
+        return graphs if self.num_batches >= WORTH_GRAPHS else None
 
     @cached_property
     def rules(self) -> dict[int, SelectionRule]:

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from dmoe_var import values
+from dmoe_var.errors import ConfigError
 from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import rules_of
@@ -30,9 +31,10 @@ from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.models.var import Labels, VARConfig, check_labels, check_pair
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.experts import check_impl
+from dmoe_var.moe.experts.paths import path
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.routing import Routing
-from dmoe_var.moe.selection import Selection, SelectionRule
+from dmoe_var.moe.selection import All, Selection, SelectionRule
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.moe.tau_schedule import Tau
 from dmoe_var.sampling.cuda_graphs import CudaGraphs, Predict
@@ -77,15 +79,21 @@ class SamplingConfig:
     for CPUs), weights (alone, for GPUs) or none."""
     cuda_graphs: bool = False
     """Whether an NVIDIA GPU keeps the transformer's work as CUDA graphs, which is faster for few
-    images and takes memory; images are the same."""
+    images at once and takes memory; images are the same. Batches of one kind are recorded at the
+    second one."""
     skipping: TokenSkipping = field(default_factory=TokenSkipping)
     heads: HeadSkipping = field(default_factory=HeadSkipping)
 
     def __post_init__(self) -> None:
         values.take_fields(self)
 
-    def new_graphs(self) -> CudaGraphs | None:
-        """Make what keeps graphs from call to call; None without `cuda_graphs`."""
+    def new_graphs(self, device: torch.device) -> CudaGraphs | None:
+        """Make what keeps graphs from call to call; None without `cuda_graphs`. Raise ConfigError
+        on another device than an NVIDIA GPU."""
+        if self.cuda_graphs and device.type != "cuda":
+            raise ConfigError(
+                f"sampling.cuda_graphs=true: needs an NVIDIA GPU, device={device}; allowed: false"
+            )
         return CudaGraphs() if self.cuda_graphs else None
 
     @property
@@ -134,6 +142,14 @@ class Call(NamedTuple):
             "heads": self.heads,
         }
 
+    def recordable(self, impl: str) -> bool:
+        """Say whether a CUDA graph can hold the transformer's work. It cannot where random numbers
+        are drawn, heads are measured anew for each call, the host waits, or autocast keeps weights
+        that it has cast."""
+        draws = any(not (rule.uses_scores or isinstance(rule, All)) for rule in self.rules.values())
+        waits = path(impl).waits
+        return not (draws or waits or self.heads.scales or torch.is_autocast_enabled("cuda"))
+
     def kind(self, impl: str) -> Hashable:
         """Say what the transformer's operators depend on, beside the model and its batch."""
         rules, branches = tuple(self.rules.items()), guidance.branches(self.cfg_S)
@@ -157,7 +173,7 @@ class Call(NamedTuple):
         skipping.check_routers(rules)
         heads = _of_kind(HeadSkipping, "heads", given.heads)
         heads.check(config.num_scales)
-        _check_graphs(given.graphs, device, rules, heads)
+        _check_graphs(given.graphs, device)
         return cls(
             check_labels(given.labels, config.num_classes, device),
             rules,
@@ -204,19 +220,13 @@ def _check_generator(generator: Any, device: torch.device) -> None:
         raise ValueError(f"generator is of {generator.device}, but the model is on {device}")
 
 
-def _check_graphs(
-    graphs: Any, device: torch.device, rules: Mapping[int, SelectionRule], heads: HeadSkipping
-) -> None:
+def _check_graphs(graphs: Any, device: torch.device) -> None:
     if graphs is None:
         return
     if not isinstance(graphs, CudaGraphs):
         raise ValueError(f"graphs={values.shown(graphs)} must be CudaGraphs or None")
     if device.type != "cuda":
         raise ValueError(f"graphs need an NVIDIA GPU, but the model is on {device}")
-    if by_chance := [rule.name for rule in rules.values() if not rule.uses_scores]:
-        raise ValueError(f"graphs hold no random numbers, which rule={by_chance[0]} draws")
-    if heads.scales:  # whose measures are computed from the weights at each call
-        raise ValueError(f"graphs take all heads, heads.ratios={list(heads.ratios)} leave some out")
 
 
 class _Transformer:
@@ -300,7 +310,8 @@ def generate(
     does, instead of once per image. observer: is shown f_hat and which experts run, see
     `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are plain
     tensors without a gradient. graphs: keeps the transformer's work on a GPU as CUDA graphs from
-    call to call, see `CudaGraphs`.
+    call to call, see `CudaGraphs`. What no graph can hold runs as without: rules that select by
+    chance, fewer heads, impl=grouped, autocast.
 
     Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
     has no meaning, and at the end if logits were not finite.
@@ -311,6 +322,7 @@ def generate(
     )  # fmt: skip
     config, labels_B = model.config, call.labels_B
     branches_S = guidance.branches(call.cfg_S)
+    strengths_S = guidance.strengths(call.cfg_S, config.num_scales)
     null_B = torch.full_like(labels_B, config.num_classes)
     labels_R = torch.cat([labels_B, null_B][: branches_S[0]])
 
@@ -323,6 +335,8 @@ def generate(
     in_layers = None if observer is None else observer.in_layers()
     plan = model.plan(branches_S, **call.plan_options)
     transformer = partial(_Transformer, call, model.skipped, impl, streams.routing_noise)
+    if graphs is not None and not call.recordable(impl):
+        graphs = None
     if graphs is None:
         predict: Predict = transformer(labels_R, in_layers, watching)
     else:
@@ -343,7 +357,7 @@ def generate(
         progress = si / plan[-1].si
         logits_BlV = logits_RlV
         if step.branches == 2:
-            logits_BlV = guidance.guide(logits_RlV, call.cfg_S[si] * progress)
+            logits_BlV = guidance.guide(logits_RlV, strengths_S[si])
         _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)
@@ -355,6 +369,8 @@ def generate(
             inputs[si + 1] = vqvae.quantize.next_input(f_hat_BCHW, si + 1)
             since = min(each.since for each in later)
             inputs = {scale: given for scale, given in inputs.items() if scale >= since}
+    if graphs is not None:
+        graphs.finish()
     # Decode the images
     watching.on_part("decoder", None)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2

@@ -33,6 +33,7 @@ from dmoe_var.models.guidance import by_scale, text
 from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.int8 import check_int8
 from dmoe_var.models.token_skipping import TokenSkipping
+from dmoe_var.moe.experts.paths import path
 from dmoe_var.moe.selection import RandomDensity, Selection, Threshold
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.sampling.sampler import SamplingConfig
@@ -373,8 +374,30 @@ def refuse(config: Config) -> None:
         skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:
         skipping.refuse(config, "benchmark.kernels=true times single layers on all tokens")
+    if config.sampling.cuda_graphs:
+        _refuse_without_graphs(config)
     if benchmark.compile != "eager":
         skipping.refuse(config, f"benchmark.compile={benchmark.compile} compiles plain blocks")
+
+
+def _refuse_without_graphs(config: Config) -> None:
+    """Raise ConfigError for what would run without the graphs that are asked for."""
+    heads = list(config.sampling.heads.ratios)
+    for key, value, fits, allowed in (
+        ("sampling.heads.ratios", heads, not any(heads), "[]"),
+        ("moe.impl", config.moe.impl, not path(config.moe.impl).waits, "auto, reference, triton"),
+        (
+            "benchmark.compile",
+            config.benchmark.compile,
+            config.benchmark.compile == "eager",
+            "eager",
+        ),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"{key}={value}: no CUDA graph holds that, but sampling.cuda_graphs=true; allowed "
+                f"with it: {allowed}"
+            )
 
 
 STAGE = Stage("benchmark", run, reads, needs, one_process=True, always_runs=True, refuse=refuse)

@@ -275,6 +275,10 @@ def refuse(config: Config) -> None:
     skipping.refuse(config, "losses are measured under teacher forcing, which skips nothing")
     loaded.refuse_drafter(config, "tau is calibrated for a model that draws every scale")
     loaded.refuse_int8(config, "tau is calibrated in floats")
+    if config.calibrate.budget_ms is not None and config.sampling.cuda_graphs:
+        raise ConfigError(
+            "sampling.cuda_graphs=true: calibrate.budget_ms times samplers without; allowed: false"
+        )
 
 
 STAGE = Stage(

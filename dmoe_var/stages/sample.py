@@ -264,7 +264,7 @@ def _draw(
     starts = range(0, pictures.per_class, sampling.batch_size)
     batches = list(itertools.product(pictures.labels, pictures.seeds, starts))
     ours = range(rank(), len(batches), world_size())
-    drawn, graphs = {}, sampling.new_graphs()
+    drawn, graphs = {}, sampling.new_graphs(experiment.device)
     for i in tqdm(ours, name, unit="batch", leave=False, disable=not experiment.progress):
         label, seed, start = batches[i]
         images_B3RR = generate(

@@ -30,7 +30,7 @@ def prediction_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return (1 - distill) * CE(tokens) + distill * KL(dense || model), means over tokens, and both
     terms to log. Without logits of the dense model the loss is CE(tokens), and nothing is logged
-    beside it."""
+    beside it. join: makes what KL compares; CE takes the logits as they are."""
     logits_NV = logits_BlV.flatten(0, 1)
     cross_entropy = F.cross_entropy(logits_NV, tokens_Bl.flatten())
     if dense_BlV is None:

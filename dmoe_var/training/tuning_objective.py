@@ -21,7 +21,7 @@ from dmoe_var.config_fields import PathOrName, Share, Taus
 from dmoe_var.data.token_cache import TokenSet
 from dmoe_var.models.blocks import Rows
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.guidance import Cfg, by_scale, guide, text
+from dmoe_var.models.guidance import Cfg, guide, strengths, text
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.training.objectives import Mean, TokenObjective, select_trainable, tokens_of
@@ -48,7 +48,8 @@ class TuneConfig(OptimConfig):
     router_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the routers' squared error; only they learn from it."""
     null_share: Share = 0.5
-    """Share of a batch that runs with the null class, like the unconditional half of guidance."""
+    """Share of a batch that runs with the null class, like the unconditional half of guidance.
+    With guidance every image runs with both classes."""
     blocks: bool = False
     """Whether whole blocks and the head train, as in sparse fine-tuning, or experts and their
     routers alone."""
@@ -57,17 +58,23 @@ class TuneConfig(OptimConfig):
     predictions."""
     guidance: Cfg = 0.0
     """Strength, as sampling.cfg, of the guidance under which predictions are distilled: every image
-    runs both halves, whose logits are joined as in sampling. 0 distils each row alone."""
+    runs both halves, whose logits are joined as in sampling, and a batch has twice the rows. 0
+    distils each row alone."""
 
     def __post_init__(self) -> None:
         if not self.on:
             return
         super().__post_init__()
-        if self.guidance and not self.distill:
+        if self.guided and not self.distill:
             raise ValueError(
                 f"guidance={text(self.guidance)} joins predictions that are distilled, but "
                 "distill=0; allowed: distill above 0, or guidance=0"
             )
+
+    @property
+    def guided(self) -> bool:
+        """Whether predictions are joined before they are distilled."""
+        return any(self.guidance) if isinstance(self.guidance, tuple) else self.guidance > 0
 
     @property
     def on(self) -> bool:
@@ -135,7 +142,7 @@ class TuningObjective(TokenObjective):
         ffns = expert_ffns(model.moe)
         model.requires_grad_(False).eval()
         self.learn_from(model.dense, config.distill)
-        if config.guidance:
+        if config.guided:
             self.join = partial(guide, t=self._strength())
         self.module = model.moe if config.blocks else nn.ModuleList(ffns).requires_grad_(True)
         if config.blocks:
@@ -145,16 +152,16 @@ class TuningObjective(TokenObjective):
         """Compute guidance's strength at each learnt token, (l, 1)."""
         config = self.model.config
         by_token = torch.zeros(config.num_tokens, 1, device=self.device)
-        last = config.num_scales - 1
-        for si, cfg in enumerate(by_scale(self.config.guidance, config.num_scales)):
-            by_token[config.scale_slices[si]] = cfg * si / last
+        by_scale = strengths(self.config.guidance, config.num_scales)
+        for tokens, strength in zip(config.scale_slices, by_scale, strict=True):
+            by_token[tokens] = strength
         return by_token[self.learnt_tokens]
 
     def _halves(
         self, tokens_BL: Tensor, labels_B: Tensor, teacher_BLC: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Stack guidance's two halves, [cond; null], if their predictions are joined."""
-        if not self.config.guidance:
+        if not self.config.guided:
             return tokens_BL, labels_B, teacher_BLC
         null_B = torch.full_like(labels_B, self.model.config.num_classes)
         return tokens_BL.repeat(2, 1), torch.cat([labels_B, null_B]), teacher_BLC.repeat(2, 1, 1)
@@ -163,7 +170,7 @@ class TuningObjective(TokenObjective):
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
     ) -> tuple[Tensor, dict[str, float]]:
         tokens_BL, labels_B, teacher_BLC = self.batch(self.training, indices_B)
-        if not self.config.guidance:
+        if not self.config.guided:
             labels_B = self.with_null(labels_B, rows, self.config.null_share)
         tokens_BL, labels_B, teacher_BLC = self._halves(tokens_BL, labels_B, teacher_BLC)
         errors = _RouterErrors()
@@ -177,7 +184,8 @@ class TuningObjective(TokenObjective):
 
     def validate(self) -> dict[str, float]:
         """Measure on held-out images under the mask, at scales with experts: cross-entropy and
-        density, in all and by scale, and how well routers predict the norms."""
+        density, in all and by scale, and how well routers predict the norms. With guidance all but
+        the cross-entropy is that of both halves."""
         mean = Mean()
         for batch in self.held_out_batches():
             tokens_BL, (_, labels_R, teacher_RLC) = batch[0], self._halves(*batch)

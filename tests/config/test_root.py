@@ -121,14 +121,6 @@ WRONG = [
         ("sampling.int8=dynamic holds projections in 8 bits",),
     ),
     (
-        {"sampling.heads.ratios": [0, 0, 0, 0, 0, 0, 0.5], "sampling.cuda_graphs": True},
-        ("sampling.cuda_graphs=true takes all heads",),
-    ),
-    (
-        {"selection.rule": "random", "sampling.cuda_graphs": True},
-        ("selection.rule=random: sampling.cuda_graphs=true holds no random numbers",),
-    ),
-    (
         {"tune_experts.steps": 1, "tune_experts.guidance": 4},
         ("tune_experts", "guidance=4 joins predictions", "distill=0; allowed: distill above 0"),
     ),

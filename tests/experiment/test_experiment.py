@@ -44,7 +44,7 @@ HOUSEKEEPING = [
     {"sparsify.micro_batch_size": 2, "sparsify.activation_checkpointing": True},
     {"figures.figure": "4", "figures.make": True, "figures.plan": True},
     {"sweep.parts": 2, "sweep.part": 1},
-    {"sampling.batch_size": 3, "fidelity.batch_size": 5},
+    {"sampling.batch_size": 3, "sampling.cuda_graphs": True, "fidelity.batch_size": 5},
     {"sampling.skipping.first_layer": 0, "sampling.skipping.source": 1},  # nothing is skipped
     {"sampling.heads.measure": "bound"},
     {"train_classifier.log_every": 3, "train_classifier.checkpoint_every": 7},
@@ -283,15 +283,3 @@ def test_lists_of_another_length_are_the_sweeps_fault_alone(make_experiment):
     experiment.check("evaluate")
     with pytest.raises(ConfigError, match=r"sweep.lists.ours=\[0.1, 0.2, 0.3\] must have 1 or 2"):
         experiment.check("sweep")
-
-
-def test_cuda_graphs_need_a_gpu(make_experiment, monkeypatch):
-    experiment = make_experiment(".", {"sampling.cuda_graphs": True, "device": "cpu"})
-    with pytest.raises(
-        ConfigError, match=r"sampling.cuda_graphs=true: needs .* device=cpu; allowed"
-    ):
-        experiment.device  # noqa: B018
-    monkeypatch.setattr(
-        "dmoe_var.experiment.experiment.chosen_device", lambda name: torch.device("cuda", 0)
-    )
-    assert experiment.device == torch.device("cuda", 0)

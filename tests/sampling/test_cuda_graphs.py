@@ -6,19 +6,33 @@ The models are in float64, where sampling uses torch's own operators, which a ta
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dmoe_var import VAR, CudaGraphs, HeadSkipping, Random, Threshold, TokenSkipping, generate
-from dmoe_var.errors import InputError
+from dmoe_var import (
+    VAR,
+    All,
+    CollaborativeVAR,
+    CudaGraphs,
+    HeadSkipping,
+    Random,
+    Threshold,
+    TokenSkipping,
+    generate,
+)
+from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.selection import finite
+from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.sampling import sampler
+from dmoe_var.sampling.draw import Drawing
+from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.sampling_time import this_sampling
 
 FIRST, OTHER = [0, 3, 5], [1, 1, 4]
@@ -69,13 +83,15 @@ def tapes(monkeypatch):
     made = []
 
     @contextmanager
-    def recording(graph, pool=None, **_):
+    def recording(graph, pool=None, stream=None, **_):
         made.append(graph)
         with graph:
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    for name in ("device", "stream", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
     monkeypatch.setattr(finite, "_checked", checked_at_the_end)
     monkeypatch.setattr(sampler, "config_device", lambda model: SimpleNamespace(type="cuda"))
     check = sampler.check_labels
@@ -204,17 +220,103 @@ def test_an_image_that_stops_between_scales_does_no_harm(models, monkeypatch, ta
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options",
     [
-        ({"graphs": True}, "graphs=True must be CudaGraphs or None"),
-        ({"selection": Random(1)}, "graphs hold no random numbers, which rule=random draws"),
-        ({"heads": HeadSkipping((0.0, 0.0, 0.0, 0.5))}, "graphs take all heads, heads.ratios="),
+        {"selection": Random(1)},
+        {"heads": HeadSkipping((0.0, 0.0, 0.0, 0.5))},
+        {"tau": 0.5, "impl": "grouped"},
     ],
-    ids=["type", "chance", "heads"],
+    ids=["chance", "heads", "a path that waits"],
 )
-def test_what_they_cannot_hold(models, options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(*models, FIRST, **{"graphs": CudaGraphs()} | options)
+def test_what_they_cannot_hold_runs_without(models, options, tapes):
+    graphs, expected = CudaGraphs(), drawn(models, FIRST, **options)[0]
+    for _ in range(3):
+        assert torch.equal(drawn(models, FIRST, graphs, **options)[0], expected)
+    assert not tapes
+
+
+def test_every_expert(models, tapes):
+    graphs, expected = CudaGraphs(), drawn(models, FIRST, selection=All())[0]
+    for _ in range(3):
+        assert torch.equal(drawn(models, FIRST, graphs, selection=All())[0], expected)
+    assert len(tapes) == 4
+
+
+def test_under_inference_mode_and_after_it(models, tapes):
+    graphs, expected = CudaGraphs(), drawn(models, FIRST, tau=0.5)[0]
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(drawn(models, FIRST, graphs, tau=0.5)[0], expected)
+    assert torch.equal(drawn(models, FIRST, graphs, tau=0.5)[0], expected)
+    assert len(tapes) == 4
+
+
+def test_a_drafter_and_means(models, make_var, tapes):
+    dynamic, vqvae = copy.deepcopy(models)
+    E, C = dynamic.moe.config.num_experts, dynamic.config.C
+    generator = torch.Generator().manual_seed(5)
+    means = {si: torch.randn(2, E, C, generator=generator).double() for si in (2, 3)}
+    dynamic.set_skipped(SkippedMeans(means))
+    drafted = CollaborativeVAR(make_var(seed=3).double(), dynamic, 2)
+    for model in (dynamic, drafted):
+        graphs, expected = CudaGraphs(), drawn((model, vqvae), OTHER, tau=0.5)
+        for labels in (FIRST, FIRST, OTHER):
+            images, ran = drawn((model, vqvae), labels, graphs, tau=0.5)
+        assert torch.equal(images, expected[0])
+        assert all(map(torch.equal, ran, expected[1]))
+
+
+def test_two_calls_at_once_are_refused(models, monkeypatch):
+    graphs = CudaGraphs()
+    for _ in range(2):
+        drawn(models, FIRST, graphs, tau=0.5)
+    draw = sampler._draw_codes
+
+    def interrupted(*args):
+        monkeypatch.setattr(sampler, "_draw_codes", draw)
+        drawn(models, OTHER, graphs, tau=0.5)
+        return draw(*args)
+
+    monkeypatch.setattr(sampler, "_draw_codes", interrupted)
+    with pytest.raises(RuntimeError, match="another call of generate used these graphs"):
+        drawn(models, FIRST, graphs, tau=0.5)
+
+
+def test_a_first_call_that_fails_does_not_count(models, monkeypatch, tapes):
+    graphs, step = CudaGraphs(), VAR.step
+    monkeypatch.setattr(VAR, "step", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        drawn(models, FIRST, graphs, tau=0.5)
+    monkeypatch.setattr(VAR, "step", step)
+    drawn(models, FIRST, graphs, tau=0.5)
+    assert not tapes
+
+
+def test_a_drawing_of_several_batches(models, monkeypatch, tapes):
+    """Not of few, for which recording costs more than it saves; the counts of experts are kept."""
+    labels = np.arange(8) % 5
+    how = {"batch_size": 2, "top_k": 20, "cuda_graphs": True}
+    monkeypatch.setattr("dmoe_var.sampling.draw.config_device", lambda model: torch.device("cuda"))
+    for given, count in ((labels, 4), (labels[:6], 0)):
+        tapes.clear()
+        found = [
+            Drawing(*models, given, 0, SamplingConfig(**how | more), Threshold(0.5), "reference")
+            for more in ({}, {"cuda_graphs": False})
+        ]
+        for number in range(found[0].num_batches):
+            with_graphs, without = (drawing.batch(number) for drawing in found)
+            assert np.array_equal(with_graphs.samples.images, without.samples.images)
+            assert np.array_equal(with_graphs.ran.times_NSK, without.ran.times_NSK)
+        assert len(tapes) == count
+
+
+def test_what_is_no_graphs(models):
+    with pytest.raises(ValueError, match="graphs=True must be CudaGraphs or None"):
+        generate(*models, FIRST, graphs=True)
+    with pytest.raises(
+        ConfigError, match=r"sampling.cuda_graphs=true: needs .*=cpu; allowed: false"
+    ):
+        SamplingConfig(cuda_graphs=True).new_graphs(torch.device("cpu"))
 
 
 def test_without_a_gpu(models, monkeypatch):

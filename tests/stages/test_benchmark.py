@@ -254,6 +254,11 @@ def test_cuda_graphs_are_recorded_before_anything_is_timed(files, monkeypatch):
     monkeypatch.setattr(timed_samplers, "generate", lambda *a, **k: given.append(k) or a[2])
     sampling = SamplingConfig(cuda_graphs=True)
     sources = (files["base.vqvae"], files["base.var"], (1, 2, 3, 4))
+    monkeypatch.setattr(
+        SamplingConfig,
+        "new_graphs",
+        lambda self, device: CudaGraphs() if self.cuda_graphs else None,
+    )
     call = timed_samplers.ours(timed_samplers.Task(*sources, (3, 1), SEED, "cpu", sampling))
     assert len(given) == 2
     call()
@@ -265,6 +270,20 @@ def test_cuda_graphs_are_recorded_before_anything_is_timed(files, monkeypatch):
     assert benchmark._plain(config) == SamplingConfig()
     config.sampling = SamplingConfig()
     assert benchmark._plain(config) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampling.heads.ratios": [0, 0, 0, 0, 0, 0, 0.5]}, r"sampling.heads.ratios=\[.*: \[\]$"),
+        ({"moe.impl": "grouped"}, "moe.impl=grouped: .*: auto, reference, triton$"),
+        ({"benchmark.compile": "both"}, "benchmark.compile=both: .*: eager$"),
+    ],
+)
+def test_what_no_graph_holds_is_not_timed_with_them(make_experiment, changes, said):
+    experiment = make_experiment(".", {"sampling.cuda_graphs": True, **changes})
+    with pytest.raises(ConfigError, match=said):
+        benchmark.refuse(experiment.config)
 
 
 def test_base_models_must_be_given(make_experiment, files, no_process, tmp_path):

@@ -16,12 +16,12 @@ from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.paths import (
     AUTO,
-    FALLBACK,
     IMPLEMENTATIONS,
     PATHS,
     PLAIN,
     RAN,
     Impl,
+    fallback,
     path,
     paths_on,
 )
@@ -53,7 +53,8 @@ def run_experts(
 
     The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path. An unknown name
     raises ValueError, and so does `triton` on a device that it has no kernels for. If `native` or
-    `triton` does not know the tensors (see their `can_run`), `grouped` runs instead.
+    `triton` does not know the tensors (see their `can_run`), `grouped` runs instead, on a GPU
+    `reference`.
     """
     check_impl(impl)
     # torch.compile would break its graph at every expert, since the number of its rows is a value.
@@ -62,7 +63,7 @@ def run_experts(
     if opaque and not torch.is_grad_enabled() and (name := _name_of(act)) is not None:
         return _as_operator(x_NC, mask_NE, *weights, name, impl)
     if not path(impl).can_run(x_NC, weights, act):
-        impl = FALLBACK
+        impl = fallback(x_NC.device)
     if impl != AUTO:  # which counts what it chooses
         RAN[impl] += 1
     return path(impl).run(x_NC, Dispatch(mask_NE), weights, act)

@@ -3,7 +3,8 @@
 A path's time is a line through its times at two densities of random masks. `reference` runs the
 whole dense FFN and zeroes what was not selected, so nothing is ever much slower than dense.
 On a GPU the host would have to wait for the mask's density. There a shape takes the path that is
-fastest at the density ASSUMED, of those for which the host does not wait either.
+fastest at the density ASSUMED, of those for which the host does not wait either. A time there holds
+the launches, of which a CUDA graph needs none: it takes the same path all the same.
 
 The table is in `c_library.cache_folder()`; a process reads it once for each case that it meets. The
 same inputs take the same path as long as the table is there, or as long as the process lives if it
@@ -26,7 +27,7 @@ from dmoe_var.c_library import cache_folder, processor
 from dmoe_var.devices import seconds_of
 from dmoe_var.files import alone, note, write_text
 from dmoe_var.moe.experts.dispatch import Dispatch
-from dmoe_var.moe.experts.paths import FALLBACK, PLAIN, RAN, ComputePath, path, paths_on
+from dmoe_var.moe.experts.paths import PLAIN, RAN, ComputePath, fallback, path, paths_on
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.sampling_time import this_sampling
 
@@ -50,8 +51,7 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
 
 
 def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> str:
-    """Return the name of the path to run. If only plain paths can run the tensors, it is `grouped`,
-    or on a GPU `reference`, for which the host need not wait."""
+    """Return the name of the path to run: `fallback`'s if only plain paths can run the tensors."""
     device = x_NC.device
     on_gpu = device.type == "cuda"
     paths = {
@@ -61,7 +61,7 @@ def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Mo
     }
     last = next(reversed(paths))
     if last in PLAIN or dispatch.mask_NE.numel() == 0:
-        return last if on_gpu else FALLBACK
+        return fallback(device)
     if on_gpu and torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
         known = _known.get(_case(paths, x_NC, weights))
         return last if known is None else _best(ASSUMED, known)

@@ -24,13 +24,18 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
 AUTO = "auto"
 """Runs the path that is fastest on this machine."""
 PATHS = tuple(name for name in IMPLEMENTATIONS if name != AUTO)
-FALLBACK = "grouped"
-"""Runs what the path that was asked for cannot."""
-PLAIN = ("reference", FALLBACK)
+FALLBACK, ON_GPU = "grouped", "reference"
+"""Run what the path that was asked for cannot, see `fallback`."""
+PLAIN = (ON_GPU, FALLBACK)
 """Paths of torch operators: they run on any device, with any activation, and with gradients."""
 
 RAN: Counter[str] = Counter()
 """Calls of each path in this process, counted for the path that ran in the end."""
+
+
+def fallback(device: torch.device) -> str:
+    """Name the path that runs what another cannot. On a GPU the host must not wait in it."""
+    return ON_GPU if device.type == "cuda" else FALLBACK
 
 
 @dataclass(frozen=True)

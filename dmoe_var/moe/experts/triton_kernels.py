@@ -82,7 +82,7 @@ def zeros(
 ):  # fmt: skip
     """Write zeros into hidden (N, E, D) for ROWS rows of a list if none chose the expert.
 
-    It needs no shared memory, so that many programs write at a time. In fc1 two would.
+    It needs little shared memory, so that many programs write at a time. Of fc1's two would.
     """
     columns: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(0) // columns

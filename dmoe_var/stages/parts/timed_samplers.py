@@ -86,7 +86,7 @@ class Task:
 def ours(task: Task) -> Call:
     """Build our sampler, which draws tokens in the published order."""
     model, vqvae = task.load()
-    labels, graphs = list(task.labels), task.sampling.new_graphs()
+    labels, graphs = list(task.labels), task.sampling.new_graphs(torch.device(task.device))
 
     def call(clock: PartClock | None = None) -> Tensor:
         options = task.options() | {"graphs": graphs}
