@@ -78,9 +78,8 @@ class SamplingConfig:
     """Linear layers in 8 bits (beyond the paper; needs torchao): dynamic (weights and activations,
     for CPUs), weights (alone, for GPUs) or none."""
     cuda_graphs: bool = False
-    """Whether an NVIDIA GPU keeps the transformer's work as CUDA graphs, which is faster for few
-    images at once and takes memory; images are the same. Batches of one kind are recorded at the
-    second one."""
+    """Whether an NVIDIA GPU keeps the transformer's work as CUDA graphs, from the second batch on:
+    faster for small batches, at the cost of memory. Images are the same."""
     skipping: TokenSkipping = field(default_factory=TokenSkipping)
     heads: HeadSkipping = field(default_factory=HeadSkipping)
 

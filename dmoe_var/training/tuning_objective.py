@@ -57,9 +57,8 @@ class TuneConfig(OptimConfig):
     """Share of the cross-entropy that gives way to the divergence from the dense model's
     predictions."""
     guidance: Cfg = 0.0
-    """Strength, as sampling.cfg, of the guidance under which predictions are distilled: every image
-    runs both halves, whose logits are joined as in sampling, and a batch has twice the rows. 0
-    distils each row alone."""
+    """Strength, as sampling.cfg, of the guidance under which predictions are distilled: both halves
+    of each image run and are joined as in sampling. 0 distils each row alone."""
 
     def __post_init__(self) -> None:
         if not self.on:
