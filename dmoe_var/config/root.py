@@ -38,6 +38,7 @@ from dmoe_var.moe.experts import Impl
 from dmoe_var.moe.layer import SplitConfig
 from dmoe_var.moe.selection import SelectionConfig
 from dmoe_var.moe.tau_schedule import by_scale, check_configured
+from dmoe_var.sampling import token_sampling
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.training.classifier_objective import ClassifierTrainingConfig
 from dmoe_var.training.objectives import ConversionConfig, SparsifyConfig, VARTrainingConfig
@@ -228,6 +229,7 @@ class Config:
     def _check_scales(self) -> None:
         try:
             guidance.by_scale(self.sampling.cfg, self.var.num_scales)
+            token_sampling.by_scale(self.sampling.temperature, self.var.num_scales)
             self.sampling.skipping.check(self.var.num_scales, self.var.depth)
             self.sampling.heads.check(self.var.num_scales)
         except ValueError as error:

@@ -37,7 +37,7 @@ which points a run measures, not what they are."""
 OFF: tuple[Any, ...] = (None, False, 0.0, [], "none", "zero")
 OPTIONAL = {
     **{key: key for key in ("selection.layer_tau", "evaluate.samples", "data.flip", "moe.skipped")},
-    "sampling.int8": "sampling.int8",
+    **{key: key for key in ("sampling.int8", "sampling.temperature")},
     **{key: key for key in ("base.classifier", "fidelity.classifier", "train_router.condition")},
     **{key: key for key in ("train_var.start", "tune_experts.start", "tune_experts.blocks")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},

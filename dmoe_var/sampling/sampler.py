@@ -41,6 +41,8 @@ from dmoe_var.sampling.cuda_graphs import CudaGraphs, Predict
 from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling.token_sampling import (
     ImageStreams,
+    Temperature,
+    by_scale,
     draw_tokens,
     filter_logits,
     soft_mix,
@@ -65,6 +67,9 @@ class SamplingConfig:
     """Tokens are drawn from the k likeliest; 0 takes all."""
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
     """Tokens are drawn from the likeliest that together have this probability; 0 takes all."""
+    temperature: Temperature = None
+    """Divides the guided logits: one value, or one per scale; null leaves them. A little less than
+    1 where experts run takes back what they blur (beyond the paper)."""
     more_smooth: bool = False
     """Whether codes are mixed by Gumbel softmax: for pictures, never for FID."""
     share_mask: bool = False
@@ -98,7 +103,8 @@ class SamplingConfig:
     @property
     def options(self) -> dict[str, Any]:
         """The fields that are arguments of `generate`."""
-        own = {name: getattr(self, name) for name in ("top_k", "top_p", "more_smooth")}
+        names = ("top_k", "top_p", "temperature", "more_smooth")
+        own = {name: getattr(self, name) for name in names}
         return own | self.recipe.options
 
     @property
@@ -124,6 +130,7 @@ class Call(NamedTuple):
     cfg_S: tuple[float, ...]
     top_k: int
     top_p: float
+    temperature_S: tuple[float, ...] | None
     seed: int
     start_index: int
     more_smooth: bool
@@ -179,6 +186,7 @@ class Call(NamedTuple):
             guidance.by_scale(given.cfg, config.num_scales),
             values.whole("top_k", given.top_k, 0),
             values.number("top_p", given.top_p, 0, 1),
+            by_scale(given.temperature, config.num_scales),
             values.whole("seed", given.seed),
             values.whole("start_index", given.start_index, 0, MAX_INDEX),
             values.flag("more_smooth", given.more_smooth),
@@ -294,6 +302,7 @@ def generate(
     skipping: TokenSkipping | None = None,
     heads: HeadSkipping | None = None,
     graphs: CudaGraphs | None = None,
+    temperature: float | Sequence[float] | None = None,
 ) -> Tensor:
     """Sample images (B, 3, R, R) in [0, 1] of the given classes.
 
@@ -303,14 +312,14 @@ def generate(
 
     tau, selection: see `resolve_rules`. Without both the model's own `selection` runs, and without
     that every expert. impl: the compute path, see `moe.experts.run_experts`. cfg, top_k, top_p,
-    more_smooth, share_mask: see `SamplingConfig`. skipping: which tokens of late scales skip the
-    blocks; None is none. heads: how many attention heads the tokens of late scales leave out; None
-    is none. adaln_every_scale: compute AdaLN's projections at each scale, as the published sampler
-    does, instead of once per image. observer: is shown f_hat and which experts run, see
-    `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are plain
-    tensors without a gradient. graphs: keeps the transformer's work on a GPU as CUDA graphs from
-    call to call, see `CudaGraphs`. What no graph can hold runs as without: rules that select by
-    chance, fewer heads, impl=grouped, autocast.
+    temperature, more_smooth, share_mask: see `SamplingConfig`. skipping: which tokens of late
+    scales skip the blocks; None is none. heads: how many attention heads the tokens of late scales
+    leave out; None is none. adaln_every_scale: compute AdaLN's projections at each scale, as the
+    published sampler does, instead of once per image. observer: is shown f_hat and which experts
+    run, see `moe.observer`, whose `joined` joins several. Images, and what an observer sees, are
+    plain tensors without a gradient. graphs: keeps the transformer's work on a GPU as CUDA graphs
+    from call to call, see `CudaGraphs`. What no graph can hold runs as without: rules that select
+    by chance, fewer heads, impl=grouped, autocast.
 
     Numbers may be of any type of numpy and torch. Raises ValueError before any work if an argument
     has no meaning, and at the end if logits were not finite.
@@ -318,6 +327,7 @@ def generate(
     call = Call.of(
         model, vqvae, labels, cfg, top_k, top_p, seed, tau, selection, generator, start_index,
         more_smooth, share_mask, impl, adaln_every_scale, observer, skipping, heads, graphs,
+        temperature,
     )  # fmt: skip
     config, labels_B = model.config, call.labels_B
     branches_S = guidance.branches(call.cfg_S)
@@ -357,6 +367,8 @@ def generate(
         logits_BlV = logits_RlV
         if step.branches == 2:
             logits_BlV = guidance.guide(logits_RlV, strengths_S[si])
+        if call.temperature_S is not None:
+            logits_BlV = logits_BlV / call.temperature_S[si]
         _check_finite(logits_BlV, si)
         logits_BlV = filter_logits(logits_BlV, call.top_k, call.top_p)
         codes_BCpp = _draw_codes(logits_BlV, vqvae, si, progress, streams, call.more_smooth)

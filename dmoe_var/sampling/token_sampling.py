@@ -1,4 +1,4 @@
-"""Drawing tokens: top-k, top-p, and where the random numbers come from.
+"""Drawing tokens: temperature, top-k, top-p, and where the random numbers come from.
 
 Legend: B images, l tokens of a scale, V vocabulary, E experts.
 """
@@ -6,13 +6,17 @@ Legend: B images, l tokens of a scale, V vocabulary, E experts.
 from __future__ import annotations
 
 import hashlib
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
-from dmoe_var import generators
+from dmoe_var import generators, values
 
 TOKENS, ROUTING = 0, 1  # purposes of an image's streams
+LIMITS = 0.01, 100.0
+"""Lowest and highest temperature."""
 
 
 def stream_seed(seed: int, index: int, purpose: int) -> int:
@@ -29,6 +33,30 @@ def stream_seed(seed: int, index: int, purpose: int) -> int:
     low = (mixed ^ (mixed >> 13)) ^ int.from_bytes(key[:4], "little")
     tail = hashlib.blake2b(key + index.to_bytes(8, "little"), digest_size=4).digest()
     return int.from_bytes(tail, "little") << 32 | low
+
+
+def _given(temperature: Any) -> float | tuple[float, ...] | None:
+    if temperature is None or not values.is_list(temperature):
+        return None if temperature is None else values.number("temperature", temperature, *LIMITS)
+    given = tuple(values.numbers("temperature", temperature, *LIMITS))
+    return given[0] if len(given) == 1 else given
+
+
+Temperature = Annotated[float | tuple[float, ...] | None, BeforeValidator(_given)]
+"""Divides logits before tokens are drawn: one value, or one per scale; None leaves them."""
+
+
+def by_scale(temperature: Any, num_scales: int) -> tuple[float, ...] | None:
+    """Return the temperature of each scale; None for none. Raise ValueError for a wrong number."""
+    given = _given(temperature)
+    if given is None or isinstance(given, float):
+        return None if given is None else (given,) * num_scales
+    if len(given) != num_scales:
+        raise ValueError(
+            f"temperature={values.shown(temperature)} has {len(given)} values; allowed: 1, or one "
+            f"for each of {num_scales} scales"
+        )
+    return given
 
 
 class ImageStreams:

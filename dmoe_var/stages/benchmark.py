@@ -112,6 +112,11 @@ def run(experiment: Experiment) -> StageResult:
     sources = _sources(experiment)
     if benchmark.published is not None:
         _check_published(benchmark.published, sources)
+        if config.sampling.temperature is not None:
+            raise ConfigError(
+                f"sampling.temperature={config.sampling.temperature}: the published sampler has "
+                "none; allowed: null, or leave benchmark.published out"
+            )
         if not isinstance(config.sampling.cfg, float):
             raise ConfigError(
                 f"sampling.cfg={text(config.sampling.cfg)}: the published sampler takes one value; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -38,6 +40,27 @@ def relu(make_var):
 @pytest.fixture(scope="module")
 def dynamic(dense, relu, make_moe):
     return DynamicVAR(dense, make_moe(relu), (2, 3))
+
+
+def test_a_temperature_is_the_same_as_larger_logits(dense, vqvae):
+    """Weights of the head times 1 / T give the images that T gives; 1 changes nothing, by scale or
+    at all of them."""
+    hotter = copy.deepcopy(dense)
+    with torch.no_grad():
+        hotter.head.weight.mul_(1 / 0.5)
+        hotter.head.bias.mul_(1 / 0.5)
+    plain = generate(dense, vqvae, LABELS, **SMALL)
+    assert torch.equal(generate(hotter, vqvae, LABELS, **SMALL), generate(
+        dense, vqvae, LABELS, temperature=0.5, **SMALL
+    ))  # fmt: skip
+    assert torch.equal(generate(dense, vqvae, LABELS, temperature=[1.0] * 4, **SMALL), plain)
+    late = generate(dense, vqvae, LABELS, temperature=[1, 1, 1, 0.2], **SMALL)
+    assert not torch.equal(late, plain)
+    maps = []
+    for given in (None, [1, 1, 1, 0.2]):
+        observer = Scales(lambda si, f_hat_BCHW: maps.append(f_hat_BCHW.clone()))
+        generate(dense, vqvae, LABELS, temperature=given, observer=observer, **SMALL)
+    assert [torch.equal(maps[si], maps[4 + si]) for si in range(4)] == [True, True, True, False]
 
 
 # The published sampler's images

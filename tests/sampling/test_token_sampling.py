@@ -16,6 +16,8 @@ from dmoe_var.sampling.token_sampling import (
     ROUTING,
     TOKENS,
     ImageStreams,
+    _given,
+    by_scale,
     draw_tokens,
     filter_logits,
     soft_mix,
@@ -125,6 +127,30 @@ def test_soft_mix_by_loops(progress):
             weights = [math.exp(s - max(scores)) for s in scores]
             expected = sum(w / sum(weights) * c for w, c in zip(weights, codes, strict=True))
             assert_close(mixed[b, i], expected, rtol=0, atol=1e-5)
+
+
+# Temperature
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), (0.9, (0.9,) * 3), ([0.5], (0.5,) * 3), ([1, 1, 0.9], (1.0, 1.0, 0.9))],
+)
+def test_temperature_of_each_scale(given, expected):
+    assert by_scale(given, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (0, r"temperature=0.0 is not within \[0.01, 100.0\]"),
+        ([1, 1], r"temperature=\(1.0, 1.0\) has 2 values; allowed: 1, or one for each of 3 scales"),
+        ("warm", "temperature='warm' must be a number"),
+    ],
+)
+def test_no_temperature(given, said):
+    with pytest.raises(ValueError, match=said):
+        by_scale(_given(given), 3)
 
 
 # Streams
