@@ -211,6 +211,9 @@ class CalibrateConfig:
     (tokens weigh the same) or norm (predicted norms that are dropped)."""
     by_layer: bool = False
     """Whether each layer of a scale gets a tau of its own."""
+    temperature: bool = False
+    """Whether sampling.temperature is found too, at which the guided predictions of each sparse
+    scale are as sharp as the dense model's (beyond the paper)."""
     densities: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Several] = (
         0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1,
     )  # fmt: skip

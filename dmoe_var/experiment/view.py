@@ -42,6 +42,7 @@ OPTIONAL = {
     **{key: key for key in ("train_var.start", "tune_experts.start", "tune_experts.blocks")},
     **{f"{stage}.ema": f"{stage}.ema" for stage in TRAININGS},
     **{key: key for key in ("sparsify.distill", "tune_experts.distill", "tune_experts.guidance")},
+    "calibrate.temperature": "calibrate.temperature",
     **{key: key for key in ("find_recipe.cfg", "find_recipe.drafted")},
     "moe.mean_images": "moe.skipped",
     "drafter": "drafter.var",

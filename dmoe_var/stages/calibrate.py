@@ -16,12 +16,14 @@ from dmoe_var.calibration.calibrate import Plan, Taus, taus_for
 from dmoe_var.calibration.costs import CostTable, measure_costs
 from dmoe_var.calibration.refinement import at_cost
 from dmoe_var.calibration.scores import ROUTERS, record_scores
+from dmoe_var.calibration.temperature import temperatures
 from dmoe_var.config.root import Config
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Stage, StageResult
 from dmoe_var.figures import calibration as figure
+from dmoe_var.models.guidance import strengths
 from dmoe_var.moe.selection import Oracle, Selection, SelectionRule, Threshold
 from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.stages.parts import loaded, skipping
@@ -56,6 +58,10 @@ def _calibrated(experiment: Experiment) -> StageResult:
         metrics |= _check_faster(bench, found)
     tau = found.plan.as_lists(found.taus)
     about |= {"budget": found.budget, "tau": tau, "by_layer": config.by_layer}
+    if config.temperature:
+        cfg, num_scales = experiment.config.sampling.cfg, bench.model.config.num_scales
+        given = (bench.images[0], found.rules, strengths(cfg, num_scales))
+        about["temperature"] = list(temperatures(bench.model, *given, experiment.config.moe.impl))
     about["losses"] = [
         {"group": list(group), "tau": list(each.taus), "loss": list(each.losses)}
         for group, each in calibration.losses.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from dmoe_var import load_var
 from dmoe_var.calibration.costs import CostTable
 from dmoe_var.calibration.losses import CrossEntropy, TeacherForced
 from dmoe_var.calibration.refinement import at_cost, most_losses
+from dmoe_var.calibration.temperature import temperatures
 from dmoe_var.errors import ConfigError, InputError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.files import write_text
@@ -246,6 +248,22 @@ def test_rivals_without_optuna(make_experiment, runs, monkeypatch):
     assert "\n" not in str(caught.value)
     assert not experiment.folder("calibrate").exists()
     made(make_experiment, runs).check("calibrate")
+
+
+def test_temperatures_of_the_tau_found(make_experiment, runs, monkeypatch):
+    """They match entropies under the configured guidance, on training images. The tiny models were
+    hardly trained, and are far from each other."""
+    monkeypatch.setattr("dmoe_var.calibration.temperature.GRID", np.linspace(0.05, 8, 40))
+    experiment = made(make_experiment, runs, temperature=True, refinements=0)
+    record = run_stage(experiment, "calibrate")
+    bench, found = CalibrationBench(experiment), record.about["temperature"]
+    assert [t != 1 for t in found] == [si in bench.model.moe_scales for si in range(4)]
+    rules = [Threshold(tau) for tau in record.about["tau"]]
+    assert experiment.config.sampling.cfg == 1.5
+    given = (bench.images[0], rules, (0.0, 0.5, 1.0, 1.5))
+    assert tuple(found) == temperatures(bench.model, *given, "reference")
+    plain = made(make_experiment, runs, refinements=0)
+    assert experiment.fingerprint("calibrate") != plain.fingerprint("calibrate")
 
 
 def test_by_layer(make_experiment, runs):
