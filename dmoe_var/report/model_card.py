@@ -236,12 +236,14 @@ def _evaluated(records: Sequence[Record]) -> Measured:
     rules = tuple(found) if isinstance(found, list) else (found,)
     name = "dense" if dense else rule.wording or rule.name
     recipe, in_8_bits = _recipe(first), config.get("sampling.int8", "none") != "none"
+    sharpened = config.get("sampling.temperature") is not None
     told = "".join(
         words
         for words, said in (
             (", tokens skipped", recipe.skipping.scales),
             (", heads skipped", recipe.heads.scales),
             (", in 8 bits", in_8_bits),
+            (", at another temperature", sharpened),
         )
         if said
     )
@@ -252,7 +254,7 @@ def _evaluated(records: Sequence[Record]) -> Measured:
         num_images=first.num_samples,
         seeds=tuple(record.seed for record in records),
         cfg=config["sampling.cfg"],
-        recipe=None if in_8_bits else recipe,
+        recipe=None if in_8_bits or sharpened else recipe,
         fidelity=first.about["fidelity"],
         row=joined(records),
         skipped=config.get("moe.skipped", "zero"),

@@ -597,6 +597,13 @@ def test_skipped_tokens_are_told(card_of):
     assert card.text.count("| threshold, tokens skipped | ") == 1
     heads = {"sampling.heads.ratios": [0, 0, 0, 0.5]}
     assert "| threshold, heads skipped | " in card_of([replace(POINT, config=CONFIG | heads)]).text
+    for key, value, told in (
+        ("sampling.temperature", 0.9, "at another temperature"),
+        ("sampling.int8", "dynamic", "in 8 bits"),
+    ):
+        text = card_of([replace(POINT, config=CONFIG | {key: value})]).text
+        assert f"| threshold, {told} | " in text
+        assert "(this model's rule and scales)" not in text
     assert card.text.count("(this model's rule and scales)") == 1
     assert "sampling.skipping.source" not in card_of([replace(POINT, config=CONFIG | off)]).text
 
