@@ -99,7 +99,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._seen: dict[Hashable, _Recording | None] = {}
-        self._first: Hashable = None
+        self._begun: Hashable = None
 
     def start(
         self,
@@ -116,9 +116,8 @@ class CudaGraphs:
         observer in the layers.
         """
         places = (_places(each) for each in (*model.parameters(), *model.buffers()))
-        exact = torch.backends.cuda.matmul.allow_tf32
-        key = (kind, model, len(labels_R), observer is None, exact, *places)
-        self._first = key
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self._begun = key = (kind, model, len(labels_R), observer is None, tf32, *places)
         if key not in self._seen:
             return build(labels_R, observer)
         recording = self._seen[key]
@@ -133,7 +132,7 @@ class CudaGraphs:
 
     def finish(self) -> None:
         """End a batch that went well: from now on calls of its kind are recorded."""
-        self._seen.setdefault(self._first, None)
+        self._seen.setdefault(self._begun, None)
 
 
 def _places(weight: Tensor) -> Hashable:
