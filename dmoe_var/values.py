@@ -99,6 +99,29 @@ def numbers(
     return [number(name, each, low, high) for each in items(name, value)]
 
 
+def one_or_several(
+    name: str, value: Any, low: float | None = None, high: float | None = None
+) -> float | tuple[float, ...]:
+    """Check one number, or a list of them, each in [low, high]; a list of one is that one."""
+    if not is_list(value):
+        return number(name, value, low, high)
+    found = tuple(numbers(name, value, low, high))
+    return found[0] if len(found) == 1 else found
+
+
+def by_scale(name: str, given: float | tuple[float, ...], num_scales: int) -> tuple[float, ...]:
+    """Return what `one_or_several` gave at each scale: one value is that of all. Raise ValueError
+    for another number of values."""
+    if isinstance(given, float):
+        return (given,) * num_scales
+    if len(given) != num_scales:
+        raise ValueError(
+            f"{name}={shown(given)} has {len(given)} values; allowed: 1, or one for each of "
+            f"{num_scales} scales"
+        )
+    return given
+
+
 def whole_numbers(
     name: str, value: Any, low: int | None = None, high: int | None = None
 ) -> list[int]:

@@ -239,11 +239,8 @@ class Config:
                 f"sampling.heads.ratios={list(self.sampling.heads.ratios)}: sampling.int8="
                 f"{self.sampling.int8} holds projections in 8 bits, without heads; allowed: none"
             )
-        try:
-            guidance.by_scale(self.tune_experts.guidance, self.var.num_scales)
-        except ValueError as error:
-            why = str(error).removeprefix("cfg")
-            raise ValueError(f"tune_experts.guidance{why}") from error
+        tuned = (self.tune_experts.guidance, self.var.num_scales)
+        guidance.by_scale(*tuned, "tune_experts.guidance")
         if (self.drafter.scales or 0) > self.var.num_scales:
             raise ValueError(
                 f"drafter.scales={self.drafter.scales} must be within 0..{self.var.num_scales}"

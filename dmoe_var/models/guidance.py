@@ -15,27 +15,16 @@ from dmoe_var import values
 
 
 def _given(cfg: Any) -> float | tuple[float, ...]:
-    if values.is_list(cfg):
-        cfg_S = tuple(values.numbers("cfg", cfg, 0))
-        return cfg_S[0] if len(cfg_S) == 1 else cfg_S
-    return values.number("cfg", cfg, 0)
+    return values.one_or_several("cfg", cfg, 0)
 
 
 Cfg = Annotated[float | tuple[float, ...], BeforeValidator(_given)]
 """One value, or one per scale. Scale si of S is guided with strength cfg si / (S - 1)."""
 
 
-def by_scale(cfg: Any, num_scales: int) -> tuple[float, ...]:
+def by_scale(cfg: Any, num_scales: int, name: str = "cfg") -> tuple[float, ...]:
     """Return cfg at each scale; one value is that of all. Raise ValueError for another number."""
-    given = _given(cfg)
-    if isinstance(given, float):
-        return (given,) * num_scales
-    if len(given) != num_scales:
-        raise ValueError(
-            f"cfg={values.shown(cfg)} has {len(given)} values; allowed: 1, or one for each of "
-            f"{num_scales} scales"
-        )
-    return given
+    return values.by_scale(name, _given(cfg), num_scales)
 
 
 def strengths(cfg: Any, num_scales: int) -> tuple[float, ...]:

@@ -36,10 +36,9 @@ def stream_seed(seed: int, index: int, purpose: int) -> int:
 
 
 def _given(temperature: Any) -> float | tuple[float, ...] | None:
-    if temperature is None or not values.is_list(temperature):
-        return None if temperature is None else values.number("temperature", temperature, *LIMITS)
-    given = tuple(values.numbers("temperature", temperature, *LIMITS))
-    return given[0] if len(given) == 1 else given
+    if temperature is None:
+        return None
+    return values.one_or_several("temperature", temperature, *LIMITS)
 
 
 Temperature = Annotated[float | tuple[float, ...] | None, BeforeValidator(_given)]
@@ -49,14 +48,7 @@ Temperature = Annotated[float | tuple[float, ...] | None, BeforeValidator(_given
 def by_scale(temperature: Any, num_scales: int) -> tuple[float, ...] | None:
     """Return the temperature of each scale; None for none. Raise ValueError for a wrong number."""
     given = _given(temperature)
-    if given is None or isinstance(given, float):
-        return None if given is None else (given,) * num_scales
-    if len(given) != num_scales:
-        raise ValueError(
-            f"temperature={values.shown(temperature)} has {len(given)} values; allowed: 1, or one "
-            f"for each of {num_scales} scales"
-        )
-    return given
+    return None if given is None else values.by_scale("temperature", given, num_scales)
 
 
 class ImageStreams:
