@@ -13,8 +13,8 @@ from dmoe_var.experiment.graph import run_stage
 from dmoe_var.models import int8
 from dmoe_var.models.int8 import in_precision
 from dmoe_var.sampling_time import sampling
-from dmoe_var.stages import benchmark, maps, sample
-from dmoe_var.stages.parts import loaded, timed_samplers
+from dmoe_var.stages import maps, sample
+from dmoe_var.stages.parts import loaded, timed_cases, timed_samplers
 
 pytest.importorskip("torchao")
 
@@ -108,9 +108,8 @@ def test_other_stages(make_experiment, runs, monkeypatch):
     record = run_stage(experiment, "benchmark")
     assert {("sample", "dynamic"), ("maps", "dynamic")} <= set(seen)
     assert {row["name"] for row in record.about["timings"]} == {"dense", "plain", "dynamic_tau0.5"}
-    task = benchmark._cases(experiment.read_by("benchmark"), benchmark._sources(experiment), 1)[
-        0
-    ].task
+    sources = timed_cases.sources_of(experiment)
+    task = timed_cases.cases_of(experiment.read_by("benchmark"), sources, 1)[0].task
     assert held(task.load()[0])
     assert not held(task.load(counted=True)[0])
 

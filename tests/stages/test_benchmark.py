@@ -15,7 +15,7 @@ from dmoe_var.metrics.part_timing import PartClock
 from dmoe_var.moe.experts import paths_on
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
-from dmoe_var.stages.parts import timed_samplers
+from dmoe_var.stages.parts import timed_cases, timed_samplers
 
 LENGTH = {"benchmark.repeats": 3, "benchmark.warmup": 1, "benchmark.batch_size": 2}
 SEED = 5
@@ -267,9 +267,9 @@ def test_cuda_graphs_are_recorded_before_anything_is_timed(files, monkeypatch):
     assert len(graphs) == 1
     assert isinstance(given[0]["graphs"], CudaGraphs)
     config = SimpleNamespace(sampling=sampling, var=SimpleNamespace(num_scales=4))
-    assert benchmark._plain(config) == SamplingConfig()
+    assert timed_cases.as_published(config) == SamplingConfig()
     config.sampling = SamplingConfig()
-    assert benchmark._plain(config) is None
+    assert timed_cases.as_published(config) is None
 
 
 @pytest.mark.parametrize(

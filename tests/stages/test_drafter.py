@@ -14,7 +14,7 @@ from dmoe_var.metrics.timing import Timing
 from dmoe_var.stages import benchmark
 from dmoe_var.stages.evaluate import Bench, describe
 from dmoe_var.stages.maps import stored_maps
-from dmoe_var.stages.parts import loaded
+from dmoe_var.stages.parts import loaded, timed_cases
 
 DENSE = {"evaluate.model": "dense"}
 
@@ -92,7 +92,7 @@ def test_pictures_and_maps(make_experiment, runs, drafter, keys, images_of):
 def test_what_is_timed(make_experiment, runs, keys):
     """The drafter alone, and each of our models after it."""
     experiment = make_experiment(runs, {**keys(2), "benchmark.tau": [0.5]})
-    cases = benchmark._cases(experiment, benchmark._sources(experiment), 2)
+    cases = timed_cases.cases_of(experiment, timed_cases.sources_of(experiment), 2)
     dense, dynamic, alone, drafted, both = cases
     assert [case.name for case in cases[2:]] == [
         "drafter",
@@ -111,7 +111,7 @@ def test_the_drafter_is_timed_as_published_too(make_experiment, runs, keys):
     """Where guidance ends early, the dense models with the published guidance stand beside."""
     early = {"sampling.cfg": [1.5, 1.5, 0.0, 0.0], "benchmark.tau": [0.5]}
     experiment = make_experiment(runs, {**keys(2), **early})
-    cases = benchmark._cases(experiment, benchmark._sources(experiment), 2)
+    cases = timed_cases.cases_of(experiment, timed_cases.sources_of(experiment), 2)
     found = {
         case.name: (case.task.load()[0].config.depth, case.task.sampling.cfg) for case in cases
     }

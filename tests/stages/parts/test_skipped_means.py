@@ -11,8 +11,7 @@ from dmoe_var.calibration.skipped_means import measure_skipped_means
 from dmoe_var.data.images import to_uint8
 from dmoe_var.errors import CheckpointError, ConfigError
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.stages import benchmark
-from dmoe_var.stages.parts import loaded, skipped_means
+from dmoe_var.stages.parts import loaded, skipped_means, timed_cases
 
 MEAN = {"moe.skipped": "mean", "moe.mean_images": 12, "selection.tau": 0.5}
 
@@ -116,7 +115,7 @@ def test_what_is_sampled_and_exported(make_experiment, runs, images_of, measured
 
 def test_a_benchmark_times_it(make_experiment, runs, measured):
     experiment = make_experiment(runs, {**MEAN, "benchmark.tau": [0.5]}).read_by("benchmark")
-    cases = benchmark._cases(experiment, benchmark._sources(experiment), 2)
+    cases = timed_cases.cases_of(experiment, timed_cases.sources_of(experiment), 2)
     assert [case.task.skipped is None for case in cases] == [True, False]
     model, _ = cases[1].task.load()
     assert torch.equal(model.skipped.at(3), cases[1].task.skipped.at(3))
