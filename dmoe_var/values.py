@@ -109,14 +109,17 @@ def one_or_several(
     return found[0] if len(found) == 1 else found
 
 
-def by_scale(name: str, given: float | tuple[float, ...], num_scales: int) -> tuple[float, ...]:
-    """Return what `one_or_several` gave at each scale: one value is that of all. Raise ValueError
+def by_scale(
+    name: str, value: Any, num_scales: int, low: float | None = None, high: float | None = None
+) -> tuple[float, ...]:
+    """Return what `one_or_several` gives at each scale: one value is that of all. Raise ValueError
     for another number of values."""
+    given = one_or_several(name, value, low, high)
     if isinstance(given, float):
         return (given,) * num_scales
     if len(given) != num_scales:
         raise ValueError(
-            f"{name}={shown(given)} has {len(given)} values; allowed: 1, or one for each of "
+            f"{name}={shown(value)} has {len(given)} values; allowed: 1, or one for each of "
             f"{num_scales} scales"
         )
     return given

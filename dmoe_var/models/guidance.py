@@ -24,7 +24,7 @@ Cfg = Annotated[float | tuple[float, ...], BeforeValidator(_given)]
 
 def by_scale(cfg: Any, num_scales: int, name: str = "cfg") -> tuple[float, ...]:
     """Return cfg at each scale; one value is that of all. Raise ValueError for another number."""
-    return values.by_scale(name, _given(cfg), num_scales)
+    return values.by_scale(name, cfg, num_scales, 0)
 
 
 def strengths(cfg: Any, num_scales: int) -> tuple[float, ...]:

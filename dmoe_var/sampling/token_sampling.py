@@ -47,8 +47,9 @@ Temperature = Annotated[float | tuple[float, ...] | None, BeforeValidator(_given
 
 def by_scale(temperature: Any, num_scales: int) -> tuple[float, ...] | None:
     """Return the temperature of each scale; None for none. Raise ValueError for a wrong number."""
-    given = _given(temperature)
-    return None if given is None else values.by_scale("temperature", given, num_scales)
+    if temperature is None:
+        return None
+    return values.by_scale("temperature", temperature, num_scales, *LIMITS)
 
 
 class ImageStreams:
