@@ -270,6 +270,16 @@ def test_a_fingerprint_is_of_every_value_and_of_their_order(number, set_threads)
     assert len(found) == 1 + 1 + 2 * len(places) - 1
 
 
+@pytest.mark.parametrize("apart", [1, 2, 3, 16, 63, 64, 65, 128, 1 << 14])
+def test_a_fingerprint_tells_values_apart_that_change_places(apart):
+    """In a word, from chain to chain, along a chain, and from piece to piece."""
+    fingerprint = native.kernel().fingerprint
+    values = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    swapped = values.clone()
+    swapped[[5, 5 + apart]] = values[[5 + apart, 5]]
+    assert fingerprint(swapped) != fingerprint(values)
+
+
 def through_pickle(ffn):
     """As a model goes to another process, by ourselves."""
     return pickle.loads(pickle.dumps(ffn))

@@ -852,22 +852,23 @@ INLINE uint64_t mixed(uint64_t hash, uint64_t word) {
     return hash ^ hash >> 29;
 }
 
-/* A 64-bit hash of the bytes and their order. */
+/* A 64-bit hash of the bytes and their order. Words take turns in LINE chains, which registers hold
+ * side by side. */
 uint64_t dmoe_fingerprint(const char *bytes, int64_t count, int64_t threads) {
-    enum { PIECE = 1 << 16, LINE = 8 };
+    enum { PIECE = 1 << 16, LINE = 32 };
     uint64_t sum = (uint64_t)count;
     int team = count < 4 * PIECE ? 1 : (int)threads;
 #pragma omp parallel for schedule(static) num_threads(team) reduction(+ : sum)
     for (int64_t piece = 0; piece < up(count, PIECE); piece++) {
         const char *at = bytes + piece * PIECE, *end = bytes + least(count, (piece + 1) * PIECE);
-        uint64_t hashes[LINE] = {0}, hash = (uint64_t)piece;
-        for (; at < end; at += sizeof hashes) {
-            uint64_t words[LINE] = {0};
-            int64_t left = end - at;
-            memcpy(words, at, left < (int64_t)sizeof words ? (size_t)left : sizeof words);
+        uint64_t hashes[LINE] = {0}, words[LINE], hash = (uint64_t)piece;
+        for (; end - at >= (int64_t)sizeof words; at += sizeof words) {
+            memcpy(words, at, sizeof words);
             for (int i = 0; i < LINE; i++) hashes[i] = mixed(hashes[i], words[i]);
         }
-        for (int i = 0; i < LINE; i++) hash = mixed(hash, hashes[i]);
+        memset(words, 0, sizeof words);
+        memcpy(words, at, (size_t)(end - at));
+        for (int i = 0; i < LINE; i++) hash = mixed(hash, mixed(hashes[i], words[i]));
         sum += mixed(hash, (uint64_t)piece);
     }
     return sum;
