@@ -14,7 +14,7 @@ from PIL import Image
 from dmoe_var import load_var
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router")
 
 pytestmark = pytest.mark.slow
