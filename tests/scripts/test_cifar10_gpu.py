@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from PIL import Image
 
 from dmoe_var import load_var
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TRAININGS = ("train_vqvae", "train_var", "sparsify", "train_router")
 
@@ -34,24 +30,18 @@ def root(tmp_path):
     return tmp_path / "data"
 
 
-def run(script, *arguments, folder):
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments, "progress=false"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_pictures_become_experts_and_samples(root, tmp_path):
+def test_pictures_become_experts_and_samples(launch, root, tmp_path):
     given = [
         "experiment=cifar10_gpu", f"data.root={root}", "run_dir=runs", "device=cpu",
-        "data.workers=0", "data.encode_batch=2", "data.held_out=2",
+        "data.workers=0", "data.encode_batch=2", "data.held_out=2", "progress=false",
         *(f"{stage}.{key}" for stage in TRAININGS
           for key in ("steps=2", "epochs=null", "batch_size=2")),
     ]  # fmt: skip
-    run("pipeline", *given, "until=train_router", folder=tmp_path)
-    run(
-        "evaluate", *given, "evaluate.num_samples=2", "sampling.batch_size=1",
-        "fidelity.classifier=null", "fidelity.precision_recall=false", folder=tmp_path,
-    )  # fmt: skip
+    few = ["evaluate.num_samples=2", "sampling.batch_size=1"]
+    plain = ["fidelity.classifier=null", "fidelity.precision_recall=false"]
+    for script, *extra in (("pipeline", "until=train_router"), ("evaluate", *few, *plain)):
+        finished = launch(script, *given, *extra, cwd=tmp_path)
+        assert finished.status == 0, finished.stderr[-2000:]
     runs = tmp_path / "runs" / "cifar10_gpu"
     records = {path.parts[-3]: path for path in runs.rglob("result.json")}
     assert set(records) == {*TRAININGS, "split", "evaluate"}
