@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Sampling:
 
     def __init__(self) -> None:
         self.checks: list[Check] = []
+        self.settled: dict[Any, Any] = {}
+        """What a layer has settled for the rest of the block, see `moe.at_once`."""
 
     def check_at_end(self, holds: Tensor, otherwise: str) -> None:
         """Raise InputError(otherwise) at the end of the block unless `holds`, a truth value on any

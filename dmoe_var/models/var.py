@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap, zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -274,11 +275,11 @@ class VAR(nn.Module):
         if self is other:
             return True
         ours, theirs = (
-            [p for name, p in each.named_parameters() if "ada_" in name] for each in (self, other)
+            (p for name, p in each.named_parameters() if "ada_" in name) for each in (self, other)
         )
         watched = (m for each in (self, other) for n, m in each.named_modules() if "ada_" in n)
-        alike = len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
-        return alike and not hooked(*watched)
+        alike = starmap(operator.is_, zip_longest(ours, theirs))
+        return all(alike) and not hooked(*watched)  # lazily: the first that differs ends the walk
 
     def new_cache(self, batch: int) -> KVCache:
         """Make an empty K/V cache for all scales of `batch` rows, in the weights' dtype."""

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
+from dmoe_var.moe.at_once import run as run_at_once
 from dmoe_var.moe.experts import ExpertWeights, forget, grouped, run_experts
 from dmoe_var.moe.observer import Routed
 from dmoe_var.moe.router import Condition, Context, Router, default_hidden
@@ -118,6 +119,8 @@ class MoEFFN(nn.Module):
         if routing is None or isinstance(routing.rule, All):
             mask_BLE = x_BLC.new_ones((*x_BLC.shape[:-1], self.num_experts), dtype=torch.bool)
             out_BLC = self._all_experts(x_BLC)
+        elif (at_once := run_at_once(self, x_BLC, routing)) is not None:
+            return at_once
         else:
             if observer is not None:
                 observer.on_part("selection", routing.si)

@@ -52,6 +52,13 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
 
 def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> str:
     """Return the name of the path to run: `fallback`'s if only plain paths can run the tensors."""
+    found = by_density(x_NC, weights, act)
+    return found if isinstance(found, str) else _best(dispatch.density, found)
+
+
+def by_density(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> str | Seconds:
+    """Return the name of the path to run whatever the mask; the times of all if that depends on how
+    much of it runs."""
     device = x_NC.device
     on_gpu = device.type == "cuda"
     paths = {
@@ -60,13 +67,16 @@ def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Mo
         if not (on_gpu and each.waits) and each.can_run(x_NC, weights, act)
     }
     last = next(reversed(paths))
-    if last in PLAIN or dispatch.mask_NE.numel() == 0:
+    if last in PLAIN or len(x_NC) == 0:
         return fallback(device)
     if on_gpu and torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
         known = _known.get(_case(paths, x_NC, weights))
         return last if known is None else _best(ASSUMED, known)
-    density = ASSUMED if on_gpu else dispatch.density
-    return _best(density, _seconds(paths, x_NC, weights, act))
+    seconds = _seconds(paths, x_NC, weights, act)
+    if on_gpu:
+        return _best(ASSUMED, seconds)
+    none, every = (_best(density, seconds) for density in (0, 1))
+    return every if none == every else seconds  # times are lines: the best at both ends always is
 
 
 def _best(density: float, seconds: Seconds) -> str:

@@ -57,6 +57,7 @@ enum { LANES = 4, ROWS = 8 };
  * have to fit in the registers. */
 enum { VECTORS = 2 };
 enum { ALONE = 8000000 }; /* operations up to which one thread is done before others are awake */
+enum { FEW_SCORES = 1 << 15 }; /* scores up to which one thread compares them, likewise */
 enum { CHUNK = 2048 }; /* tokens of one pass: bounds the hidden buffer */
 enum { RANGE = 256 };  /* tokens of one task, and */
 enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
@@ -786,7 +787,8 @@ INLINE float largest(vec value) {
 int64_t dmoe_threshold(const char *scores, uint8_t *mask, int64_t tokens, int64_t experts,
                        int64_t half, float tau, int64_t threads) {
     int64_t bad = 0, padded = up(experts, LANES) * LANES;
-#pragma omp parallel for schedule(static) num_threads((int)threads) reduction(| : bad)
+    int team = tokens * experts <= FEW_SCORES ? 1 : (int)threads;
+#pragma omp parallel for schedule(static) num_threads(team) reduction(| : bad)
     for (int64_t begin = 0; begin < tokens; begin += RANGE) {
         float row[padded];
         uint8_t runs[padded];
@@ -832,7 +834,8 @@ int64_t dmoe_vectors(void) { return VECTORS; }
 
 /* Bytes of workspace that a call needs, aligned to 64. */
 int64_t dmoe_workspace(const Layer *layer, int64_t tokens, int64_t threads) {
-    return space(layer, tokens, (int)threads, 0).bytes;
+    int64_t scores_and_mask = tokens * layer->experts * (4 + 1);
+    return space(layer, tokens, (int)threads, 0).bytes + scores_and_mask;
 }
 
 /* Ask for large pages, before the memory is written to: weights and hidden rows are streamed. */
@@ -930,4 +933,23 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
             }
         }
     }
+}
+
+/* A whole layer: the first `selecting` tokens choose by Eq. 3 on the router's scores, and each further
+ * as many run what those do. Whether a score is not finite; nothing has run then. tau = 0 runs every
+ * expert, and no score is computed. */
+int64_t dmoe_layer(const Router *router, const Layer *layer, const char *x, char *out,
+                   int64_t tokens, int64_t selecting, float tau, int64_t threads, char *memory) {
+    int64_t experts = layer->experts, count = selecting * experts;
+    char *scores = memory + space(layer, tokens, (int)threads, memory).bytes;
+    uint8_t *mask = (uint8_t *)scores + tokens * experts * 4;
+    if (tau == 0) memset(mask, 1, tokens * experts);
+    else {
+        dmoe_scores(router, x, scores, selecting, threads);
+        if (dmoe_threshold(scores, mask, selecting, experts, layer->half, tau, threads)) return 1;
+        for (int64_t at = selecting; at < tokens; at += selecting)
+            memcpy(mask + at * experts, mask, count);
+    }
+    dmoe_experts(layer, x, mask, out, tokens, threads, memory);
+    return 0;
 }

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from dmoe_var.ops import hooked, kernels_may_take
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
-FEW_SCORES = 1 << 15
-"""Up to this many scores, one thread compares them before a second one would be awake."""
+Layer = Callable[[Tensor, int, float], Tensor | None]
+"""(x_NC, selecting, tau) -> the layer's output (N, C). The first `selecting` tokens choose by Eq. 3
+on the router's scores, each further as many run what those do. None if a score is not finite."""
+
 
 _memory = threading.local()
 """Each thread's workspace, kept for its next call: fresh memory takes longer than a product."""
@@ -81,6 +83,9 @@ class _Kernel:
         self.scores = function("scores", None, router, memory, memory, number, number)
         self.threshold = function(
             "threshold", number, memory, memory, number, number, number, real, number
+        )
+        self.layer = function(
+            "layer", number, router, layer, memory, memory, number, number, real, number, memory
         )
         self._large_pages = function("large_pages", None, memory, number)
         self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, number, number)
@@ -153,6 +158,26 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
     return out_NC
 
 
+def layer(router: Sequence[Tensor], weights: ExpertWeights) -> Layer:
+    """Prepare a layer that the kernel `knows` to run in one call, as long as nobody writes to its
+    weights. router: fc1 (R, C) and fc2 (E, R)."""
+    loaded = _compiled()
+    assert loaded is not None
+    chosen = packed_of(router, _pack_router, loaded.fingerprint)
+    experts = packed_of(weights, pack, loaded.fingerprint)
+
+    def run(x_NC: Tensor, selecting: int, tau: float) -> Tensor | None:
+        x_NC = x_NC.contiguous()
+        out_NC, tokens, threads = torch.empty_like(x_NC), len(x_NC), torch.get_num_threads()
+        bad = loaded.layer(
+            chosen.layer, experts.layer, x_NC.data_ptr(), out_NC.data_ptr(), tokens, selecting,
+            tau, threads, _workspace(loaded, experts.layer, tokens, threads).data_ptr(),
+        )  # fmt: skip
+        return None if bad else out_NC
+
+    return run
+
+
 def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Tensor:
     """Return this thread's workspace; grow it if it is too small."""
     size = loaded.workspace(layer, tokens, threads)
@@ -189,9 +214,8 @@ def threshold(scores: Tensor, tau: float) -> Tensor | None:
     scores = scores.contiguous()
     mask = torch.empty_like(scores, dtype=torch.bool)
     experts, half = scores.shape[-1], int(scores.dtype == torch.bfloat16)
-    threads = torch.get_num_threads() if scores.numel() > FEW_SCORES else 1
     tokens, given = scores.numel() // experts, (scores.data_ptr(), mask.data_ptr())
-    bad = loaded.threshold(*given, tokens, experts, half, tau, threads)
+    bad = loaded.threshold(*given, tokens, experts, half, tau, torch.get_num_threads())
     return None if bad else mask
 
 

@@ -1,0 +1,153 @@
+"""A layer in one call: the bits of its steps, and who still gets the steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmoe_var.errors import InputError
+from dmoe_var.moe import at_once
+from dmoe_var.moe.experts import RAN, auto, native
+from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.observer import Observer
+from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.selection import LayerThreshold, Oracle, Threshold, TopK
+from dmoe_var.sampling_time import sampling
+
+pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
+C, H, D = 40, 96, 12
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path, monkeypatch):
+    """An empty table, which finds native the fastest."""
+    monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(auto, "_known", {})
+    monkeypatch.setattr(auto, "_measured", times(native=(1.0, 2.0), reference=(3.0, 3.0)))
+
+
+def times(**seconds):
+    return lambda paths, *given: {name: seconds.get(name, (9.0, 9.0)) for name in paths}
+
+
+def made(dtype=torch.float32, **config):
+    torch.manual_seed(0)
+    ffn = MoEFFN(C, H, "relu", ExpertConfig(D, 16, **config), 3, 2).requires_grad_(False)
+    for name, parameter in ffn.named_parameters():
+        if "router" not in name:
+            torch.nn.init.normal_(parameter)
+    return ffn.to(dtype)
+
+
+def tokens(B=4, L=9, dtype=torch.float32):
+    return torch.randn(B, L, C, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def by_steps(ffn, x_BLC, routing, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("dmoe_var.moe.layer.run_at_once", lambda *given: None)
+        return ffn(x_BLC, routing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("sharing", [1, 2, 4])
+@pytest.mark.parametrize("impl", ["auto", "native"])
+def test_the_bits_of_the_steps(dtype, tau, sharing, impl, monkeypatch):
+    """Also of a longer batch after a shorter one, and through a view."""
+    ffn, routing = made(dtype), Routing(Threshold(tau), impl=impl, sharing=sharing)
+    with sampling():
+        for x_BLC in (tokens(dtype=dtype), tokens(8, 300, dtype), tokens(8, 18, dtype)[:, ::2]):
+            before = RAN["native"]
+            found = at_once.run(ffn, x_BLC, routing)
+            assert found is not None
+            assert RAN["native"] == before + 1
+            assert torch.equal(found, ffn(x_BLC, routing))
+            assert torch.equal(found, by_steps(ffn, x_BLC, routing, monkeypatch))
+
+
+def test_a_tau_for_each_layer(monkeypatch):
+    ffn, x_BLC = made(), tokens()
+    rule = LayerThreshold((0.2, 0.9))
+    with sampling():
+        found = [at_once.run(ffn, x_BLC, Routing(rule).at(layer)) for layer in (0, 1)]
+        for layer, out in enumerate(found):
+            expected = by_steps(ffn, x_BLC, Routing(rule).at(layer), monkeypatch)
+            assert torch.equal(out, expected)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        Routing(Oracle(0.5)),
+        Routing(TopK(2)),
+        Routing(Threshold(0.5), impl="grouped"),
+        Routing(Threshold(0.5), observer=Observer()),
+        Routing(Threshold(0.5), scores_bLE=torch.rand(4, 9, H // D)),
+        Routing(Threshold(0.5), means_KEC=torch.rand(1, H // D, C)),
+    ],
+    ids=["oracle", "top_k", "impl", "observer", "scores", "means"],
+)
+def test_what_goes_by_steps(routing):
+    with sampling():
+        assert at_once.run(made(), tokens(), routing) is None
+
+
+def test_outside_of_sampling_and_under_autocast():
+    ffn, routing = made(), Routing(Threshold(0.5))
+    assert at_once.run(ffn, tokens(), routing) is None
+    with sampling(), torch.autocast("cpu", torch.bfloat16):
+        assert at_once.run(ffn, tokens(), routing) is None
+
+
+def test_routers_and_activations_that_the_kernel_does_not_know(monkeypatch):
+    routing = Routing(Threshold(0.5))
+    gelu = MoEFFN(C, H, "gelu", ExpertConfig(D, 16)).requires_grad_(False)
+    with sampling():
+        assert at_once.run(made(router_condition="scale"), tokens(), routing) is None
+        assert at_once.run(gelu, tokens(), routing) is None
+        assert at_once.run(made(), tokens(0), routing) is None
+    monkeypatch.setenv(native.SWITCH, "0")
+    with sampling():
+        assert at_once.run(made(), tokens(), routing) is None
+
+
+@pytest.mark.parametrize("watched", ["router", "router.fc1", "router.fc2", "act"])
+def test_a_hook_sees_what_it_wants(watched):
+    ffn, seen = made(), []
+    ffn.get_submodule(watched).register_forward_hook(lambda *given: seen.append(watched))
+    with sampling():
+        ffn(tokens(), Routing(Threshold(0.5)))
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken"),
+    [((1.0, 2.0), True), ((1.0, 5.0), False), ((4.0, 5.0), False), ((2.9, 2.95), True)],
+)
+def test_auto_has_to_take_native_at_every_density(seconds, taken, monkeypatch):
+    monkeypatch.setattr(auto, "_measured", times(native=seconds, reference=(3.0, 3.0)))
+    with sampling():
+        found = at_once.run(made(), tokens(), Routing(Threshold(0.5)))
+    assert (found is not None) == taken
+
+
+def test_weights_that_change_between_two_samplings(monkeypatch):
+    ffn, x_BLC, routing = made(), tokens(), Routing(Threshold(0.3))
+    with sampling():
+        before = ffn(x_BLC, routing)
+    ffn.router.fc2.weight.data.neg_().add_(0.1)
+    ffn.w2_EDC.data.mul_(2)
+    with sampling():
+        after = at_once.run(ffn, x_BLC, routing)
+        assert torch.equal(after, by_steps(ffn, x_BLC, routing, monkeypatch))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite(value):
+    ffn, x_BLC = made(), tokens()
+    x_BLC[1, 2, 3] = value
+    with sampling(), pytest.raises(InputError, match="an expert's score is not finite"):
+        at_once.run(ffn, x_BLC, Routing(Threshold(0.5)))
