@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.moe.at_once import run as run_at_once
-from dmoe_var.moe.experts import ExpertWeights, forget, grouped, run_experts
+from dmoe_var.moe.experts import ExpertWeights, forget, run_experts
 from dmoe_var.moe.observer import Routed
 from dmoe_var.moe.router import Condition, Context, Router, default_hidden
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import All
 from dmoe_var.moe.skipped_means import add_means
-from dmoe_var.ops import activated_linear, activation, linear
+from dmoe_var.ops import activated_linear, activation, at_least_float32, linear
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,17 @@ class MoEFFN(nn.Module):
     def true_norms(self, x_BLC: Tensor) -> Tensor:
         """Compute ||act(x W1_e + b1_e) W2_e||_2 of every expert, (B, L, E): the router's target.
 
-        The shared output bias is left out.
+        The shared output bias is left out. Norms of h W2_e are roots of h (W2_e W2_e^T) h^T, which
+        needs D x D products in the place of D x C ones; half precision is widened to float32.
         """
-        outputs = grouped.outputs(x_BLC, self.weights, self.act)
-        norms = [torch.linalg.vector_norm(out_BLC, dim=-1) for out_BLC in outputs]
-        return torch.stack(norms, dim=-1)
+        h_BLH = activated_linear(self.act, x_BLC, self.w1_EDC.flatten(0, 1), self.b1_ED.flatten())
+        h_NED = at_least_float32(h_BLH).flatten(0, -2).unflatten(-1, self.b1_ED.shape)
+        w2_EDC = at_least_float32(self.w2_EDC)
+        with torch.autocast(x_BLC.device.type, enabled=False):
+            gram_EDD = w2_EDC @ w2_EDC.mT
+            products_END = h_NED.transpose(0, 1) @ gram_EDD
+        squares_NE = (products_END.transpose(0, 1) * h_NED).sum(-1)
+        return squares_NE.clamp_min(0).sqrt().unflatten(0, x_BLC.shape[:-1])
 
     def forward(
         self, x_BLC: Tensor, routing: Routing | None = None, normed_BLC: Tensor | None = None
