@@ -148,7 +148,16 @@ class DynamicVAR(nn.Module):
     def plan(
         self, branches: Sequence[int] | None = None, **options: Unpack[PlanOptions]
     ) -> tuple[Step, ...]:
-        """See `VAR.plan`; both backbones share the dense model's embeddings and cache."""
+        """See `VAR.plan`; both backbones share the dense model's embeddings and cache. ValueError if
+        they are in different dtypes."""
+        theirs, ours = (
+            each.blocks[0].get_parameter("attn.q_bias").dtype for each in (self.moe, self.dense)
+        )
+        if theirs != ours:
+            raise ValueError(
+                f"the dense model is in {ours}, the MoE model in {theirs}; convert both, "
+                "with model.float() for example"
+            )
         backbones = [self.backbone_at(si) for si in range(self.config.num_scales)]
         return steps(backbones, self.dense, branches, **options)
 

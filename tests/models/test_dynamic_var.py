@@ -126,6 +126,16 @@ def test_models_of_other_shapes_raise(dense, moe, name, value):
         DynamicVAR(dense, other, (3,))
 
 
+def test_two_dtypes_raise_until_both_are_converted(dense, moe, teacher, make_vqvae):
+    model = DynamicVAR(deepcopy(dense).bfloat16(), moe, (2, 3))
+    line = "the dense model is in torch.bfloat16, the MoE model in torch.float64; convert both"
+    with pytest.raises(ValueError, match=line):
+        model([0, 1], teacher)
+    with pytest.raises(ValueError, match=line):
+        generate(model, make_vqvae().bfloat16(), [0, 1])
+    assert model.float()([0, 1], teacher).isfinite().all()
+
+
 def memory(model):
     """Bytes of a model's tensors, each place in memory counted once."""
     return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
