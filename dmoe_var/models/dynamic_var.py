@@ -148,8 +148,8 @@ class DynamicVAR(nn.Module):
     def plan(
         self, branches: Sequence[int] | None = None, **options: Unpack[PlanOptions]
     ) -> tuple[Step, ...]:
-        """See `VAR.plan`; both backbones share the dense model's embeddings and cache. ValueError if
-        they are in different dtypes."""
+        """See `VAR.plan`; both backbones share the dense model's embeddings and cache. Raise
+        ValueError if they are in different dtypes."""
         theirs, ours = (
             each.blocks[0].get_parameter("attn.q_bias").dtype for each in (self.moe, self.dense)
         )
