@@ -935,9 +935,9 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
     }
 }
 
-/* A whole layer: the first `selecting` tokens choose by Eq. 3 on the router's scores, and each further
- * as many run what those do. Whether a score is not finite; nothing has run then. tau = 0 runs every
- * expert, and no score is computed. */
+/* A whole layer: the first `selecting` tokens choose by Eq. 3 on the router's scores, and each
+ * further as many run what those do. Whether a score is not finite; nothing has run then. tau = 0
+ * runs every expert, and no score is computed. */
 int64_t dmoe_layer(const Router *router, const Layer *layer, const char *x, char *out,
                    int64_t tokens, int64_t selecting, float tau, int64_t threads, char *memory) {
     int64_t experts = layer->experts, count = selecting * experts;
