@@ -56,6 +56,19 @@ def test_true_norms_leave_the_shared_bias_out(ffn, x_BLC):
         assert torch.equal(ffn.true_norms(x_BLC), before)
 
 
+def test_true_norms_are_not_rounded_by_autocast(ffn, x_BLC):
+    """Neurons whose outputs almost cancel leave a norm that half precision would lose."""
+    with torch.no_grad():
+        ffn.w1_EDC[:, 1], ffn.b1_ED[:, 1] = ffn.w1_EDC[:, 0], ffn.b1_ED[:, 0]
+        ffn.w2_EDC[:, 1] = -ffn.w2_EDC[:, 0] * (1 + 2**-6)
+        ffn.w1_EDC[:, 2:], ffn.b1_ED[:, 2:] = 0, 0
+    expected = naive_norms(ffn, x_BLC)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ffn.float().true_norms(x_BLC.float())
+    assert found.dtype == torch.float32
+    assert_close(found.double(), expected, rtol=0.02, atol=1e-3)
+
+
 def naive_keys(ffn, x_BLC):
     """By the definition: x . the mean of an expert's fc1 rows."""
     keys = [sum(ffn.w1_EDC[e, d] for d in range(SIZE)) / SIZE for e in range(E)]

@@ -40,7 +40,6 @@ Layer = Callable[[Tensor, int, float], Tensor | None]
 """(x_NC, selecting, tau) -> the layer's output (N, C). The first `selecting` tokens choose by Eq. 3
 on the router's scores, each further as many run what those do. None if a score is not finite."""
 
-
 _memory = threading.local()
 """Each thread's workspace, kept for its next call: fresh memory takes longer than a product."""
 
