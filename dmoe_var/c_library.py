@@ -7,6 +7,7 @@ The compiler is the one that `CC` names, or `cc`, `gcc` or `clang`. Libraries li
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -15,12 +16,14 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from dmoe_var.files import alone, note, whole_file
+from dmoe_var.files import alone, note, whole_file, write_text
 
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fPIC")
@@ -29,15 +32,24 @@ LONGEST = 300
 OPENMP = re.compile(r"lib(gomp|iomp5|omp)[^/]*\.(so[.0-9]*|dylib)$")
 
 
+Declared = TypeVar("Declared")
+
+
 class CannotCompileError(Exception):
     """There is no library: the compiler is missing or fails, or a folder or file cannot be used."""
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps what is made for this machine."""
+    """Return the folder that keeps what is made for this machine. Raise FileNotFoundError if it is
+    to lie in the home folder and there is none."""
     given = os.environ.get("DMOE_VAR_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dmoe_var"
-    return (Path(given) if given else base).expanduser()
+    folder = Path(given) if given else base
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        why = "there is no home folder, DMOE_VAR_CACHE may name another"
+        raise FileNotFoundError(errno.ENOENT, why, str(folder)) from error
 
 
 @cache
@@ -63,13 +75,30 @@ def load(source: Path) -> ctypes.CDLL:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"{source.stem}-{name}.so"
-        if not library.exists():
+        if not _is_whole(library):
             with alone(folder):
-                if not library.exists():  # another process made it while this one waited
+                if not _is_whole(library):  # another process made it while this one waited
                     _compile(compiler, source, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:  # from the disk, the compiler, or the loader
+                    write_text(_digest_file(library), _digest(library))
+        return ctypes.CDLL(str(library.resolve()))  # a bare name would be looked up elsewhere
+    except (OSError, RuntimeError, ValueError) as error:  # disk, compiler or loader; quotes in CC
         raise CannotCompileError(" ".join(str(error).split())) from error
+
+
+def _is_whole(library: Path) -> bool:
+    """Say whether a library is as it was made: to load a damaged one can end the process."""
+    try:
+        return _digest_file(library).read_text("utf-8") == _digest(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def _compiler() -> list[str]:
@@ -122,10 +151,13 @@ def _run(command: list[str]) -> str:
 
 
 @cache
-def loaded(source: Path, purpose: str) -> ctypes.CDLL | None:
-    """Load the library of a C file; if that fails, return None and say why on stderr."""
+def loaded(
+    source: Path, declare: Callable[[ctypes.CDLL], Declared], purpose: str
+) -> Declared | None:
+    """Load the library of a C file and declare its functions; if that fails, return None and say
+    why on stderr."""
     try:
-        return load(source)
-    except CannotCompileError as error:
+        return declare(load(source))
+    except (CannotCompileError, AttributeError) as error:  # or a function is not there
         note(f"{purpose}: {error}")
         return None

@@ -80,9 +80,10 @@ def has_onednn() -> bool:
 
 def observed(x: Tensor) -> bool:
     """Say whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
-    FlopCounterMode, autocast, FakeTensorMode), and so must see torch's usual ones."""
+    FlopCounterMode, autocast, FakeTensorMode, torch.func), and so must see torch's usual ones."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled(x.device.type)
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -95,9 +96,12 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def kernels_may_take(x: Tensor, *weights: Tensor) -> bool:
-    """Say whether tensors are of one dtype, need no gradient, and nobody has `observed` them."""
+    """Say whether tensors are of one dtype and device, the first weight (..., in) is as wide as x
+    (..., in), no gradient is needed, and nobody has `observed` them."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    return not learns and all(w.dtype == x.dtype for w in weights) and not observed(x)
+    alike = all(w.dtype == x.dtype and w.device == x.device for w in weights)
+    fit = all(w.shape[-1] == x.shape[-1] for w in weights[:1])
+    return not learns and alike and fit and not observed(x)
 
 
 def _samples(x: Tensor, weight: Tensor) -> bool:

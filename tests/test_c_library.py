@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,7 @@ def source(tmp_path):
 
 
 def libraries(cache):
-    return sorted(path.name for path in cache.iterdir())
+    return sorted(path.name for path in cache.glob("*.so"))
 
 
 def script(path, text):
@@ -90,6 +91,9 @@ def test_no_compiler(cache, source, monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc -O2")
     with pytest.raises(CannotCompileError, match=r"^no C compiler: /nowhere/cc -O2 is not there$"):
         load(source)
+    monkeypatch.setenv("CC", "cc '")
+    with pytest.raises(CannotCompileError, match=r"^No closing quotation$"):
+        load(source)
 
 
 def test_a_broken_compiler(cache, source, monkeypatch, tmp_path):
@@ -116,10 +120,50 @@ def test_a_compiler_that_makes_nonsense_or_a_folder_that_cannot_be_made(
 def test_the_reason_is_told_once(cache, source, monkeypatch, capfd):
     monkeypatch.setenv("PATH", "")
     for _ in range(2):
-        assert loaded(source, "no kernel here") is None
+        assert loaded(source, str, "no kernel here") is None
     assert capfd.readouterr().err == (
         "no kernel here: no C compiler: cc, gcc, clang is not there\n"
     )
+
+
+@needs_compiler
+def test_a_library_without_the_function_is_none(cache, source, capfd):
+    assert loaded(source, lambda library: library.other, "no kernel here") is None
+    assert capfd.readouterr().err.startswith("no kernel here: ")
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut short", "zeroed", "empty", "untold"])
+def test_a_damaged_library_is_made_again(cache, source, damage):
+    """To load one that is cut short ends the process, so it is loaded in another."""
+    made = Path(load(source)._name)
+    content = made.read_bytes()
+    half = len(content) // 2
+    text = {
+        "cut short": content[:half],
+        "zeroed": content[:half] + bytes(len(content) - half),
+        "empty": b"",
+        "untold": content,
+    }[damage]
+    made.unlink()  # it is still loaded here
+    made.write_bytes(text)
+    if damage == "untold":
+        made.with_suffix(".sha256").unlink()
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=answer, args=(source, theirs), daemon=True)
+    process.start()
+    assert ours.poll(60)
+    assert ours.recv() == 42
+    process.join()
+    assert len(libraries(cache)) == 1
+
+
+@needs_compiler
+def test_a_folder_by_a_bare_name(source, monkeypatch, tmp_path):
+    """The loader would look a name without a slash up in the system's folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DMOE_VAR_CACHE", ".")
+    assert load(source).answer() == 42
 
 
 def answer(path, pipe):
@@ -155,3 +199,18 @@ def test_where_it_is_kept(monkeypatch, environment, folder):
     for name, value in {"HOME": "/home/me", **environment}.items():
         monkeypatch.setenv(name, value)
     assert str(c_library.cache_folder()) == folder
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    for name in ("DMOE_VAR_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+
+
+def test_without_a_home(homeless, source):
+    with pytest.raises(FileNotFoundError, match="no home folder, DMOE_VAR_CACHE may name another"):
+        c_library.cache_folder()
+    if shutil.which("cc"):
+        with pytest.raises(CannotCompileError, match="no home folder"):
+            load(source)

@@ -62,7 +62,7 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
 
 def _layer(ffn: ExpertFFN, x_NC: Tensor, this: Sampling) -> native.Layer | None:
     """Prepare a layer for the kernel; None if it does not know all of it."""
-    case = (id(ffn), x_NC.dtype)
+    case = (id(ffn), x_NC.dtype, x_NC.shape[1])
     if case not in this.settled:
         this.settled[case] = ffn, _prepared(ffn, x_NC)  # which keeps the ffn's id to itself
     layer: native.Layer | None = this.settled[case][1]
@@ -75,7 +75,7 @@ def _prepared(ffn: ExpertFFN, x_NC: Tensor) -> native.Layer | None:
     if router.condition != "none" or hooked(router, *linears):
         return None
     weights, fcs = ffn.weights, [linear.weight for linear in linears]
-    if not (native.can_run(x_NC, weights, ffn.act) and native.knows(x_NC, *fcs)):
+    if not (native.can_run(x_NC, weights, ffn.act) and native.knows_router(x_NC, *fcs)):
         return None
     return native.layer(fcs, weights)
 

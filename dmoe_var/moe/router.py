@@ -85,7 +85,7 @@ class Router(nn.Module):
         if self.condition != "none":
             return self._informed(context)
         weights = (fc1.weight, fc2.weight)
-        if x_BLC.numel() and native.knows(x_BLC, *weights) and not hooked(fc1, fc2):
+        if x_BLC.numel() and native.knows_router(x_BLC, *weights) and not hooked(fc1, fc2):
             return native.scores(x_BLC, *weights)
         return fc2(F.gelu(fc1(x_BLC))).abs()
 

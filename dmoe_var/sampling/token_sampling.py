@@ -99,42 +99,45 @@ class ImageStreams:
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k, then top-p drop; top_k = 0 and top_p = 0 switch them off.
 
-    top-p sorts ascending, drops tokens while the running probability is at most 1 - top_p, and
-    always keeps the likeliest token.
+    top-p goes through tokens in ascending order, drops them while the running probability is at
+    most 1 - top_p, and always keeps the likeliest. Of equal ones it drops those with the lowest
+    numbers: the order that sorting leaves them in differs between batches and devices.
     """
     ascending = None
     if top_k > 0:
         logits_BlV, ascending = _keep_top_k(logits_BlV, top_k, top_p > 0)
     if top_p > 0:
-        ordered, order = logits_BlV.sort(dim=-1) if ascending is None else ascending
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-        drop[..., -1:] = False
-        dropped = torch.zeros_like(logits_BlV, dtype=torch.bool).scatter_(-1, order, drop)
+        ordered = logits_BlV.sort(dim=-1).values if ascending is None else ascending
+        count = (ordered.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True)
+        count = count.clamp_max(ordered.shape[-1] - 1)
+        least = ordered.gather(-1, count)
+        dropped, equals = logits_BlV < least, count - (ordered < least).sum(-1, keepdim=True)
+        if logits_BlV.device.type != "cpu" or equals.any():  # a GPU would have to be waited for
+            equal = logits_BlV == least
+            dropped |= equal & (equal.cumsum(-1) <= equals)
         logits_BlV = logits_BlV.masked_fill(dropped, -torch.inf)
     return logits_BlV
 
 
-def _keep_top_k(
-    logits_BlV: Tensor, top_k: int, wants_order: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the logits with -inf for all below the kth, and those left in ascending order with
-    their places: None if the order is not wanted, or if ties leave more than k on a CPU.
+def _keep_top_k(logits_BlV: Tensor, top_k: int, wants_order: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the logits with -inf for all below the kth, and those left in ascending order: None if
+    the order is not wanted, or if ties leave more than k on a CPU.
 
     On a GPU one sort of all logits gives both: that is faster than waiting to know of ties.
     """
     V = logits_BlV.shape[-1]
     k, on_cpu = min(top_k, V), logits_BlV.device.type == "cpu"
     if wants_order and not on_cpu:
-        ordered, order = logits_BlV.sort(dim=-1)
+        ordered = logits_BlV.sort(dim=-1).values
         least = ordered[..., V - k, None]
         ordered = ordered.masked_fill(ordered < least, -torch.inf)
-        return logits_BlV.masked_fill(logits_BlV < least, -torch.inf), (ordered, order)
-    kept, places = logits_BlV.topk(k, dim=-1, sorted=wants_order)
+        return logits_BlV.masked_fill(logits_BlV < least, -torch.inf), ordered
+    kept = logits_BlV.topk(k, dim=-1, sorted=wants_order).values
     dropped = logits_BlV < (kept[..., -1:] if wants_order else kept.amin(-1, keepdim=True))
     logits_BlV = logits_BlV.masked_fill(dropped, -torch.inf)
     if not wants_order or int(dropped.count_nonzero()) != dropped.numel() // V * (V - k):
         return logits_BlV, None
-    return logits_BlV, (kept.flip(-1), places.flip(-1))
+    return logits_BlV, kept.flip(-1)
 
 
 def draw_tokens(logits_BlV: Tensor, streams: ImageStreams) -> Tensor:

@@ -152,6 +152,18 @@ def test_every_path_is_timed_at_both_densities(layer):
     assert all(0 < seconds < 10 for times in found.values() for seconds in times)
 
 
+def test_without_a_folder_each_process_measures(layer, monkeypatch, capfd):
+    """A process of a user without a home."""
+    for name in ("DMOE_VAR_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    asked = timed(monkeypatch, native=(1.0, 1.0), grouped=(2.0, 2.0), reference=(3.0, 3.0))
+    for density in (0.25, 1.0):
+        assert auto.fastest(layer[0], Dispatch(mask(density)), layer[1], RELU) == "native"
+    assert len(asked) == 1
+    assert "cannot be kept (there is no home folder" in capfd.readouterr().err
+
+
 def test_gradients_are_grouped_s(layer):
     x, weights = layer
     x.requires_grad_()

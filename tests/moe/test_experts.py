@@ -137,3 +137,12 @@ def test_unknown_impl_raises():
         ValueError, match="impl='fast' is none of auto, reference, grouped, native, triton"
     ):
         run_experts(random_tokens(2), half(2, 5), random_layer(5, 3), nn.ReLU(), "fast")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mask_is_bool_and_of_all_tokens_and_experts(impl):
+    """A kernel reads its bytes: others would be added up, or lie behind its end."""
+    x, weights, mask = random_tokens(2), random_layer(5, 3), half(2, 5)
+    for other in (mask.long(), mask.to(torch.uint8), mask.float(), mask[:1], mask[:, :4], mask.T):
+        with pytest.raises(ValueError, match=r"^mask_NE is .* of shape .*; allowed: "):
+            run_experts(x, other, weights, nn.ReLU(), impl)

@@ -9,11 +9,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from float64_experts import in_float64, layer, tokens
 from torch import nn
 
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
+from dmoe_var.moe.router import Router
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Threshold
 from dmoe_var.ops import activation
@@ -328,6 +330,53 @@ def test_what_the_kernel_does_not_know_is_run_by_grouped(monkeypatch):
         assert native.can_run(x, learning, RELU)
     monkeypatch.setenv(native.SWITCH, "0")
     assert not native.can_run(x, weights, RELU)
+
+
+def test_tensors_that_do_not_fit_are_torch_s_to_refuse():
+    """The kernel would read past their ends."""
+    x, mask, weights = tokens(9, 12), masks(9, 5)[0], layer(12, 5, 3)
+    router = Router(12, 4, 5)
+    elsewhere = ExpertWeights(*(w.to("meta") for w in weights))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"shapes|size"):
+        run_experts(x[:, :8], mask, weights, RELU, "native")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"shapes|size"):
+        router(x[None, :, :8])
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"meta|device"):
+        run_experts(x, mask, elsewhere, RELU, "native")
+
+
+@torch.no_grad()
+def test_a_router_that_is_too_wide_for_the_stack_is_torch_s():
+    router, x = Router(8, native.WIDEST + 1, 4), tokens(3, 8)[None]
+    assert not native.knows_router(x, router.fc1.weight, router.fc2.weight)
+    expected = router.fc2(F.gelu(router.fc1(x))).abs()
+    assert torch.equal(router(x), expected)
+
+
+@torch.no_grad()
+def test_under_torch_func(ffn):
+    x = tokens(6, 32)[:, None]
+    found = torch.func.vmap(ffn.router)(x)
+    torch.testing.assert_close(found, ffn.router(x))
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("sizes", [(64, 4, 40), (64, 3, 16), (96, 2, 3), (64, 1, 100)], ids=str)
+def test_an_infinite_token_reaches_no_weights_of_others(products, sizes, dtype):
+    """ReLU of -inf is 0 in every neuron, so the token gets b2; padded neurons would give NaN."""
+    C, E, D = sizes
+    w1, b1, w2, b2 = layer(C, E, D, dtype)
+    w1 = -w1.abs() - 1
+    x = tokens(9, C, dtype)
+    x[4] = 0
+    x[4, 0] = torch.inf
+    w1[..., 1:] = w1[..., 1:].clamp_max(-1)
+    weights = ExpertWeights(w1, b1, w2, b2)
+    mask = torch.ones(9, E, dtype=torch.bool)
+    out = run(x, mask, weights)
+    assert torch.equal(out[4], b2)
+    others = [*range(4), *range(5, 9)]
+    assert torch.equal(out[others], run(x[others], mask[others], weights))
 
 
 def test_a_hook_sees_the_activation():

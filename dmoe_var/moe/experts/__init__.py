@@ -51,12 +51,13 @@ def run_experts(
 ) -> Tensor:
     """Sum the outputs of the selected experts and add the shared bias, (N, C).
 
-    The mask is binary: outputs are never weighted (Eq. 3). `impl` names a path. An unknown name
-    raises ValueError, and so does `triton` on a device that it has no kernels for. If `native` or
-    `triton` does not know the tensors (see their `can_run`), `grouped` runs instead, on a GPU
-    `reference`.
+    The mask is bool: outputs are never weighted (Eq. 3). `impl` names a path. An unknown name or
+    another mask raises ValueError, and so does `triton` on a device that it has no kernels for. If
+    `native` or `triton` does not know the tensors (see their `can_run`), `grouped` runs instead, on
+    a GPU `reference`.
     """
     check_impl(impl)
+    _check_mask(x_NC, mask_NE, weights)
     # torch.compile would break its graph at every expert, since the number of its rows is a value.
     # Without gradients it gets one operator instead; so do fake tensors, which no kernel takes.
     opaque = torch.compiler.is_compiling() or (isinstance(x_NC, FakeTensor) and impl not in PLAIN)
@@ -67,6 +68,16 @@ def run_experts(
     if impl != AUTO:  # which counts what it chooses
         RAN[impl] += 1
     return path(impl).run(x_NC, Dispatch(mask_NE), weights, act)
+
+
+def _check_mask(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights) -> None:
+    """Raise ValueError if this is no mask of these tokens and experts: kernels read its bytes."""
+    wanted = (x_NC.shape[0], weights.w1_EDC.shape[0])
+    if mask_NE.dtype != torch.bool or mask_NE.shape != wanted:
+        raise ValueError(
+            f"mask_NE is {mask_NE.dtype} of shape {tuple(mask_NE.shape)}; allowed: torch.bool of "
+            f"(tokens, experts) = {wanted}"
+        )
 
 
 def _name_of(act: nn.Module) -> str | None:

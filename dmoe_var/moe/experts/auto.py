@@ -112,10 +112,11 @@ def _seconds(
         key = f"{str(dtype).removeprefix('torch.')} C={C} D={D} E={E} N={tokens} {products} "
         key += ",".join(names)
         file = _file(x_NC.device)
-        found = _read(file).get(key)
-        if found is None or found.keys() != paths.keys():
+        found = {} if file is None else _read(file).get(key, {})
+        if found.keys() != paths.keys():
             found = _measured(paths, x_NC, weights, act)
-            _keep(file, key, found)
+            if file is not None:
+                _keep(file, key, found)
         _known[case] = found
     return _known[case]
 
@@ -142,15 +143,21 @@ def _measured(
     return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
 
 
-def _file(device: torch.device) -> Path:
-    """Name the table of this processor and thread count, or GPU, and of these code versions."""
+def _file(device: torch.device) -> Path | None:
+    """Name the table of this processor and thread count, or GPU, and of these code versions; None
+    if there is no folder for it."""
     if device.type == "cuda":
         machine = [torch.cuda.get_device_name(device)]
     else:
         machine = [processor(), str(torch.get_num_threads())]
     versions = [each.version() for each in paths_on(device).values()]
     text = "\0".join((torch.__version__, *machine, *versions))
-    return cache_folder() / f"experts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    name = f"experts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    try:
+        return cache_folder() / name
+    except FileNotFoundError as error:
+        _cannot_keep(error.filename, error)
+        return None
 
 
 def _read(file: Path) -> dict[str, Seconds]:
@@ -177,4 +184,8 @@ def _keep(file: Path, key: str, seconds: Seconds) -> None:
             text = json.dumps({"format": FORMAT, "seconds": found | {key: seconds}}, indent=1)
             write_text(file, text + "\n")
     except OSError as error:
-        note(f"{file}: cannot be kept ({error.strerror}); each process measures the paths anew")
+        _cannot_keep(file, error)
+
+
+def _cannot_keep(file: Path | str, error: OSError) -> None:
+    note(f"{file}: cannot be kept ({error.strerror}); each process measures the paths anew")

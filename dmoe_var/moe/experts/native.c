@@ -351,6 +351,9 @@ static void fc1(const Layer *layer, const Space *s, const float *x, int64_t expe
             uint64_t bits = 0;
             for (int64_t c = first * columns; c < last * columns; c += LANES)
                 bits |= active(load_float(hidden + c)) << (c - first * columns);
+            /* Padding is 0, but NaN where x is infinite; W2 has no rows for it. */
+            if (layer->size - block * BLOCK < BLOCK)
+                bits &= ((uint64_t)1 << (layer->size - block * BLOCK)) - 1;
             s->active[(p + r) * blocks + block] = bits;
         }
     }
@@ -613,6 +616,8 @@ static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, int
                 vec value = load_float(from) + load_float(bias + c);
                 store_half(at + c, (vec)((words)value & ~(words)(value < 0)));
             }
+            if (begin + count == panels) /* padding is 0, but NaN where x is infinite */
+                memset(at + layer->size - begin * TILE_COLUMNS, 0, (stride - layer->size) * 2);
         }
     }
 }

@@ -36,6 +36,8 @@ from dmoe_var.ops import hooked, kernels_may_take
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
+WIDEST = 8192
+"""Most inputs, hidden neurons and experts of a router."""
 Layer = Callable[[Tensor, int, float], Tensor | None]
 """(x_NC, selecting, tau) -> the layer's output (N, C). The first `selecting` tokens choose by Eq. 3
 on the router's scores, each further as many run what those do. None if a score is not finite."""
@@ -118,8 +120,8 @@ class _Kernel:
 
 @cache
 def _compiled() -> _Kernel | None:
-    library = c_library.loaded(SOURCE, "impl=native is not to be had and experts run by grouped")
-    return None if library is None else _Kernel(library)
+    purpose = "impl=native is not to be had and experts run by grouped"
+    return c_library.loaded(SOURCE, _Kernel, purpose)
 
 
 def kernel() -> _Kernel | None:
@@ -188,13 +190,19 @@ def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Ten
 
 def knows(x: Tensor, *weights: Tensor) -> bool:
     """Say whether the kernel is there and takes these tensors: on a CPU, all float32 or all
-    bfloat16, without gradients, and with nobody watching operators."""
+    bfloat16, x as wide as the first weight, without gradients, and with nobody watching operators.
+    """
     given = x.is_cpu and x.dtype in DTYPES and kernels_may_take(x, *weights)
     return given and kernel() is not None
 
 
+def knows_router(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> bool:
+    """Say whether the kernel `knows` these, and a few tokens' values fit on its stack."""
+    return max(*fc1_RC.shape, len(fc2_ER)) <= WIDEST and knows(x, fc1_RC, fc2_ER)
+
+
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
-    """Compute |fc2 GELU(fc1 x)|, (..., E), for tokens x (..., C) that the kernel `knows`."""
+    """Compute |fc2 GELU(fc1 x)|, (..., E), for tokens x (..., C): the kernel `knows_router`."""
     loaded = _compiled()
     assert loaded is not None
     x = x.contiguous()

@@ -23,7 +23,7 @@ class Random(Counted):
     sampler. Without it the draws come from `seed`.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
 
     name: ClassVar[str] = "random"
     label: ClassVar[str] = "k at random"
