@@ -140,6 +140,15 @@ def test_unknown_impl_raises():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("number", range(4))
+def test_weights_fit_each_other(impl, number):
+    weights = [*random_layer(5, 3)]
+    weights[number] = weights[number][:2]
+    with pytest.raises(ValueError, match=r"do not fit each other: w1_EDC \(\d, 3, 12\), b1_ED "):
+        run_experts(random_tokens(2), half(2, 5), ExpertWeights(*weights), nn.ReLU(), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_mask_is_bool_and_of_all_tokens_and_experts(impl):
     """A kernel reads its bytes: others would be added up, or lie behind its end."""
     x, weights, mask = random_tokens(2), random_layer(5, 3), half(2, 5)

@@ -51,13 +51,13 @@ def run_experts(
 ) -> Tensor:
     """Sum the outputs of the selected experts and add the shared bias, (N, C).
 
-    The mask is bool: outputs are never weighted (Eq. 3). `impl` names a path. An unknown name or
-    another mask raises ValueError, and so does `triton` on a device that it has no kernels for. If
-    `native` or `triton` does not know the tensors (see their `can_run`), `grouped` runs instead, on
-    a GPU `reference`.
+    The mask is bool: outputs are never weighted (Eq. 3). `impl` names a path. An unknown name,
+    another mask, or weights that do not fit each other raise ValueError, and so does `triton` on a
+    device that it has no kernels for. If `native` or `triton` does not know the tensors (see their
+    `can_run`), `grouped` runs instead, on a GPU `reference`.
     """
     check_impl(impl)
-    _check_mask(x_NC, mask_NE, weights)
+    _check(x_NC, mask_NE, weights)
     # torch.compile would break its graph at every expert, since the number of its rows is a value.
     # Without gradients it gets one operator instead; so do fake tensors, which no kernel takes.
     opaque = torch.compiler.is_compiling() or (isinstance(x_NC, FakeTensor) and impl not in PLAIN)
@@ -70,9 +70,14 @@ def run_experts(
     return path(impl).run(x_NC, Dispatch(mask_NE), weights, act)
 
 
-def _check_mask(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights) -> None:
-    """Raise ValueError if this is no mask of these tokens and experts: kernels read its bytes."""
-    wanted = (x_NC.shape[0], weights.w1_EDC.shape[0])
+def _check(x_NC: Tensor, mask_NE: Tensor, weights: ExpertWeights) -> None:
+    """Raise ValueError if the weights do not fit each other, or if this is no mask of these tokens
+    and experts: kernels read their bytes."""
+    E, D, C = weights.w1_EDC.shape
+    if [w.shape for w in weights[1:]] != [(E, D), (E, D, C), (C,)]:
+        shapes = ", ".join(f"{name} {tuple(w.shape)}" for name, w in weights._asdict().items())
+        raise ValueError(f"experts have weights that do not fit each other: {shapes}")
+    wanted = (x_NC.shape[0], E)
     if mask_NE.dtype != torch.bool or mask_NE.shape != wanted:
         raise ValueError(
             f"mask_NE is {mask_NE.dtype} of shape {tuple(mask_NE.shape)}; allowed: torch.bool of "

@@ -197,8 +197,10 @@ def knows(x: Tensor, *weights: Tensor) -> bool:
 
 
 def knows_router(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> bool:
-    """Say whether the kernel `knows` these, and a few tokens' values fit on its stack."""
-    return max(*fc1_RC.shape, len(fc2_ER)) <= WIDEST and knows(x, fc1_RC, fc2_ER)
+    """Say whether the kernel `knows` these, they fit each other, and a few tokens' values fit on
+    its stack."""
+    fit = fc2_ER.shape[1] == len(fc1_RC) and max(*fc1_RC.shape, len(fc2_ER)) <= WIDEST
+    return fit and knows(x, fc1_RC, fc2_ER)
 
 
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
