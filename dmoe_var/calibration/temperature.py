@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmoe_var.calibration.losses import TeacherForced
 from dmoe_var.errors import InputError
-from dmoe_var.models.dynamic_var import DynamicVAR
+from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
 from dmoe_var.models.guidance import guide
 from dmoe_var.moe.selection import SelectionRule
 
@@ -41,20 +41,24 @@ def temperatures(
     rules: Sequence[SelectionRule],
     strengths_S: Sequence[float],
     impl: str,
+    share_mask: bool = False,
 ) -> tuple[float, ...]:
     """Find the temperature of each scale, 1 where no experts run.
 
-    strengths_S: how strongly each scale is guided. Raise InputError for a scale whose entropy no
+    strengths_S: how strongly each scale is guided. share_mask: whether both halves run the
+    conditional half's experts, as in sampling. Raise InputError for a scale whose entropy no
     temperature of GRID matches.
     """
     scales, null = model.moe_scales, model.config.num_classes
+    by_scale, branches = rules_of(model, selection=list(rules)), [2] * model.config.num_scales
     tokens_of = {step.si: step.tokens for step in model.plan()}
     wanted, found = dict.fromkeys(scales, 0.0), {si: np.zeros(len(GRID)) for si in scales}
     for labels_B, teacher_BLC, _ in images.batches():
         labels_R = torch.cat([labels_B, torch.full_like(labels_B, null)])
         teacher_RLC = teacher_BLC.repeat(2, 1, 1)
         dense_RLV = model.dense(labels_R, teacher_RLC)
-        ours_RLV = model(labels_R, teacher_RLC, selection=list(rules), impl=impl)
+        given = (labels_B, teacher_BLC, by_scale, impl, None, branches, share_mask)
+        ours_RLV = torch.cat([*teacher_forced(model, *given)], dim=1)
         for si in scales:
             joined: Callable[[Tensor], Tensor] = partial(guide, t=strengths_S[si])
             tokens, share = tokens_of[si], len(labels_B)

@@ -28,6 +28,8 @@ from dmoe_var.models.vqvae import VQVAE
 
 PACKAGED = Path(__file__).parent / "packaged"
 """Base models that this package carries, NAME/vqvae and NAME/var."""
+PREFIXES = {"vqvae": "vae_", "var": "var_"}
+"""How published names of each kind begin; there are none of other kinds."""
 CHECKPOINT = "checkpoint"
 """Folder of the model within the folder of a finished stage."""
 OFFERED = (f"*/{CHECKPOINT}", "*.pth", "*.pt", "*.safetensors", "snapshots/*")
@@ -43,6 +45,9 @@ def _locate(source: str | Path, kind: str) -> Path:
     """Find the file or folder that a name ("digits") or a path ("./digits") stands for."""
     if is_name(source):
         name = str(source)
+        if name not in _names(kind):
+            allowed = ", ".join(_names(kind))
+            raise CheckpointError(f"{name}: holds no {kind}; names that do are {allowed}")
         return hub.fetch(name) if name in hub.PUBLISHED else PACKAGED / name / kind
     try:
         path = Path(source).expanduser()
@@ -51,10 +56,16 @@ def _locate(source: str | Path, kind: str) -> Path:
         there = False
     if there:
         return _within(path)
-    names = ", ".join([*_packaged(), *hub.PUBLISHED])
     raise CheckpointError(
-        f"{str(source)[:200] or repr(source)}: no such file or folder; names are {names}"
+        f"{str(source)[:200] or repr(source)}: no such file or folder; names are "
+        f"{', '.join(_names(kind))}"
     )
+
+
+def _names(kind: str) -> list[str]:
+    """List the packaged and published models of a kind."""
+    packaged = [name for name in _packaged() if (PACKAGED / name / kind).is_dir()]
+    return packaged + [name for name in hub.PUBLISHED if name.startswith(PREFIXES.get(kind, "-"))]
 
 
 def _within(path: Path) -> Path:

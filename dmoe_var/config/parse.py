@@ -35,8 +35,17 @@ def describe(error: ValidationError) -> str:
         given = f" in {first['input']!r}" if isinstance(first["input"], list) else ""
         return f"{key}: missing{given}"
     if first["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        return _naming(key, message)
     return f"{key}={first['input']!r}: {message}"
+
+
+def _naming(key: str, message: str) -> str:
+    """Put the key before a message of its section, or of its own, that may begin with its name."""
+    name, equals, _ = message.partition("=")
+    for section in (key, key.rpartition(".")[0]):
+        if equals and section and is_declared(f"{section}.{name}"):
+            return f"{section}.{message}"
+    return f"{key}: {message}" if key else message
 
 
 def is_text(key: str) -> bool:

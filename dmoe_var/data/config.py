@@ -20,6 +20,8 @@ IN_MEMORY = {
     ),
 }  # fmt: skip
 """The keys that each kind in memory reads; image_folder reads all."""
+SPEED = ("in_memory", "workers", "encode_batch")
+"""Keys that change no image; an experiment may set them for any kind."""
 NUM_CLASSES = {"digits": digits.NUM_CLASSES, "cifar10": len(cifar10.CLASS_NAMES)}
 
 
@@ -34,8 +36,8 @@ class DataConfig:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["digits", "cifar10", "image_folder"] = "digits"
-    """digits (scikit-learn's; reads no key after num_classes), cifar10 (torchvision's; reads root,
-    augmentations, flip, limit and held_out) or image_folder, which reads all."""
+    """digits (scikit-learn's; reads no other image key than num_classes), cifar10 (torchvision's;
+    reads root, augmentations, flip, limit and held_out) or image_folder, which reads all."""
     image_size: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     """Side in pixels of the images that the models see."""
     num_classes: Count | None = None
@@ -84,7 +86,10 @@ class DataConfig:
     def _check_in_memory(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in IN_MEMORY[self.kind] and value != field.default:
+            as_they_are = field.name == "resize_ratio" and value == 1
+            if field.name in (*IN_MEMORY[self.kind], *SPEED) or as_they_are:
+                continue
+            if value != field.default:
                 others = [kind for kind, keys in IN_MEMORY.items() if field.name in keys]
                 kinds = " and ".join([*others, "image_folder"])
                 raise ValueError(f"{field.name}={value} is read by kind={kinds} alone")

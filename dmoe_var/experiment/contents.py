@@ -95,12 +95,26 @@ def content(given: Given, cache: Path) -> str | None:
     return found
 
 
+@contextmanager
+def naming(key: str | None, source: str | Path | None) -> Iterator[None]:
+    """Name the key in errors about the model that it gives, if it gives one."""
+    try:
+        yield
+    except CheckpointError as error:
+        text, given = str(error), f"{key}={source}"
+        if source is None or text.startswith(given):
+            raise
+        begins = text.startswith(str(source))
+        raise CheckpointError(f"{key}={text}" if begins else f"{given}: {text}") from error
+
+
 def contents_of_files(key: str, source: str) -> dict[str, str]:
     """Hash the files that a key names with SHA-256. They are fetched if they have to be."""
     if key == "fidelity.weights":
         return {key: sha256_of(Path(source))}
     if key != "sample.pretrained":
-        return {key: sha256_of(weights_file(source, kind_of(key)))}
+        with naming(key, source):
+            return {key: sha256_of(weights_file(source, kind_of(key)))}
     from dmoe_var.checkpoints.pretrained import locate  # imports the hub's client: half a second
 
     folder = locate(source)

@@ -119,6 +119,7 @@ def run_stage(experiment: Experiment, stage: str, function: StageFunction | None
     done = _done(experiment, stage)
     if done is not None:
         return done
+    _find_weights(experiment, stage)
     _require_upstream(experiment, stage)
     folder = experiment.folder(stage)
     if is_main():
@@ -126,6 +127,12 @@ def run_stage(experiment: Experiment, stage: str, function: StageFunction | None
     with alone(folder) if is_main() else nullcontext():
         done = _done(experiment, stage)  # by another run, meanwhile
         return _run(experiment, stage, folder, function) if done is None else done
+
+
+def _find_weights(experiment: Experiment, stage: str) -> None:
+    """Raise CheckpointError for given files that are not there, before any work."""
+    if is_main():
+        experiment.weights(stage)
 
 
 def _done(experiment: Experiment, stage: str) -> Record | None:
@@ -195,10 +202,17 @@ def _record(experiment: Experiment, stage: str, result: StageResult, started: st
 def run_through(experiment: Experiment, last: str, on_stage: Callable[[str, bool], None]) -> Record:
     """Run a stage and all that it builds on, in order.
 
-    `on_stage(name, done)` is called before each; done says whether it will be skipped.
+    `on_stage(name, done)` is called before each; done says whether it will be skipped. Models that
+    stages are given are looked at before the first one runs.
     """
     experiment.check(last)
-    for stage in order(experiment, last):
+    stages = order(experiment, last)
+    _find_weights(experiment, last)
+    for stage in stages:
+        look = find(stage).look
+        if look is not None and record_if_done(experiment, stage) is None:
+            look(experiment.read_by(stage))
+    for stage in stages:
         on_stage(stage, from_main(is_main() and record_if_done(experiment, stage) is not None))
         record = run_stage(experiment, stage)
     return record

@@ -52,6 +52,9 @@ class Stage:
     stages do without this one."""
     refuse: Callable[[Config], None] | None = None
     """Raises ConfigError for what only this stage cannot do with the configuration."""
+    look: Callable[[Any], object] | None = None
+    """Looks at the models that it is given beside those of earlier stages, before any of them runs.
+    """
     one_process: bool = False
     """Whether it cannot run under torchrun."""
     reads_pictures: bool = False

@@ -59,9 +59,10 @@ def _calibrated(experiment: Experiment) -> StageResult:
     tau = found.plan.as_lists(found.taus)
     about |= {"budget": found.budget, "tau": tau, "by_layer": config.by_layer}
     if config.temperature:
-        cfg, num_scales = experiment.config.sampling.cfg, bench.model.config.num_scales
-        given = (bench.images[0], found.rules, strengths(cfg, num_scales))
-        about["temperature"] = list(temperatures(bench.model, *given, experiment.config.moe.impl))
+        sampling, impl = experiment.config.sampling, experiment.config.moe.impl
+        guided_S = strengths(sampling.cfg, bench.model.config.num_scales)
+        given = (bench.images[0], found.rules, guided_S, impl, sampling.share_mask)
+        about["temperature"] = list(temperatures(bench.model, *given))
     about["losses"] = [
         {"group": list(group), "tau": list(each.taus), "loss": list(each.losses)}
         for group, each in calibration.losses.items()

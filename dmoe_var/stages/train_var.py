@@ -9,6 +9,7 @@ import torch
 from dmoe_var.checkpoints import load_var
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
 from dmoe_var.config.root import Config
+from dmoe_var.experiment.contents import naming
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.models.var import VAR
@@ -46,9 +47,9 @@ def _new(config: Config) -> VAR:
     """Build the VAR to train, with new weights or those of `train_var.start`."""
     var, start = VAR(config.var), config.train_var.start
     if start is not None:
-        there = load_var(start)
-        source = f"train_var.start={start}"
-        loaded.check_shape(source, there.config, config.var, loaded.TRAINING_ONLY)
+        with naming("train_var.start", start):
+            there = load_var(start)
+            loaded.check_shape(start, there.config, config.var, loaded.TRAINING_ONLY)
         var.load_state_dict(there.state_dict())
     return var
 

@@ -14,13 +14,15 @@ from dmoe_var.stages.parts.loaded import token_about, token_sets
 from dmoe_var.training.loop import train
 from dmoe_var.training.tuning_objective import TuningObjective
 
+START = "tune_experts.start"
+
 
 def run(experiment: Experiment) -> StageResult:
     """Return the last validation's metrics, and as `..._before` those of experts as they were: one
     tau runs another density after training."""
     config = experiment.config.tune_experts
     vqvae = loaded.vqvae(experiment)
-    moe = loaded.split(experiment, "train_router", given=config.start)
+    moe = loaded.split(experiment, "train_router", START)
     model = DynamicVAR(loaded.dense(experiment), moe, experiment.config.moe.scales)
     tokens = token_sets(experiment, vqvae)
     objective = TuningObjective(model, vqvae, *tokens, config)
@@ -30,6 +32,12 @@ def run(experiment: Experiment) -> StageResult:
     loaded.save(experiment, "tune_experts", model.moe)
     about = {"checkpoint": "checkpoint", **token_about(tokens)}
     return StageResult({**before, **metrics}, about=about)
+
+
+def look(experiment: Experiment) -> None:
+    """Raise CheckpointError if the experts that are given to begin with do not fit."""
+    if experiment.config.tune_experts.start is not None:
+        loaded.split(experiment, "train_router", START)
 
 
 def refuse(config: Config) -> None:
@@ -52,5 +60,6 @@ STAGE = Stage(
     reads=("tune_experts", "moe.scales"),
     needs=("train_router",),
     refuse=refuse,
+    look=look,
     reads_pictures=True,
 )

@@ -39,6 +39,14 @@ EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_cifar10_s_experiments_also_read_torchvision_s_files(path):
+    """Whatever they say of picture files: how they are cut and how fast they are read."""
+    if path.stem.startswith("cifar10"):
+        overrides = [f"experiment={path.stem}", "data=cifar10_download"]
+        assert parse_config(composed("pipeline", *overrides)).data.kind == "cifar10"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_says_what_differs_from_its_base(path, tmp_path):
     """Its base is what is composed where the file holds its defaults list alone."""
     folder = tmp_path / "configs"
@@ -74,7 +82,7 @@ WRONG = [
     ({"sparsify.start": "digits"}, ("sparsify.start: unknown key", "activation_checkpointing")),
     ({"sparsify.snapshot_every": 9}, ("sparsify.snapshot_every: unknown key",)),
     # names of classes
-    ({"data.class_names": ["a"]}, ("class_names=('a',) is read by kind=image_folder alone",)),
+    ({"data.class_names": ["a"]}, ("data.class_names=('a',) is read by kind=image_folder alone",)),
     (
         {"data.kind": "image_folder", "data.class_names": ["a"]},
         ("data.class_names=['a'] must be none", "var.num_classes=10"),
@@ -101,7 +109,9 @@ WRONG = [
     ({"train_var.betas": [0.9, 1.0]}, ("train_var.betas", "1.0")),
     ({"train_router.scales": []}, ("train_router.scales=[]",)),
     ({"vqvae.ch": 40}, ("vqvae.ch=40", "multiple of 32")),
-    ({"vqvae.conv_kernel": 2}, ("vqvae", "conv_kernel=2", "odd")),
+    ({"vqvae.conv_kernel": 2}, ("vqvae.conv_kernel=2", "odd")),
+    ({"sampling.temperature": -1}, ("sampling.temperature=-1.0 is not within",)),
+    ({"data.kind": "cifar10", "data.resize_ratio": 2}, ("data.resize_ratio=2.0 is read by",)),
     ({"vqvae.patch_nums": [1, 3, 2, 8]}, ("patch_nums must rise", "(1, 3, 2, 8)")),
     ({"var.num_heads": 3}, ("num_heads=3", "width=128")),
     ({"var.mlp_ratio": 1e-9}, ("mlp_ratio=1e-09",)),
@@ -122,7 +132,7 @@ WRONG = [
     ),
     (
         {"tune_experts.steps": 1, "tune_experts.guidance": 4},
-        ("tune_experts", "guidance=4 joins predictions", "distill=0; allowed: distill above 0"),
+        ("tune_experts.guidance=4 joins predictions", "distill=0; allowed: distill above 0"),
     ),
     (
         {"tune_experts.steps": 1, "tune_experts.distill": 1, "tune_experts.guidance": [4, 0]},

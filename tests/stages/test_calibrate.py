@@ -250,18 +250,21 @@ def test_rivals_without_optuna(make_experiment, runs, monkeypatch):
     made(make_experiment, runs).check("calibrate")
 
 
-def test_temperatures_of_the_tau_found(make_experiment, runs, monkeypatch):
+@pytest.mark.parametrize("share_mask", [False, True])
+def test_temperatures_of_the_tau_found(make_experiment, runs, monkeypatch, share_mask):
     """They match entropies under the configured guidance, on training images. The tiny models were
     hardly trained, and are far from each other."""
     monkeypatch.setattr("dmoe_var.calibration.temperature.GRID", np.linspace(0.05, 8, 40))
-    experiment = made(make_experiment, runs, temperature=True, refinements=0)
+    given = {"calibrate.temperature": True, "calibrate.refinements": 0}
+    changes = {**FEW, **given, "sampling.share_mask": share_mask}
+    experiment = make_experiment(runs, changes=changes)
     record = run_stage(experiment, "calibrate")
     bench, found = CalibrationBench(experiment), record.about["temperature"]
     assert [t != 1 for t in found] == [si in bench.model.moe_scales for si in range(4)]
     rules = [Threshold(tau) for tau in record.about["tau"]]
     assert experiment.config.sampling.cfg == 1.5
     given = (bench.images[0], rules, (0.0, 0.5, 1.0, 1.5))
-    assert tuple(found) == temperatures(bench.model, *given, "reference")
+    assert tuple(found) == temperatures(bench.model, *given, "reference", share_mask)
     plain = made(make_experiment, runs, refinements=0)
     assert experiment.fingerprint("calibrate") != plain.fingerprint("calibrate")
 

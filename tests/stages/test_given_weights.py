@@ -264,5 +264,16 @@ def test_tuning_goes_on_from_given_experts(make_experiment, runs, tmp_path, make
     assert "tune_experts.start" not in before.relevant("tune_experts")
     save_checkpoint(tmp_path / "dense", make_var(num_classes=10))
     unfit = make_experiment(runs, {**still, "tune_experts.start": str(tmp_path / "dense")})
-    with pytest.raises(CheckpointError, match="experts is None"):
+    with pytest.raises(CheckpointError, match=r"^tune_experts\.start=.*experts is None"):
         run_through(unfit, "tune_experts", lambda *_: None)
+
+
+@pytest.mark.parametrize("key", ["base.var", "base.vqvae", "tune_experts.start"])
+@pytest.mark.parametrize("source", ["/nowhere", "digits_d2"])
+def test_a_wrong_model_ends_the_run_before_the_first_stage(make_experiment, runs, key, source):
+    """digits_d2 has a VAR, of another shape, and no VQ-VAE."""
+    experiment = make_experiment(runs, {"tune_experts.steps": 1, "seed": 5, key: source})
+    started = []
+    with pytest.raises(CheckpointError, match=rf"^{key}={source}\b"):
+        run_through(experiment, "tune_experts", lambda *given: started.append(given))
+    assert started == [] or (key, source) == ("base.var", "digits_d2")  # found by its own stage

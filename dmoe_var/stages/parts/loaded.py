@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from dmoe_var.data.images import Images
 from dmoe_var.data.token_cache import Seconds, TokenSet, tokenize
 from dmoe_var.distributed import is_main
 from dmoe_var.errors import CheckpointError, ConfigError
-from dmoe_var.experiment.contents import contents_of_files
+from dmoe_var.experiment.contents import contents_of_files, naming
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys
 from dmoe_var.models.build import build_strictly
@@ -81,8 +82,9 @@ def vqvae(experiment: Experiment) -> VQVAE:
     """Load the VQ-VAE of an experiment, in eval mode on the experiment's device."""
     given = experiment.config.base.vqvae
     source = given if given is not None else checkpoint(experiment, "train_vqvae")
-    model = load_vqvae(source, experiment.config.vqvae.patch_nums)
-    check_shape(str(source), model.config, experiment.config.vqvae, ("beta",))
+    with naming("base.vqvae", given):
+        model = load_vqvae(source, experiment.config.vqvae.patch_nums)
+        check_shape(str(source), model.config, experiment.config.vqvae, ("beta",))
     return model.to(experiment.device, torch.float32).requires_grad_(False)
 
 
@@ -101,18 +103,19 @@ def needs_experts(config: Config) -> Keys:
     return (config.expert_stage,)
 
 
-def split(experiment: Experiment, stage: str | None = None, given: str | None = None) -> VAR:
+def split(experiment: Experiment, stage: str | None = None, key: str | None = None) -> VAR:
     """Load the expert VAR as a stage left it: one of MADE_OF_EXPERTS, or by default the last one
-    that the configuration has. The whole one says which: a stage's `needs` do too. `given` names
-    another VAR of the same shape."""
-    return var(experiment, stage or experiment.whole.expert_stage, given)
+    that the configuration has. The whole one says which: a stage's `needs` do too. `key` may give
+    another of its shape."""
+    return var(experiment, stage or experiment.whole.expert_stage, key)
 
 
-def var(experiment: Experiment, stage: str, given: str | None = None) -> VAR:
-    """Load the VAR as a stage left it, or another of its shape that is given, in eval mode on the
-    experiment's device. The stage is train_var, sparsify, or one of MADE_OF_EXPERTS."""
-    if stage == "train_var":
-        given = experiment.config.base.var
+def var(experiment: Experiment, stage: str, key: str | None = None) -> VAR:
+    """Load the VAR as a stage left it, in eval mode on the experiment's device. The stage is
+    train_var, sparsify, or one of MADE_OF_EXPERTS. `key` may give another of its shape, as base.var
+    does for train_var."""
+    key = "base.var" if stage == "train_var" else key
+    given = None if key is None else attrgetter(key)(experiment.config)
     source, expected = given or checkpoint(experiment, stage), experiment.config.var
     if stage != "train_var":
         expected = replace(expected, activation=experiment.config.sparsify.activation)
@@ -121,13 +124,14 @@ def var(experiment: Experiment, stage: str, given: str | None = None) -> VAR:
         told = "none" if stage == "split" else experiment.config.train_router.condition
         experts = ExpertConfig(experiment.config.split.expert_size, hidden, told)
         expected = replace(expected, experts=experts)
-    model = load_var(source)
-    config = model.config
-    if config.experts is not None and config.experts.router_hidden is None:
-        experts = replace(config.experts, router_hidden=default_hidden(config.C))
-        config = replace(config, experts=experts)
-    check_shape(str(source), config, expected, TRAINING_ONLY)
-    configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
+    with naming(key, given):
+        model = load_var(source)
+        config = model.config
+        if config.experts is not None and config.experts.router_hidden is None:
+            experts = replace(config.experts, router_hidden=default_hidden(config.C))
+            config = replace(config, experts=experts)
+        check_shape(str(source), config, expected, TRAINING_ONLY)
+        configured = build_strictly(lambda: VAR(expected), model.state_dict(), source)
     return configured.to(experiment.device, torch.float32)
 
 
@@ -142,13 +146,14 @@ def classifier(experiment: Experiment) -> ResNetClassifier:
     may have any shape."""
     given = experiment.config.base.classifier
     source = given or checkpoint(experiment, "train_classifier")
-    network = load_classifier(source)
+    with naming("base.classifier", given):
+        network = load_classifier(source)
     if given is None:
         check_shape(str(source), network.config, classifier_config(experiment), ())
     elif network.config.num_classes != experiment.config.var.num_classes:
         raise CheckpointError(
-            f"{source}: a classifier of {network.config.num_classes} classes; expected "
-            f"var.num_classes={experiment.config.var.num_classes}"
+            f"base.classifier={source}: a classifier of {network.config.num_classes} classes; "
+            f"expected var.num_classes={experiment.config.var.num_classes}"
         )
     return network.to(experiment.device, torch.float32).requires_grad_(False)
 
@@ -163,7 +168,8 @@ def drafter(experiment: Experiment) -> VAR:
     dense, or of another tokenizer or other classes than the configuration."""
     source, expected = experiment.config.drafter.var, experiment.config.var
     assert source is not None
-    model = load_var(source)
+    with naming("drafter.var", source):
+        model = load_var(source)
     free = tuple(name for name in vars(model.config) if name not in ("experts", *IN_COMMON))
     check_shape(f"drafter.var={source}", model.config, expected, free)
     return model.to(experiment.device, torch.float32)
