@@ -26,7 +26,7 @@ def draw(
     figure = new_figure(WIDTH, PANELS + height + 0.6)
     ratios = (PANELS, height + 0.6)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
-    ce, accuracy, fid = upper.subplots(1, 3)
+    ce, accuracy, fid = upper.subplots(1, 3, gridspec_kw={"wspace": 0.35})
     # By scale
     validated, patch_nums = data["validated"], data["patch_nums"]
     for axis, key in ((ce, "ce"), (accuracy, "accuracy")):
@@ -35,7 +35,7 @@ def draw(
             name = f"{patch_nums[si]} x {patch_nums[si]}"
             axis.plot(validated["steps"], values, color=shade, linewidth=1.2, label=name)
     fid_over_flops.finish(ce, "optimiser step", "held-out cross-entropy, nats a token", "")
-    fid_over_flops.finish(accuracy, "optimiser step", "held-out accuracy", "")
+    fid_over_flops.finish(accuracy, "optimiser step", "held-out accuracy", "", legend=False)
     # FID
     (curve,) = data["curves"]
     rows = curve["rows"]

@@ -117,7 +117,7 @@ def test_wrong_command_line_in_a_fresh_python(tmp_path):
     """Nor does anything that is imported on the way print."""
     command = [sys.executable, str(SCRIPTS / "sweep.py"), "sampling.cfg=-1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    parts = ("sampling.cfg: cfg=-1.0 must be 0 or more",)
+    parts = ("sampling.cfg=-1.0 must be 0 or more",)
     assert_refused(done.returncode, done.stdout, done.stderr, parts, tmp_path)
 
 

@@ -119,7 +119,7 @@ def test_a_network_is_loaded_strictly(make_experiment, tmp_path, config, drop, m
 def test_what_is_refused(make_experiment, monkeypatch):
     for changes, message in (
         ({"fidelity.classifier": "svm"}, "fidelity.classifier='svm': .*'resnet'"),
-        ({"train_classifier.micro_batch_size": 4}, "train_classifier: micro_batch_size=4 must be"),
+        ({"train_classifier.micro_batch_size": 4}, "train_classifier.micro_batch_size=4 must be"),
         ({"train_classifier.shift": 9}, "train_classifier.shift=9: .*equal to 7"),
     ):
         with pytest.raises(ConfigError, match=message):

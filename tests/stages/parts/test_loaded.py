@@ -155,14 +155,14 @@ def test_classes_are_checked_without_the_disk(make_experiment):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.root": "x"}, "data: root=x is read by kind=cifar10 and image_folder alone"),
-        ({"data.workers": 2}, "data: workers=2 is read by kind=image_folder alone"),
-        ({"data.num_classes": 4}, "data: num_classes=4 must be 10 or null for kind=digits"),
+        ({"data.root": "x"}, r"data\.root=x is read by kind=cifar10 and image_folder alone"),
+        ({"data.workers": 2}, r"data\.workers=2 is read by kind=image_folder alone"),
+        ({"data.num_classes": 4}, r"data\.num_classes=4 must be 10 or null for kind=digits"),
         ({"data.kind": "folder"}, "data.kind='folder': .*'digits', 'cifar10' or 'image_folder'"),
-        ({"data.kind": "cifar10"}, "data: image_size=8 must be 32 for kind=cifar10"),
+        ({"data.kind": "cifar10"}, r"data\.image_size=8 must be 32 for kind=cifar10"),
         (
             {"data.kind": "cifar10", "data.resize_ratio": 2},
-            "data: resize_ratio=2.0 is read by kind=image_folder alone",
+            r"data\.resize_ratio=2.0 is read by kind=image_folder alone",
         ),
         ({"data.unreadable": "drop"}, "data.unreadable='drop': .*'refuse' or 'skip'"),
         ({"data.augmentations": 0}, "data.augmentations=0: .*greater than 0"),
