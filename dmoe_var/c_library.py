@@ -30,8 +30,6 @@ FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fPIC")
 LONGEST = 300
 """Seconds after which a command of the compiler is given up."""
 OPENMP = re.compile(r"lib(gomp|iomp5|omp)[^/]*\.(so[.0-9]*|dylib)$")
-
-
 Declared = TypeVar("Declared")
 
 

@@ -21,7 +21,7 @@ IN_MEMORY = {
 }  # fmt: skip
 """The keys that each kind in memory reads; image_folder reads all."""
 SPEED = ("in_memory", "workers", "encode_batch")
-"""Keys that change no image: experiments with CIFAR-10 set them, whichever kind reads it."""
+"""Keys that change no image. Experiments with CIFAR-10 set them, also if torchvision's is read."""
 NUM_CLASSES = {"digits": digits.NUM_CLASSES, "cifar10": len(cifar10.CLASS_NAMES)}
 
 

@@ -148,13 +148,13 @@ def classifier(experiment: Experiment) -> ResNetClassifier:
     source = given or checkpoint(experiment, "train_classifier")
     with naming("base.classifier", given):
         network = load_classifier(source)
-    if given is None:
-        check_shape(str(source), network.config, classifier_config(experiment), ())
-    elif network.config.num_classes != experiment.config.var.num_classes:
-        raise CheckpointError(
-            f"base.classifier={source}: a classifier of {network.config.num_classes} classes; "
-            f"expected var.num_classes={experiment.config.var.num_classes}"
-        )
+        if given is None:
+            check_shape(str(source), network.config, classifier_config(experiment), ())
+        elif network.config.num_classes != experiment.config.var.num_classes:
+            raise CheckpointError(
+                f"{source}: a classifier of {network.config.num_classes} classes; expected "
+                f"var.num_classes={experiment.config.var.num_classes}"
+            )
     return network.to(experiment.device, torch.float32).requires_grad_(False)
 
 
@@ -170,8 +170,8 @@ def drafter(experiment: Experiment) -> VAR:
     assert source is not None
     with naming("drafter.var", source):
         model = load_var(source)
-    free = tuple(name for name in vars(model.config) if name not in ("experts", *IN_COMMON))
-    check_shape(f"drafter.var={source}", model.config, expected, free)
+        free = tuple(name for name in vars(model.config) if name not in ("experts", *IN_COMMON))
+        check_shape(source, model.config, expected, free)
     return model.to(experiment.device, torch.float32)
 
 
