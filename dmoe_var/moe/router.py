@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import native
 from dmoe_var.ops import Linear, hooked
 
@@ -85,8 +86,11 @@ class Router(nn.Module):
         if self.condition != "none":
             return self._informed(context)
         weights = (fc1.weight, fc2.weight)
-        if x_BLC.numel() and native.knows_router(x_BLC, *weights) and not hooked(fc1, fc2):
-            return native.scores(x_BLC, *weights)
+        if x_BLC.numel() and not hooked(fc1, fc2):
+            if native.knows_router(x_BLC, *weights):
+                return native.scores(x_BLC, *weights)
+            if triton_router.knows_router(x_BLC, *weights):
+                return triton_router.scores(x_BLC, *weights)
         return fc2(F.gelu(fc1(x_BLC))).abs()
 
     def _informed(self, context: Context | None) -> Tensor:

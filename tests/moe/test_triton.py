@@ -4,34 +4,23 @@ asks of a GPU, and the machine code that its launches are compiled to."""
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from float64_experts import layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant
 
 from dmoe_var.errors import InputError
 from dmoe_var.moe.experts import PATHS, Dispatch, ExpertWeights, paths_on, run_experts, triton
 
 RELU = nn.ReLU()
 needs_triton = pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of a block."""
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-}
 SIZES = (8, 32, 48, 64, 128, 256)
 FEW, MANY = 512, triton.MANY_TOKENS
 QUICK = [
@@ -63,45 +52,6 @@ def test_values_by_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """with gpu(arch) as launches: fake CUDA tensors, whose launches are written down.
-
-    Whatever waited for the device would raise: these tensors have no values.
-    """
-
-    def pretend(arch):
-        launches = {}
-
-        def kernel(name):
-            def launch(*given, **named):
-                launches[name] = (given, named)
-
-            return AnyGrid(launch)
-
-        names = ("row_lists", "zeros", "fc1")
-        fakes = SimpleNamespace(**{name: kernel(name) for name in names})
-        monkeypatch.delenv(triton.INTERPRETER, raising=False)
-        monkeypatch.setattr(triton, "kernels", lambda: fakes)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10))
-        monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
-        return launches
-
-    return pretend
-
-
-class AnyGrid:
-    """kernel[grid] of a kernel that is not run."""
-
-    def __init__(self, launch):
-        self.launch = launch
-
-    def __getitem__(self, grid):
-        assert all(isinstance(size, int) and size > 0 for size in grid)
-        assert all(size < 1 << 16 for size in grid[1:])
-        return self.launch
 
 
 def fake_layer(size, tokens, dtype=torch.bfloat16, width=1024):
@@ -142,46 +92,6 @@ def launches_of(gpu, arch, dtype, tf32, size, tokens):
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return launches
-
-
-def compiled(kernel, given, named, arch):
-    """As Triton would for this launch: its metadata and machine code."""
-    import triton as package
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    places = dict(zip(kernel.arg_names[: len(given)], given, strict=True))
-    aligned = [
-        name for name, x in places.items() if name != "N" and (torch.is_tensor(x) or x == 1024)
-    ]
-    types = {n: POINTERS[x.dtype] if torch.is_tensor(x) else "i32" for n, x in places.items()}
-    constants = {name: named[name] for name in kernel.arg_names[len(given) :]}
-    options = {name: value for name, value in named.items() if name not in constants}
-    source = ASTSource(
-        kernel,
-        types | dict.fromkeys(constants, "constexpr"),
-        constants,
-        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return package.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def machine_code(found, folder):
-    import triton as package
-
-    tool = Path(package.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    if not tool.exists():
-        pytest.skip("no nvdisasm in this triton package")
-    (folder / "cubin").write_bytes(found.asm["cubin"])
-    text = subprocess.run(
-        [tool, "-c", folder / "cubin"], capture_output=True, text=True, check=True
-    )
-    return re.findall(r"\b[A-Z][A-Z0-9]+\b", text.stdout)
-
-
-def no_slower_than_meant(found, code, arch):
-    assert found.metadata.shared <= SHARED_MEMORY[arch]
-    assert not {"LDL", "STL"} & set(code), "registers are spilled"
 
 
 @needs_triton
@@ -259,3 +169,24 @@ def test_an_old_gpu_is_refused(gpu):
     gpu(80)
     assert list(paths_on(device)) == [name for name in PATHS if name != "native"]
     assert list(paths_on(torch.device("cpu"))) == [name for name in PATHS if name != "triton"]
+
+
+@needs_triton
+def test_a_gpu_on_which_no_kernel_starts(monkeypatch, capfd):
+    """As without a C compiler: one line says so, and `auto` does without."""
+
+    def fails(*given, **named):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.delenv(triton.INTERPRETER, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch, "ones", lambda *given, **named: None)
+    monkeypatch.setattr(triton, "row_lists", fails)
+    monkeypatch.setattr(triton, "_failure", cache(triton._failure.__wrapped__))
+    device = torch.device("cuda")
+    for _ in range(2):
+        assert list(paths_on(device)) == ["reference", "grouped"]
+    reason = "RuntimeError: Failed to find C compiler."
+    assert triton.missing(device) == f"impl=triton cannot run here: {reason}"
+    said = f"Triton's kernels do not run here ({reason}); experts run by reference\n"
+    assert capfd.readouterr().err == said

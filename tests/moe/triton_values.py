@@ -12,7 +12,11 @@ import torch
 from float64_experts import in_float64, layer, tokens
 from torch import nn
 
+from dmoe_var.errors import InputError
+from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import RAN, ExpertWeights, run_experts, triton
+from dmoe_var.moe.router import Router
+from dmoe_var.moe.selection import Oracle, Threshold
 
 RELU = nn.ReLU()
 PRECISION = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -161,3 +165,96 @@ def test_what_the_kernels_do_not_know_is_run_by_grouped():
         assert not triton.can_run(x, weights, RELU)
     with torch.no_grad():
         assert torch.equal(run(x, mask_NE, learning), run(x, mask_NE, weights))
+
+
+# N tokens, C width, R hidden neurons of the router, E experts
+ROUTERS = [(1, 1, 1, 1), (150, 130, 9, 33), (64, 64, 16, 32), (70, 40, 128, 70)]
+
+
+def router(C, R, E):
+    torch.manual_seed(4)
+    return Router(C, R, E).half().requires_grad_(False)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """The names of the router's kernels in the order in which they ran."""
+    ran = []
+    for name in ("scores", "threshold"):
+        run = getattr(triton_router, name)
+        monkeypatch.setattr(
+            triton_router,
+            name,
+            lambda *given, name=name, run=run: (ran.append(name), run(*given))[1],
+        )
+    return ran
+
+
+@pytest.mark.parametrize("sizes", ROUTERS, ids=str)
+def test_scores(by_kernels, sizes):
+    """Against |fc2 GELU(fc1 x)| in float64, for two rows of tokens."""
+    N, C, R, E = sizes
+    x, given = tokens(2 * N, C, torch.float16).view(2, N, C), router(C, R, E)
+    found = given(x)
+    hidden = x.double() @ given.fc1.weight.double().T
+    gelu = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    expected = (gelu @ given.fc2.weight.double().T).abs()
+    assert by_kernels == ["scores"]
+    assert found.dtype == torch.float16
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_scores_of_many_tokens(monkeypatch):
+    """By the larger tile, to the bits of the smaller one."""
+    x, given = tokens(300, 40, torch.float16), router(40, 5, 3)
+    few = given(x)
+    monkeypatch.setattr(triton_router, "MANY_TOKENS", 300)
+    assert torch.equal(given(x), few)
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize(("N", "E"), [(1, 1), (5, 3), (300, 33), (20, 1000)])
+def test_threshold(by_kernels, N, E, dtype):
+    """Equals Eq. 3 by torch, in the scores' dtype: many are at the limit once it is rounded."""
+    scores = 1 + 5 * tokens(N, E).abs()
+    if dtype != torch.float32:
+        scores = scores.round().to(dtype)
+    for tau, given in ((0.30005, scores.view(1, N, E)), (1.0, -scores)):
+        assert torch.equal(Oracle(tau)(given), given >= tau * given.amax(-1, keepdim=True))
+    assert Threshold(0.0)(scores).all()
+    assert by_kernels == ([] if dtype == torch.float32 else ["threshold"] * 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [(0, 0), (299, 6)])
+def test_scores_that_are_not_finite(by_kernels, value, place):
+    scores = tokens(300, 7, torch.float16).abs()
+    scores[place] = value
+    with pytest.raises(InputError, match="score is not finite"):
+        Threshold(0.3)(scores)
+    assert by_kernels == ["threshold"]
+
+
+def test_what_the_routers_kernels_do_not_know_is_left_to_torch(by_kernels):
+    x = tokens(9, 12, torch.float16)
+    learns, wide, hooked = router(12, 5, 3).requires_grad_(), router(12, 129, 3), router(12, 5, 3)
+    hooked.fc2.register_forward_hook(lambda *given: None)
+    for each in (learns, wide, hooked):
+        expected = each.fc2(torch.nn.functional.gelu(each.fc1(x))).abs()
+        assert torch.equal(each(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert router(12, 5, 3)(x).dtype == torch.bfloat16
+    assert router(12, 5, 3)(x[:0]).shape == (0, 3)
+    assert Threshold(0.3)(x[:0]).shape == (0, 12)
+    assert by_kernels == []
+    with torch.no_grad():
+        learns(x)
+    assert by_kernels == ["scores"]
+
+
+def test_inputs_of_the_router_that_do_not_lie_beside_each_other(by_kernels):
+    wide, given = tokens(20, 24, torch.float16), router(12, 5, 3)
+    scores = given(wide[:, ::2])
+    assert torch.equal(scores, given(wide[:, ::2].contiguous()))
+    assert torch.equal(Threshold(0.3)(scores.T.contiguous().T), Threshold(0.3)(scores))
+    assert by_kernels == ["scores"] * 2 + ["threshold"] * 2

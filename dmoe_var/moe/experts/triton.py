@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_var.errors import InputError
+from dmoe_var.files import note
 from dmoe_var.moe.experts.dispatch import Dispatch
+from dmoe_var.moe.experts.paths import ON_GPU
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.ops import hooked, kernels_may_take
 
@@ -104,8 +106,23 @@ def missing(device: torch.device) -> str | None:
     elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         found = f"one of {capability[0]}.{capability[1]}"
     else:
-        return None
+        return _failure(device)
     return f"impl=triton needs an NVIDIA GPU of compute capability 8.0 or more, not {found}"
+
+
+@cache
+def _failure(device: torch.device) -> str | None:
+    """Start a kernel on a GPU, and say in one line why that failed; None if it went well. Triton
+    needs a C compiler, among others, to start what it has compiled."""
+    try:
+        row_lists(torch.ones(1, 1, dtype=torch.bool, device=device), block=512)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, its compilers or the system
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        note(f"Triton's kernels do not run here ({reason}); experts run by {ON_GPU}")
+        return f"impl=triton cannot run here: {reason}"
+    return None
 
 
 def runs_on(device: torch.device) -> bool:

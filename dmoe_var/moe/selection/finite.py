@@ -20,12 +20,17 @@ def check_finite(scores: Tensor) -> Tensor:
     return _finite(scores.detach()) if torch.compiler.is_compiling() else _checked(scores)
 
 
-def _checked(scores: Tensor) -> Tensor:
-    finite, sampling = scores.isfinite().all(), this_sampling()
-    if sampling is not None and scores.device.type != "cpu":
+def require_finite(finite: Tensor) -> None:
+    """Raise InputError as `check_finite` does, unless `finite`, a truth value on any device."""
+    sampling = this_sampling()
+    if sampling is not None and finite.device.type != "cpu":
         sampling.check_at_end(finite, NOT_FINITE)
     elif not bool(finite):
         raise InputError(NOT_FINITE)
+
+
+def _checked(scores: Tensor) -> Tensor:
+    require_finite(scores.isfinite().all())
     return scores
 
 

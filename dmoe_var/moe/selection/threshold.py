@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dmoe_var.config_fields import Several, Share, Taus
+from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import native
 from dmoe_var.moe.selection.base import Key, SelectionRule
-from dmoe_var.moe.selection.finite import check_finite
+from dmoe_var.moe.selection.finite import check_finite, require_finite
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Threshold(SelectionRule):
         if scores.numel() and native.knows(scores):
             mask = native.threshold(scores, self.tau)
             return check_finite(scores) if mask is None else mask
+        if scores.numel() and triton_router.knows(scores):
+            mask, finite = triton_router.threshold(scores, self.tau)
+            require_finite(finite)
+            return mask
         scores = check_finite(scores)
         return scores >= self.tau * scores.amax(-1, keepdim=True)
 
