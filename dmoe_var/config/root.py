@@ -250,6 +250,12 @@ class Config:
                 f"sampling.skipping.ratios={list(self.sampling.skipping.ratios)}: drafter.var="
                 f"{self.drafter.var} and its refiner skip no tokens; allowed: none"
             )
+        weights = self.train_var.scale_weights
+        if weights is not None and (len(weights) != self.var.num_scales or not any(weights)):
+            raise ValueError(
+                f"train_var.scale_weights={list(weights)}: allowed are null, or a number for each "
+                f"of {self.var.num_scales} scales, not all of them 0"
+            )
         last = self.var.num_scales - 1
         for key, scales in (
             ("moe.scales", self.moe.scales),

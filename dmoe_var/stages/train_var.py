@@ -34,6 +34,7 @@ def run(experiment: Experiment) -> StageResult:
     torch.manual_seed(config.seed)
     var = _new(config).to(experiment.device)
     objective = VARObjective(var, *given)
+    objective.weight_scales(config.train_var.scale_weights)
     run = experiment.training_run("train_var")
     metrics = train(objective, config.train_var, run, _keep(experiment, var))
     loaded.save(experiment, "train_var", var)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmoe_var.config_fields import STRICT, PathOrName, Scales, Share
+from dmoe_var.config_fields import STRICT, PathOrName, Scales, Several, Share
 from dmoe_var.conversion.hoyer import ActivationProbe, hoyer, shifted_pre_activation
 from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet
@@ -148,12 +148,26 @@ class VARTrainingConfig(TokenTrainingConfig):
     content too; null draws new ones."""
     snapshot_every: Annotated[int, Field(gt=0)] | None = None
     """Steps from one model that is kept in snapshots/ to the next; null keeps none."""
+    scale_weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] | None = None
+    """Weights in the loss of each scale's tokens; only ratios count. null weights all tokens
+    alike."""
 
 
 class VARObjective(TokenObjective):
-    """Cross-entropy of the next scale's tokens, each token weighted 1 / L (base training)."""
+    """Cross-entropy of the next scale's tokens, each token weighted 1 / L unless their scales are
+    weighted (base training)."""
 
     config: TokenTrainingConfig
+    weights_L: Tensor | None = None
+    """Weights of the tokens, with mean 1; None is 1 for all."""
+
+    def weight_scales(self, weights_S: Sequence[float] | None) -> None:
+        """Weight the loss of each scale's tokens (see `VARTrainingConfig.scale_weights`)."""
+        if weights_S is None:
+            return
+        sizes_S = [scale.stop - scale.start for scale in self.var.config.scale_slices]
+        weights_L = torch.tensor(weights_S).repeat_interleave(torch.tensor(sizes_S))
+        self.weights_L = (weights_L / weights_L.mean()).to(self.device)
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows
@@ -162,7 +176,10 @@ class VARObjective(TokenObjective):
         labels_B = self.var.drop_labels(labels_B, rows)
         checkpointing = self.config.activation_checkpointing
         logits_BLV = self.var.predict(labels_B, teacher_BLC, rows, checkpointing)
-        return self.prediction_loss(logits_BLV, tokens_BL, labels_B, teacher_BLC)
+        if self.weights_L is None:
+            return self.prediction_loss(logits_BLV, tokens_BL, labels_B, teacher_BLC)
+        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
+        return (self.weights_L * loss_BL).mean(), {}
 
     def validate(self) -> dict[str, float]:
         """Measure cross-entropy and accuracy on held-out images, over all tokens and by scale."""

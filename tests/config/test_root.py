@@ -81,6 +81,12 @@ WRONG = [
     ({"sede": 1}, ("sede: unknown key", "did you mean seed?", "run_dir")),
     ({"train_var.step": 1}, ("train_var.step: unknown key", "did you mean steps?", "batch_size")),
     ({"train_var.start": "digits"}, ("train_var.start=digits: nothing is trained", "base.var=")),
+    (
+        {"train_var.scale_weights": [1, 2]},
+        ("train_var.scale_weights=[1.0, 2.0]: allowed", "a number for each of 7 scales"),
+    ),
+    ({"train_var.scale_weights": [0] * 7}, ("not all of them 0",)),
+    ({"train_var.scale_weights": [-1] + [1] * 6}, ("train_var.scale_weights", "-1")),
     ({"sparsify.start": "digits"}, ("sparsify.start: unknown key", "activation_checkpointing")),
     ({"sparsify.snapshot_every": 9}, ("sparsify.snapshot_every: unknown key",)),
     # names of classes

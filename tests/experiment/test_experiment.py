@@ -75,6 +75,7 @@ READ_BY = [
     ({"var.depth": 2}, from_("train_var") | TIMED | DRAWN),
     ({"base.var": "digits"}, from_("train_var") | TIMED | DRAWN),
     ({"train_var.betas": [0.9, 0.99]}, from_("train_var") | DRAWN),
+    ({"train_var.scale_weights": [1, 1, 1, 1]}, from_("train_var") | DRAWN),
     ({"sparsify.alpha": 0.1}, from_("sparsify") | DRAWN),
     ({"sparsify.distill": 0.5}, from_("sparsify") | DRAWN),
     ({"split.router_hidden": 3}, from_("split") | DRAWN),

@@ -55,6 +55,23 @@ def test_cross_entropy_weighs_all_tokens_alike(build, batch):
     torch.testing.assert_close(loss.detach(), naive)
 
 
+def test_scales_are_weighted_by_their_tokens_weights(build, batch):
+    """Of 1, 4, 9 and 16 tokens; only ratios of weights count, and validation weighs none."""
+    objective, _ = build("var")
+    validate = torch.no_grad()(objective.validate)
+    unweighted = validate()
+    tokens_BL, *inputs = batch
+    naive_BL = naive_cross_entropy(objective.var(*inputs), tokens_BL).detach()
+    weights_L = torch.tensor([3.0] + 4 * [0.0] + 9 * [1.0] + 16 * [0.5])
+    expected = (weights_L * naive_BL).sum() / (weights_L.sum() * len(tokens_BL))
+    for factor in (1, 7):
+        objective.weight_scales((3 * factor, 0, factor, 0.5 * factor))
+        loss, logged = objective.loss(ALL, 0, 6, whole(20))
+        torch.testing.assert_close(loss.detach(), expected)
+        assert logged == {}
+    assert validate() == unweighted
+
+
 def test_validation_by_scale(build, held_out, monkeypatch):
     """By batches of which the last one is smaller."""
     monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)
