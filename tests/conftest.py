@@ -25,6 +25,7 @@ from dmoe_var import (
     load_var,
     load_vqvae,
 )
+from dmoe_var.sampling import token_sampling
 
 pytest_plugins = ["tiny_experiment"]
 
@@ -239,4 +240,5 @@ def write_published(folder, name, config, io):
 def swapped_draws():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "exponential_", FORMULA.exponential_)
+        patch.setattr(token_sampling, "_inverts_uniform", lambda: False)
         yield

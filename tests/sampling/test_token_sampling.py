@@ -12,6 +12,7 @@ import torch
 from scipy.stats import chisquare, kstest
 from torch.testing import assert_close
 
+from dmoe_var.sampling import token_sampling
 from dmoe_var.sampling.token_sampling import (
     ROUTING,
     TOKENS,
@@ -188,6 +189,39 @@ def test_tokens_and_routing_have_streams_of_their_own():
         )
         assert torch.equal(drawn[0][index], torch.empty(4, 6).exponential_(generator=tokens))
         assert torch.equal(drawn[1][index], torch.rand(4, 6, generator=routing))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (101, 1009)])
+def test_exponentials_are_those_of_torch(monkeypatch, at_once, shape):
+    """As many of them as a scale needs, from the stream of its image."""
+    if at_once and not token_sampling._inverts_uniform():
+        pytest.skip("torch draws them otherwise on this processor")
+    monkeypatch.setattr(token_sampling, "_inverts_uniform", lambda: at_once)
+    ours, theirs = ImageStreams(5, 0, 2, CPU), ImageStreams(5, 0, 2, CPU)._token_streams
+    for _ in range(2):  # the second scale goes on where the first one ended
+        noise = ours.exponential(*shape)
+        assert noise.dtype == torch.float32
+        for found, stream in zip(noise, theirs, strict=True):
+            assert torch.equal(found, torch.empty(shape).exponential_(generator=stream))
+
+
+@pytest.mark.parametrize("kind", ["dtype", "learns"])
+def test_filters_of_other_logits(kind):
+    """In bfloat16, and with gradients through what is kept."""
+    logits = random_logits(2, 5, 30).bfloat16().float()
+    expected = filter_logits(logits, 9, 0.7)
+    if kind == "dtype":
+        assert torch.equal(
+            filter_logits(logits.bfloat16(), 9, 0.0).float().isfinite(),
+            filter_logits(logits, 9, 0.0).isfinite(),
+        )
+        return
+    given = logits.clone().requires_grad_()
+    kept = filter_logits(given, 9, 0.7)
+    assert torch.equal(kept, expected)
+    kept[kept.isfinite()].sum().backward()
+    assert torch.equal(given.grad, expected.isfinite().float())
 
 
 @pytest.mark.parametrize("draw", ["exponential", "routing_noise"])
