@@ -35,6 +35,12 @@ def run(experiment: Experiment) -> StageResult:
     return StageResult(metrics, about={"checkpoint": "checkpoint"})
 
 
+def look(experiment: Experiment) -> None:
+    """Raise CheckpointError if the classifier that is given does not fit."""
+    if experiment.config.base.classifier is not None:
+        loaded.classifier(experiment)
+
+
 def reads(config: Config, ours: Config) -> Keys:
     trained = ("train_classifier",) if config.base.classifier is None else ()
     return ("seed", "dtype", "data", "var.num_classes", "base.classifier", *trained)
@@ -45,6 +51,7 @@ STAGE = Stage(
     run,
     reads,
     given="base.classifier",
+    look=look,
     one_process=True,
     reads_pictures=True,
 )

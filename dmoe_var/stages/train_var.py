@@ -44,6 +44,15 @@ def run(experiment: Experiment) -> StageResult:
     )
 
 
+def look(experiment: Experiment) -> None:
+    """Raise CheckpointError if the model that is given, or given to begin with, does not fit."""
+    config = experiment.config
+    if config.base.var is not None:
+        loaded.dense(experiment)
+    elif config.train_var.start is not None:
+        _new(config)
+
+
 def _new(config: Config) -> VAR:
     """Build the VAR to train, with new weights or those of `train_var.start`."""
     var, start = VAR(config.var), config.train_var.start
@@ -76,5 +85,11 @@ def reads(config: Config, ours: Config) -> Keys:
 
 
 STAGE = Stage(
-    "train_var", run, reads, needs=("train_vqvae",), given="base.var", reads_pictures=True
+    "train_var",
+    run,
+    reads,
+    needs=("train_vqvae",),
+    given="base.var",
+    look=look,
+    reads_pictures=True,
 )

@@ -17,6 +17,7 @@ from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.graph import require, run_stage, run_through
 from dmoe_var.experiment.record import Record
 from dmoe_var.experiment.stage import STAGES
+from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
 from dmoe_var.stages.evaluate import Bench
 from dmoe_var.stages.parts import loaded
 
@@ -268,12 +269,28 @@ def test_tuning_goes_on_from_given_experts(make_experiment, runs, tmp_path, make
         run_through(unfit, "tune_experts", lambda *_: None)
 
 
-@pytest.mark.parametrize("key", ["base.var", "base.vqvae", "tune_experts.start"])
+@pytest.mark.parametrize(
+    "key", ["base.var", "base.vqvae", "base.classifier", "train_var.start", "tune_experts.start"]
+)
 @pytest.mark.parametrize("source", ["/nowhere", "digits_d2"])
 def test_a_wrong_model_ends_the_run_before_the_first_stage(make_experiment, runs, key, source):
-    """digits_d2 has a VAR, of another shape, and no VQ-VAE."""
-    experiment = make_experiment(runs, {"tune_experts.steps": 1, "seed": 5, key: source})
+    """digits_d2 has a VAR, of another shape, and neither a VQ-VAE nor a classifier."""
+    asked = {"tune_experts.steps": 1, "seed": 5, "fidelity.classifier": "resnet", key: source}
+    last = "train_classifier" if key == "base.classifier" else "tune_experts"
     started = []
     with pytest.raises(CheckpointError, match=rf"^{key}={source}\b"):
-        run_through(experiment, "tune_experts", lambda *given: started.append(given))
-    assert started == [] or (key, source) == ("base.var", "digits_d2")  # found by its own stage
+        run_through(make_experiment(runs, asked), last, lambda *given: started.append(given))
+    assert started == []
+
+
+def test_a_classifier_of_other_classes_ends_the_run_before_the_first_stage(
+    make_experiment, runs, tmp_path
+):
+    save_checkpoint(tmp_path / "other", ResNetClassifier(ClassifierConfig(3, 4)))
+    given = {"fidelity.classifier": "resnet", "base.classifier": str(tmp_path / "other")}
+    started = []
+    with pytest.raises(CheckpointError, match=r"^base\.classifier=.*of 3 classes; expected"):
+        run_through(
+            make_experiment(runs, given), "train_classifier", lambda *given: started.append(given)
+        )
+    assert started == []
