@@ -86,11 +86,9 @@ class Router(nn.Module):
         if self.condition != "none":
             return self._informed(context)
         weights = (fc1.weight, fc2.weight)
-        if x_BLC.numel() and not hooked(fc1, fc2):
-            if native.knows_router(x_BLC, *weights):
-                return native.scores(x_BLC, *weights)
-            if triton_router.knows_router(x_BLC, *weights):
-                return triton_router.scores(x_BLC, *weights)
+        for kernel in (native, triton_router) if x_BLC.numel() else ():
+            if kernel.knows_router(x_BLC, *weights) and not hooked(fc1, fc2):
+                return kernel.scores(x_BLC, *weights)
         return fc2(F.gelu(fc1(x_BLC))).abs()
 
     def _informed(self, context: Context | None) -> Tensor:
