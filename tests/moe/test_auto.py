@@ -20,6 +20,7 @@ from dmoe_var.moe.experts import (
     run_experts,
     triton,
 )
+from dmoe_var.moe.experts.paths import path
 from dmoe_var.sampling_time import sampling
 
 pytestmark = pytest.mark.skipif(native.kernel() is None, reason="no C compiler here")
@@ -63,6 +64,17 @@ def test_the_fastest_at_the_density_of_the_mask(layer, monkeypatch, density, pat
     assert RAN[path] == before + 1
     expected = run_experts(layer[0], mask(density), layer[1], RELU, "reference")
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("density", [0.6, 1])
+def test_where_all_run_reference_multiplies_no_mask(layer, density):
+    """To the bits of what it makes of a mask that it must not count."""
+    counted = Dispatch(mask(density))
+    assert counted.density <= density
+    expected = path("reference").run(layer[0], Dispatch(mask(density)), layer[1], RELU)
+    assert torch.equal(path("reference").run(layer[0], counted, layer[1], RELU), expected)
+    counted.mask_NE = None if density == 1 else counted.mask_NE  # it is not looked at
+    path("reference").run(layer[0], counted, layer[1], RELU)
 
 
 def test_measured_once_and_kept(layer, monkeypatch, cache, set_threads):

@@ -23,3 +23,11 @@ def test_lists(mask_NE):
     assert dispatch.counts == [len(of) for of in rows]
     if chosen:
         assert dispatch.density == pytest.approx(sum(dispatch.counts) / (N * E))
+
+
+@pytest.mark.parametrize("mask_NE", [HALF, ALL, NONE])
+def test_it_is_full_once_that_is_known(mask_NE):
+    dispatch = Dispatch(mask_NE)
+    assert not dispatch.is_full()
+    assert dispatch.density == mask_NE.float().mean()
+    assert dispatch.is_full() == (mask_NE is ALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -29,7 +30,7 @@ def added(monkeypatch, tmp_path):
 
     def add(**defined):
         module = ModuleType("dmoe_var.moe.experts.added")
-        vars(module).update(defined)
+        vars(module).update(defined, __file__=__file__)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(paths, "_loaded", {})
         monkeypatch.setattr(paths, "PATHS", (*paths.PATHS, "added"))
@@ -46,6 +47,17 @@ def test_every_name_is_a_file(name):
     assert found.run is module.run
     assert TypeAdapter(MoEConfig).validate_python({"impl": name}).impl == name
     assert paths.path(name) is found
+
+
+def test_the_table_belongs_to_a_paths_file(added, tmp_path):
+    """Unless it says itself what its speed depends on."""
+    added(run=lambda *given: None)
+    assert paths.path("added").version() == Path(__file__).read_text("utf-8")
+    added(run=lambda *given: None, version=lambda: "2")
+    assert paths.path("added").version() == "2"
+    before = auto._file(CPU)
+    added(run=lambda *given: None, version=lambda: "3")
+    assert auto._file(CPU) != before
 
 
 def test_a_path_of_run_alone(added):

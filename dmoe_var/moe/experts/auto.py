@@ -137,10 +137,17 @@ def _measured(
     for _ in range(1 + REPEATS):  # paths take turns, so a busy spell slows all of them
         for name, each in paths.items():
             for mask_NE, found in zip(masks, times[name], strict=True):
-                # Each call derives from the mask anew what the path needs.
-                run = lambda: each.run(x_NC, Dispatch(mask_NE), weights, act)  # noqa: B023, E731
+                run = lambda: each.run(x_NC, _counted(mask_NE), weights, act)  # noqa: B023, E731
                 found.append(seconds_of(run, x_NC.device))
     return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
+
+
+def _counted(mask_NE: Tensor) -> Dispatch:
+    """Derive anew from a mask what was known of it when its path was chosen."""
+    dispatch = Dispatch(mask_NE)
+    if not mask_NE.is_cuda:
+        _ = dispatch.density
+    return dispatch
 
 
 def _file(device: torch.device) -> Path | None:

@@ -22,6 +22,10 @@ class Dispatch:
         """The share of pairs that run; the mask must not be empty."""
         return float(self.mask_NE.count_nonzero()) / self.mask_NE.numel()
 
+    def is_full(self) -> bool:
+        """Say whether it is known that all pairs run: somebody has asked for the density."""
+        return vars(self).get("density") == 1
+
     @cached_property
     def tokens_P(self) -> Tensor:
         """The tokens of the first expert, then those of the second, and so on; int64."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -52,7 +54,8 @@ class ComputePath:
     waits: bool = False
     """Whether the host waits for a GPU while it runs. `auto` leaves it out there."""
     version: Callable[[], str] = str
-    """What its speed depends on besides this machine and torch: its sources and packages."""
+    """What its speed depends on besides this machine and torch: its sources and packages. If it is
+    left out it is the path's file."""
 
 
 _loaded: dict[str, ComputePath] = {}
@@ -63,7 +66,9 @@ def path(name: str) -> ComputePath:
     if name not in _loaded:
         module = import_module(f"dmoe_var.moe.experts.{name}")
         names = [field.name for field in fields(ComputePath) if hasattr(module, field.name)]
-        _loaded[name] = ComputePath(**{name: getattr(module, name) for name in names})
+        source = partial(Path(str(module.__file__)).read_text, "utf-8")
+        given = {"version": source} | {name: getattr(module, name) for name in names}
+        _loaded[name] = ComputePath(**given)
     return _loaded[name]
 
 

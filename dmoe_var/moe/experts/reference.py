@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.weights import ExpertWeights
-from dmoe_var.ops import linear
+from dmoe_var.ops import activated_linear, linear
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `paths.ComputePath`."""
     num_experts, size, _ = weights.w1_EDC.shape
-    h_NH = act(linear(x_NC, weights.w1_EDC.flatten(0, 1), weights.b1_ED.flatten()))
-    h_NED = h_NH.view(-1, num_experts, size) * dispatch.mask_NE[..., None]
-    return linear(h_NED.flatten(1), weights.w2_EDC.flatten(0, 1).T, weights.b2_C)
+    h_NH = activated_linear(act, x_NC, weights.w1_EDC.flatten(0, 1), weights.b1_ED.flatten())
+    if not dispatch.is_full():
+        h_NED = h_NH.view(-1, num_experts, size) * dispatch.mask_NE[..., None]
+        h_NH = h_NED.flatten(1)
+    return linear(h_NH, weights.w2_EDC.flatten(0, 1).T, weights.b2_C)
