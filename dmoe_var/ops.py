@@ -81,10 +81,15 @@ def has_onednn() -> bool:
 def observed(x: Tensor) -> bool:
     """Say whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
     FlopCounterMode, autocast, FakeTensorMode, torch.func), and so must see torch's usual ones."""
+    return observed_on(x.device)
+
+
+def observed_on(device: torch.device) -> bool:
+    """Say whether operators on a device are `observed`."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.is_autocast_enabled(x.device.type)
+        or torch.is_autocast_enabled(device.type)
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
     )

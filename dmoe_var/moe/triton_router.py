@@ -5,8 +5,8 @@ dense FFN. Here the hidden layer stays in registers, so that the tokens pass thr
 32,768 of them are 67 MB, which an H200 reads in 14 us, 2 % of the dense FFN's time. Sums are
 float32, and hidden values and scores are rounded once each.
 
-No GPU has run these kernels yet: their values are tested by Triton's interpreter, and the machine
-code of their launches is examined.
+No GPU has run these kernels yet: their values are tested by Triton's interpreter, in float16, and
+the machine code of their launches is examined.
 
 Legend: N tokens, C width, R hidden neurons of the router, E experts.
 """
@@ -44,18 +44,29 @@ def kernels() -> ModuleType:
     return triton_router_kernels
 
 
-def _on_gpu(x: Tensor) -> bool:
-    """Say whether Triton runs where x is: on a GPU, or anywhere by its interpreter."""
-    there = x.is_cuda or os.environ.get(triton.INTERPRETER) == "1"
-    return there and triton.missing(x.device) is None
+def _runs_here(x: Tensor) -> bool:
+    """Say whether the kernels run on x's device: a GPU, or anything by Triton's interpreter, which
+    multiplies the bits of bfloat16 as if they were whole numbers."""
+    if os.environ.get(triton.INTERPRETER) == "1":
+        return x.dtype != torch.bfloat16 and triton.missing(x.device) is None
+    return (
+        x.is_cuda
+        and triton.missing(x.device) is None
+        and triton.failure(x.device, "routers", _try, "torch's operators") is None
+    )
+
+
+def _try(device: torch.device) -> None:
+    x_11 = torch.ones(1, 1, dtype=torch.float16, device=device)
+    threshold(scores(x_11, x_11, x_11), 0.5)
 
 
 def knows_router(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> bool:
     """Say whether `scores` takes these tensors: half precision on a GPU, without gradients, and
     with nobody watching operators."""
-    fit = fc2_ER.shape[1] == len(fc1_RC) <= WIDEST
-    may = fit and x.dtype in HALVES and kernels_may_take(x, fc1_RC, fc2_ER)
-    return may and _on_gpu(x)
+    if not kernels_may_take(x, fc1_RC, fc2_ER) or x.dtype not in HALVES:
+        return False
+    return fc2_ER.shape[1] == len(fc1_RC) <= WIDEST and _runs_here(x)
 
 
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
@@ -76,8 +87,9 @@ def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
 
 def knows(scores: Tensor) -> bool:
     """Say whether `threshold` takes these scores: on a GPU, with nobody watching operators."""
-    may = scores.dtype in triton.DTYPES and _power(scores.shape[-1]) <= COMPARED
-    return may and kernels_may_take(scores) and _on_gpu(scores)
+    if not kernels_may_take(scores) or scores.dtype not in triton.DTYPES:
+        return False
+    return _power(scores.shape[-1]) <= COMPARED and _runs_here(scores)
 
 
 def threshold(scores: Tensor, tau: float) -> tuple[Tensor, Tensor]:

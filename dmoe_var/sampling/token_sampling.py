@@ -15,6 +15,8 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from dmoe_var import generators, values
+from dmoe_var.devices import seconds_of
+from dmoe_var.ops import observed
 
 TOKENS, ROUTING = 0, 1  # purposes of an image's streams
 LIMITS = 0.01, 100.0
@@ -83,16 +85,12 @@ class ImageStreams:
 
     def exponential(self, num_tokens: int, vocab_size: int) -> Tensor:
         """Draw from Exp(1), (B, l, V), float32."""
-        shape, at_once = (num_tokens, vocab_size), self.device.type == "cpu" and _inverts_uniform()
-        dtype = torch.float64 if at_once else torch.float32
-        noise_BlV = torch.empty(self.batch, *shape, dtype=dtype, device=self.device)
+        noise_BlV = torch.empty(self.batch, num_tokens, vocab_size, device=self.device)
         if self.generator is not None:
-            drawn = [(noise_BlV, self.generator)]
-        else:
-            drawn = list(zip(noise_BlV, self._token_streams, strict=True))
-        for noise, stream in drawn:
-            noise.uniform_(generator=stream) if at_once else noise.exponential_(generator=stream)
-        return _inverted(noise_BlV).float() if at_once else noise_BlV
+            return _exponential_(noise_BlV, self.generator)
+        for noise_lV, stream in zip(noise_BlV, self._token_streams, strict=True):
+            _exponential_(noise_lV, stream)
+        return noise_BlV
 
     def routing_noise(self, num_tokens: int, num_experts: int, branches: int) -> Tensor:
         """Draw uniform noise (branches B, l, E) for rules that select experts by chance."""
@@ -102,20 +100,29 @@ class ImageStreams:
         return noise.transpose(0, 1).flatten(0, 1)
 
 
-def _inverted(uniform: Tensor) -> Tensor:
-    """Turn draws from U(0, 1) into draws from Exp(1), in place."""
-    return uniform.neg_().log1p_().neg_()
+def _exponential_(noise: Tensor, stream: torch.Generator) -> Tensor:
+    """Fill float32 noise with draws from Exp(1), as `noise.exponential_` does.
+
+    On a CPU that inverts a double from U(0, 1) for each number, one after the other. All at once
+    takes half of the time. Processors then round some logarithms otherwise, which changes about one
+    number in 10^10 by one rounding.
+    """
+    if noise.device.type != "cpu" or not _inverts_uniform():
+        return noise.exponential_(generator=stream)
+    return _by_uniform(noise, stream)
+
+
+def _by_uniform(noise: Tensor, stream: torch.Generator) -> Tensor:
+    uniform = torch.empty_like(noise, dtype=torch.float64).uniform_(generator=stream)
+    return noise.copy_(uniform.neg_().log1p_().neg_())
 
 
 @cache
 def _inverts_uniform() -> bool:
-    """Say whether torch draws from Exp(1) on this CPU by inverting a double from U(0, 1) for each
-    number. One after the other it takes more than twice as long as all at once. On processors of
-    Intel its numbers may be MKL's."""
-    by_torch, ours = torch.empty(1000), torch.empty(1000, dtype=torch.float64)
-    by_torch.exponential_(generator=generators.seeded("cpu", 0))
-    ours.uniform_(generator=generators.seeded("cpu", 0))
-    return torch.equal(_inverted(ours).float(), by_torch)
+    """Say whether torch draws so on this CPU: on Intel's processors its numbers may be MKL's."""
+    noise = torch.empty(2, 1000, dtype=torch.float32, device="cpu")
+    noise[0].exponential_(generator=generators.seeded("cpu", 0))
+    return torch.equal(_by_uniform(noise[1], generators.seeded("cpu", 0)), noise[0])
 
 
 def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -128,11 +135,12 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     """
     if top_k <= 0 and top_p <= 0:
         return logits_BlV
-    ordered, on_cpu = _ascending(logits_BlV), logits_BlV.device.type == "cpu"
-    below = max(0, ordered.shape[-1] - top_k) if top_k > 0 else 0
-    least = ordered[..., below, None]
+    V, on_cpu = logits_BlV.shape[-1], logits_BlV.device.type == "cpu"
     if top_p <= 0:
+        least = logits_BlV.topk(min(top_k, V), dim=-1, sorted=False).values.amin(-1, keepdim=True)
         return logits_BlV.masked_fill(logits_BlV < least, -torch.inf)
+    ordered, below = _ascending(logits_BlV), max(0, V - top_k) if top_k > 0 else 0
+    least = ordered[..., below, None]
     if on_cpu and below and (ordered[..., below - 1, None] < least).all():
         ordered = ordered[..., below:].contiguous()
     elif below:  # a GPU would have to be waited for, to know of ties
@@ -148,12 +156,23 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _ascending(logits_BlV: Tensor) -> Tensor:
-    """Sort the last dimension. NumPy does so in vector registers, in a tenth of torch's time on a
-    CPU with AVX-512."""
+    """Sort the last dimension, on a CPU by NumPy if that is faster."""
     logits_BlV = logits_BlV.detach()
-    if logits_BlV.device.type == "cpu" and logits_BlV.dtype == torch.float32:
+    plain = logits_BlV.device.type == "cpu" and logits_BlV.dtype == torch.float32
+    if plain and not observed(logits_BlV) and _numpy_sorts_faster(torch.get_num_threads()):
         return torch.from_numpy(np.sort(logits_BlV.numpy(), axis=-1))
     return logits_BlV.sort(dim=-1).values
+
+
+@cache
+def _numpy_sorts_faster(threads: int) -> bool:
+    """Measure it, once for a number of threads: NumPy may sort in vector registers, on AVX-512 in a
+    tenth of torch's time, but does so on one thread."""
+    generator = generators.seeded("cpu", 0)
+    sample = torch.rand(128, 1024, dtype=torch.float32, device="cpu", generator=generator)
+    sorts = (lambda: np.sort(sample.numpy(), axis=-1), lambda: sample.sort(dim=-1))
+    by_numpy, by_torch = (min(seconds_of(sort, sample.device) for _ in range(3)) for sort in sorts)
+    return by_numpy < by_torch
 
 
 def draw_tokens(logits_BlV: Tensor, streams: ImageStreams) -> Tensor:

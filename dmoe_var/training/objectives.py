@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -166,8 +167,10 @@ class VARObjective(TokenObjective):
         if weights_S is None:
             return
         sizes_S = [scale.stop - scale.start for scale in self.var.config.scale_slices]
-        weights_L = torch.tensor(weights_S).repeat_interleave(torch.tensor(sizes_S))
-        self.weights_L = (weights_L / weights_L.mean()).to(self.device)
+        weights_L = np.repeat(np.array(weights_S) / max(weights_S), sizes_S)
+        self.weights_L = torch.from_numpy(weights_L / weights_L.mean()).to(
+            self.device, torch.float32
+        )
 
     def loss(
         self, indices_B: Tensor, step: int, num_steps: int, rows: Rows

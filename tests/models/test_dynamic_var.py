@@ -97,6 +97,21 @@ def test_compiled(small, make_teacher, backend):
     assert torch.equal(ours.per_token(1), theirs.per_token(1))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_traced(small, make_teacher, dtype):
+    """By torch.jit, as fvcore counts operators."""
+    model = deepcopy(small()).to(dtype).requires_grad_(False)
+    teacher = make_teacher(model.dense).to(dtype)
+
+    def run(given):
+        return model(LABELS, given, tau=0.4)
+
+    traced = torch.jit.trace(run, (teacher,), check_trace=False)
+    tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+    assert_close(traced(teacher), run(teacher), rtol=0, atol=tolerance)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",

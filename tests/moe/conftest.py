@@ -35,7 +35,7 @@ def gpu(monkeypatch):
             fakes = SimpleNamespace(**{name: AnyGrid(launches, name) for name in names})
             monkeypatch.setattr(module, "kernels", lambda fakes=fakes: fakes)
         monkeypatch.delenv(triton.INTERPRETER, raising=False)
-        monkeypatch.setattr(triton, "_failure", lambda device: None)
+        monkeypatch.setattr(triton, "failure", lambda *given: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10))
         monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
         return launches

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant
 
 from dmoe_var.errors import InputError
+from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import PATHS, Dispatch, ExpertWeights, paths_on, run_experts, triton
 
 RELU = nn.ReLU()
@@ -171,22 +172,61 @@ def test_an_old_gpu_is_refused(gpu):
     assert list(paths_on(torch.device("cpu"))) == [name for name in PATHS if name != "triton"]
 
 
-@needs_triton
-def test_a_gpu_on_which_no_kernel_starts(monkeypatch, capfd):
-    """As without a C compiler: one line says so, and `auto` does without."""
+@pytest.fixture
+def compiler(monkeypatch):
+    """A GPU that Triton compiles for or, once `compiler.missing`, does not; `compiler.asked`."""
+    found = SimpleNamespace(missing=False, asked=0)
 
-    def fails(*given, **named):
-        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+    def row_lists(*given, **named):
+        found.asked += 1
+        if found.missing:
+            raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
     monkeypatch.delenv(triton.INTERPRETER, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "ones", lambda *given, **named: None)
-    monkeypatch.setattr(triton, "row_lists", fails)
-    monkeypatch.setattr(triton, "_failure", cache(triton._failure.__wrapped__))
-    device = torch.device("cuda")
+    monkeypatch.setattr(triton, "row_lists", row_lists)
+    monkeypatch.setattr(triton, "_FAILURES", {})
+    return found
+
+
+@needs_triton
+def test_a_gpu_on_which_no_kernel_starts(compiler, capfd):
+    """As without a C compiler: one line says so, and `auto` does without."""
+    compiler.missing, device = True, torch.device("cuda")
     for _ in range(2):
         assert list(paths_on(device)) == ["reference", "grouped"]
     reason = "RuntimeError: Failed to find C compiler."
     assert triton.missing(device) == f"impl=triton cannot run here: {reason}"
     said = f"Triton's kernels do not run here ({reason}); experts run by reference\n"
+    assert capfd.readouterr().err == said
+    assert compiler.asked == 1
+
+
+@needs_triton
+def test_kernels_are_tried_once_and_not_while_somebody_watches(compiler):
+    device = torch.device("cuda")
+    compiler.missing = True
+    with FakeTensorMode():
+        assert triton.missing(device) is None
+    torch.func.vmap(lambda x: x * (triton.missing(device) is None))(torch.zeros(2))
+    assert compiler.asked == 0
+    compiler.missing = False
+    assert [triton.missing(device) for _ in range(2)] == [None, None]
+    assert compiler.asked == 1
+
+
+@needs_triton
+def test_routers_kernels_that_do_not_start(compiler, monkeypatch, capfd):
+    """Torch's operators take their place, whichever path runs experts."""
+
+    def fails(*given):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(triton_router, "scores", fails)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float16)
+    assert [triton_router._runs_here(x) for _ in range(2)] == [False, False]
+    assert triton.missing(x.device) is None
+    reason = "RuntimeError: out of shared memory"
+    said = f"Triton's kernels do not run here ({reason}); routers run by torch's operators\n"
     assert capfd.readouterr().err == said

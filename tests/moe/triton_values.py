@@ -239,6 +239,12 @@ def test_what_the_routers_kernels_do_not_know_is_left_to_torch(by_kernels):
     x = tokens(9, 12, torch.float16)
     learns, wide, hooked = router(12, 5, 3).requires_grad_(), router(12, 129, 3), router(12, 5, 3)
     hooked.fc2.register_forward_hook(lambda *given: None)
+    bits = router(12, 5, 3).bfloat16()
+    expected = bits.fc2(torch.nn.functional.gelu(bits.fc1(x.bfloat16()))).abs()
+    with pytest.MonkeyPatch.context() as patch:  # no native kernel either
+        patch.setenv("DMOE_VAR_NATIVE", "0")
+        assert torch.equal(bits(x.bfloat16()), expected)
+        assert Threshold(0.3)(expected).shape == (9, 3)
     for each in (learns, wide, hooked):
         expected = each.fc2(torch.nn.functional.gelu(each.fc1(x))).abs()
         assert torch.equal(each(x), expected)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from dmoe_var.sampling import token_sampling
@@ -204,6 +206,47 @@ def test_exponentials_are_those_of_torch(monkeypatch, at_once, shape):
         assert noise.dtype == torch.float32
         for found, stream in zip(noise, theirs, strict=True):
             assert torch.equal(found, torch.empty(shape).exponential_(generator=stream))
+
+
+@pytest.mark.parametrize("numpy_is_faster", [True, False])
+def test_both_sorts_filter_alike(monkeypatch, numpy_is_faster):
+    monkeypatch.setattr(token_sampling, "_numpy_sorts_faster", lambda threads: numpy_is_faster)
+    logits_BlV = random_logits(2, 5, 40).mul(4).round() / 4
+    filtered = filter_logits(logits_BlV, 9, 0.8)
+    for row, out in zip(logits_BlV.flatten(0, 1), filtered.flatten(0, 1), strict=True):
+        assert out.isfinite().nonzero().flatten().tolist() == naive_filter(row.tolist(), 9, 0.8)
+
+
+def test_the_faster_sort_is_measured(monkeypatch):
+    """For each number of threads once."""
+    asked, seconds = [], iter([1.0, 2.0, 3.0, 1.0, 2.0, 3.0, *[1.0] * 3, *[0.5] * 3])
+    monkeypatch.setattr(
+        token_sampling, "seconds_of", lambda sort, device: asked.append(sort()) or next(seconds)
+    )
+    measured = cache(token_sampling._numpy_sorts_faster.__wrapped__)
+    assert [measured(1), measured(1), measured(2)] == [False, False, False]
+    assert len(asked) == 12
+    assert np.array_equal(asked[0], asked[3].values.numpy())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_numpy_sorts_nothing_that_others_watch(monkeypatch):
+    """Fake tensors, torch.func, and torch.jit, which has to sort other logits later."""
+    monkeypatch.setattr(token_sampling, "_numpy_sorts_faster", lambda threads: True)
+    ascending, logits, others = token_sampling._ascending, random_logits(6, 30), torch.rand(6, 30)
+    with FakeTensorMode() as fake:
+        assert ascending(fake.from_tensor(logits)).shape == logits.shape
+    assert torch.equal(torch.vmap(ascending)(logits), logits.sort().values)
+    assert torch.equal(torch.jit.trace(ascending, logits)(others), others.sort().values)
+
+
+def test_exponentials_beside_another_default_device(monkeypatch):
+    expected = ImageStreams(5, 0, 2, CPU).exponential(3, 4)
+    monkeypatch.setattr(
+        token_sampling, "_inverts_uniform", cache(token_sampling._inverts_uniform.__wrapped__)
+    )
+    with torch.device("meta"):
+        assert torch.equal(ImageStreams(5, 0, 2, CPU).exponential(3, 4), expected)
 
 
 @pytest.mark.parametrize("kind", ["dtype", "learns"])

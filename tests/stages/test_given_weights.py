@@ -248,6 +248,21 @@ def test_training_goes_on_from_given_weights(make_experiment, runs, bases, tmp_p
         run_through(unfit, "train_var", lambda *_: None)
 
 
+def test_training_weights_scales_as_asked(make_experiment, runs):
+    """Equal weights learn what none learn; those of the first scale alone learn something else."""
+    asked = {"base.var": None, "train_var.steps": 2}
+
+    def losses(weights):
+        experiment = make_experiment(runs, {**asked, "train_var.scale_weights": weights})
+        run_through(experiment, "train_var", lambda *_: None)
+        lines = (experiment.folder("train_var") / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+
+    plain = losses(None)
+    assert losses([2, 2, 2, 2]) == pytest.approx(plain, rel=1e-5)
+    assert losses([1, 0, 0, 0]) != pytest.approx(plain, rel=1e-3)
+
+
 def test_tuning_goes_on_from_given_experts(make_experiment, runs, tmp_path, make_var):
     """As above, for experts that were tuned before: they start, and not those of train_router."""
     before = make_experiment(runs, {"tune_experts.steps": 1, "tune_experts.lr": 0.1})

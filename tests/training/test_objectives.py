@@ -72,6 +72,16 @@ def test_scales_are_weighted_by_their_tokens_weights(build, batch):
     assert validate() == unweighted
 
 
+@pytest.mark.parametrize("weights", [[1e-50] * 4, [1e300] * 4, [1e39, 1, 1, 1]])
+def test_weights_of_scales_may_be_extreme(build, weights):
+    objective, _ = build("var")
+    objective.weight_scales(weights)
+    assert objective.weights_L.dtype == torch.float32
+    assert objective.weights_L.mean().item() == pytest.approx(1)
+    expected = 30 if weights[1] == 1 else 1
+    assert objective.weights_L[0].item() == pytest.approx(expected)
+
+
 def test_validation_by_scale(build, held_out, monkeypatch):
     """By batches of which the last one is smaller."""
     monkeypatch.setattr("dmoe_var.training.objectives.VALIDATION_BATCH", 4)

@@ -17,6 +17,7 @@ Legend: N tokens, C width, E experts, D neurons per expert, H = E D, T tokens pe
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,7 @@ from dmoe_var.files import note
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.paths import ON_GPU
 from dmoe_var.moe.experts.weights import ExpertWeights
-from dmoe_var.ops import hooked, kernels_may_take
+from dmoe_var.ops import hooked, kernels_may_take, observed_on
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETER = "TRITON_INTERPRET"
@@ -110,19 +111,36 @@ def missing(device: torch.device) -> str | None:
     return f"impl=triton needs an NVIDIA GPU of compute capability 8.0 or more, not {found}"
 
 
-@cache
 def _failure(device: torch.device) -> str | None:
-    """Start a kernel on a GPU, and say in one line why that failed; None if it went well. Triton
-    needs a C compiler, among others, to start what it has compiled."""
-    try:
-        row_lists(torch.ones(1, 1, dtype=torch.bool, device=device), block=512)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of Triton, its compilers or the system
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        note(f"Triton's kernels do not run here ({reason}); experts run by {ON_GPU}")
-        return f"impl=triton cannot run here: {reason}"
-    return None
+    """Say in one line why the kernels cannot run on a GPU that should do; None if they can."""
+    reason = failure(device, "experts", _try, ON_GPU)
+    return reason and f"impl=triton cannot run here: {reason}"
+
+
+def _try(device: torch.device) -> None:
+    row_lists(torch.ones(1, 1, dtype=torch.bool, device=device), block=512)
+
+
+_FAILURES: dict[tuple[torch.device, str], str | None] = {}
+
+
+def failure(
+    device: torch.device, what: str, try_on: Callable[[torch.device], None], instead: str
+) -> str | None:
+    """Start the kernels of something once on a device, and say in one line why that failed, also on
+    stderr; None if it went well. Triton needs a C compiler, among others, to start what it has
+    compiled. While operators are `observed` nothing is tried, nor remembered."""
+    if (device, what) not in _FAILURES and not observed_on(device):
+        _FAILURES[device, what] = None
+        try:
+            try_on(device)
+        except torch.OutOfMemoryError:
+            del _FAILURES[device, what]
+            raise
+        except Exception as error:  # of Triton, its compilers or the system
+            reason = _FAILURES[device, what] = f"{type(error).__name__}: {error}".splitlines()[0]
+            note(f"Triton's kernels do not run here ({reason}); {what} run by {instead}")
+    return _FAILURES.get((device, what))
 
 
 def runs_on(device: torch.device) -> bool:
