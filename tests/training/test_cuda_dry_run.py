@@ -20,7 +20,7 @@ WAITS = {
     "router": LOOP | TOKENS,
     "tune": LOOP
     | TOKENS
-    | {"training/tuning_objective.py:loss", "moe/selection/finite.py:_checked"},
+    | {"training/tuning_objective.py:loss", "moe/selection/finite.py:require_finite"},
 }
 
 
