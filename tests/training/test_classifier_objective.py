@@ -85,14 +85,13 @@ def test_images_are_mirrored_and_moved():
     assert all((unmirrored == each).flatten(1).all(1).sum() == 0 for each in every[25:])
 
 
+@torch.no_grad()
 def test_validation(build, digits, monkeypatch):
     monkeypatch.setattr("dmoe_var.training.classifier_objective.VALIDATION_BATCH", 4)
     objective, _ = build("classifier")
     network = objective.module.eval()
     logits, labels = network(digits[1].tensors(ALL[:10])), torch.from_numpy(digits[1].labels)
-    with torch.no_grad():
-        found = objective.validate()
-    assert found == pytest.approx({
+    assert objective.validate() == pytest.approx({
         "val_ce": float(F.cross_entropy(logits, labels)),
         "val_accuracy": float((logits.argmax(1) == labels).float().mean()),
     })  # fmt: skip
