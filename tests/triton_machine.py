@@ -23,6 +23,12 @@ TYPES = {
 }
 
 
+def quick_first(quick, launches):
+    """A test over launches: some, and the others marked slow, since each compiles for seconds."""
+    others = [pytest.param(each, marks=pytest.mark.slow) for each in launches if each not in quick]
+    return pytest.mark.parametrize("launch", [*quick, *others], ids=str)
+
+
 class AnyGrid:
     """kernel[grid] of a kernel that is not run: its launch is written down."""
 

@@ -14,7 +14,7 @@ import torch
 from float64_experts import layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant
+from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant, quick_first
 
 from dmoe_var.errors import InputError
 from dmoe_var.moe import triton_router
@@ -96,11 +96,7 @@ def launches_of(gpu, arch, dtype, tf32, size, tokens):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "launch",
-    [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in LAUNCHES if x not in QUICK)],
-    ids=str,
-)
+@quick_first(QUICK, LAUNCHES)
 def test_machine_code_of_fc1(gpu, tmp_path, launch):
     """Tensor cores unless float32 is exact, tiles that arrive meanwhile, no spilled registers."""
     from dmoe_var.moe.experts import triton_kernels

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant
+from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant, quick_first
 
 from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import triton
@@ -40,11 +40,7 @@ def launches_of(gpu, arch, dtype, hidden, tokens, experts=32):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "launch",
-    [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in LAUNCHES if x not in QUICK)],
-    ids=str,
-)
+@quick_first(QUICK, LAUNCHES)
 def test_machine_code_of_scores(gpu, tmp_path, launch):
     """Tensor cores, tiles that arrive meanwhile, no spilled registers, and two programs or more per
     multiprocessor."""

@@ -107,14 +107,9 @@ def missing(device: torch.device) -> str | None:
     elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         found = f"one of {capability[0]}.{capability[1]}"
     else:
-        return _failure(device)
+        reason = failure(device, "experts", _try, ON_GPU)
+        return reason and f"impl=triton cannot run here: {reason}"
     return f"impl=triton needs an NVIDIA GPU of compute capability 8.0 or more, not {found}"
-
-
-def _failure(device: torch.device) -> str | None:
-    """Say in one line why the kernels cannot run on a GPU that should do; None if they can."""
-    reason = failure(device, "experts", _try, ON_GPU)
-    return reason and f"impl=triton cannot run here: {reason}"
 
 
 def _try(device: torch.device) -> None:
