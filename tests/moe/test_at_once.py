@@ -66,6 +66,22 @@ def test_the_bits_of_the_steps(dtype, tau, sharing, impl, monkeypatch):
             assert torch.equal(found, by_steps(ffn, x_BLC, routing, monkeypatch))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_threads(dtype, set_threads):
+    """Of the whole layer, and of router and threshold by themselves."""
+    ffn, x_BLC = made(dtype), tokens(8, 90, dtype)
+    found = []
+    for number in (1, 2, 3, 7):
+        set_threads(number)
+        with sampling(), torch.no_grad():
+            out = at_once.run(ffn, x_BLC, Routing(Threshold(0.3), impl="native"))
+            assert out is not None
+            scores = ffn.router(x_BLC)
+        found.append((out, scores, native.threshold(scores.flatten(0, 1), 0.3)))
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
+
+
 def test_a_tau_for_each_layer(monkeypatch):
     ffn, x_BLC = made(), tokens()
     rule = LayerThreshold((0.2, 0.9))

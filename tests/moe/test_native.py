@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import platform
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from float64_experts import in_float64, layer, tokens
 from torch import nn
 
+from dmoe_var import c_library
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.router import Router
@@ -79,6 +81,25 @@ def test_values(products, sizes, dtype):
         x = tokens(N, C, dtype)
         for mask in masks(N, E):
             close_to_float64(x, mask, weights)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have other names")
+@pytest.mark.parametrize("march", ["haswell", "x86-64"])
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_values_of_smaller_vectors(march, dtype, monkeypatch):
+    """AVX2's registers, and four lanes as NEON has them, whatever this processor has."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setattr(c_library, "FLAGS", ("-O3", f"-march={march}", "-fPIC"))
+    compiled = native._Kernel(c_library.load(native.SOURCE))
+    assert compiled.lanes == {"haswell": 8, "x86-64": 4}[march]
+    monkeypatch.setattr(native, "_compiled", lambda: compiled)
+    for C, E, D in LAYERS[:-1]:
+        weights = layer(C, E, D, dtype)
+        for N in (1, 9, 300):
+            x = tokens(N, C, dtype)
+            for mask in masks(N, E):
+                close_to_float64(x, mask, weights)
 
 
 def test_no_tokens():
@@ -182,9 +203,18 @@ def two_neurons_swapped(ffn):
     ffn.w1_EDC.data[0, [0, 1]] = ffn.w1_EDC.data[0, [1, 0]]
 
 
+def loaded(ffn):
+    ffn.load_state_dict({name: -values for name, values in ffn.state_dict().items()})
+
+
+def assigned(ffn):
+    given = {name: -values for name, values in ffn.state_dict().items()}
+    ffn.load_state_dict(given, assign=True)
+
+
 CHANGES = [
     written_in_place, through_another_dtype, replaced_memory, replaced_parameter, trained,
-    written_by_numpy, two_neurons_swapped,
+    written_by_numpy, two_neurons_swapped, loaded, assigned,
 ]  # fmt: skip
 
 

@@ -7,10 +7,15 @@ it is done with those of the scale before.
 from __future__ import annotations
 
 import copy
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from dmoe_var import (
@@ -25,7 +30,9 @@ from dmoe_var import (
 )
 from dmoe_var.errors import InputError
 from dmoe_var.models.var import check_labels
+from dmoe_var.moe import experts
 from dmoe_var.moe.counts import ExpertCounts
+from dmoe_var.moe.experts import paths, triton
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.skipped_means import SkippedMeans
 from dmoe_var.sampling.draw import Drawing
@@ -162,20 +169,81 @@ def test_what_is_not_finite_is_refused_as_on_the_cpu(tiny_models, cuda_dry_run, 
         generate(*moved(models, "cuda"), LABELS, tau=0.4, impl="reference")
 
 
-def test_drawing(tiny_models, cuda_dry_run):
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_drawing(both, cuda_dry_run, impl):
     """What evaluate draws a batch with: images and counts come back."""
+    here, there = both
     config = SamplingConfig(top_k=20, top_p=0.9, batch_size=3)
-    given = (np.array([0, 1, 2, 3]), 5, config, Threshold(0.4), "reference")
-    expected = Drawing(*tiny_models, *given).batch(1)
+    given = (np.array([0, 1, 2, 3]), 5, config, Threshold(0.4), impl)
+    expected = Drawing(*here, *given).batch(1)
     with cuda_dry_run() as run:
-        there = moved(tiny_models, "cuda")
-        run.waits.clear()
         batch = Drawing(*there, *given).batch(1)
         after = {"data/images.py:to_uint8": 1, "moe/counts.py:of": 2}
         assert run.waits == A_CALL | after
+    if next(here[0].parameters()).dtype == torch.bfloat16:
+        return  # the CPU rounds elsewhere
     difference = np.abs(batch.samples.images.astype(int) - expected.samples.images)
     assert difference.max() <= 1
     assert batch.ran == expected.ran
+
+
+class Played:
+    """The kernels of triton_kernels.py, by torch on the values; the grid says nothing."""
+
+    def __init__(self):
+        self.ran = Counter()
+
+    def __getattr__(self, name):
+        kernel = getattr(type(self), f"_{name}")
+
+        def launch(*given, **named):
+            self.ran[name] += 1
+            kernel(*(getattr(x, "value", x) for x in given), **named)
+
+        return defaultdict(lambda: launch)
+
+    @staticmethod
+    def _row_lists(mask_NE, rows_BET, counts_BE, N, E, T, **_):
+        padded = torch.zeros(len(rows_BET) * T, E, dtype=torch.int8)
+        padded[:N] = mask_NE
+        mask_BET = padded.view(-1, T, E).transpose(1, 2)
+        order = torch.sort(mask_BET, dim=-1, descending=True, stable=True)
+        rows_BET.copy_(order.indices)
+        counts_BE.copy_(mask_BET.sum(-1))
+
+    @staticmethod
+    def _zeros(_rows, _counts, h_NH, _N, _E, **_):
+        h_NH.fill_(0)
+
+    @staticmethod
+    def _fc1(x_NC, w1_EDC, b1_ED, rows_BET, counts_BE, h_NH, _N, _C, E, T, **_):
+        h_NED = h_NH.view(len(h_NH), E, -1)
+        for block, e in product(range(len(counts_BE)), range(E)):
+            rows = block * T + rows_BET[block, e, : counts_BE[block, e]].long()
+            h_NED[rows, e] = torch.relu(F.linear(x_NC[rows], w1_EDC[e], b1_ED[e]))
+
+
+def test_triton_within_generate(both, cuda_dry_run, monkeypatch):
+    """Its launcher asks nothing of the device, and what it is given makes the CPU's images."""
+    here, there = both
+    on_cpu = generate(*here, LABELS, tau=0.4, impl="reference", **SMALL)
+    played = Played()
+    monkeypatch.setattr(experts, "FakeTensor", type(None))  # no operator in the path's place
+    monkeypatch.setattr(triton, "can_run", lambda *_: True)
+    monkeypatch.setitem(
+        paths._loaded, "triton", replace(paths.path("triton"), can_run=triton.can_run)
+    )
+    monkeypatch.setattr(triton, "kernels", lambda: played)
+    monkeypatch.setattr(triton, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    with cuda_dry_run() as run:
+        on_gpu = generate(*there, LABELS, tau=0.4, impl="triton", **SMALL)
+        assert run.waits == A_CALL
+        layers = 2 * 2  # of two scales
+        assert played.ran == {"row_lists": layers, "zeros": layers, "fc1": layers}
+        assert on_gpu.isfinite().all()
+        if next(here[0].parameters()).dtype == torch.float32:
+            assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=1e-4)
 
 
 def test_labels(cuda_dry_run):

@@ -14,8 +14,14 @@ validation. Under a mask also every layer, to refuse scores that are not finite.
 TOKENS = {"data/token_cache.py:teacher_forced", "models/var.py:check_labels", "values.py:_python"}
 VQVAE = {f"training/vqvae_objective.py:{name}" for name in ("loss", "_restart", "validate")}
 VQVAE |= {"data/in_memory.py:tensors"}
+CLASSIFIER = {
+    f"training/classifier_objective.py:{name}" for name in ("_batch", "varied", "_accuracy")
+}
+CLASSIFIER |= {"data/in_memory.py:tensors"}
 WAITS = {
     "vqvae": LOOP | VQVAE,
+    "classifier": LOOP | CLASSIFIER,
+    "var": LOOP | TOKENS,
     "sparsify": LOOP | TOKENS | {"training/objectives.py:loss"},
     "router": LOOP | TOKENS,
     "tune": LOOP
@@ -24,6 +30,7 @@ WAITS = {
 }
 
 
+FLOAT32_ALONE = {"vqvae", "classifier"}
 DISTILLED = {"training/distillation.py:prediction_loss"}
 
 
@@ -31,7 +38,7 @@ DISTILLED = {"training/distillation.py:prediction_loss"}
     ("kind", "dtype", "distill"),
     [
         *((kind, torch.float32, {}) for kind in WAITS),
-        ("sparsify", torch.bfloat16, {}),
+        *((kind, torch.bfloat16, {}) for kind in WAITS if kind not in FLOAT32_ALONE),
         *((kind, torch.float32, {"distill": 0.5}) for kind in ("sparsify", "tune")),
     ],
 )
@@ -47,4 +54,8 @@ def test_training(build, run_in, cuda_dry_run, tmp_path, monkeypatch, kind, dtyp
         assert run.waits.keys() == WAITS[kind] | (DISTILLED if distill else set())
         assert run.waits["training/step.py:add"] == run.waits["training/loop.py:train"] == 1
     coarse = 10 if dtype == torch.bfloat16 else 1
+    if coarse > 1:  # near-equal norms change ranks where the CPU rounds elsewhere
+        on_gpu, on_cpu = (
+            {k: v for k, v in found.items() if "rank" not in k} for found in (on_gpu, on_cpu)
+        )
     assert_close(on_gpu, on_cpu, rtol=1e-3 * coarse, atol=1e-4 * coarse)
