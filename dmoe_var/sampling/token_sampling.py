@@ -139,11 +139,15 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p <= 0:
         least = logits_BlV.topk(min(top_k, V), dim=-1, sorted=False).values.amin(-1, keepdim=True)
         return logits_BlV.masked_fill(logits_BlV < least, -torch.inf)
-    ordered, below = _ascending(logits_BlV), max(0, V - top_k) if top_k > 0 else 0
-    least = ordered[..., below, None]
-    if on_cpu and below and (ordered[..., below - 1, None] < least).all():
-        ordered = ordered[..., below:].contiguous()
+    below = max(0, V - top_k) if top_k > 0 else 0
+    # What top-k drops need not be sorted, but for one that tells of ties.
+    left = below - 1 if on_cpu and 2 * below > V else 0
+    ordered = _ascending(logits_BlV, left)
+    least = ordered[..., below - left, None]
+    if on_cpu and below and (ordered[..., below - left - 1, None] < least).all():
+        ordered = ordered[..., below - left :].contiguous()
     elif below:  # a GPU would have to be waited for, to know of ties
+        ordered = _ascending(logits_BlV, 0) if left else ordered
         ordered = ordered.masked_fill(ordered < least, -torch.inf)
     count = (ordered.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True)
     count = count.clamp_max(ordered.shape[-1] - 1)
@@ -155,12 +159,16 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_BlV.masked_fill(dropped, -torch.inf)
 
 
-def _ascending(logits_BlV: Tensor) -> Tensor:
-    """Sort the last dimension, on a CPU by NumPy if that is faster."""
+def _ascending(logits_BlV: Tensor, left: int) -> Tensor:
+    """Sort the last dimension, on a CPU by NumPy if that is faster; leave the lowest `left` out."""
     logits_BlV = logits_BlV.detach()
     plain = logits_BlV.device.type == "cpu" and logits_BlV.dtype == torch.float32
     if plain and not observed(logits_BlV) and _numpy_sorts_faster(torch.get_num_threads()):
-        return torch.from_numpy(np.sort(logits_BlV.numpy(), axis=-1))
+        kept = logits_BlV.numpy()
+        kept = np.partition(kept, left, axis=-1)[..., left:] if left else kept
+        return torch.from_numpy(np.sort(kept, axis=-1))
+    if left:
+        return logits_BlV.topk(logits_BlV.shape[-1] - left, dim=-1).values.flip(-1)
     return logits_BlV.sort(dim=-1).values
 
 
