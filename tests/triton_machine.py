@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
-import torch
+
+from dmoe_var.moe.experts.triton_code import disassembled
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of a block."""
-TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    int: "i32",
-    float: "fp32",
-}
 
 
 def quick_first(quick, launches):
@@ -44,39 +33,12 @@ class AnyGrid:
         self.launches[self.name] = (given, named)
 
 
-def compiled(kernel, given, named, arch):
-    """As Triton would for this launch: its metadata and machine code."""
-    import triton as package
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    places = dict(zip(kernel.arg_names[: len(given)], given, strict=True))
-    aligned = [
-        name for name, x in places.items() if name != "N" and (torch.is_tensor(x) or x % 16 == 0)
-    ]
-    types = {n: TYPES[x.dtype if torch.is_tensor(x) else type(x)] for n, x in places.items()}
-    constants = {name: named[name] for name in kernel.arg_names[len(given) :]}
-    options = {name: value for name, value in named.items() if name not in constants}
-    source = ASTSource(
-        kernel,
-        types | dict.fromkeys(constants, "constexpr"),
-        constants,
-        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return package.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def machine_code(found, folder):
-    import triton as package
-
-    tool = Path(package.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    if not tool.exists():
+def machine_code(found):
+    """The names of its instructions."""
+    code = disassembled(found)
+    if code is None:
         pytest.skip("no nvdisasm in this triton package")
-    (folder / "cubin").write_bytes(found.asm["cubin"])
-    text = subprocess.run(
-        [tool, "-c", folder / "cubin"], capture_output=True, text=True, check=True
-    )
-    return re.findall(r"\b[A-Z][A-Z0-9]+\b", text.stdout)
+    return re.findall(r"\b[A-Z][A-Z0-9]+\b", code)
 
 
 def no_slower_than_meant(found, code, arch):

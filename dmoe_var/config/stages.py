@@ -129,10 +129,15 @@ class BenchmarkConfig:
         1.0, 0.6, 0.3, 0.1,
     )  # fmt: skip
     """With kernels: densities, the shares of experts that run."""
+    predict: Annotated[tuple[Literal["a100", "h100", "h200"], ...], Listed, Distinct] = ()
+    """With kernels: GPUs for which the time of triton's kernels is predicted from what they are
+    compiled to; none of them has to be there."""
 
     def __post_init__(self) -> None:
         if self.real_masks and not (self.kernels and self.dynamic):
             raise ValueError("real_masks=true needs kernels=true, and tau or chosen to draw by")
+        if self.predict and not self.kernels:
+            raise ValueError("predict needs kernels=true, whose shapes it is of")
         if self.random_masks and not (self.kernels or self.dynamic):
             raise ValueError("random_masks=true needs tau or chosen, whose density they have")
 

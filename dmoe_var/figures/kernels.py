@@ -15,13 +15,16 @@ PATH_COLOURS = {
     "triton": "#0072B2",
 }
 COLUMNS = 4
+RANDOM, NO_ZEROS = "random", "no_zeros"
+"""What `masks` of a row says of layers that are no model's own: random masks; every expert, and no
+hidden value that is 0."""
 
 
 @styled
 def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot time relative to the fastest dense FFN over density, beside the density itself and the
     device's limit. Each panel shows the scale with the most tokens. Lines join random weights and
-    masks; a star is a model's own layers as it samples."""
+    masks, a ring is of weights that leave no hidden zero to skip, a star a model's own layers."""
     shown = [row for row in rows if row["density"] is not None]
     sizes = sorted({(row["model"], row["width"], row["expert_size"]) for row in shown})
     columns = min(COLUMNS, len(sizes))
@@ -37,8 +40,9 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_size = sorted(
             (row for row in of_size if row["tokens"] == tokens), key=lambda row: row["density"]
         )
-        random = [row for row in of_size if row["masks"] == "random"]
-        own = [row for row in of_size if row["masks"] != "random"]
+        random = [row for row in of_size if row["masks"] == RANDOM]
+        full = [row for row in of_size if row["masks"] == NO_ZEROS]
+        own = [row for row in of_size if row["masks"] not in (RANDOM, NO_ZEROS)]
         # A line per path
         for impl, colour in PATH_COLOURS.items():
             if impl in {row["impl"] for row in random}:  # not every path runs on every device
@@ -47,6 +51,10 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                     linewidth=1, label=impl,
                 )  # fmt: skip
                 axis.plot(*_points(own, impl, "time_ratio"), "*", color=colour, markersize=7)
+                axis.plot(
+                    *_points(full, impl, "time_ratio"), "o", color=colour, markerfacecolor="none",
+                    markersize=5,
+                )  # fmt: skip
         # Limits and labels
         limits = _points(random, "reference", "limit_ratio")
         axis.plot(*limits, ":", color="black", linewidth=1, label="the device's limit")

@@ -115,15 +115,22 @@ class Layer:
 
 
 def random_layer(
-    shape: Shape, densities: Sequence[float], device: torch.device, dtype: torch.dtype
+    shape: Shape,
+    densities: Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype,
+    zeros: bool = True,
 ) -> Layer:
-    """Make a layer with random weights and tokens; about half of its hidden values are 0."""
+    """Make a layer with random weights and tokens. About half of its hidden values are 0; without
+    `zeros` large biases leave none, so that no path can skip any."""
     generator = torch.Generator().manual_seed(0)
     ffn = MoEFFN(shape.width, shape.hidden, "relu", ExpertConfig(shape.expert_size))
     with torch.no_grad():
         for parameter in ffn.parameters():
             values = torch.rand(parameter.shape, generator=generator).sub_(0.5)
             parameter.copy_(values.mul_(2 * parameter.shape[-1] ** -0.5))
+        if not zeros:
+            ffn.b1_ED.fill_(shape.width**0.5)  # |x| <= 1/2, |w| <= C^-1/2
     x_NC = torch.rand(shape.tokens, shape.width, generator=generator).sub_(0.5)
     num_experts = shape.num_experts
     masks = {

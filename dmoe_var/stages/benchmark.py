@@ -23,6 +23,7 @@ from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.part_times import draw_part_times
 from dmoe_var.metrics.timing import Timing, time_in_turn
+from dmoe_var.metrics.triton_prediction import check_predictable
 from dmoe_var.models.guidance import text
 from dmoe_var.models.int8 import check_int8
 from dmoe_var.moe.experts.paths import path
@@ -188,6 +189,8 @@ def refuse(config: Config) -> None:
         skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:
         skipping.refuse(config, "benchmark.kernels=true times single layers on all tokens")
+    if benchmark.predict:
+        check_predictable(config.sampling.dtype)
     if config.sampling.cuda_graphs:
         _refuse_without_graphs(config)
     if benchmark.compile != "eager":

@@ -14,11 +14,12 @@ import torch
 from float64_experts import layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant, quick_first
+from triton_machine import SHARED_MEMORY, machine_code, no_slower_than_meant, quick_first
 
 from dmoe_var.errors import InputError
 from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import PATHS, Dispatch, ExpertWeights, paths_on, run_experts, triton
+from dmoe_var.moe.experts.triton_code import compiled
 
 RELU = nn.ReLU()
 needs_triton = pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
@@ -97,14 +98,14 @@ def launches_of(gpu, arch, dtype, tf32, size, tokens):
 
 @needs_triton
 @quick_first(QUICK, LAUNCHES)
-def test_machine_code_of_fc1(gpu, tmp_path, launch):
+def test_machine_code_of_fc1(gpu, launch):
     """Tensor cores unless float32 is exact, tiles that arrive meanwhile, no spilled registers."""
     from dmoe_var.moe.experts import triton_kernels
 
     arch, dtype, tf32, *_ = launch
     given, named = launches_of(gpu, *launch)["fc1"]
     found = compiled(triton_kernels.fc1, given, named, arch)
-    code = machine_code(found, tmp_path)
+    code = machine_code(found)
     no_slower_than_meant(found, code, arch)
     tensor_cores = {80: "HMMA", 90: "HGMMA"}[arch]
     assert (tensor_cores in code) == (dtype != torch.float32 or tf32)
@@ -121,15 +122,15 @@ def test_machine_code_of_fc1(gpu, tmp_path, launch):
         *(pytest.param(*x, marks=pytest.mark.slow) for x in [(80, FEW), (80, MANY), (90, FEW)]),
     ],
 )
-def test_machine_code_of_row_lists_and_zeros(gpu, tmp_path, arch, tokens):
+def test_machine_code_of_row_lists_and_zeros(gpu, arch, tokens):
     """Zeros are written 16 bytes at a time, by many programs per multiprocessor."""
     from dmoe_var.moe.experts import triton_kernels
 
     launches = launches_of(gpu, arch, torch.float16, False, 128, tokens)
     found = compiled(triton_kernels.row_lists, *launches["row_lists"], arch)
-    no_slower_than_meant(found, machine_code(found, tmp_path), arch)
+    no_slower_than_meant(found, machine_code(found), arch)
     found = compiled(triton_kernels.zeros, *launches["zeros"], arch)
-    code = machine_code(found, tmp_path)
+    code = machine_code(found)
     no_slower_than_meant(found, code, arch)
     assert found.metadata.shared <= 2048
     named = launches["zeros"][1]

@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_machine import SHARED_MEMORY, compiled, machine_code, no_slower_than_meant, quick_first
+from triton_machine import SHARED_MEMORY, machine_code, no_slower_than_meant, quick_first
 
 from dmoe_var.moe import triton_router
 from dmoe_var.moe.experts import triton
+from dmoe_var.moe.experts.triton_code import compiled
 
 needs_triton = pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
 FEW, MANY = 512, triton_router.MANY_TOKENS
@@ -41,14 +42,14 @@ def launches_of(gpu, arch, dtype, hidden, tokens, experts=32):
 
 @needs_triton
 @quick_first(QUICK, LAUNCHES)
-def test_machine_code_of_scores(gpu, tmp_path, launch):
+def test_machine_code_of_scores(gpu, launch):
     """Tensor cores, tiles that arrive meanwhile, no spilled registers, and two programs or more per
     multiprocessor."""
     from dmoe_var.moe import triton_router_kernels
 
     arch = launch[0]
     found = compiled(triton_router_kernels.scores, *launches_of(gpu, *launch)["scores"], arch)
-    code = machine_code(found, tmp_path)
+    code = machine_code(found)
     no_slower_than_meant(found, code, arch)
     assert {80: "HMMA", 90: "HGMMA"}[arch] in code
     assert "LDGSTS" in code
@@ -60,9 +61,9 @@ def test_machine_code_of_scores(gpu, tmp_path, launch):
     ("arch", "experts"),
     [(90, 32), *(pytest.param(*x, marks=pytest.mark.slow) for x in [(80, 32), (80, 1), (90, 256)])],
 )
-def test_machine_code_of_threshold(gpu, tmp_path, arch, experts):
+def test_machine_code_of_threshold(gpu, arch, experts):
     from dmoe_var.moe import triton_router_kernels
 
     launches = launches_of(gpu, arch, torch.bfloat16, 128, FEW, experts)
     found = compiled(triton_router_kernels.threshold, *launches["threshold"], arch)
-    no_slower_than_meant(found, machine_code(found, tmp_path), arch)
+    no_slower_than_meant(found, machine_code(found), arch)

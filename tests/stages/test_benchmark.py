@@ -12,7 +12,7 @@ from dmoe_var import CudaGraphs, generate, load_var, load_vqvae
 from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.metrics.part_timing import PartClock
-from dmoe_var.moe.experts import paths_on
+from dmoe_var.moe.experts import paths_on, triton
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
 from dmoe_var.stages.parts import timed_cases, timed_samplers
@@ -314,6 +314,13 @@ def test_kernels(make_experiment, no_process, tmp_path):
     experiment = make_experiment(tmp_path, {**changes, "benchmark.chosen": True})  # without effect
     record = run_stage(experiment, "benchmark")
     rows = [row for row in record.about["kernels"] if row["density"] is not None]
+    full = [row for row in rows if row["masks"] == "no_zeros"]
+    assert len(full) == len(paths_on(experiment.device)) * 2 * 2
+    assert {(row["density"], row["zeros"]) for row in full} == {(1, 0)}
+    for row in full:
+        name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}_no_zeros"
+        assert record.metrics[f"{name}_time_ratio"] == row["time_ratio"]
+    rows = [row for row in rows if row["masks"] == "random"]
     assert len(rows) == len(paths_on(experiment.device)) * 2 * 2 * 2
     assert {row["tokens"] for row in rows} == {2 * 9, 2 * 16}
     for row in rows:
@@ -321,6 +328,22 @@ def test_kernels(make_experiment, no_process, tmp_path):
         assert record.metrics[f"{name}_time_ratio"] == row["time_ratio"]
     assert record.metrics["product_gflops_per_s"] > 0
     assert (experiment.folder("benchmark") / "kernels.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
+def test_kernels_predicted(make_experiment, no_process, tmp_path):
+    """For GPUs, by shape and density, without one."""
+    changes = {"benchmark.predict": ["a100", "h100"], "sampling.dtype": "bfloat16"}
+    sizes = {"benchmark.expert_sizes": [64], "moe.scales": [3], "benchmark.densities": [1, 0.5]}
+    experiment = make_experiment(tmp_path, {**KERNELS, **sizes, **changes})
+    about = run_stage(experiment, "benchmark").about
+    for name in ("a100", "h100"):
+        rows = about[f"predicted_{name}"]
+        assert [(row["tokens"], row["density"]) for row in rows] == [(2 * 16, 1), (2 * 16, 0.5)]
+    changes.pop("sampling.dtype")
+    refused(make_experiment(tmp_path, {**KERNELS, **changes}), ConfigError, "benchmark.predict")
+    with pytest.raises(ConfigError, match="predict needs kernels=true"):
+        make_experiment(tmp_path, changes)
 
 
 def test_kernels_of_experts_that_do_not_divide(make_experiment, no_process, tmp_path):
@@ -336,7 +359,7 @@ def test_kernels_of_a_model_as_it_draws(make_experiment, runs, no_process):
     }  # fmt: skip
     experiment = make_experiment(runs, changes)
     record = run_stage(experiment, "benchmark")
-    rows = [row for row in record.about["kernels"] if row["masks"] != "random"]
+    rows = [row for row in record.about["kernels"] if row["masks"].startswith("tau")]
     scales = experiment.config.moe.scales
     tokens = {2 * 2 * experiment.config.var.patch_nums[si] ** 2 for si in scales}
     assert {(row["masks"], row["tokens"]) for row in rows} == {

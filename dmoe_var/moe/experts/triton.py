@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -173,15 +173,28 @@ def _hidden(x_NC: Tensor, mask_NE: Tensor, w1_EDC: Tensor, b1_ED: Tensor) -> Ten
     assert loaded is not None
     rows, counts = row_lists(mask_NE, chosen.block)
     grid = (E * -(-D // chosen.columns), chosen.block // chosen.rows, len(counts))
-    tiles = {"D": D, "T": chosen.block, "ROWS": chosen.rows, "COLUMNS": chosen.columns}
     with torch.cuda.device_of(x_NC):
-        loaded.zeros[grid](rows, counts, h_NH, N, E, **tiles, enable_fp_fusion=True)
-        loaded.fc1[grid](
-            x_NC, w1_EDC, b1_ED, rows, counts, h_NH, N, C, E, **tiles, DEPTH=chosen.depth,
-            PRECISION="ieee" if exact else "tf32",
-            num_stages=chosen.stages, num_warps=chosen.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        loaded.zeros[grid](rows, counts, h_NH, N, E, **zeros_options(chosen, D))
+        given = (x_NC, w1_EDC, b1_ED, rows, counts, h_NH, N, C, E)
+        loaded.fc1[grid](*given, **fc1_options(chosen, D, exact))
     return h_NH
+
+
+def zeros_options(chosen: Tile, size: int) -> dict[str, Any]:
+    """Return the constants of the kernel `zeros` for experts of `size` neurons."""
+    tiles = {"D": size, "T": chosen.block, "ROWS": chosen.rows, "COLUMNS": chosen.columns}
+    return {**tiles, "enable_fp_fusion": True}
+
+
+def fc1_options(chosen: Tile, size: int, exact: bool) -> dict[str, Any]:
+    """Return those of the kernel `fc1`. exact: whether float32 is not rounded to TF32."""
+    return {
+        **zeros_options(chosen, size),
+        "DEPTH": chosen.depth,
+        "PRECISION": "ieee" if exact else "tf32",
+        "num_stages": chosen.stages,
+        "num_warps": chosen.warps,
+    }
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.stage import StageResult
-from dmoe_var.figures.kernels import draw_kernels
+from dmoe_var.figures.kernels import NO_ZEROS, RANDOM, draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
+from dmoe_var.metrics.triton_prediction import GPUS, predicted
 from dmoe_var.models.guidance import branches, by_scale
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.observer import Observer, Routed
@@ -26,7 +27,11 @@ from dmoe_var.stages.parts import loaded
 
 def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> StageResult:
     """Time a layer of the configured width at each of `moe.scales` and, with `real_masks`, those of
-    the model under each selection. Write kernels.png."""
+    the model under each selection. Write kernels.png.
+
+    Each is also timed with every expert and no hidden value that is 0, which tells the rate of a
+    path's products by themselves. With `predict`, `about` holds what `triton` should take on GPUs.
+    """
     benchmark, sampling, device = (
         experiment.config.benchmark,
         experiment.config.sampling,
@@ -36,9 +41,11 @@ def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> 
     rates = measured_rates(device, sampling.torch_dtype, benchmark.repeats)
     rows: list[dict[str, Any]] = []
     for shape in tqdm(shapes, desc="kernels", unit="shape", disable=not experiment.progress):
-        layer = random_layer(shape, benchmark.densities, device, sampling.torch_dtype)
-        timed = time_layers(shape, [layer], rates, benchmark.repeats)
-        rows += [row | {"masks": "random"} for row in timed]
+        for masks, densities in ((RANDOM, benchmark.densities), (NO_ZEROS, (1.0,))):
+            zeros = masks != NO_ZEROS
+            layer = random_layer(shape, densities, device, sampling.torch_dtype, zeros)
+            timed = time_layers(shape, [layer], rates, benchmark.repeats)
+            rows += [row | {"masks": masks} for row in timed]
     for size in benchmark.sizes if benchmark.real_masks else ():
         for name, selection in selections.items():
             for shape, layers in _drawn(experiment, selection, size):
@@ -48,12 +55,19 @@ def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> 
     metrics = {"product_gflops_per_s": product, "copy_gbytes_per_s": copy}
     for row in rows:
         masks = "" if row["density"] is None else f"_d{row['density']:g}"
-        masks = masks if row["masks"] == "random" else f"_{row['masks']}"
+        masks = masks if row["masks"] == RANDOM else f"_{row['masks']}"
         name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}{masks}"
         metrics[f"{name}_ms_median"] = row["ms_median"]
         metrics[f"{name}_time_ratio"] = row["time_ratio"]
     draw_kernels(rows, experiment.folder("benchmark") / "kernels.png")
-    return StageResult(metrics, 0, {"kernels": rows}, dtype=sampling.dtype)
+    about: dict[str, Any] = {"kernels": rows}
+    for name in benchmark.predict:
+        about[f"predicted_{name}"] = [
+            row
+            for shape in shapes
+            for row in predicted(shape, benchmark.densities, sampling.torch_dtype, GPUS[name])
+        ]
+    return StageResult(metrics, 0, about, dtype=sampling.dtype)
 
 
 def _shapes(experiment: Experiment) -> list[Shape]:
