@@ -89,6 +89,21 @@ def test_wandb_without_a_login(launch, tmp_path):
     assert_refused(*finished, ("wandb=online: no login", "wandb=offline"), experiment)
 
 
+def test_pictures_that_cannot_be_fetched(launch, tmp_path):
+    """Nobody answers; nothing was measured, and nothing that looks like pictures is left."""
+    proxy = {"https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    asked = ("experiment=cifar10", "data=cifar10_download", f"data.root={tmp_path / 'data'}")
+    given = (*asked, "evaluate.model=dense", "device=cpu", "threads=1")
+    finished = launch("evaluate", *given, cwd=tmp_path, env=proxy)
+    assert (finished.status, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert finished.stderr.startswith(
+        f"data.kind=cifar10: {tmp_path / 'data'} (data.root) holds no"
+    )
+    assert "it cannot be fetched from" in finished.stderr
+    assert list((tmp_path / "data").iterdir()) == []
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_a_stage_says_where_and_what(launch, tiny, undisturbed):
     """With a notebook's backend, which it hands down to the programs that it starts."""
     backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
