@@ -120,7 +120,8 @@ class BenchmarkConfig:
     published: PathOrName | None = None
     """Folder of a checkout of the published VAR code, timed beside ours."""
     kernels: bool = False
-    """Whether a layer's FFN, with random weights, is timed by every path in place of samplers."""
+    """Whether a layer's FFN, with random weights, is timed by every path in place of samplers; on a
+    GPU, unless batch_sizes says otherwise, also on the tokens of 64 images."""
     real_masks: bool = False
     """With kernels: also time the experiment's layers, on tokens and masks of sampled images."""
     expert_sizes: Annotated[tuple[Positive, ...], Listed, Several, Distinct] = (32, 128)

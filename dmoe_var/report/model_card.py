@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
+from dmoe_var.checkpoints.load import PACKAGED
 from dmoe_var.checkpoints.pretrained import upload, write_model
 from dmoe_var.config.root import flatten
 from dmoe_var.errors import DataError
@@ -28,8 +29,8 @@ from dmoe_var.moe.tau_schedule import by_scale
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
-MIT_BASES = (*PUBLISHED, "digits")
-"""Base models whose licence is known: the published VAR's and the one that this package carries."""
+MIT_BASES = (*PUBLISHED, *sorted(folder.name for folder in PACKAGED.iterdir()))
+"""Base models whose licence is known: the published VAR's and those that this package carries."""
 SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "tune_experts.", "sampling.")
 HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
 SAME = (*SETTINGS, "base.", "evaluate.", "fidelity.")

@@ -15,7 +15,7 @@ from dmoe_var.metrics.part_timing import PartClock
 from dmoe_var.moe.experts import paths_on, triton
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
-from dmoe_var.stages.parts import timed_cases, timed_samplers
+from dmoe_var.stages.parts import kernels, timed_cases, timed_samplers
 
 LENGTH = {"benchmark.repeats": 3, "benchmark.warmup": 1, "benchmark.batch_size": 2}
 SEED = 5
@@ -344,6 +344,16 @@ def test_kernels_predicted(make_experiment, no_process, tmp_path):
     refused(make_experiment(tmp_path, {**KERNELS, **changes}), ConfigError, "benchmark.predict")
     with pytest.raises(ConfigError, match="predict needs kernels=true"):
         make_experiment(tmp_path, changes)
+
+
+def test_kernels_on_a_gpu_are_of_many_tokens_too(make_experiment, tmp_path):
+    """By the one command; unless batches are named."""
+    for changes, sizes in (({}, (1, 64)), ({"benchmark.batch_sizes": [2]}, (2,))):
+        experiment = make_experiment(tmp_path, {**KERNELS, **changes})
+        on_gpu = SimpleNamespace(config=experiment.config, device=torch.device("cuda"))
+        tokens = {shape.tokens for shape in kernels._shapes(on_gpu)}
+        scales = [experiment.config.var.patch_nums[si] for si in experiment.config.moe.scales]
+        assert tokens == {2 * size * side**2 for size in sizes for side in scales}
 
 
 def test_kernels_of_experts_that_do_not_divide(make_experiment, no_process, tmp_path):

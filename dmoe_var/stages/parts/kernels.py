@@ -24,6 +24,9 @@ from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts import loaded
 
+ON_GPU = 64
+"""Images whose tokens are timed on a GPU too."""
+
 
 def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> StageResult:
     """Time a layer of the configured width at each of `moe.scales` and, with `real_masks`, those of
@@ -79,11 +82,19 @@ def _shapes(experiment: Experiment) -> list[Shape]:
             raise ConfigError(
                 f"benchmark.expert_sizes={size} must divide the hidden width {config.var.hidden}"
             )
-        for batch in config.benchmark.sizes:
+        for batch in _batches(experiment):
             for si in config.moe.scales:
                 tokens = branches_S[si] * batch * config.var.patch_nums[si] ** 2
                 found.append(Shape(config.name, config.var.C, config.var.hidden, size, tokens))
     return found
+
+
+def _batches(experiment: Experiment) -> tuple[int, ...]:
+    """List the batch sizes. A GPU is far from busy with the tokens of one image."""
+    benchmark = experiment.config.benchmark
+    if experiment.device.type == "cuda" and not benchmark.batch_sizes:
+        return tuple(sorted({*benchmark.sizes, ON_GPU}))
+    return benchmark.sizes
 
 
 class _Given(Observer):
