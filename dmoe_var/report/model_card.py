@@ -295,10 +295,12 @@ def _recipe(record: Record) -> Recipe:
 
 
 def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
-    """Collect how the model was made and sampled. If two records differ, the later one counts."""
+    """Collect how the model was made and sampled. If two records differ, the later one counts;
+    those of a dense model tell nothing of how experts were made."""
     return {
         key: value
         for record in records
+        if record.config.get("evaluate.model") != "dense"
         for key, value in record.config.items()
         if key.startswith(SETTINGS)
         and says(key, record.config)

@@ -568,6 +568,14 @@ def test_a_card_shows_what_records_say(card_of, tmp_path):
     assert "Nothing was measured" not in card.text
 
 
+def test_a_dense_record_tells_nothing_of_how_experts_were_made(card_of):
+    """Which other experiments may have made otherwise, wherever it stands in the list."""
+    other = replace(POINT, config=CONFIG | {"evaluate.model": "dense", "sparsify.alpha": 0.5})
+    for records in ([POINT, other], [other, POINT]):
+        table = card_of(records).text.split("## Hyper-parameters")[1]
+        assert f"| sparsify.alpha | {CONFIG['sparsify.alpha']:g} |" in table
+
+
 def test_evaluations_of_one_setting_are_joined_over_their_seeds(card_of):
     """Of another number of images it is another line; under other guidance, another recipe."""
     seed = {"config": CONFIG | {"evaluate.seed": 8}, "seed": 8}

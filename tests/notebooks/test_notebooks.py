@@ -65,7 +65,7 @@ def test_demo(monkeypatch):
     dense = float(re.search(r"dense: ([\d.]+) GMAC", text)[1])
     found = re.findall(r"tau ([\d.]+): ([\d.]+) GMAC", text)
     taus, costs = zip(*((float(tau), float(cost)) for tau, cost in found[:5]), strict=True)
-    assert taus == (0, 0.05, 0.1, 0.2, 0.4)
+    assert taus == (0, 0.1, 0.2, 0.3, 0.5)
     assert list(costs) == sorted(costs, reverse=True)
     assert costs[-1] < dense <= 1.1 * costs[0]
     assert len(pictures) >= 7
