@@ -31,11 +31,12 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
 MIT_BASES = (*PUBLISHED, *sorted(folder.name for folder in PACKAGED.iterdir()))
 """Base models whose licence is known: the published VAR's and those that this package carries."""
-SETTINGS = ("conversion.", "sparsify.", "split.", "train_router.", "tune_experts.", "sampling.")
+MAKING = ("conversion.", "sparsify.", "split.", "train_router.", "tune_experts.")
+SETTINGS = (*MAKING, "sampling.")
 HOUSEKEEPING = ("log_every", "validate_every", "checkpoint_every")
-SAME = (*SETTINGS, "base.", "evaluate.", "fidelity.")
+SAME = ("sampling.", "base.", "evaluate.", "fidelity.")
 """Beginnings of the keys in which the evaluations of one setting agree, except the seed. With
-experts, they also agree in `moe` and `selection`."""
+experts, they also agree in how these were made, and in `moe` and `selection`."""
 CHECKED = ("depth", "width", "num_heads", "num_classes", "patch_nums")
 """Fields of VARConfig that tell a record of another model."""
 UNKNOWN = "-"
@@ -209,7 +210,7 @@ def _settings(records: Sequence[Record]) -> list[Measured]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         dense = record.config.get("evaluate.model") == "dense"
-        same = SAME if dense else (*SAME, "moe.", "selection.")
+        same = SAME if dense else (*SAME, *MAKING, "moe.", "selection.")
         keys = {
             k: v for k, v in record.config.items() if k.startswith(same) and says(k, record.config)
         }

@@ -570,10 +570,13 @@ def test_a_card_shows_what_records_say(card_of, tmp_path):
 
 def test_a_dense_record_tells_nothing_of_how_experts_were_made(card_of):
     """Which other experiments may have made otherwise, wherever it stands in the list."""
-    other = replace(POINT, config=CONFIG | {"evaluate.model": "dense", "sparsify.alpha": 0.5})
-    for records in ([POINT, other], [other, POINT]):
-        table = card_of(records).text.split("## Hyper-parameters")[1]
-        assert f"| sparsify.alpha | {CONFIG['sparsify.alpha']:g} |" in table
+    dense = CONFIG | {"evaluate.model": "dense"}
+    other = replace(POINT, config=dense | {"sparsify.alpha": 0.5})
+    again = replace(POINT, config=dense | {"evaluate.seed": 8}, seed=8)
+    for records in ([POINT, other, again], [other, again, POINT]):
+        text = card_of(records).text
+        assert f"| sparsify.alpha | {CONFIG['sparsify.alpha']:g} |" in text
+        assert "| dense | - | - | 1000 | 7, 8 | " in text
 
 
 def test_evaluations_of_one_setting_are_joined_over_their_seeds(card_of):
