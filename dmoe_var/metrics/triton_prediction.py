@@ -2,15 +2,16 @@
 
 Triton compiles for a GPU that is absent. A pass of fc1's loop takes as long as the slowest of its
 tensor instructions, the instructions that its warps issue, and the bytes that it loads from the L2
-cache. Lists, zeros and outputs take as long as their bytes through memory, dense products as their
-operations at a share of the peak. Launches, tails and full caches are left out, so these are
-lower limits, to be held against a measurement.
+cache; tensor instructions reach the share of their peak that large dense products reach. Lists,
+zeros and outputs take as long as their bytes through memory. Launches, tails and full caches are
+left out: these are estimates, to be held against a measurement.
 
 Legend: N tokens, C width, H hidden width, E experts, D neurons of an expert.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ DENSE_SHARE = 0.8
 
 @dataclass(frozen=True)
 class GPU:
-    """Data-sheet values of a GPU, dense half precision."""
+    """Data-sheet values of a GPU, dense half precision; the L2 cache's are an A100's for all."""
 
     capability: tuple[int, int]
     multiprocessors: int
@@ -70,9 +71,10 @@ def check_predictable(dtype: str) -> None:
             "benchmark.predict: sampling.dtype=float32 has no tensor instructions; allowed: "
             "bfloat16"
         )
-    if triton.kernels() is None or disassembler() is None:
+    interpreted = os.environ.get(triton.INTERPRETER) == "1"
+    if triton.kernels() is None or interpreted or disassembler() is None:
         raise ConfigError(
-            "benchmark.predict needs the triton package with its nvdisasm, not found here"
+            "benchmark.predict needs the triton package with its nvdisasm, and not its interpreter"
         )
 
 
@@ -88,24 +90,24 @@ def predicted(
     columns = -(-shape.expert_size // chosen.columns)
     loaded = (chosen.rows + chosen.columns) * chosen.depth * dtype.itemsize
     cycles = {
-        "tensor_cycles": loop.tensor_flops / gpu.tensor_flops,
+        "tensor_cycles": loop.tensor_flops / gpu.tensor_flops / DENSE_SHARE,
         "issue_cycles": loop.instructions * chosen.warps / SCHEDULERS,
         "l2_cycles": loaded * gpu.multiprocessors / gpu.l2_bytes,
     }
     product = 2 * N * C * H / (DENSE_SHARE * gpu.tensor_flops)
-    fc2 = max(gpu.ms(product), gpu.memory_ms(dtype.itemsize * (N * H + H * C + N * C)))
+    read = H * C + N * C
+    fc2 = max(gpu.ms(product), gpu.memory_ms(dtype.itemsize * (N * H + read)))
     dense = 2 * fc2
     for density in densities:
         mask_NE = random_mask(density * E, N, E, torch.device("cpu"))
-        running, idle, rows = _tiles(mask_NE, chosen)
-        passes = running * columns * -(-C // chosen.depth)
-        written = dtype.itemsize * shape.expert_size
+        tiles, rows = _tiles(mask_NE, chosen)
+        passes = tiles * columns * -(-C // chosen.depth)
+        weights, row = dtype.itemsize * read, dtype.itemsize * shape.expert_size
         ms = {
             "row_lists_ms": gpu.memory_ms(N * E * (1 + 2)),
-            "zeros_ms": gpu.memory_ms(idle * chosen.rows * written),
+            "zeros_ms": gpu.memory_ms((N * E - rows) * row),
             "fc1_ms": max(
-                gpu.ms(passes * max(cycles.values())),
-                gpu.memory_ms(running * chosen.rows * written),
+                gpu.ms(passes * max(cycles.values())), gpu.memory_ms(weights + rows * row)
             ),
             "fc2_ms": fc2,
         }
@@ -113,7 +115,7 @@ def predicted(
         yield {
             "model": shape.model, "expert_size": shape.expert_size, "tokens": N,
             "density": density, "tile": chosen._asdict(), **cycles,
-            "multiplied": running * chosen.rows / max(1, rows), **ms,
+            "multiplied": tiles * chosen.rows / max(1, int(mask_NE.sum())), **ms,
             "dense_ms": dense, "ms": total, "time_ratio": total / dense,
         }  # fmt: skip
 
@@ -130,17 +132,22 @@ def _loop(shape: Shape, chosen: triton.Tile, dtype: torch.dtype, gpu: GPU) -> Lo
     given = (empty(N, C), empty(E, D, C), empty(E, D), *lists, empty(N, E * D), N, C, E)
     found = compiled(kernels.fc1, given, triton.fc1_options(chosen, D, exact=True), gpu.arch)
     code = disassembled(found)
-    assert code is not None
-    return main_loop(code, chosen.warps)
+    loop = main_loop(code, chosen.warps) if code else None
+    if loop is None or loop.tensor_flops != 2 * chosen.rows * chosen.columns * chosen.depth:
+        raise ConfigError(
+            "benchmark.predict: this Triton compiles fc1 to code whose loop is not found"
+        )
+    return loop
 
 
-def _tiles(mask_NE: Tensor, chosen: triton.Tile) -> tuple[int, int, int]:
-    """Count the tiles of rows that run, those that are zeros alone, and the rows that run."""
-    N, E = mask_NE.shape
-    blocks = -(-N // chosen.block)
-    padded = mask_NE.new_zeros(blocks * chosen.block, E)
+def _tiles(mask_NE: Tensor, chosen: triton.Tile) -> tuple[int, int]:
+    """Count the tiles that fc1 multiplies, and the rows of (token, expert) that it writes: those of
+    its tiles that are tokens."""
+    (N, E), T, rows = mask_NE.shape, chosen.block, chosen.rows
+    blocks = -(-N // T)
+    padded = mask_NE.new_zeros(blocks * T, E)
     padded[:N] = mask_NE
-    counts_BE = padded.view(blocks, chosen.block, E).sum(1)
-    running = int(counts_BE.add(chosen.rows - 1).div(chosen.rows, rounding_mode="floor").sum())
-    tiles = E * -(-N // chosen.rows)
-    return running, max(0, tiles - running), int(counts_BE.sum())
+    counts_BE = padded.view(blocks, T, E).sum(1)
+    tiles_BE = (counts_BE + rows - 1) // rows
+    tokens_B1 = (N - T * torch.arange(blocks)[:, None]).clamp_max(T)
+    return int(tiles_BE.sum()), int((tiles_BE * rows).minimum(tokens_B1).sum())

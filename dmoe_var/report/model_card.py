@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
-from dmoe_var.checkpoints.load import PACKAGED
+from dmoe_var.checkpoints.load import PREFIXES, names
 from dmoe_var.checkpoints.pretrained import upload, write_model
 from dmoe_var.config.root import flatten
 from dmoe_var.errors import DataError
@@ -26,10 +26,11 @@ from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
 from dmoe_var.moe.selection import SelectionRule, Threshold, describe, recorded_selection
 from dmoe_var.moe.tau_schedule import by_scale
+from dmoe_var.sampling.sampler import SamplingConfig
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
-MIT_BASES = (*PUBLISHED, *sorted(folder.name for folder in PACKAGED.iterdir()))
+MIT_BASES = frozenset(name for kind in PREFIXES for name in names(kind))
 """Base models whose licence is known: the published VAR's and those that this package carries."""
 MAKING = ("conversion.", "sparsify.", "split.", "train_router.", "tune_experts.")
 SETTINGS = (*MAKING, "sampling.")
@@ -118,13 +119,24 @@ def model_card(model: DynamicVAR, load_as: str, given: Records = ()) -> str:
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         selection=_shown_selection(model),
         tokenizer=tokenizers[0] if named else "PATH OF ITS VQ-VAE",
-        recipe="" if model.recipe == Recipe() else ", **model.recipe.options",
+        options=_options(model, settings),
         measured=_table(_settings(records), model),
         settings=markdown.table(["key", "value"], sorted(settings.items())) if settings else "",
         bases=[Path(base).name for base in bases],
         origins=[(record, _hashes(record)) for record in records],
     )
     return str(card)
+
+
+def _options(model: DynamicVAR, settings: Mapping[str, Any]) -> str:
+    """Write what a call of `generate` adds to sample as the records did: the stored recipe, and
+    top_k and top_p that are not its defaults."""
+    recipe = "" if model.recipe == Recipe() else ", **model.recipe.options"
+    defaults = SamplingConfig()
+    keys = ("top_k", "top_p")
+    given = {key: settings.get(f"sampling.{key}", getattr(defaults, key)) for key in keys}
+    others = (f", {k}={v}" for k, v in given.items() if v != getattr(defaults, k))
+    return recipe + "".join(others)
 
 
 def _check_record(record: Record, model: DynamicVAR) -> None:
@@ -301,7 +313,7 @@ def _hyper_parameters(records: Sequence[Record]) -> dict[str, Any]:
     return {
         key: value
         for record in records
-        if record.config.get("evaluate.model") != "dense"
+        if record.stage != "evaluate" or record.config["evaluate.model"] != "dense"
         for key, value in record.config.items()
         if key.startswith(SETTINGS)
         and says(key, record.config)

@@ -140,14 +140,14 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
         least = logits_BlV.topk(min(top_k, V), dim=-1, sorted=False).values.amin(-1, keepdim=True)
         return logits_BlV.masked_fill(logits_BlV < least, -torch.inf)
     below = max(0, V - top_k) if top_k > 0 else 0
-    # What top-k drops need not be sorted, but for one that tells of ties.
-    left = below - 1 if on_cpu and 2 * below > V else 0
+    left = below if on_cpu and 2 * below > V else 0  # what top-k drops need not be sorted
     ordered = _ascending(logits_BlV, left)
     least = ordered[..., below - left, None]
-    if on_cpu and below and (ordered[..., below - left - 1, None] < least).all():
-        ordered = ordered[..., below - left :].contiguous()
+    if left:
+        ordered = _with_ties(ordered, (logits_BlV >= least).sum(-1, keepdim=True) - top_k)
+    elif on_cpu and below and (ordered[..., below - 1, None] < least).all():
+        ordered = ordered[..., below:].contiguous()
     elif below:  # a GPU would have to be waited for, to know of ties
-        ordered = _ascending(logits_BlV, 0) if left else ordered
         ordered = ordered.masked_fill(ordered < least, -torch.inf)
     count = (ordered.softmax(-1).cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True)
     count = count.clamp_max(ordered.shape[-1] - 1)
@@ -157,6 +157,16 @@ def filter_logits(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
         equal = logits_BlV == least
         dropped |= equal & (equal.cumsum(-1) <= equals)
     return logits_BlV.masked_fill(dropped, -torch.inf)
+
+
+def _with_ties(ordered_Blk: Tensor, more_Bl1: Tensor) -> Tensor:
+    """Put as many values beside the kth as tie with it, and -inf where other rows have more."""
+    most = int(more_Bl1.max()) if more_Bl1.numel() else 0
+    if most <= 0:  # below 0 where there is NaN
+        return ordered_Blk
+    places = torch.arange(most)
+    ties = torch.where(places >= most - more_Bl1, ordered_Blk[..., :1], -torch.inf)
+    return torch.cat([ties, ordered_Blk], -1)
 
 
 def _ascending(logits_BlV: Tensor, left: int) -> Tensor:

@@ -224,18 +224,19 @@ def test_the_faster_sort_is_measured(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
-def test_numpy_sorts_nothing_that_others_watch(monkeypatch):
+@pytest.mark.parametrize("left", [0, 21])
+def test_numpy_sorts_nothing_that_others_watch(monkeypatch, left):
     """Fake tensors, torch.func, and torch.jit, which has to sort other logits later."""
     monkeypatch.setattr(token_sampling, "_numpy_sorts_faster", lambda threads: True)
+    logits, others = random_logits(6, 30), torch.rand(6, 30)
 
     def ascending(logits):
-        return token_sampling._ascending(logits, 0)
+        return token_sampling._ascending(logits, left)
 
-    logits, others = random_logits(6, 30), torch.rand(6, 30)
     with FakeTensorMode() as fake:
-        assert ascending(fake.from_tensor(logits)).shape == logits.shape
-    assert torch.equal(torch.vmap(ascending)(logits), logits.sort().values)
-    assert torch.equal(torch.jit.trace(ascending, logits)(others), others.sort().values)
+        assert ascending(fake.from_tensor(logits)).shape == (6, 30 - left)
+    assert torch.equal(torch.vmap(ascending)(logits), logits.sort().values[:, left:])
+    assert torch.equal(torch.jit.trace(ascending, logits)(others), others.sort().values[:, left:])
 
 
 def test_exponentials_beside_another_default_device(monkeypatch):

@@ -13,6 +13,7 @@ from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.experiment.graph import run_stage
 from dmoe_var.metrics.part_timing import PartClock
 from dmoe_var.moe.experts import paths_on, triton
+from dmoe_var.moe.experts.triton_code import disassembler
 from dmoe_var.sampling.sampler import SamplingConfig
 from dmoe_var.stages import benchmark
 from dmoe_var.stages.parts import kernels, timed_cases, timed_samplers
@@ -330,7 +331,9 @@ def test_kernels(make_experiment, no_process, tmp_path):
     assert (experiment.folder("benchmark") / "kernels.png").stat().st_size > 10_000
 
 
-@pytest.mark.skipif(triton.kernels() is None, reason="no triton package here")
+@pytest.mark.skipif(
+    triton.kernels() is None or disassembler() is None, reason="no triton package with nvdisasm"
+)
 def test_kernels_predicted(make_experiment, no_process, tmp_path):
     """For GPUs, by shape and density, without one."""
     changes = {"benchmark.predict": ["a100", "h100"], "sampling.dtype": "bfloat16"}

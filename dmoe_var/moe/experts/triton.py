@@ -187,7 +187,8 @@ def zeros_options(chosen: Tile, size: int) -> dict[str, Any]:
 
 
 def fc1_options(chosen: Tile, size: int, exact: bool) -> dict[str, Any]:
-    """Return those of the kernel `fc1`. exact: whether float32 is not rounded to TF32."""
+    """Return the constants and options of the kernel `fc1` for experts of `size` neurons. exact:
+    whether float32 is not rounded to TF32."""
     return {
         **zeros_options(chosen, size),
         "DEPTH": chosen.depth,

@@ -57,14 +57,15 @@ def disassembler() -> Path | None:
 
 def disassembled(found: Any) -> str | None:
     """Return the machine code of what is `compiled`, a line per instruction or label; None without
-    a `disassembler`."""
+    a `disassembler` that knows it."""
     tool = disassembler()
     if tool is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "cubin").write_bytes(found.asm["cubin"])
         command = [str(tool), "-c", str(Path(folder) / "cubin")]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
 
 
 @dataclass(frozen=True)

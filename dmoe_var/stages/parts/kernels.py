@@ -24,7 +24,7 @@ from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts import loaded
 
-ON_GPU = 64
+IMAGES_ON_GPU = 64
 """Images whose tokens are timed on a GPU too."""
 
 
@@ -41,6 +41,14 @@ def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> 
         experiment.device,
     )
     shapes = _shapes(experiment)
+    about = {
+        f"predicted_{name}": [
+            row
+            for shape in shapes
+            for row in predicted(shape, benchmark.densities, sampling.torch_dtype, GPUS[name])
+        ]
+        for name in benchmark.predict
+    }
     rates = measured_rates(device, sampling.torch_dtype, benchmark.repeats)
     rows: list[dict[str, Any]] = []
     for shape in tqdm(shapes, desc="kernels", unit="shape", disable=not experiment.progress):
@@ -63,14 +71,7 @@ def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> 
         metrics[f"{name}_ms_median"] = row["ms_median"]
         metrics[f"{name}_time_ratio"] = row["time_ratio"]
     draw_kernels(rows, experiment.folder("benchmark") / "kernels.png")
-    about: dict[str, Any] = {"kernels": rows}
-    for name in benchmark.predict:
-        about[f"predicted_{name}"] = [
-            row
-            for shape in shapes
-            for row in predicted(shape, benchmark.densities, sampling.torch_dtype, GPUS[name])
-        ]
-    return StageResult(metrics, 0, about, dtype=sampling.dtype)
+    return StageResult(metrics, 0, {"kernels": rows, **about}, dtype=sampling.dtype)
 
 
 def _shapes(experiment: Experiment) -> list[Shape]:
@@ -93,7 +94,7 @@ def _batches(experiment: Experiment) -> tuple[int, ...]:
     """List the batch sizes. A GPU is far from busy with the tokens of one image."""
     benchmark = experiment.config.benchmark
     if experiment.device.type == "cuda" and not benchmark.batch_sizes:
-        return tuple(sorted({*benchmark.sizes, ON_GPU}))
+        return tuple(sorted({*benchmark.sizes, IMAGES_ON_GPU}))
     return benchmark.sizes
 
 
