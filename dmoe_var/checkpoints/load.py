@@ -45,8 +45,8 @@ def _locate(source: str | Path, kind: str) -> Path:
     """Find the file or folder that a name ("digits") or a path ("./digits") stands for."""
     if is_name(source):
         name = str(source)
-        if name not in names(kind):
-            allowed = ", ".join(names(kind))
+        if name not in model_names(kind):
+            allowed = ", ".join(model_names(kind))
             raise CheckpointError(f"{name}: holds no {kind}; names that do are {allowed}")
         return hub.fetch(name) if name in hub.PUBLISHED else PACKAGED / name / kind
     try:
@@ -58,11 +58,11 @@ def _locate(source: str | Path, kind: str) -> Path:
         return _within(path)
     raise CheckpointError(
         f"{str(source)[:200] or repr(source)}: no such file or folder; names are "
-        f"{', '.join(names(kind))}"
+        f"{', '.join(model_names(kind))}"
     )
 
 
-def names(kind: str) -> list[str]:
+def model_names(kind: str) -> list[str]:
     """List the packaged and published models of a kind."""
     packaged = [name for name in _packaged() if (PACKAGED / name / kind).is_dir()]
     return packaged + [name for name in hub.PUBLISHED if name.startswith(PREFIXES.get(kind, "-"))]

@@ -53,6 +53,7 @@ class GPU:
         return cycles / self.multiprocessors / self.gigahertz / 1e6
 
     def memory_ms(self, bytes_: float) -> float:
+        """Return the milliseconds that bytes take through memory."""
         return bytes_ / self.gbytes_per_s / 1e6
 
 
@@ -94,21 +95,19 @@ def predicted(
         "issue_cycles": loop.instructions * chosen.warps / SCHEDULERS,
         "l2_cycles": loaded * gpu.multiprocessors / gpu.l2_bytes,
     }
+    # Weights and tokens pass through memory once, and so does a row of neurons for each that runs
+    read, row = dtype.itemsize * (H * C + N * C), dtype.itemsize * shape.expert_size
     product = 2 * N * C * H / (DENSE_SHARE * gpu.tensor_flops)
-    read = H * C + N * C
-    fc2 = max(gpu.ms(product), gpu.memory_ms(dtype.itemsize * (N * H + read)))
+    fc2 = max(gpu.ms(product), gpu.memory_ms(read + N * E * row))
     dense = 2 * fc2
     for density in densities:
         mask_NE = random_mask(density * E, N, E, torch.device("cpu"))
         tiles, rows = _tiles(mask_NE, chosen)
         passes = tiles * columns * -(-C // chosen.depth)
-        weights, row = dtype.itemsize * read, dtype.itemsize * shape.expert_size
         ms = {
             "row_lists_ms": gpu.memory_ms(N * E * (1 + 2)),
             "zeros_ms": gpu.memory_ms((N * E - rows) * row),
-            "fc1_ms": max(
-                gpu.ms(passes * max(cycles.values())), gpu.memory_ms(weights + rows * row)
-            ),
+            "fc1_ms": max(gpu.ms(passes * max(cycles.values())), gpu.memory_ms(read + rows * row)),
             "fc2_ms": fc2,
         }
         total = sum(ms.values())

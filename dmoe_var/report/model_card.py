@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from dmoe_var import markdown
 from dmoe_var.checkpoints.hub import PUBLISHED, REPOSITORY
-from dmoe_var.checkpoints.load import PREFIXES, names
+from dmoe_var.checkpoints.load import PREFIXES, model_names
 from dmoe_var.checkpoints.pretrained import upload, write_model
 from dmoe_var.config.root import flatten
 from dmoe_var.errors import DataError
@@ -30,7 +30,7 @@ from dmoe_var.sampling.sampler import SamplingConfig
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = ["dmoe-var", "var", "mixture-of-experts", "class-conditional-image-generation"]
-MIT_BASES = frozenset(name for kind in PREFIXES for name in names(kind))
+MIT_BASES = frozenset(name for kind in PREFIXES for name in model_names(kind))
 """Base models whose licence is known: the published VAR's and those that this package carries."""
 MAKING = ("conversion.", "sparsify.", "split.", "train_router.", "tune_experts.")
 SETTINGS = (*MAKING, "sampling.")

@@ -164,7 +164,7 @@ def _with_ties(ordered_Blk: Tensor, more_Bl1: Tensor) -> Tensor:
     most = int(more_Bl1.max()) if more_Bl1.numel() else 0
     if most <= 0:  # below 0 where there is NaN
         return ordered_Blk
-    places = torch.arange(most)
+    places = torch.arange(most, device=ordered_Blk.device)
     ties = torch.where(places >= most - more_Bl1, ordered_Blk[..., :1], -torch.inf)
     return torch.cat([ties, ordered_Blk], -1)
 

@@ -248,6 +248,13 @@ def test_exponentials_beside_another_default_device(monkeypatch):
         assert torch.equal(ImageStreams(5, 0, 2, CPU).exponential(3, 4), expected)
 
 
+def test_ties_beside_another_default_device():
+    logits_11V = torch.tensor([[[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]]])
+    with torch.device("meta"):
+        kept = filter_logits(logits_11V, 2, 1.0).isfinite()
+    assert kept.nonzero()[:, 2].tolist() == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("kind", ["dtype", "learns"])
 def test_filters_of_other_logits(kind):
     """In bfloat16, and with gradients through what is kept."""
