@@ -8,11 +8,12 @@ from typing import Any
 
 from dmoe_var.figures.style import save, styled, subplots
 
-PATH_COLOURS = {
+COLOURS = {
     "reference": "#7F7F7F",
     "grouped": "#E69F00",
     "native": "#D55E00",
     "triton": "#0072B2",
+    "layer": "#009E73",
 }
 COLUMNS = 4
 RANDOM, NO_ZEROS = "random", "no_zeros"
@@ -43,8 +44,8 @@ def draw_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         random = [row for row in of_size if row["masks"] == RANDOM]
         full = [row for row in of_size if row["masks"] == NO_ZEROS]
         own = [row for row in of_size if row["masks"] not in (RANDOM, NO_ZEROS)]
-        # A line per path
-        for impl, colour in PATH_COLOURS.items():
+        # A line per path, and for the layer with its router by the fastest one
+        for impl, colour in COLOURS.items():
             if impl in {row["impl"] for row in random}:  # not every path runs on every device
                 axis.plot(
                     *_points(random, impl, "time_ratio"), "o-", color=colour, markersize=3,

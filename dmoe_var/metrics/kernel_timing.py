@@ -9,7 +9,7 @@ Legend: N tokens, C width, H hidden width, E experts, D neurons of an expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -27,8 +27,10 @@ from dmoe_var.moe.selection import Threshold, random_mask
 from dmoe_var.sampling_time import sampling
 
 DENSE_TORCH, DENSE_OURS, SELECTION = "dense_torch", "dense", "selection"
+LAYER = "layer"
 """Names of what is timed beside the paths: an FFN by torch's own Linear, one by the products that
-the sampler uses (the faster is the baseline), and router with threshold."""
+the sampler uses (the faster is the baseline), router with threshold, and the whole expert layer as
+the sampler runs it: router, threshold and the path that `auto` takes."""
 SQUARE = 1536
 """Side of the product by which a device's rate is measured."""
 COPIED = 1 << 28
@@ -94,6 +96,8 @@ class Layer:
     ffn: MoEFFN
     x_NC: Tensor
     masks: Mapping[float, Tensor]
+    taus: Mapping[float, float] = field(default_factory=dict)
+    """The tau by which its own router makes as much run, for densities at which it is timed too."""
 
     def zeros(self, mask_NE: Tensor) -> float:
         """Return the share of hidden values that ReLU makes 0, in the experts that run."""
@@ -137,14 +141,26 @@ def random_layer(
         density: random_mask(density * num_experts, shape.tokens, num_experts, device)
         for density in densities
     }
-    return Layer(ffn.to(device, dtype), x_NC.to(device, dtype), masks)
+    ffn, x_NC = ffn.to(device, dtype), x_NC.to(device, dtype)
+    reached = [density for density in densities if density * num_experts >= 1]  # Eq. 3 runs one
+    return Layer(ffn, x_NC, masks, {density: _tau_for(density, ffn, x_NC) for density in reached})
+
+
+@torch.no_grad()
+def _tau_for(density: float, ffn: MoEFFN, x_NC: Tensor) -> float:
+    """Find the tau at which Eq. 3 lets a share of the experts run; more than 0, so that the router
+    runs where all of them do."""
+    scores_NE = ffn.router(x_NC).float()
+    shares = (scores_NE / scores_NE.amax(-1, keepdim=True)).flatten()
+    place = round((1 - density) * (len(shares) - 1))
+    return max(float(shares.sort().values[place]), 1e-6)
 
 
 def time_layers(
     shape: Shape, layers: Sequence[Layer], rates: Rates, repeats: int
 ) -> list[dict[str, Any]]:
-    """Time all layers one after the other: a row per dense FFN, one for router and selection, and
-    one per path and density.
+    """Time all layers one after the other: a row per dense FFN, one for router and selection, one
+    per path and density, and one per density for the whole layer if all of them have a tau.
 
     time_ratio: the median's ratio to the baseline's. limit_ratio: its lower bound for a path that
     multiplies every hidden value of the experts that run, from the larger of the times that the
@@ -193,11 +209,17 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
             ffn, mask_NE = layer.ffn, layer.masks[density]
             run_experts(layer.x_NC, mask_NE, ffn.weights, ffn.act, impl)
 
+    def whole(density: float) -> None:
+        for layer in layers:
+            layer.ffn(layer.x_NC[None], Routing(Threshold(layer.taus[density])))
+
     device = layers[0].x_NC.device
     for density in layers[0].masks:
         for impl, path in paths_on(device).items():
             if device.type != "cuda" or not path.waits:  # that would take dozens of dense FFNs
                 calls[impl, density] = partial(by_path, density, impl)
+        if all(density in layer.taus for layer in layers):
+            calls[LAYER, density] = partial(whole, density)
     return calls
 
 

@@ -1,7 +1,8 @@
 """Transformer block of VAR: self-attention and FFN under adaptive layer norm (AdaLN).
 
 Legend: B batch, L tokens, C width, H heads, D head dimension (C / H), 6 the AdaLN chunks in the
-order gamma1, gamma2, scale1, scale2, shift1, shift2.
+order gamma1, gamma2, scale1, scale2, shift1, shift2. What depends neither on the tokens nor on the
+scale is computed apart from what does: `Block.modulation`, `SelfAttention.vectors`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def whole(num_rows: int) -> Rows:
 
 
 class Modulation(NamedTuple):
-    """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C)."""
+    """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C). To
+    the scales 1 is added already."""
 
     blocks: list[Tensor]
     head: Tensor
@@ -82,6 +84,15 @@ class FFN(nn.Module):
         return self.fc2(activated(self.act, self.fc1, x_BLC))
 
 
+class Vectors(NamedTuple):
+    """Holds what attention adds to and multiplies with every token."""
+
+    bias_3C: Tensor
+    """Added to queries, keys and values; that of keys is 0."""
+    gain_1H11: Tensor | None
+    """What unit queries are multiplied with; None without `l2_norm`."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention; with `l2_norm`, on unit queries and keys with a learnt temperature."""
 
@@ -101,6 +112,12 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.from_numpy(np.zeros(width, np.float32)))
         self.proj = Linear(width, width)
 
+    def vectors(self) -> Vectors:
+        """Compute what is the same for every token."""
+        bias_3C = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        gain = self.scale_mul_1H11.clamp_max(MAX_SCALE_MUL).exp() if self.l2_norm else None
+        return Vectors(bias_3C, gain)
+
     def forward(
         self,
         x_BLC: Tensor,
@@ -108,16 +125,17 @@ class SelfAttention(nn.Module):
         mask_11LL: Tensor | None,
         cache: KVCache | None,
         heads: Heads | None = None,
+        vectors: Vectors | None = None,
     ) -> Tensor:
+        """Attend, (B, L, C). vectors: those of `vectors()`, if they are known."""
         B, L, C = x_BLC.shape
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = linear(x_BLC, self.mat_qkv.weight, bias)
+        bias_3C, gain_1H11 = vectors or self.vectors()
+        qkv = linear(x_BLC, self.mat_qkv.weight, bias_3C)
         q, k, v = qkv.view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         scale = 0.25 / math.sqrt(self.head_dim)
-        if self.l2_norm:
+        if gain_1H11 is not None:
             scale = 1.0
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_SCALE_MUL).exp()
-            k = F.normalize(k, dim=-1)
+            q, k = F.normalize(q, dim=-1) * gain_1H11, F.normalize(k, dim=-1)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -159,10 +177,14 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
-        """Compute the AdaLN chunks (B, 1, 6, C), which depend on the class but not on the scale."""
-        if shared_B16C is not None:
-            return self.ada_gss + shared_B16C
-        return self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
+        """Compute the AdaLN chunks (B, 1, 6, C), with 1 + scale in the place of scale. They depend
+        on the class but not on the scale of the picture."""
+        if shared_B16C is None:
+            mod_B16C = self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
+        else:
+            mod_B16C = self.ada_gss + shared_B16C
+        gammas, scales, shifts = mod_B16C.split(2, dim=2)
+        return torch.cat([gammas, 1 + scales, shifts], dim=2)
 
     def _norm(self, x_BLC: Tensor) -> Tensor:
         return F.layer_norm(x_BLC, (self.width,), eps=self.norm_eps)
@@ -178,19 +200,22 @@ class Block(nn.Module):
         rows: Rows | None = None,
         skip: Skip | None = None,
         heads: Heads | None = None,
+        vectors: Vectors | None = None,
     ) -> Tensor:
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod_B16C.unbind(2)
+        """Run the block, (B, L, C). mod_B16C, vectors: those of `modulation` and `attn.vectors`."""
+        gamma1, gamma2, gain1, gain2, shift1, shift2 = mod_B16C.unbind(2)
         if cache is None:  # with a cache nothing is trained, even in train mode
             gamma1, gamma2 = self.drop_path(gamma1, rows), self.drop_path(gamma2, rows)
-        h_BLC = torch.addcmul(shift1, self._norm(x_BLC), 1 + scale1)
+        h_BLC = torch.addcmul(shift1, self._norm(x_BLC), gain1)
         if skip is None:
-            attended = self.attn(h_BLC, layer, mask_11LL, cache, heads)
+            attended = self.attn(h_BLC, layer, mask_11LL, cache, heads, vectors)
         else:
             how = {"layer": layer, "mask_11LL": mask_11LL, "cache": cache, "heads": heads}
-            attended = skip.attended(partial(self.attn, **how), x_BLC, h_BLC)
+            attention = partial(self.attn, **how, vectors=vectors)
+            attended = skip.attended(attention, x_BLC, h_BLC)
         x_BLC = torch.addcmul(x_BLC, attended, gamma1)
         normed_BLC = self._norm(x_BLC)
-        h_BLC = torch.addcmul(shift2, normed_BLC, 1 + scale2)
+        h_BLC = torch.addcmul(shift2, normed_BLC, gain2)
         if skip is None:
             fed = feed(self.ffn, h_BLC, normed_BLC, routing)
         else:
@@ -208,10 +233,11 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def modulation(self, cond_BC: Tensor) -> Tensor:
-        """Compute scale and shift, (B, 1, 2, C)."""
-        return self.ada_lin(cond_BC).view(-1, 1, 2, self.width)
+        """Compute 1 + scale and shift, (B, 1, 2, C)."""
+        scale, shift = self.ada_lin(cond_BC).view(-1, 1, 2, self.width).split(1, dim=2)
+        return torch.cat([1 + scale, shift], dim=2)
 
     def forward(self, x_BLC: Tensor, mod_B12C: Tensor) -> Tensor:
-        scale, shift = mod_B12C.unbind(2)
+        gain, shift = mod_B12C.unbind(2)
         normed = F.layer_norm(at_least_float32(x_BLC), (self.width,), eps=self.norm_eps)
-        return normed * (1 + scale) + shift
+        return normed * gain + shift

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from dmoe_var.models.blocks import Modulation
+from dmoe_var.models.blocks import Modulation, Vectors
 from dmoe_var.models.head_skipping import Heads, HeadSkipping, metrics
 from dmoe_var.models.kv_cache import GrowingCache, KVCache
 from dmoe_var.models.token_skipping import Outputs, ScaleSkipping, Skip, TokenSkipping
@@ -139,8 +139,8 @@ def _joins(step: Step, backbone: Backbone) -> bool:
 
 
 class Passes:
-    """Carries embedded classes, AdaLN's projections, the K/V cache and outputs for skipped tokens
-    from step to step of a plan.
+    """Carries embedded classes, AdaLN's projections, attention's vectors, the K/V cache and outputs
+    for skipped tokens from step to step of a plan.
 
     labels_R: classes of the first step's rows, those of the conditional branch first. Rows that a
     later step leaves out are dropped for good, and so is all that belongs to a cache when the steps
@@ -156,6 +156,7 @@ class Passes:
         self._cond_RC: Tensor
         self._cache: KVCache | None = None
         self._modulations: dict[int, Modulation] = {}
+        self._vectors: dict[int, list[Vectors]] = {}
         self._outputs: Outputs = {}
 
     def begin(self, step: Step) -> None:
@@ -166,13 +167,15 @@ class Passes:
         self._labels_R = self._labels_R[:num_rows]
         if step.cache is not self._model:
             self._model, self._cache = step.cache, None  # frees memory
-            self._modulations, self._outputs = {}, {}
+            self._modulations, self._vectors, self._outputs = {}, {}, {}
             self._cond_RC = step.cache.condition(self._labels_R)
             self._cache = GrowingCache() if self._gradients else step.cache.new_cache(num_rows)
         elif fewer:
             self._keep_rows(num_rows)
         if step.projects:
             self._modulations[id(step.projector)] = step.projector.modulation(self._cond_RC)
+        if id(step.backbone) not in self._vectors:
+            self._vectors[id(step.backbone)] = step.backbone.attention_vectors()
 
     def embed(self, step: Step, inputs: Mapping[int, Tensor]) -> Tensor:
         """Compute the input (R, l, C) of a step that has begun. inputs: f_hat downsampled to each
@@ -192,7 +195,8 @@ class Passes:
         assert self._cache is not None
         mod = self._modulations[id(step.projector)]
         skip = None if step.skipping is None else Skip(step.skipping, self._outputs)
-        how = (routing, skip, step.mask(), step.num_predicted, step.heads)
+        vectors = self._vectors[id(step.backbone)]
+        how = (routing, skip, step.mask(), step.num_predicted, step.heads, vectors)
         logits_RlV: Tensor = step.backbone.step(x_RlC, mod, self._cache, *how)
         return logits_RlV
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe_var import values
-from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, whole
+from dmoe_var.models.blocks import FFN, Block, HeadNorm, Modulation, Rows, Vectors, whole
 from dmoe_var.models.head_skipping import Heads
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import PlanOptions, Step, steps
@@ -269,6 +269,10 @@ class VAR(nn.Module):
         blocks = [block.modulation(cond_BC, shared) for block in self.blocks]  # type: ignore
         return Modulation(blocks, self.head_nm.modulation(cond_BC))
 
+    def attention_vectors(self) -> list[Vectors]:
+        """Compute what attention adds to and multiplies with every token, block by block."""
+        return [block.attn.vectors() for block in self.blocks]  # type: ignore[union-attr, operator]
+
     def projects_as(self, other: VAR) -> bool:
         """Tell whether AdaLN's projections are another VAR's, because their weights are the same
         tensors, and no hook wants to see either."""
@@ -297,18 +301,20 @@ class VAR(nn.Module):
         mask_11lL: Tensor | None = None,
         num_predicted: int | None = None,
         heads: Heads | None = None,
+        vectors: Sequence[Vectors] | None = None,
     ) -> Tensor:
         """Run one scale over the cache of those before it; logits (B, l, V), float32 at least.
 
         mask_11lL: what each of several scales sees of the cache and of the others. num_predicted:
         how many tokens, from the last on, have logits; None is all. heads: which heads are
-        projected; None is all.
+        projected; None is all. vectors: `attention_vectors`, if they are known.
         """
         for i, block in enumerate(self.blocks):
             here = None if routing is None else routing.at(i)
             skipped = None if skip is None else skip.at(i)
             kept = None if heads is None else heads.at(i)
-            how = (mask_11lL, cache, here, None, skipped, kept)
+            own = None if vectors is None else vectors[i]
+            how = (mask_11lL, cache, here, None, skipped, kept, own)
             x_BlC = block(x_BlC, mod.blocks[i], i, *how)
             cache.advance(i, int(x_BlC.shape[1]) if skipped is None else skipped.scale.num_kept)
         first = 0 if num_predicted is None else x_BlC.shape[1] - num_predicted

@@ -1,4 +1,5 @@
-"""Run a layer's router, Eq. 3 and experts in one call, where native.c runs them whatever the mask.
+"""Run a layer's router, Eq. 3 and experts in one call of native.c, or router and Eq. 3 alone where
+another path may be faster for the mask that they give.
 
 With the few tokens of a small batch, the Python around three calls takes longer than their
 products. What stays the same while images are sampled is settled once for each `sampling` block.
@@ -35,8 +36,8 @@ class ExpertFFN(Protocol):
 
 
 def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
-    """Do what `MoEFFN.select` and `run_experts` do, bit for bit, (B, L, C); None where one call
-    cannot, or where somebody looks on."""
+    """Do what `MoEFFN.select` and `run_experts` do, bit for bit, (B, L, C); None where native.c
+    does not know the layer, or where somebody looks on."""
     this = this_sampling()
     if (
         this is None
@@ -51,12 +52,20 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
         return None
     x_NC = x_BLC.flatten(0, 1)
     layer = _layer(ffn, x_NC, this)
-    if layer is None or (routing.impl == "auto" and not _is_fastest(ffn, x_NC, this)):
+    if layer is None:
         return None
-    out_NC = layer(x_NC, len(x_NC) // routing.sharing, routing.rule.tau)
+    found = "native" if routing.impl == "native" else _fastest(ffn, x_NC, this)
+    choosing = (x_NC, len(x_NC) // routing.sharing, routing.rule.tau)
+    if found == "native":
+        out_NC = layer.run(*choosing)
+        RAN["native"] += 1
+    else:
+        dispatch = layer.select(*choosing)
+        out_NC = None
+        if dispatch is not None:
+            out_NC = auto.run_known(found, x_NC, dispatch, ffn.weights, ffn.act)
     if out_NC is None:
         raise InputError(NOT_FINITE)
-    RAN["native"] += 1
     return out_NC.view_as(x_BLC)
 
 
@@ -77,13 +86,13 @@ def _prepared(ffn: ExpertFFN, x_NC: Tensor) -> native.Layer | None:
     weights, fcs = ffn.weights, [linear.weight for linear in linears]
     if not (native.can_run(x_NC, weights, ffn.act) and native.knows_router(x_NC, *fcs)):
         return None
-    return native.layer(fcs, weights)
+    return native.Layer(fcs, weights)
 
 
-def _is_fastest(ffn: ExpertFFN, x_NC: Tensor, this: Sampling) -> bool:
-    """Say whether `auto` takes native for so many tokens, whatever their masks."""
+def _fastest(ffn: ExpertFFN, x_NC: Tensor, this: Sampling) -> str | auto.Seconds:
+    """Return what `auto.by_density` finds for so many tokens."""
     case = (x_NC.shape, x_NC.dtype, ffn.num_experts, ffn.expert_size)
     if case not in this.settled:
-        this.settled[case] = auto.by_density(x_NC, ffn.weights, ffn.act) == "native"
-    fastest: bool = this.settled[case]
-    return fastest
+        this.settled[case] = auto.by_density(x_NC, ffn.weights, ffn.act)
+    found: str | auto.Seconds = this.settled[case]
+    return found

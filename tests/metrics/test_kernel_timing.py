@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from dmoe_var.metrics.kernel_timing import (
     time_layers,
 )
 from dmoe_var.moe.experts import paths_on
+from dmoe_var.moe.observer import Observer
+from dmoe_var.moe.routing import Routing
+from dmoe_var.moe.selection import Threshold
 
 SHAPE = Shape("mini", width=16, hidden=64, expert_size=8, tokens=12)
 RATES = Rates(gflops_per_s=2.0, gbytes_per_s=4.0)
@@ -32,7 +36,7 @@ def rows():
 def test_everything_is_timed_once(rows):
     cases = [(row["impl"], row["density"]) for row in rows]
     expected = [("dense_torch", None), ("dense", None), ("selection", None)]
-    assert cases == expected + [(impl, d) for d in (1.0, 0.5) for impl in paths_on(CPU)]
+    assert cases == expected + [(i, d) for d in (1.0, 0.5) for i in (*paths_on(CPU), "layer")]
     for row in rows:
         assert 0 < row["ms_min"] <= row["ms_p10"] <= row["ms_median"] <= row["ms_p90"]
         assert (row["tokens"], row["expert_size"], row["dtype"]) == (12, 8, "float32")
@@ -61,6 +65,20 @@ def test_limits_by_hand(rows):
         assert row["rate"] == pytest.approx(row["gflops_per_s"] / 2.0)
 
 
+@pytest.mark.parametrize("density", [1.0, 0.6, 0.3, 0.1])
+def test_the_router_of_a_layer_lets_as_much_run(density):
+    """A whole layer is timed with its own router at the density that is asked for."""
+    shape = replace(SHAPE, tokens=50, expert_size=2)
+    assert not random_layer(SHAPE, [0.1], CPU, torch.float32).taus  # one of eight always runs
+    layer = random_layer(shape, [density], CPU, torch.float32)
+    selected, seen = [], Observer()
+    seen.on_routing = selected.append
+    layer.ffn(layer.x_NC[None], Routing(Threshold(layer.taus[density]), observer=seen))
+    (routed,) = selected
+    assert float(routed.mask_BLE.float().mean()) == pytest.approx(density, abs=0.01)
+    assert routed.scores_bLE is not None
+
+
 def test_zeros_are_those_of_the_experts_that_run():
     """Of three tokens: a negative bias makes an expert's values 0, a positive one none."""
     layer = random_layer(SHAPE, [1.0], CPU, torch.float32)
@@ -79,6 +97,7 @@ def test_several_layers_are_timed_together(monkeypatch):
     layers[1] = Layer(layers[1].ffn, layers[1].x_NC, {0.5: layers[1].masks[0.5].roll(1, 0)})
     ran = []
     monkeypatch.setattr(kernel_timing, "run_experts", lambda x, mask, *_: ran.append(mask))
+    layers[2] = replace(layers[2], taus={})  # so that none is timed with its router
     rows = time_layers(SHAPE, layers, RATES, repeats=1)
     masks = [layer.masks[0.5] for layer in layers]
     paths = len(paths_on(CPU))

@@ -7,6 +7,8 @@ import torch
 
 from dmoe_var import DynamicVAR, generate
 from dmoe_var.metrics.flops_fixed import fixed_cost
+from dmoe_var.models.blocks import SelfAttention
+from dmoe_var.models.var import VAR
 
 LABELS = [1, 4]
 
@@ -45,6 +47,28 @@ def test_projections_of_the_same_weights_are_computed_once(make_var, make_vqvae,
     model.moe.blocks[0].ada_lin._forward_hooks.clear()
     half = model.to(torch.bfloat16)
     assert [step.projects for step in half.plan()] == [True, False, False, False]
+
+
+def test_nothing_is_computed_anew_at_each_scale(make_var, make_vqvae, monkeypatch):
+    """What attention adds to all tokens is computed once for each block of each backbone; images
+    stay what they are where each call of attention computes it, with temperatures above the cap."""
+    dense, vqvae = make_var(), make_vqvae()
+    model = DynamicVAR(dense, make_var(seed=1, activation="relu"), (1, 3))
+    with torch.no_grad():
+        for block in (*model.dense.blocks, *model.moe.blocks):
+            block.attn.scale_mul_1H11.copy_(torch.tensor([2.0, 9.0]).view(1, 2, 1, 1))
+            block.attn.q_bias.fill_(0.25)
+    computed, vectors = [], SelfAttention.vectors
+    monkeypatch.setattr(
+        SelfAttention, "vectors", lambda self: computed.append(self) or vectors(self)
+    )
+    expected = generate(model, vqvae, LABELS)
+    blocks = [*model.dense.blocks, *model.moe.blocks]
+    assert {id(each) for each in computed} == {id(block.attn) for block in blocks}
+    assert len(computed) == len(blocks)
+    monkeypatch.setattr(VAR, "attention_vectors", lambda self: [None] * len(self.blocks))
+    assert torch.equal(generate(model, vqvae, LABELS), expected)
+    assert len(computed) == len(blocks) + 4 * len(model.dense.blocks)
 
 
 def test_rows_by_scale(make_var):

@@ -68,9 +68,9 @@ def test_a_block(dynamic, measure):
     skip = Skip(ScaleSkipping((2, 3), 5, 0, measure), outputs).at(1)
     found = block(x_RlC, mod, 1, cache=cache, routing=Routing(Threshold(0.5)), skip=skip)
     for row, x in enumerate(x_RlC):
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = mod[row, 0]
+        gamma1, gamma2, gain1, gain2, shift1, shift2 = mod[row, 0]
         kept = largest(far_from_mean(x), 5)
-        h = (F.layer_norm(x, (C,), eps=1e-6) * (1 + scale1) + shift1)[kept]
+        h = (F.layer_norm(x, (C,), eps=1e-6) * gain1 + shift1)[kept]
         weight, attn = block.attn.mat_qkv.weight.view(3, H, C // H, C), block.attn
         heads = []
         for i in range(H):
@@ -82,7 +82,7 @@ def test_a_block(dynamic, measure):
         attended = area(earlier[0, row], 2, 3)
         attended[kept] = torch.cat(heads, dim=-1) @ attn.proj.weight.T + attn.proj.bias
         x = x + gamma1 * attended
-        h = F.layer_norm(x, (C,), eps=1e-6) * (1 + scale2) + shift2
+        h = F.layer_norm(x, (C,), eps=1e-6) * gain2 + shift2
         ffn, router = block.ffn, block.ffn.router
         scores = (F.gelu(h @ router.fc1.weight.T) @ router.fc2.weight.T).abs()
         kept = largest(scores.sum(-1) if measure == "router" else far_from_mean(x), 5)

@@ -138,15 +138,30 @@ def test_a_hook_sees_what_it_wants(watched):
     assert seen
 
 
+@pytest.mark.parametrize("sharing", [1, 2])
 @pytest.mark.parametrize(
-    ("seconds", "taken"),
-    [((1.0, 2.0), True), ((1.0, 5.0), False), ((4.0, 5.0), False), ((2.9, 2.95), True)],
+    ("tau", "seconds", "path"),
+    [
+        (0.5, (1.0, 2.0), "native"),
+        (0.5, (1.0, 5.0), "native"),
+        (0.05, (1.0, 5.0), "reference"),  # they meet at 0.63
+        (0.0, (1.0, 5.0), "reference"),
+        (0.5, (4.0, 5.0), "reference"),
+        (1.0, (2.9, 2.95), "native"),
+    ],
 )
-def test_auto_has_to_take_native_at_every_density(seconds, taken, monkeypatch):
+def test_auto_runs_what_is_fastest_for_the_mask(tau, seconds, path, sharing, monkeypatch):
+    """To the bits of the steps, and without a router where every expert runs."""
     monkeypatch.setattr(auto, "_measured", times(native=seconds, reference=(3.0, 3.0)))
+    ffn, routing = made(), Routing(Threshold(tau), sharing=sharing)
     with sampling():
-        found = at_once.run(made(), tokens(), Routing(Threshold(0.5)))
-    assert (found is not None) == taken
+        before = RAN.copy()
+        found = at_once.run(ffn, tokens(), routing)
+        assert RAN - before == {path: 1}
+        assert torch.equal(found, by_steps(ffn, tokens(), routing, monkeypatch))
+        if tau == 0:
+            ffn.router.fc1.weight.fill_(torch.nan)
+            assert torch.equal(at_once.run(ffn, tokens(), Routing(Threshold(tau))), found)
 
 
 def test_weights_that_change_between_two_samplings(monkeypatch):
@@ -162,7 +177,10 @@ def test_weights_that_change_between_two_samplings(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite(value):
+@pytest.mark.parametrize("native_takes", [2.0, 4.0])
+def test_scores_that_are_not_finite(value, native_takes, monkeypatch):
+    taken = times(native=(native_takes, native_takes), reference=(3.0, 3.0))
+    monkeypatch.setattr(auto, "_measured", taken)
     ffn, x_BLC = made(), tokens()
     x_BLC[1, 2, 3] = value
     with sampling(), pytest.raises(InputError, match="an expert's score is not finite"):

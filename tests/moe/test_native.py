@@ -102,6 +102,27 @@ def test_values_of_smaller_vectors(march, dtype, monkeypatch):
                 close_to_float64(x, mask, weights)
 
 
+@pytest.mark.parametrize("dtype", [*PRECISION, torch.float64])
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 1, 1), (70, 7, 33), (300, 64, 8), (900, 5, 130)])
+def test_reference_zeroes_what_does_not_run(sizes, dtype, set_threads, monkeypatch):
+    """As a product with the mask does, whatever the threads; a hook of ReLU sees all of it."""
+    N, E, D = sizes
+    h_NED = torch.rand(N, E, D, dtype=torch.float64).to(dtype)
+    x, weights, act = tokens(N, 24).to(dtype), layer(24, E, D), nn.ReLU()
+    weights = ExpertWeights(*(each.to(dtype) for each in weights))
+    for mask in masks(N, E):
+        for threads in (1, 2, 5) if dtype in PRECISION else ():
+            set_threads(threads)
+            assert torch.equal(native.zeroed(h_NED.clone(), mask), h_NED * mask[..., None])
+        expected = in_float64(x, mask, weights)
+        out = run_experts(x, mask, weights, act, "reference")
+        assert (out - expected).norm() <= PRECISION.get(dtype, 1e-12) * expected.norm()
+    seen = []
+    act.register_forward_hook(lambda module, given, out: seen.append((out, out.clone())))
+    run_experts(x, torch.zeros(N, E, dtype=torch.bool), weights, act, "reference")
+    assert all(torch.equal(*each) for each in seen)
+
+
 def test_no_tokens():
     assert run(tokens(0, 12), torch.ones(0, 5, dtype=torch.bool), layer(12, 5, 3)).shape == (0, 12)
 

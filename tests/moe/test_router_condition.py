@@ -92,8 +92,8 @@ def test_sampling_tells_scale_and_class_of_each_row(model, make_vqvae, cfg, shar
     mods = model.moe.modulation(model.dense.condition(torch.tensor([*labels, 5, 5, 5]))).blocks
     for routed, (x_BLC, _, normed_BLC) in zip(scores.seen, scores.inputs, strict=True):
         rows = 3 if cfg != 1.5 and routed.si == 3 else 6
-        _, _, _, scale, _, shift = mods[routed.layer][:rows].unbind(2)
-        assert_close(x_BLC, normed_BLC * (1 + scale) + shift, rtol=0, atol=1e-12)
+        _, _, _, gain, _, shift = mods[routed.layer][:rows].unbind(2)
+        assert_close(x_BLC, normed_BLC * gain + shift, rtol=0, atol=1e-12)
         router = routed.ffn.router
         expected_BLE = torch.stack(
             [

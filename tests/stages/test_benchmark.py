@@ -316,13 +316,13 @@ def test_kernels(make_experiment, no_process, tmp_path):
     record = run_stage(experiment, "benchmark")
     rows = [row for row in record.about["kernels"] if row["density"] is not None]
     full = [row for row in rows if row["masks"] == "no_zeros"]
-    assert len(full) == len(paths_on(experiment.device)) * 2 * 2
+    assert len(full) == (len(paths_on(experiment.device)) + 1) * 2 * 2
     assert {(row["density"], row["zeros"]) for row in full} == {(1, 0)}
     for row in full:
         name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}_no_zeros"
         assert record.metrics[f"{name}_time_ratio"] == row["time_ratio"]
     rows = [row for row in rows if row["masks"] == "random"]
-    assert len(rows) == len(paths_on(experiment.device)) * 2 * 2 * 2
+    assert len(rows) == (len(paths_on(experiment.device)) + 1) * 2 * 2 * 2
     assert {row["tokens"] for row in rows} == {2 * 9, 2 * 16}
     for row in rows:
         name = f"{row['impl']}_e{row['expert_size']}_n{row['tokens']}_d{row['density']:g}"

@@ -45,20 +45,21 @@ _known: dict[tuple[Any, ...], Seconds] = {}
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
     """See `paths.ComputePath`."""
-    name = fastest(x_NC, dispatch, weights, act)
+    return run_known(by_density(x_NC, weights, act), x_NC, dispatch, weights, act)
+
+
+def run_known(
+    found: str | Seconds, x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
+) -> Tensor:
+    """Do what `run` does, where it is known what `by_density` has found."""
+    name = found if isinstance(found, str) else _best(dispatch.density, found)
     RAN[name] += 1
     return path(name).run(x_NC, dispatch, weights, act)
 
 
-def fastest(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> str:
-    """Return the name of the path to run: `fallback`'s if only plain paths can run the tensors."""
-    found = by_density(x_NC, weights, act)
-    return found if isinstance(found, str) else _best(dispatch.density, found)
-
-
 def by_density(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> str | Seconds:
     """Return the name of the path to run whatever the mask; the times of all if that depends on how
-    much of it runs."""
+    much of it runs. It is `fallback`'s if only plain paths can run the tensors."""
     device = x_NC.device
     on_gpu = device.type == "cuda"
     paths = {

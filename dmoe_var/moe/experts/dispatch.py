@@ -14,8 +14,11 @@ class Dispatch:
     """Holds a layer's mask. Everything else is computed at its first use and kept; on a GPU that
     makes the host wait."""
 
-    def __init__(self, mask_NE: Tensor):
+    def __init__(self, mask_NE: Tensor, pairs: int | None = None):
+        """pairs: how many run, if that is known."""
         self.mask_NE = mask_NE
+        if pairs is not None:
+            self.density = pairs / mask_NE.numel()
 
     @cached_property
     def density(self) -> float:

@@ -940,21 +940,48 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
     }
 }
 
-/* A whole layer: the first `selecting` tokens choose by Eq. 3 on the router's scores, and each
- * further as many run what those do. Whether a score is not finite; nothing has run then. tau = 0
- * runs every expert, and no score is computed. */
+/* Zeros for the hidden values (N, E, size) of experts that a token does not run. */
+void dmoe_zero(char *hidden, const uint8_t *mask, int64_t tokens, int64_t experts, int64_t size,
+               int64_t element, int64_t threads) {
+    int64_t bytes = size * element;
+    int team = tokens * experts * bytes < ALONE / 8 ? 1 : (int)threads;
+#pragma omp parallel for schedule(static) num_threads(team)
+    for (int64_t pair = 0; pair < tokens * experts; pair++)
+        if (!mask[pair]) memset(hidden + pair * bytes, 0, bytes);
+}
+
+/* The mask of a layer's tokens: the first `selecting` choose by Eq. 3 on the router's scores, and
+ * each further as many run what those do. Whether a score is not finite. tau = 0 runs every expert,
+ * and no score is computed. */
+static int64_t select_experts(const Router *router, const char *x, uint8_t *mask, int64_t tokens,
+                              int64_t selecting, float tau, int64_t threads, char *scores) {
+    int64_t experts = router->experts, count = selecting * experts;
+    if (tau == 0) {
+        memset(mask, 1, tokens * experts);
+        return 0;
+    }
+    dmoe_scores(router, x, scores, selecting, threads);
+    if (dmoe_threshold(scores, mask, selecting, experts, router->half, tau, threads)) return 1;
+    for (int64_t at = selecting; at < tokens; at += selecting)
+        memcpy(mask + at * experts, mask, count);
+    return 0;
+}
+
+/* The mask alone; how many pairs run, or -1 if a score is not finite. */
+int64_t dmoe_select(const Router *router, const char *x, uint8_t *mask, int64_t tokens,
+                    int64_t selecting, float tau, int64_t threads, char *scores) {
+    int64_t pairs = 0, count = tokens * router->experts;
+    if (select_experts(router, x, mask, tokens, selecting, tau, threads, scores)) return -1;
+    for (int64_t pair = 0; pair < count; pair++) pairs += mask[pair];
+    return pairs;
+}
+
+/* A whole layer; whether a score is not finite, and then nothing has run. */
 int64_t dmoe_layer(const Router *router, const Layer *layer, const char *x, char *out,
                    int64_t tokens, int64_t selecting, float tau, int64_t threads, char *memory) {
-    int64_t experts = layer->experts, count = selecting * experts;
     char *scores = memory + space(layer, tokens, (int)threads, memory).bytes;
-    uint8_t *mask = (uint8_t *)scores + tokens * experts * 4;
-    if (tau == 0) memset(mask, 1, tokens * experts);
-    else {
-        dmoe_scores(router, x, scores, selecting, threads);
-        if (dmoe_threshold(scores, mask, selecting, experts, layer->half, tau, threads)) return 1;
-        for (int64_t at = selecting; at < tokens; at += selecting)
-            memcpy(mask + at * experts, mask, count);
-    }
+    uint8_t *mask = (uint8_t *)scores + tokens * layer->experts * 4;
+    if (select_experts(router, x, mask, tokens, selecting, tau, threads, scores)) return 1;
     dmoe_experts(layer, x, mask, out, tokens, threads, memory);
     return 0;
 }

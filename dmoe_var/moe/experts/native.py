@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
 WIDEST = 8192
 """Most inputs, hidden neurons and experts of a router."""
-Layer = Callable[[Tensor, int, float], Tensor | None]
-"""(x_NC, selecting, tau) -> the layer's output (N, C). The first `selecting` tokens choose by Eq. 3
-on the router's scores, each further as many run what those do. None if a score is not finite."""
-
 _memory = threading.local()
 """Each thread's workspace, kept for its next call: fresh memory takes longer than a product."""
 
@@ -88,6 +84,10 @@ class _Kernel:
         self.layer = function(
             "layer", number, router, layer, memory, memory, number, number, real, number, memory
         )
+        self.select = function(
+            "select", number, router, memory, memory, number, number, real, number, memory
+        )
+        self.zero = function("zero", None, memory, memory, number, number, number, number, number)
         self._large_pages = function("large_pages", None, memory, number)
         self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, number, number)
         self.pairs: int = function("pairs", number)()
@@ -159,24 +159,43 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
     return out_NC
 
 
-def layer(router: Sequence[Tensor], weights: ExpertWeights) -> Layer:
-    """Prepare a layer that the kernel `knows` to run in one call, as long as nobody writes to its
-    weights. router: fc1 (R, C) and fc2 (E, R)."""
-    loaded = _compiled()
-    assert loaded is not None
-    chosen = packed_of(router, _pack_router, loaded.fingerprint)
-    experts = packed_of(weights, pack, loaded.fingerprint)
+class Layer:
+    """A layer that the kernel `knows`, prepared once, as long as nobody writes to its weights.
 
-    def run(x_NC: Tensor, selecting: int, tau: float) -> Tensor | None:
-        x_NC = x_NC.contiguous()
-        out_NC, tokens, threads = torch.empty_like(x_NC), len(x_NC), torch.get_num_threads()
-        bad = loaded.layer(
-            chosen.layer, experts.layer, x_NC.data_ptr(), out_NC.data_ptr(), tokens, selecting,
-            tau, threads, _workspace(loaded, experts.layer, tokens, threads).data_ptr(),
+    In both calls the first `selecting` tokens choose by Eq. 3 on the router's scores, and each
+    further as many run what those do. They give None if a score is not finite.
+    """
+
+    def __init__(self, router: Sequence[Tensor], weights: ExpertWeights):
+        """router: fc1 (R, C) and fc2 (E, R)."""
+        loaded = _compiled()
+        assert loaded is not None
+        self._kernel, self._num_experts = loaded, len(router[1])
+        self._router = packed_of(router, _pack_router, loaded.fingerprint)
+        self._experts = packed_of(weights, pack, loaded.fingerprint)
+
+    def run(self, x_NC: Tensor, selecting: int, tau: float) -> Tensor | None:
+        """Compute the layer's output, (N, C)."""
+        x_NC, tokens, threads = x_NC.contiguous(), len(x_NC), torch.get_num_threads()
+        out_NC = torch.empty_like(x_NC)
+        bad = self._kernel.layer(
+            self._router.layer, self._experts.layer, x_NC.data_ptr(), out_NC.data_ptr(), tokens,
+            selecting, tau, threads, self._memory(tokens, threads),
         )  # fmt: skip
         return None if bad else out_NC
 
-    return run
+    def select(self, x_NC: Tensor, selecting: int, tau: float) -> Dispatch | None:
+        """Choose the experts, and do not run them."""
+        x_NC, tokens, threads = x_NC.contiguous(), len(x_NC), torch.get_num_threads()
+        mask_NE = torch.empty((tokens, self._num_experts), dtype=torch.bool)
+        pairs = self._kernel.select(
+            self._router.layer, x_NC.data_ptr(), mask_NE.data_ptr(), tokens, selecting, tau,
+            threads, self._memory(tokens, threads),
+        )  # fmt: skip
+        return None if pairs < 0 else Dispatch(mask_NE, pairs)
+
+    def _memory(self, tokens: int, threads: int) -> int:
+        return _workspace(self._kernel, self._experts.layer, tokens, threads).data_ptr()
 
 
 def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Tensor:
@@ -186,6 +205,17 @@ def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Ten
         _memory.bytes = None  # free the old one first
         _memory.bytes = loaded.empty((size,), torch.uint8)
     return _memory.bytes
+
+
+def zeroed(h_NED: Tensor, mask_NE: Tensor) -> Tensor:
+    """Write 0 where an expert does not run, into hidden values that the kernel `knows`."""
+    loaded = _compiled()
+    assert loaded is not None
+    assert h_NED.is_contiguous()
+    mask_NE = mask_NE.contiguous()
+    given = (*h_NED.shape, h_NED.element_size(), torch.get_num_threads())
+    loaded.zero(h_NED.data_ptr(), mask_NE.data_ptr(), *given)
+    return h_NED
 
 
 def knows(x: Tensor, *weights: Tensor) -> bool:
