@@ -17,9 +17,9 @@ from dmoe_var.checkpoints.safetensors_io import (
     is_described,
     load_checkpoint,
     read_bare,
-    read_tensors,
 )
 from dmoe_var.checkpoints.state_dicts import meant, read_pth
+from dmoe_var.checkpoints.tensor_files import read_tensors
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.classifier import ResNetClassifier

@@ -26,11 +26,10 @@ from dmoe_var.checkpoints.safetensors_io import (
     CONFIG_FILE,
     MODEL_FILE,
     read_config,
-    read_tensors,
     whole_folder,
     write_config,
-    write_tensors,
 )
+from dmoe_var.checkpoints.tensor_files import read_tensors, write_tensors
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.build import build_strictly

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmoe_var.checkpoints.file_kinds import kind_of_file
+from dmoe_var.checkpoints.tensor_files import (
+    keep_pieces,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from dmoe_var.checkpoints.var_adapter import check_size
 from dmoe_var.errors import CheckpointError
-from dmoe_var.files import read_json, temporary_beside, whole_file, write_text
-from dmoe_var.models.build import _first_line, build_strictly
+from dmoe_var.files import read_json, temporary_beside, write_text
+from dmoe_var.models.build import build_strictly
 from dmoe_var.models.classifier import ClassifierConfig, ResNetClassifier
 from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
@@ -43,38 +46,6 @@ KINDS: dict[str, tuple[type[nn.Module], type]] = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all. Raise CheckpointError if the disk refuses."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(contiguous, temporary, metadata)
-            temporary.chmod(mode)  # safetensors leaves files that the owner alone can read
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file's tensors (memory-mapped) and metadata, or raise CheckpointError."""
-    if kind_of_file(path) != "safetensors":
-        raise CheckpointError(f"{path}: a file of torch (.pth), no safetensors file")
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: missing, cut short or no safetensors file ({_first_line(error)})"
-        ) from error
-
-
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write into; once the block ends without an error, its files replace
@@ -90,26 +61,31 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         folder.mkdir(exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        order = {MODEL_FILE: 0, CONFIG_FILE: 2}
-        for path in sorted(temporary.iterdir(), key=lambda path: order.get(path.name, 1)):
+        order, written = {MODEL_FILE: 0, CONFIG_FILE: 2}, list(temporary.iterdir())
+        for path in sorted(written, key=lambda path: order.get(path.name, 1)):
             os.replace(path, folder / path.name)
+        keep_pieces(folder / MODEL_FILE, [path.name for path in written])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_checkpoint(
-    folder: Path, model: VAR | VQVAE | ResNetClassifier, fingerprint: str = ""
+    folder: Path,
+    model: VAR | VQVAE | ResNetClassifier,
+    fingerprint: str = "",
+    max_mb: int | None = None,
 ) -> None:
     """Write a model's checkpoint folder, whole or not at all; replace an older one of that name. A
     kill while its files are put in place may leave neither (see `whole_folder`).
 
-    fingerprint: of the configuration that made it (`read_fingerprint`). Raise CheckpointError or
-    OSError if the disk refuses, or if something else is in the way.
+    fingerprint: of the configuration that made it (`read_fingerprint`). max_mb: see
+    `write_tensors`. Raise CheckpointError or OSError if the disk refuses, or if something else is
+    in the way.
     """
     kind = next(name for name, (cls, _) in KINDS.items() if isinstance(model, cls))
-    about = {"fingerprint": fingerprint}  # one entry: safetensors writes several in any order
+    about = {"fingerprint": fingerprint}
     with whole_folder(folder) as temporary:
-        write_tensors(temporary / MODEL_FILE, model.state_dict(), about)
+        write_tensors(temporary / MODEL_FILE, model.state_dict(), about, max_mb)
         write_config(temporary, kind, dataclasses.asdict(model.config))
 
 
@@ -122,8 +98,7 @@ def write_config(folder: Path, kind: str, config: Mapping[str, Any], **about: st
 
 def read_fingerprint(folder: Path) -> str:
     """Read the fingerprint of a saved checkpoint. Raise CheckpointError if it is not whole."""
-    with _opened(folder / MODEL_FILE) as file:
-        return (file.metadata() or {}).get("fingerprint", "")
+    return read_metadata(folder / MODEL_FILE).get("fingerprint", "")
 
 
 def read_config(folder: Path, kind: str, cls: type[T]) -> T:

@@ -123,6 +123,9 @@ class Config:
     """Whether Weights & Biases gets the lines of metrics.jsonl: disabled, offline or online."""
     progress: bool = True
     """Whether progress bars are shown."""
+    max_file_mb: Positive | None = None
+    """Most megabytes (10^6 bytes) per file of a checkpoint or of a training's state; null does not
+    limit it. What does not fit lies in pieces beside the file."""
     until: Literal[
         "train_vqvae", "train_var", "sparsify", "split", "train_router", "tune_experts", "sweep"
     ] = "sweep"

@@ -239,4 +239,5 @@ class Experiment:
             tracking=self.tracking(stage),
             config=self.relevant(stage),
             progress=self.progress,
+            max_file_mb=config.max_file_mb,
         )

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from dmoe_var.checkpoints.safetensors_io import read_fingerprint
+from dmoe_var.checkpoints.tensor_files import remove_tensors
 from dmoe_var.devices import device_name
 from dmoe_var.distributed import barrier, from_main, is_main, start, world_size
 from dmoe_var.errors import CheckpointError, DataError, InputError
@@ -140,7 +141,7 @@ def _done(experiment: Experiment, stage: str) -> Record | None:
     skippable = is_main() and not find(stage).is_never_done(experiment.whole)
     done = from_main(record_if_done(experiment, stage) if skippable else None)
     if done is not None and is_main():
-        (experiment.folder(stage) / STATE_FILE).unlink(missing_ok=True)
+        remove_tensors(experiment.folder(stage) / STATE_FILE)
     return done
 
 
@@ -161,7 +162,7 @@ def _run(
     assert record is not None
     if is_main():
         record.write(folder)
-        (folder / STATE_FILE).unlink(missing_ok=True)
+        remove_tensors(folder / STATE_FILE)
     barrier()
     return record
 

@@ -18,6 +18,7 @@ TRAININGS = (
 )  # fmt: skip
 HOUSEKEEPING = (
     "name", "run_dir", "device", "threads", "deterministic", "wandb", "progress",
+    "max_file_mb",
     "data.root", "data.workers", "data.encode_batch", "data.in_memory", "data.class_names",
     *(
         f"{stage}.{key}"

@@ -75,8 +75,8 @@ def _keep(experiment: Experiment, var: VAR) -> Snapshots | None:
     if every is None:
         return None
     folder = experiment.folder("train_var") / SNAPSHOTS
-    fingerprint = experiment.fingerprint("train_var")
-    return Snapshots(every, lambda step: save_checkpoint(folder / f"{step:06d}", var, fingerprint))
+    about = (experiment.fingerprint("train_var"), experiment.config.max_file_mb)
+    return Snapshots(every, lambda step: save_checkpoint(folder / f"{step:06d}", var, *about))
 
 
 def reads(config: Config, ours: Config) -> Keys:

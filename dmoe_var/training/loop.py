@@ -85,7 +85,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     # Resume stored state. The number of examples stands for the data: it sets the batches' order.
     fingerprint = f"{run.fingerprint}, {objective.num_examples} examples"
-    state = StateFile(run.folder / STATE_FILE, fingerprint)
+    state = StateFile(run.folder / STATE_FILE, fingerprint, run.max_file_mb)
     num_steps = config.num_steps(objective.num_examples)
     order = BatchOrder(objective.num_examples, config.batch_size, run.seed)
     average = None if config.ema is None else AveragedWeights(module, config.ema)

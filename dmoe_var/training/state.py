@@ -1,4 +1,4 @@
-"""Keep training state in one safetensors file, written whole, from which a run goes on bitwise.
+"""Keep training state in a safetensors file, written whole, from which a run goes on bitwise.
 
 Random numbers need no saving: every step seeds its own from (seed, step).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dmoe_var.checkpoints.safetensors_io import read_tensors, write_tensors
+from dmoe_var.checkpoints.tensor_files import read_tensors, write_tensors
 from dmoe_var.errors import CheckpointError
 
 STATE_FILE = "state.safetensors"
@@ -26,6 +26,8 @@ class StateFile:
 
     path: Path
     fingerprint: str
+    max_mb: int | None = None
+    """See `write_tensors`."""
 
     def save(
         self,
@@ -42,7 +44,7 @@ class StateFile:
                 tensors[f"optimizer/{name}/{key}"] = value
         tensors |= {f"average/{name}": tensor for name, tensor in averages.items()}
         header = {"step": step, "fingerprint": self.fingerprint, "keys": sorted(tensors)}
-        write_tensors(self.path, tensors, {"state": json.dumps(header)})
+        write_tensors(self.path, tensors, {"state": json.dumps(header)}, self.max_mb)
 
     def load(
         self,

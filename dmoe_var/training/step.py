@@ -124,6 +124,8 @@ class Run:
     tracking: Tracking = OFF
     config: Mapping[str, object] | None = None
     progress: bool = True
+    max_file_mb: int | None = None
+    """Most megabytes per file of the state."""
 
 
 def step_seed(seed: int, step: int) -> int:

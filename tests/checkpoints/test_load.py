@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from dmoe_var import DynamicVAR, load_var, load_vqvae
 from dmoe_var.checkpoints import hub
 from dmoe_var.checkpoints.load import file_dtype, weights_file
-from dmoe_var.checkpoints.safetensors_io import save_checkpoint, write_tensors
+from dmoe_var.checkpoints.safetensors_io import save_checkpoint
+from dmoe_var.checkpoints.tensor_files import write_tensors
 from dmoe_var.errors import CheckpointError
 
 PATCH_NUMS = (1, 2, 3, 4)

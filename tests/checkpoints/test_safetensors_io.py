@@ -17,11 +17,10 @@ from dmoe_var.checkpoints.safetensors_io import (
     MODEL_FILE,
     load_checkpoint,
     read_fingerprint,
-    read_tensors,
     save_checkpoint,
     whole_folder,
-    write_tensors,
 )
+from dmoe_var.checkpoints.tensor_files import read_tensors, write_tensors
 from dmoe_var.errors import CheckpointError
 from dmoe_var.training.state import StateFile
 

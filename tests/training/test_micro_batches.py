@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var.checkpoints.safetensors_io import read_tensors
+from dmoe_var.checkpoints.tensor_files import read_tensors
 from dmoe_var.errors import ConfigError
 from dmoe_var.models.blocks import whole
 from dmoe_var.training.loop import BatchOrder, parameter_groups

@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmoe_var.checkpoints.safetensors_io import read_tensors
+from dmoe_var.checkpoints.tensor_files import read_tensors
 from dmoe_var.errors import CheckpointError
 from dmoe_var.training.state import StateFile
 
 
-def trained():
+def trained(width=3):
     """A linear model and its optimiser after a step."""
     torch.manual_seed(0)
-    module = torch.nn.Linear(2, 3)
+    module = torch.nn.Linear(2, width)
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.ones(2)).sum().backward()
     optimizer.step()
@@ -28,11 +28,19 @@ def stored(tmp_path):
     return file
 
 
-def test_round_trip(stored):
-    module = torch.nn.Linear(2, 3)
+@pytest.mark.parametrize("max_mb", [None, 1])
+def test_round_trip(tmp_path, max_mb):
+    """Also in pieces, where a moment of the optimiser is cut into two."""
+    width = 3 if max_mb is None else 100_000
+    stored = StateFile(tmp_path / "state.safetensors", "ours", max_mb)
+    stored.save(5, *trained(width))
+    sizes = [each.stat().st_size for each in tmp_path.iterdir()]
+    assert (len(sizes) == 1) == (max_mb is None)
+    assert max(sizes) <= 1_000_000
+    module = torch.nn.Linear(2, width)
     optimizer = torch.optim.AdamW(module.parameters())
     assert stored.load(module, optimizer) == 5
-    wanted, wanted_optimizer = trained()
+    wanted, wanted_optimizer = trained(width)
     torch.testing.assert_close(module.state_dict(), wanted.state_dict(), rtol=0, atol=0)
     ours, theirs = optimizer.state_dict()["state"], wanted_optimizer.state_dict()["state"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -75,7 +75,8 @@ def checkpoint(experiment: Experiment, stage: str) -> Path:
 def save(experiment: Experiment, stage: str, model: VAR | VQVAE | ResNetClassifier) -> None:
     """Write a stage's checkpoint, by the main process, with the fingerprint it belongs to."""
     if is_main():
-        save_checkpoint(checkpoint(experiment, stage), model, experiment.fingerprint(stage))
+        fingerprint, max_mb = experiment.fingerprint(stage), experiment.config.max_file_mb
+        save_checkpoint(checkpoint(experiment, stage), model, fingerprint, max_mb)
 
 
 def vqvae(experiment: Experiment) -> VQVAE:

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmoe_var.calibration.skipped_means import measure_skipped_means
-from dmoe_var.checkpoints.safetensors_io import MODEL_FILE, read_tensors, write_tensors
+from dmoe_var.checkpoints.safetensors_io import MODEL_FILE
+from dmoe_var.checkpoints.tensor_files import read_tensors, write_tensors
 from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet, weights_hash
 from dmoe_var.distributed import from_main, is_main, rank, world_size
