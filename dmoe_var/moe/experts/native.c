@@ -862,7 +862,7 @@ INLINE uint64_t mixed(uint64_t hash, uint64_t word) {
 
 /* A 64-bit hash of the bytes and their order. Words take turns in LINE chains, which registers hold
  * side by side. */
-uint64_t dmoe_fingerprint(const char *bytes, int64_t count, int64_t threads) {
+static uint64_t hash_of(const char *bytes, int64_t count, int64_t threads) {
     enum { PIECE = 1 << 16, LINE = 32 };
     uint64_t sum = (uint64_t)count;
     int team = count < 4 * PIECE ? 1 : (int)threads;
@@ -880,6 +880,14 @@ uint64_t dmoe_fingerprint(const char *bytes, int64_t count, int64_t threads) {
         sum += mixed(hash, (uint64_t)piece);
     }
     return sum;
+}
+
+/* A 64-bit hash of several pieces of memory, in their order. */
+uint64_t dmoe_fingerprint(const char *const *pieces, const int64_t *counts, int64_t number,
+                          int64_t threads) {
+    uint64_t hash = (uint64_t)number;
+    for (int64_t i = 0; i < number; i++) hash = mixed(hash, hash_of(pieces[i], counts[i], threads));
+    return hash;
 }
 
 /* x (N, C), mask (N, E) of 0 and 1, out (N, C); all contiguous. */
@@ -970,9 +978,14 @@ static int64_t select_experts(const Router *router, const char *x, uint8_t *mask
 /* The mask alone; how many pairs run, or -1 if a score is not finite. */
 int64_t dmoe_select(const Router *router, const char *x, uint8_t *mask, int64_t tokens,
                     int64_t selecting, float tau, int64_t threads, char *scores) {
-    int64_t pairs = 0, count = tokens * router->experts;
+    int64_t pairs = 0, count = tokens * router->experts, pair = 0;
     if (select_experts(router, x, mask, tokens, selecting, tau, threads, scores)) return -1;
-    for (int64_t pair = 0; pair < count; pair++) pairs += mask[pair];
+    for (; pair + 8 <= count; pair += 8) { /* eight bytes of 0 or 1 */
+        uint64_t eight;
+        memcpy(&eight, mask + pair, sizeof eight);
+        pairs += __builtin_popcountll(eight);
+    }
+    for (; pair < count; pair++) pairs += mask[pair];
     return pairs;
 }
 

@@ -89,7 +89,7 @@ class _Kernel:
         )
         self.zero = function("zero", None, memory, memory, number, number, number, number, number)
         self._large_pages = function("large_pages", None, memory, number)
-        self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, number, number)
+        self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, memory, number, number)
         self.pairs: int = function("pairs", number)()
         """How bfloat16 is multiplied: 0 widened, 1 in pairs by AVX-512, 2 in pairs by AMX."""
         self.dots = bool(function("dots", number)())
@@ -112,10 +112,14 @@ class _Kernel:
         tensors = tuple(self.empty(x.shape, x.dtype).copy_(x) for x in views)
         return Packed(kind(*numbers, *(tensor.data_ptr() for tensor in tensors)), tensors)
 
-    def fingerprint(self, values: Tensor) -> int:
-        """Hash the values in their order, to 64 bits."""
-        values = values.contiguous()
-        return self._fingerprint(values.data_ptr(), values.nbytes, torch.get_num_threads())
+    def fingerprint(self, tensors: Sequence[Tensor]) -> int:
+        """Hash the values of tensors in their order, to 64 bits."""
+        tensors = [tensor.contiguous() for tensor in tensors]
+        count = len(tensors)
+        places = (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
+        sizes = (ctypes.c_int64 * count)(*(tensor.nbytes for tensor in tensors))
+        hashed: int = self._fingerprint(places, sizes, count, torch.get_num_threads())
+        return hashed
 
 
 @cache

@@ -37,7 +37,8 @@ def _place(tensor: Tensor) -> Place:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.stride(), writes
 
 
-Content = tuple[tuple[torch.Size, torch.dtype, int], ...]
+Content = tuple[int, tuple[tuple[torch.Size, torch.dtype], ...]]
+"""A hash of all values, and of which shapes and dtypes they are."""
 
 
 class _Kept(NamedTuple):
@@ -56,7 +57,7 @@ _kept = WeakTensorKeyDictionary()
 def packed_of(
     weights: Sequence[Tensor],
     pack: Callable[[Sequence[Tensor]], Packed],
-    fingerprint: Callable[[Tensor], int],
+    fingerprint: Callable[[Sequence[Tensor]], int],
 ) -> Packed:
     """Return the packed weights, packed anew if a value has changed by its `fingerprint`."""
     sampling, places = this_sampling(), [_place(weight) for weight in weights]
@@ -65,7 +66,7 @@ def packed_of(
         seen = kept.seen.get(sampling)
         if seen is not None and seen[0] == places:
             return kept.packed
-    content = tuple((w.shape, w.dtype, fingerprint(w)) for w in weights)
+    content = fingerprint(weights), tuple((w.shape, w.dtype) for w in weights)
     if kept is None or kept.content != content:
         kept = _kept[weights[0]] = None  # free the old copy before the new one is made
         kept = _kept[weights[0]] = _Kept(content, pack(weights), WeakKeyDictionary())
