@@ -216,9 +216,9 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
             ffn, mask_NE = layer.ffn, layer.masks[density]
             run_experts(layer.x_NC, mask_NE, ffn.weights, ffn.act, impl)
 
-    def whole(density: float) -> None:
-        for layer in layers:
-            layer.ffn(layer.x_NC[None], Routing(Threshold(layer.taus[density])))
+    def whole(routings: Sequence[Routing]) -> None:
+        for layer, its_own in zip(layers, routings, strict=True):
+            layer.ffn(layer.x_NC[None], its_own)
 
     device = layers[0].x_NC.device
     for density in layers[0].masks:
@@ -226,7 +226,8 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
             if device.type != "cuda" or not path.waits:  # that would take dozens of dense FFNs
                 calls[impl, density] = partial(by_path, density, impl)
         if all(density in layer.taus for layer in layers):
-            calls[LAYER, density] = partial(whole, density)
+            routings = [Routing(Threshold(layer.taus[density])) for layer in layers]
+            calls[LAYER, density] = partial(whole, routings)
     return calls
 
 

@@ -53,9 +53,11 @@ def fastest(x, dispatch, weights, act):
 
 
 def timed(monkeypatch, **seconds):
-    """Measuring finds these times at both densities; how often it was asked."""
+    """Measuring finds these times at both densities and, if there is no third, where all run; how
+    often it was asked."""
     asked = []
-    monkeypatch.setattr(auto, "_measured", lambda *given: asked.append(given) or dict(seconds))
+    found = {name: (*times, times[-1])[:3] for name, times in seconds.items()}
+    monkeypatch.setattr(auto, "_measured", lambda *given: asked.append(given) or dict(found))
     return asked
 
 
@@ -70,6 +72,13 @@ def test_the_fastest_at_the_density_of_the_mask(layer, monkeypatch, density, pat
     assert RAN[path] == before + 1
     expected = run_experts(layer[0], mask(density), layer[1], RELU, "reference")
     torch.testing.assert_close(out, expected)
+
+
+def test_a_path_may_know_a_shorter_way_where_all_run(layer, monkeypatch):
+    """reference is slower at every mask, and faster without one."""
+    timed(monkeypatch, native=(1.0, 3.0, 3.0), reference=(4.0, 4.0, 2.0), grouped=(9.0, 9.0))
+    for density, name in ((0.05, "native"), (0.95, "native"), (1, "reference")):
+        assert fastest(layer[0], Dispatch(mask(density)), layer[1], RELU) == name
 
 
 @pytest.mark.parametrize("density", [0.6, 1])
@@ -135,7 +144,7 @@ def test_the_first_who_measures_counts(layer, monkeypatch):
     (key,) = json.loads(auto._file(CPU).read_text())["seconds"]
     mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
     auto._keep(auto._file(CPU), key, mine)
-    assert mine == {"native": (1.0, 1.0), "reference": (2.0, 2.0)}
+    assert mine == {"native": (1.0,) * 3, "reference": (2.0,) * 3}
 
 
 def test_a_table_without_a_path_is_measured_again(layer, monkeypatch):
@@ -162,12 +171,20 @@ def test_a_table_that_cannot_be_written(layer, monkeypatch, cache, capfd):
     assert line.startswith(f"{auto._file(CPU)}: cannot be kept (Not a directory)")
 
 
-def test_every_path_is_timed_at_both_densities(layer):
+def test_every_path_is_timed_with_three_masks(layer, monkeypatch):
+    """A quarter, all but one pair, all; in turn, for a while."""
     x, weights = layer
+    shares = []
+    monkeypatch.setattr(auto, "_counted", lambda mask: shares.append(mask.sum()) or Dispatch(mask))
     with torch.no_grad():
         found = auto._measured(PATHS, x, weights, RELU)
     assert found.keys() == PATHS.keys()
+    assert all(len(times) == 3 for times in found.values())
     assert all(0 < seconds < 10 for times in found.values() for seconds in times)
+    assert len(shares) > 3 * len(PATHS) * (1 + auto.REPEATS)
+    assert shares[1::3] == [N * E - 1] * (len(shares) // 3)
+    assert shares[2::3] == [N * E] * (len(shares) // 3)
+    assert 0.1 < shares[0] / (N * E) < 0.4
 
 
 def test_without_a_folder_each_process_measures(layer, monkeypatch, capfd):

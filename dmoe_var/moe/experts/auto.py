@@ -1,7 +1,8 @@
 """Run the fastest compute path, by a table that is measured on this machine and kept.
 
-A path's time is a line through its times at two densities of random masks. `reference` runs the
-whole dense FFN and zeroes what was not selected, so nothing is ever much slower than dense.
+A path's time is a line through its times at two densities of random masks, and another one where
+every expert runs. `reference` runs the whole dense FFN and zeroes what was not selected, so nothing
+is ever much slower than dense.
 On a GPU the host would have to wait for the mask's density. There a shape takes the path that is
 fastest at the density ASSUMED, of those for which the host does not wait either. A time there holds
 the launches, of which a CUDA graph needs none: it takes the same path all the same.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,17 @@ from dmoe_var.moe.experts.paths import PLAIN, RAN, ComputePath, fallback, path, 
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.sampling_time import this_sampling
 
-FORMAT = "dmoe-var-experts/1"
-DENSITIES = (0.25, 1.0)  # of the masks that are timed
+FORMAT = "dmoe-var-experts/2"
+DENSITIES = (0.25, 1.0)
+"""Of the masks that are timed; of the second one a single pair does not run, since a path may know
+a shorter way where all do."""
 ASSUMED = 0.5  # instead of a mask's density on a GPU
-REPEATS = 3
-"""Timed calls; the fastest counts. One call before them warms up."""
+REPEATS, LONG_ENOUGH = 3, 0.05
+"""Fewest timed rounds, and seconds for which they go on; the fastest counts. One before them warms
+up."""
 
 Seconds = dict[str, Sequence[float]]
-"""The seconds of each path at each of DENSITIES."""
+"""The seconds of each path at each of DENSITIES, and where every expert runs."""
 _known: dict[tuple[Any, ...], Seconds] = {}
 """What this process has looked up or measured, by device, threads, paths and shape."""
 
@@ -76,12 +81,20 @@ def by_density(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> str | Se
     seconds = _seconds(paths, x_NC, weights, act)
     if on_gpu:
         return _best(ASSUMED, seconds)
-    none, every = (_best(density, seconds) for density in (0, 1))
-    return every if none == every else seconds  # times are lines: the best at both ends always is
+    # Times are lines up to where all run: the best at both ends always is
+    ends = {_best(0, seconds), _best_of_line(1, seconds), _best(1, seconds)}
+    return seconds if len(ends) > 1 else ends.pop()
 
 
 def _best(density: float, seconds: Seconds) -> str:
     """Return the path that is fastest at a density."""
+    if density == 1:
+        return min(seconds, key=lambda name: seconds[name][-1])
+    return _best_of_line(density, seconds)
+
+
+def _best_of_line(density: float, seconds: Seconds) -> str:
+    """Return the path that is fastest at a density, if not all run."""
     return min(seconds, key=lambda name: _at(density, seconds[name]))
 
 
@@ -133,14 +146,18 @@ def _measured(
 ) -> Seconds:
     generator = torch.Generator().manual_seed(0)
     draws_NE = torch.rand(len(x_NC), len(weights.w1_EDC), generator=generator)
-    masks = [(draws_NE < density).to(x_NC.device) for density in DENSITIES]
+    few, most = (draws_NE < density for density in DENSITIES)
+    most[-1, -1] = False
+    masks = [mask_NE.to(x_NC.device) for mask_NE in (few, most, draws_NE < 1)]
     times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
-    for _ in range(1 + REPEATS):  # paths take turns, so a busy spell slows all of them
-        for name, each in paths.items():
+    started, rounds = time.perf_counter(), 0
+    while rounds <= REPEATS or time.perf_counter() - started < LONG_ENOUGH:
+        for name, each in paths.items():  # they take turns, so a busy spell slows all of them
             for mask_NE, found in zip(masks, times[name], strict=True):
                 run = lambda: each.run(x_NC, _counted(mask_NE), weights, act)  # noqa: B023, E731
                 found.append(seconds_of(run, x_NC.device))
-    return {name: (min(low[1:]), min(high[1:])) for name, (low, high) in times.items()}
+        rounds += 1
+    return {name: tuple(min(of_mask[1:]) for of_mask in found) for name, found in times.items()}
 
 
 def _counted(mask_NE: Tensor) -> Dispatch:
@@ -175,7 +192,10 @@ def _read(file: Path) -> dict[str, Seconds]:
         if content["format"] != FORMAT:
             return {}
         return {
-            str(key): {str(name): (float(low), float(high)) for name, (low, high) in times.items()}
+            str(key): {
+                str(name): (float(few), float(most), float(every))
+                for name, (few, most, every) in times.items()
+            }
             for key, times in content["seconds"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
