@@ -182,9 +182,9 @@ def test_every_path_is_timed_with_three_masks(layer, monkeypatch):
     assert all(len(times) == 3 for times in found.values())
     assert all(0 < seconds < 10 for times in found.values() for seconds in times)
     assert len(shares) > 3 * len(PATHS) * (1 + auto.REPEATS)
-    assert shares[1::3] == [N * E - 1] * (len(shares) // 3)
-    assert shares[2::3] == [N * E] * (len(shares) // 3)
-    assert 0.1 < shares[0] / (N * E) < 0.4
+    few, most, every = (set(map(int, shares[i :: 3 * len(PATHS)])) for i in (0, 3, 6))
+    assert (most, every) == ({N * E - 1}, {N * E})
+    assert 0.1 < few.pop() / (N * E) < 0.4
 
 
 def test_without_a_folder_each_process_measures(layer, monkeypatch, capfd):

@@ -103,7 +103,10 @@ def test_values_of_smaller_vectors(march, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [*PRECISION, torch.float64])
-@pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 1, 1), (70, 7, 33), (300, 64, 8), (900, 5, 130)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 3, 4), (5, 1, 1), (70, 7, 33), (300, 64, 8), (90, 9, 16), (50, 3, 32), (900, 5, 130)],
+)
 def test_reference_zeroes_what_does_not_run(sizes, dtype, set_threads, monkeypatch):
     """As a product with the mask does, whatever the threads; a hook of ReLU sees all of it."""
     N, E, D = sizes

@@ -152,10 +152,11 @@ def _measured(
     times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
     started, rounds = time.perf_counter(), 0
     while rounds <= REPEATS or time.perf_counter() - started < LONG_ENOUGH:
-        for name, each in paths.items():  # they take turns, so a busy spell slows all of them
-            for mask_NE, found in zip(masks, times[name], strict=True):
+        # Paths take turns, so that a busy spell slows all of them, and all find cold caches
+        for place, mask_NE in enumerate(masks):
+            for name, each in paths.items():
                 run = lambda: each.run(x_NC, _counted(mask_NE), weights, act)  # noqa: B023, E731
-                found.append(seconds_of(run, x_NC.device))
+                times[name][place].append(seconds_of(run, x_NC.device))
         rounds += 1
     return {name: tuple(min(of_mask[1:]) for of_mask in found) for name, found in times.items()}
 

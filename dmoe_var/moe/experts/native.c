@@ -948,14 +948,33 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
     }
 }
 
+/* Zeros for the values of pairs that do not run, without a branch, which random masks mislead. */
+INLINE void zero_pairs(char *hidden, const uint8_t *mask, int64_t pairs, const int64_t bytes) {
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        uint32_t values[32], keep = -(uint32_t)mask[pair];
+        memcpy(values, hidden + pair * bytes, bytes);
+        for (int64_t i = 0; i < bytes / 4; i++) values[i] &= keep;
+        memcpy(hidden + pair * bytes, values, bytes);
+    }
+}
+
 /* Zeros for the hidden values (N, E, size) of experts that a token does not run. */
 void dmoe_zero(char *hidden, const uint8_t *mask, int64_t tokens, int64_t experts, int64_t size,
                int64_t element, int64_t threads) {
-    int64_t bytes = size * element;
-    int team = tokens * experts * bytes < ALONE / 8 ? 1 : (int)threads;
+    int64_t bytes = size * element, row = experts * bytes;
+    int team = tokens * row < ALONE / 8 ? 1 : (int)threads;
 #pragma omp parallel for schedule(static) num_threads(team)
-    for (int64_t pair = 0; pair < tokens * experts; pair++)
-        if (!mask[pair]) memset(hidden + pair * bytes, 0, bytes);
+    for (int64_t t = 0; t < tokens; t++) {
+        const uint8_t *runs = mask + t * experts;
+        char *to = hidden + t * row;
+        if (bytes == 16) zero_pairs(to, runs, experts, 16);
+        else if (bytes == 32) zero_pairs(to, runs, experts, 32);
+        else if (bytes == 64) zero_pairs(to, runs, experts, 64);
+        else if (bytes == 128) zero_pairs(to, runs, experts, 128);
+        else
+            for (int64_t e = 0; e < experts; e++)
+                if (!runs[e]) memset(to + e * bytes, 0, bytes);
+    }
 }
 
 /* The mask of a layer's tokens: the first `selecting` choose by Eq. 3 on the router's scores, and
