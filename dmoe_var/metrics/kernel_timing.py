@@ -8,6 +8,7 @@ Legend: N tokens, C width, H hidden width, E experts, D neurons of an expert.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Threshold, random_mask
 from dmoe_var.ops import linear
+from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling_time import sampling
 
 DENSE_TORCH, DENSE_OURS, SELECTION = "dense_torch", "dense", "selection"
@@ -176,6 +178,8 @@ def time_layers(
     start the calls, so that the host takes no part.
     """
     x_NC = layers[0].x_NC
+    if x_NC.device.type == "cpu":
+        keep_freed_memory()  # as the sampler does
     calls = _calls(layers)
     with sampling():
         zeros = {
@@ -245,10 +249,13 @@ def _captured(calls: Mapping[Case, Call], device: torch.device) -> dict[Case, Ca
 def _in_turn(
     calls: Mapping[Key, Call], device: torch.device, repeats: int
 ) -> dict[Key, list[float]]:
-    """Time each call in milliseconds, one value per round, after a round that does not count."""
+    """Time each call in milliseconds, one value per round, after a round that does not count. Each
+    round has another order: what a call leaves in the caches helps some, and hinders others."""
     times: dict[Key, list[float]] = {key: [] for key in calls}
+    order, shuffled = list(calls.items()), random.Random(0)
     for round_ in range(1 + repeats):
-        for key, call in calls.items():
+        shuffled.shuffle(order)
+        for key, call in order:
             milliseconds = 1000 * seconds_of(call, device)
             if round_:
                 times[key].append(milliseconds)
