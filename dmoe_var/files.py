@@ -290,7 +290,7 @@ def _write_ledger(ledger: Path, entries: Mapping[str, str]) -> None:
             raise
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _sha256_kept(path: Path, stamp: Stamp) -> str:
     return _sha256(path)
 

@@ -20,6 +20,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dmoe_var.sampling_time import this_sampling
 
@@ -28,6 +29,8 @@ _GIVES_FLOAT32 = any(
     "out_dtype" in str(schema) for schema in torch._C._jit_get_schemas_for_operator("aten::mm")
 )
 """Whether this torch can return a GPU's float32 sums of half-precision products (2.8 and up)."""
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+"""Types of tensors that are their values and nothing else."""
 FEW_ROWS = 16
 """Up to this many rows a product only streams its weights, which bfloat16 halves."""
 
@@ -79,8 +82,9 @@ def has_onednn() -> bool:
 
 
 def observed(x: Tensor) -> bool:
-    """Say whether somebody traces, counts, casts or fakes operators on x (torch.jit, torch.compile,
-    FlopCounterMode, autocast, FakeTensorMode, torch.func), and so must see torch's usual ones."""
+    """Say whether somebody traces, counts, casts, fakes or differentiates operators on x, and so
+    must see torch's usual ones (torch.jit, torch.compile, FlopCounterMode, autocast,
+    FakeTensorMode, torch.func, forward_ad)."""
     return observed_on(x.device)
 
 
@@ -89,6 +93,7 @@ def observed_on(device: torch.device) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
         or torch.is_autocast_enabled(device.type)
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -113,7 +118,7 @@ def _samples(x: Tensor, weight: Tensor) -> bool:
     """Say whether a product of x may go to an operator of sampling, which has no gradients and
     knows plain weights."""
     return (
-        type(weight) in (Tensor, nn.Parameter)
+        type(weight) in PLAIN_TENSORS
         and this_sampling() is not None
         and not observed(x)
         and not torch.is_grad_enabled()

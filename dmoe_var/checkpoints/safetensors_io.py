@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[type[nn.Module], type]] = {
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write into; once the block ends without an error, its files replace
-    those of `folder`, in which others stay.
+    those of `folder`, in which others stay, but for older pieces of weights (see `tensor_files`).
 
     config.json is taken away first and put back last, so that no kill leaves a mixture that loads.
     The weights are put in place first: they tell that what a kill leaves is of a model.

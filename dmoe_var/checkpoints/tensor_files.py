@@ -15,7 +15,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,81 +31,125 @@ from dmoe_var.models.build import _first_line
 PIECES = "pieces"
 """Name of the one entry of a file's metadata that tells its pieces and all else."""
 MB = 10**6
-HEADER = MB // 4
-"""Bytes of a file that are left to its names and metadata."""
+ENTRY = 160
+"""Most bytes by which a tensor, beside its name, or a piece lengthens the header of a file."""
 Metadata = Mapping[str, str]
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Metadata, max_mb: int | None = None
 ) -> None:
-    """Write named tensors. Raise CheckpointError if the disk refuses.
+    """Write named tensors. Raise CheckpointError or OSError if the disk refuses.
 
     max_mb: most megabytes per file; None does not limit it. A tensor that is larger is cut.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    first, *further = [contiguous] if max_mb is None else _packs(contiguous, max_mb * MB - HEADER)
-    hashes: dict[str, str] = {}
-    about = dict(metadata)
-    if further:
+    first, *further = _packs(contiguous, metadata, max_mb)
+    present = _present(path)
+    keep_pieces(path, present)  # a kill may have left others
+    digests: list[str] = []
+    try:
         for pack in further:
             content = save(pack)
-            digest = hashlib.sha256(content).hexdigest()
-            hashes[_piece(path, digest)] = digest
-            with whole_file(path.with_name(_piece(path, digest))) as temporary:
+            digests.append(hashlib.sha256(content).hexdigest())
+            with whole_file(_piece(path, digests[-1])) as temporary:
                 temporary.write_bytes(content)
         stored = {name for pack in (first, *further) for name in pack}
         cut = {name: list(t.shape) for name, t in contiguous.items() if name not in stored}
-        whole = {"sha256": list(hashes.values()), "cut": cut, "metadata": about}
-        about = {PIECES: json.dumps(whole)}  # one entry: safetensors writes several in any order
+        about = {"sha256": digests, "cut": cut, "metadata": metadata}
+        # One entry: safetensors writes several in any order
+        _write(path, first, {PIECES: json.dumps(about)} if further else dict(metadata))
+    except BaseException:
+        keep_pieces(path, present)
+        raise
+    keep_pieces(path, [_piece(path, digest).name for digest in digests])
+
+
+def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(first, temporary, about)
+            save_file(tensors, temporary, about)
             temporary.chmod(mode)  # safetensors leaves files that the owner alone can read
         except SafetensorError as error:
             raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
-    keep_pieces(path, hashes)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file's tensors (memory-mapped) and metadata, or raise CheckpointError."""
+    """Read a file's tensors and metadata, or raise CheckpointError. Tensors are memory-mapped, but
+    for those that were cut."""
     if kind_of_file(path) != "safetensors":
         raise CheckpointError(f"{path}: a file of torch (.pth), no safetensors file")
     with _opened(path) as file:
-        tensors, about = _tensors(file), file.metadata() or {}
-    if PIECES not in about:
-        return tensors, about
-    try:
-        whole = json.loads(about[PIECES])
-        metadata = {str(name): str(value) for name, value in whole["metadata"].items()}
-        digests = [re.fullmatch("[0-9a-f]{64}", digest)[0] for digest in whole["sha256"]]  # type: ignore[index]
-        cut = dict(whole["cut"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: does not tell which pieces belong to it") from error
-    for digest in digests:
-        piece = path.with_name(_piece(path, digest))
+        tensors, about = _tensors(file), _about(path, file)
+    for piece in _checked(path, about):
         with _opened(piece) as file:
             tensors |= _tensors(file)
-        if sha256_of(piece) != digest:
-            raise CheckpointError(f"{piece}: is not the piece that belongs to {path.name}")
-    for name, shape in cut.items():
+    for name, shape in about.cut.items():
         parts = list(_taken(tensors, name))
         try:
             tensors[name] = torch.cat(parts).view(shape)
         except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {name} does not fit its shape {shape}") from error
-    return tensors, metadata
+    return tensors, about.metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read what `write_tensors` was told beside the tensors, without them; or CheckpointError."""
+    """Read what `write_tensors` was told beside the tensors, or raise CheckpointError, also for a
+    piece that is missing or another one."""
     with _opened(path) as file:
-        about: dict[str, str] = file.metadata() or {}
-    if PIECES in about:
-        return read_tensors(path)[1]
-    return about
+        about = _about(path, file)
+    list(_checked(path, about))
+    return about.metadata
+
+
+class _About(NamedTuple):
+    """What a file says of itself."""
+
+    metadata: dict[str, str]
+    digests: Sequence[str] = ()
+    """SHA-256 of each piece."""
+    cut: Mapping[str, Any] = MappingProxyType({})
+    """Shapes of tensors that were cut."""
+
+
+def _about(path: Path, file: Any) -> _About:
+    """Read what an open file says of itself; CheckpointError for nonsense."""
+    metadata: dict[str, str] = file.metadata() or {}
+    if PIECES not in metadata:
+        return _About(metadata)
+    try:
+        whole = json.loads(metadata[PIECES])
+        inner = {str(name): str(value) for name, value in whole["metadata"].items()}
+        digests = [str(digest) for digest in whole["sha256"]]
+        if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
+            raise ValueError("no SHA-256")
+        return _About(inner, digests, dict(whole["cut"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: does not tell which pieces belong to it") from error
+
+
+def _checked(path: Path, about: _About) -> Iterator[Path]:
+    """List a file's pieces; CheckpointError for one that is missing or another one."""
+    for digest in about.digests:
+        piece = _piece(path, digest)
+        try:
+            found = sha256_of(piece)
+        except OSError as error:
+            raise CheckpointError(f"{piece}: cannot be read ({error.strerror})") from error
+        if found != digest:
+            raise CheckpointError(f"{piece}: is not the piece that belongs to {path.name}")
+        yield piece
+
+
+def _present(path: Path) -> list[str]:
+    """Return the names of the pieces that belong to the file that is there."""
+    try:
+        with _opened(path) as file:
+            return [_piece(path, digest).name for digest in _about(path, file).digests]
+    except CheckpointError:
+        return []
 
 
 def remove_tensors(path: Path) -> None:
@@ -120,27 +165,40 @@ def keep_pieces(path: Path, names: Collection[str]) -> None:
             found.unlink(missing_ok=True)
 
 
-def _piece(path: Path, digest: str) -> str:
+def _piece(path: Path, digest: str) -> Path:
     """Name the piece of a file that has this SHA-256."""
-    return f"{path.name}.{digest[:16]}"
+    return path.with_name(f"{path.name}.{digest[:16]}")
 
 
-def _packs(tensors: Mapping[str, Tensor], limit: int) -> Sequence[dict[str, Tensor]]:
-    """Share tensors out among files of at most `limit` bytes, in their order."""
+def _packs(
+    tensors: Mapping[str, Tensor], metadata: Metadata, max_mb: int | None
+) -> Sequence[dict[str, Tensor]]:
+    """Share tensors out among files of at most so many megabytes, in their order."""
+    size = sum(_bytes(name, tensor) for name, tensor in tensors.items())
+    told = len(json.dumps(json.dumps(json.dumps(dict(metadata)))))  # as deep as it lies in the file
+    if max_mb is None or size + told <= max_mb * MB:
+        return [dict(tensors)]
+    limit = max_mb * MB - 2 * ENTRY
     packs: list[dict[str, Tensor]] = [{}]
-    room = limit
+    room = limit - told - ENTRY * (2 * size // limit + 1)
     for name, tensor in tensors.items():
         parts = {name: tensor}
-        if tensor.nbytes > limit:
-            cut = tensor.flatten().split(limit // tensor.itemsize)
+        if _bytes(name, tensor) > limit:
+            room -= len(name) + ENTRY  # its shape
+            cut = tensor.flatten().split((limit - len(name) - ENTRY) // tensor.itemsize)
             parts = {_part(name, number): part for number, part in enumerate(cut)}
         for each, part in parts.items():
-            if part.nbytes > room:
+            if _bytes(each, part) > room:
                 packs.append({})
                 room = limit
             packs[-1][each] = part
-            room -= part.nbytes
+            room -= _bytes(each, part)
     return packs
+
+
+def _bytes(name: str, tensor: Tensor) -> int:
+    """Say at most how many bytes of a file a tensor takes."""
+    return tensor.nbytes + len(name) + ENTRY
 
 
 def _part(name: str, number: int) -> str:

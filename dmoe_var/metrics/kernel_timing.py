@@ -174,8 +174,8 @@ def time_layers(
     time_ratio: the median's ratio to the baseline's. limit_ratio: its lower bound for a path that
     multiplies every hidden value of the experts that run, from the larger of the times that the
     density leaves for the device's products and its memory. zeros: the share of those values that
-    are 0. captured_ms_median and captured_time_ratio: the median and its ratio where CUDA graphs
-    start the calls, so that the host takes no part.
+    are 0. Rows with a router have neither. captured_ms_median and captured_time_ratio: the median
+    and its ratio where CUDA graphs start the calls, so that the host takes no part.
     """
     x_NC = layers[0].x_NC
     if x_NC.device.type == "cpu":
@@ -192,7 +192,7 @@ def time_layers(
     about = {**asdict(shape), "layers": len(layers), "device": x_NC.device.type, "dtype": dtype}
     rows = [
         {**about, "impl": impl, "density": density, **_statistics(of_call)}
-        | ({} if density is None else {"zeros": zeros[density]})
+        | ({} if density is None or impl == LAYER else {"zeros": zeros[density]})
         for (impl, density), of_call in times.items()
     ]
     for row in rows:
@@ -279,7 +279,7 @@ def _beside_dense(
             row["captured_time_ratio"] = row["captured_ms_median"] / min(captured)
         row["time_ratio"] = row["ms_median"] / median
         row["time_ratio_of_fastest"] = row["ms_min"] / best
-        if row["impl"] == SELECTION:
+        if row["impl"] in (SELECTION, LAYER):  # routers' products are not counted
             continue
         density = 1.0 if row["density"] is None else row["density"]
         row["gflops_per_s"] = layers * shape.flops(density) / row["ms_median"] / 1e6

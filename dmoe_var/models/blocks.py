@@ -1,8 +1,8 @@
 """Transformer block of VAR: self-attention and FFN under adaptive layer norm (AdaLN).
 
 Legend: B batch, L tokens, C width, H heads, D head dimension (C / H), 6 the AdaLN chunks in the
-order gamma1, gamma2, scale1, scale2, shift1, shift2. What depends neither on the tokens nor on the
-scale is computed apart from what does: `Block.modulation`, `SelfAttention.vectors`.
+order gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2. What depends neither on the tokens nor
+on the picture's scale is computed apart: `Block.modulation`, `SelfAttention.vectors`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def whole(num_rows: int) -> Rows:
 
 
 class Modulation(NamedTuple):
-    """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C). To
-    the scales 1 is added already."""
+    """Holds AdaLN's chunks for every block, (B, 1, 6, C) each, and the head norm, (B, 1, 2, C).
+    Where a scale is meant they hold 1 + scale."""
 
     blocks: list[Tensor]
     head: Tensor
@@ -89,7 +89,7 @@ class Vectors(NamedTuple):
 
     bias_3C: Tensor
     """Added to queries, keys and values; that of keys is 0."""
-    gain_1H11: Tensor | None
+    scale_mul_1H11: Tensor | None
     """What unit queries are multiplied with; None without `l2_norm`."""
 
 
@@ -115,8 +115,9 @@ class SelfAttention(nn.Module):
     def vectors(self) -> Vectors:
         """Compute what is the same for every token."""
         bias_3C = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        gain = self.scale_mul_1H11.clamp_max(MAX_SCALE_MUL).exp() if self.l2_norm else None
-        return Vectors(bias_3C, gain)
+        if not self.l2_norm:
+            return Vectors(bias_3C, None)
+        return Vectors(bias_3C, self.scale_mul_1H11.clamp_max(MAX_SCALE_MUL).exp())
 
     def forward(
         self,
@@ -129,13 +130,13 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Attend, (B, L, C). vectors: those of `vectors()`, if they are known."""
         B, L, C = x_BLC.shape
-        bias_3C, gain_1H11 = vectors or self.vectors()
+        bias_3C, scale_mul_1H11 = vectors or self.vectors()
         qkv = linear(x_BLC, self.mat_qkv.weight, bias_3C)
         q, k, v = qkv.view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         scale = 0.25 / math.sqrt(self.head_dim)
-        if gain_1H11 is not None:
+        if scale_mul_1H11 is not None:
             scale = 1.0
-            q, k = F.normalize(q, dim=-1) * gain_1H11, F.normalize(k, dim=-1)
+            q, k = F.normalize(q, dim=-1) * scale_mul_1H11, F.normalize(k, dim=-1)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)

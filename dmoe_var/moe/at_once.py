@@ -36,8 +36,9 @@ class ExpertFFN(Protocol):
 
 
 def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
-    """Do what `MoEFFN.select` and `run_experts` do, bit for bit, (B, L, C); None where native.c
-    does not know the layer, or where somebody looks on."""
+    """Do what `MoEFFN.select` and `run_experts` do, bit for bit, (B, L, C). Return None outside of
+    `sampling`, for what native.c does not know of the layer, the rule or the path, and where
+    somebody looks on."""
     this = this_sampling()
     if (
         this is None
@@ -58,7 +59,7 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
     choosing = (x_NC, len(x_NC) // routing.sharing, routing.rule.tau)
     if found == "native":
         out_NC = layer.run(*choosing)
-        RAN["native"] += 1
+        RAN["native"] += out_NC is not None
     else:
         dispatch = layer.select(*choosing)
         out_NC = None

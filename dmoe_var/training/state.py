@@ -1,4 +1,4 @@
-"""Keep training state in a safetensors file, written whole, from which a run goes on bitwise.
+"""Keep training state in a file, written whole, from which a run goes on bitwise.
 
 Random numbers need no saving: every step seeds its own from (seed, step).
 """

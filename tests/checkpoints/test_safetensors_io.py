@@ -12,7 +12,7 @@ import pytest
 import torch
 from checking import same
 
-from dmoe_var.checkpoints import safetensors_io
+from dmoe_var.checkpoints import safetensors_io, tensor_files
 from dmoe_var.checkpoints.safetensors_io import (
     MODEL_FILE,
     load_checkpoint,
@@ -121,10 +121,14 @@ def test_another_configuration_says_what_does_not_fit(folder):
 # Interruption
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_a_kill_while_files_are_put_in_place(folder, models, monkeypatch, number):
-    """The newer weights never load with the older configuration."""
+@pytest.mark.parametrize(
+    ("max_mb", "number"), [(None, 0), (None, 1), (1, 0), (1, 1), (1, 3), (1, 6)]
+)
+def test_a_kill_while_files_are_put_in_place(folder, models, monkeypatch, max_mb, number):
+    """The newer weights never load with the older configuration, in pieces neither."""
     rename, renamed = os.replace, []
+    monkeypatch.setattr(tensor_files, "MB", 100_000)
+    save_checkpoint(folder, models["var"], max_mb=max_mb)
 
     def killed(source, target):
         if target.parent == folder:
@@ -135,11 +139,12 @@ def test_a_kill_while_files_are_put_in_place(folder, models, monkeypatch, number
 
     monkeypatch.setattr(safetensors_io.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(folder, models["moe"])
+        save_checkpoint(folder, models["moe"], max_mb=max_mb)
     monkeypatch.undo()
     assert_refused(folder, "config.json: cannot be read (No such file")
     save_checkpoint(folder, models["moe"])
     assert same(load_checkpoint(folder, "var"), models["moe"])
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
 def test_two_writers(folder, models):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from float64_experts import in_float64, layer, tokens
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from dmoe_var import c_library
 from dmoe_var.moe.experts import RAN, ExpertWeights, native, packed, run_experts
@@ -124,6 +126,47 @@ def test_reference_zeroes_what_does_not_run(sizes, dtype, set_threads, monkeypat
     act.register_forward_hook(lambda module, given, out: seen.append((out, out.clone())))
     run_experts(x, torch.zeros(N, E, dtype=torch.bool), weights, act, "reference")
     assert all(torch.equal(*each) for each in seen)
+
+
+class Keeping(nn.Module):
+    """A ReLU whose output somebody keeps."""
+
+    def forward(self, x):
+        self.kept = F.relu(x)
+        return self.kept
+
+
+def test_who_else_holds_hidden_values_still_has_them():
+    x, weights, keeping, seen = tokens(20, 24), layer(24, 4, 8), Keeping(), []
+    hooked = nn.Sequential(nn.ReLU())
+    hooked[0].register_forward_hook(lambda module, given, out: seen.append(out))
+    for act in (keeping, hooked):
+        run_experts(x, masks(20, 4)[0], weights, act, "reference")
+    for held in (keeping.kept, *seen):
+        expected = F.relu(x @ weights[0].flatten(0, 1).T + weights[1].flatten())
+        torch.testing.assert_close(held, expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+def test_forward_derivatives(impl):
+    """Tangents that grouped has, no other path loses."""
+    x, weights, mask = tokens(20, 24), layer(24, 4, 8), masks(20, 4)[0]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        found, expected = (
+            forward_ad.unpack_dual(run_experts(dual, mask, weights, RELU, each)).tangent
+            for each in (impl, "grouped")
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+def test_fake_tensors_outside_of_their_mode(impl):
+    with FakeTensorMode():
+        x, weights = tokens(20, 24), layer(24, 4, 8)
+        mask = torch.empty(20, 4, dtype=torch.bool)
+    with torch.no_grad():
+        assert run_experts(x, mask, weights, RELU, impl).shape == (20, 24)
 
 
 def test_no_tokens():

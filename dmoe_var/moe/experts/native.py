@@ -31,7 +31,7 @@ from dmoe_var import c_library
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.packed import Packed, packed_of
 from dmoe_var.moe.experts.weights import ExpertWeights
-from dmoe_var.ops import hooked, kernels_may_take
+from dmoe_var.ops import PLAIN_TENSORS, hooked, kernels_may_take
 
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -103,7 +103,7 @@ class _Kernel:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Allocate memory, on large pages if the system has them: the kernels stream through it."""
-        made = torch.empty(shape, dtype=dtype)
+        made = torch.empty(shape, dtype=dtype, device="cpu")
         self._large_pages(made.data_ptr(), made.nbytes)
         return made
 
@@ -124,7 +124,7 @@ class _Kernel:
 
 @cache
 def _compiled() -> _Kernel | None:
-    purpose = "impl=native is not to be had and experts run by grouped"
+    purpose = "impl=native is not to be had and experts run by torch's operators"
     return c_library.loaded(SOURCE, _Kernel, purpose)
 
 
@@ -191,7 +191,7 @@ class Layer:
     def select(self, x_NC: Tensor, selecting: int, tau: float) -> Dispatch | None:
         """Choose the experts, and do not run them."""
         x_NC, tokens, threads = x_NC.contiguous(), len(x_NC), torch.get_num_threads()
-        mask_NE = torch.empty((tokens, self._num_experts), dtype=torch.bool)
+        mask_NE = x_NC.new_empty((tokens, self._num_experts), dtype=torch.bool)
         pairs = self._kernel.select(
             self._router.layer, x_NC.data_ptr(), mask_NE.data_ptr(), tokens, selecting, tau,
             threads, self._memory(tokens, threads),
@@ -212,21 +212,22 @@ def _workspace(loaded: _Kernel, layer: _Layer, tokens: int, threads: int) -> Ten
 
 
 def zeroed(h_NED: Tensor, mask_NE: Tensor) -> Tensor:
-    """Write 0 where an expert does not run, into hidden values that the kernel `knows`."""
+    """Write 0 where an expert does not run, into hidden values that the kernel `knows`. What is not
+    contiguous is copied."""
     loaded = _compiled()
     assert loaded is not None
-    assert h_NED.is_contiguous()
-    mask_NE = mask_NE.contiguous()
+    h_NED, mask_NE = h_NED.contiguous(), mask_NE.contiguous()
     given = (*h_NED.shape, h_NED.element_size(), torch.get_num_threads())
     loaded.zero(h_NED.data_ptr(), mask_NE.data_ptr(), *given)
     return h_NED
 
 
 def knows(x: Tensor, *weights: Tensor) -> bool:
-    """Say whether the kernel is there and takes these tensors: on a CPU, all float32 or all
-    bfloat16, x as wide as the first weight, without gradients, and with nobody watching operators.
-    """
-    given = x.is_cpu and x.dtype in DTYPES and kernels_may_take(x, *weights)
+    """Say whether the kernel is there and takes these tensors: plain ones on a CPU, all float32 or
+    all bfloat16, x as wide as the first weight, without gradients, and with nobody watching
+    operators."""
+    plain = all(type(each) in PLAIN_TENSORS for each in (x, *weights))
+    given = plain and x.is_cpu and x.dtype in DTYPES and kernels_may_take(x, *weights)
     return given and kernel() is not None
 
 

@@ -29,7 +29,7 @@ PATHS = tuple(name for name in IMPLEMENTATIONS if name != AUTO)
 FALLBACK, ON_GPU = "grouped", "reference"
 """Run what the path that was asked for cannot, see `fallback`."""
 PLAIN = (ON_GPU, FALLBACK)
-"""Paths of torch operators: they run on any device, with any activation, and with gradients."""
+"""Paths that need no kernel: they run on any device, with any activation, and with gradients."""
 
 RAN: Counter[str] = Counter()
 """Calls of each path in this process, counted for the path that ran in the end."""
