@@ -147,6 +147,7 @@ def test_who_else_holds_hidden_values_still_has_them():
         torch.testing.assert_close(held, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
 @pytest.mark.parametrize("impl", ["auto", "native", "reference"])
 def test_forward_derivatives(impl):
     """Tangents that grouped has, no other path loses."""
