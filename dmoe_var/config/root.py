@@ -124,8 +124,8 @@ class Config:
     progress: bool = True
     """Whether progress bars are shown."""
     max_file_mb: Positive | None = None
-    """Most megabytes (10^6 bytes) per file of a stage's checkpoint or of a training's state, but not
-    of other files; null does not limit it. What does not fit lies in pieces beside the file."""
+    """Most megabytes (10^6 bytes) per file of a stage's checkpoint or a training's state; null does
+    not limit it. What does not fit lies in pieces beside the file."""
     until: Literal[
         "train_vqvae", "train_var", "sparsify", "split", "train_router", "tune_experts", "sweep"
     ] = "sweep"
