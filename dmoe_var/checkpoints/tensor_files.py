@@ -45,8 +45,7 @@ def write_tensors(
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     first, *further = _packs(contiguous, metadata, max_mb)
-    present = _present(path)
-    keep_pieces(path, present)  # a kill may have left others
+    keep_pieces(path, _present(path))  # a kill may have left others
     digests: list[str] = []
     try:
         for pack in further:
@@ -59,10 +58,8 @@ def write_tensors(
         about = {"sha256": digests, "cut": cut, "metadata": metadata}
         # One entry: safetensors writes several in any order
         _write(path, first, {PIECES: json.dumps(about)} if further else dict(metadata))
-    except BaseException:
-        keep_pieces(path, present)
-        raise
-    keep_pieces(path, [_piece(path, digest).name for digest in digests])
+    finally:  # of the old file or the new one, whichever is there by now
+        keep_pieces(path, _present(path))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -180,11 +177,11 @@ def _packs(
         return [dict(tensors)]
     limit = max_mb * MB - 2 * ENTRY
     packs: list[dict[str, Tensor]] = [{}]
-    room = limit - told - ENTRY * (2 * size // limit + 1)
+    shapes = sum(len(n) + ENTRY for n, tensor in tensors.items() if _bytes(n, tensor) > limit)
+    room = limit - told - shapes - ENTRY * (2 * size // limit + 1)
     for name, tensor in tensors.items():
         parts = {name: tensor}
         if _bytes(name, tensor) > limit:
-            room -= len(name) + ENTRY  # its shape
             cut = tensor.flatten().split((limit - len(name) - ENTRY) // tensor.itemsize)
             parts = {_part(name, number): part for number, part in enumerate(cut)}
         for each, part in parts.items():

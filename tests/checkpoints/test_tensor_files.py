@@ -117,6 +117,21 @@ def test_a_kill_leaves_the_old_tensors(file, monkeypatch):
     assert len(pieces(file)) == 7
 
 
+def test_an_interrupt_once_the_new_file_is_there(file, monkeypatch):
+    """Its pieces stay, and the old ones go."""
+    write = tensor_files._write
+
+    def interrupted(*given):
+        write(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensor_files, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(file, tensors(1), ABOUT, max_mb=1)
+    assert same(read_tensors(file)[0], tensors(1))
+    assert len(pieces(file)) == 7
+
+
 def test_names_and_metadata_count(tmp_path):
     """Thousands of small tensors, whose names take more than their values."""
     many = {f"model/blocks.{i}.some.long.name.of.a.weight": torch.ones(2) for i in range(9000)}
