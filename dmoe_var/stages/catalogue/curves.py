@@ -1,4 +1,5 @@
-"""Make figures of FID over FLOPs: 3, 4, 5, 7, 8a, and ours, which have names."""
+"""Make figures of FID over FLOPs of the paper's method: 3, 4, 5, 7, 8a, and how experts are
+selected, tau is found and FLOPs are counted."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from dmoe_var.errors import ConfigError
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import record_if_done
 from dmoe_var.experiment.points import (
@@ -21,8 +21,6 @@ from dmoe_var.experiment.points import (
 from dmoe_var.figures import fid_over_flops
 from dmoe_var.figures.calibration import NAMES
 from dmoe_var.figures.style import Paths
-from dmoe_var.models.guidance import by_scale
-from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.var import VARConfig
 from dmoe_var.stages.catalogue.figure import (
     Changes,
@@ -58,11 +56,11 @@ def trade(experiment: Experiment) -> Figure:
     models of other depths, which show what the same FLOPs buy without experts."""
     figures = experiment.config.figures
     every = {"moe.scales": tuple(range(experiment.config.var.num_scales))}
-    last = _over_tau(experiment, "one tau, last scales", "last")
-    everywhere = _over_tau(experiment, "one tau, all scales", "all", every)
+    last = over_tau(experiment, "one tau, last scales", "last")
+    everywhere = over_tau(experiment, "one tau, all scales", "all", every)
     shares = figures.along(figures.pruned_shares)
     changes = {"evaluate.model": "pruned"}
-    pruned = _along("Pruned-FFN, last scales", "pruned", "pruning.share", shares, changes)
+    pruned = along_key("Pruned-FFN, last scales", "pruned", "pruning.share", shares, changes)
     other = {d: s for d, s in figures.depths.items() if int(d) != experiment.config.var.depth}
     others = [
         dense_curve(f"dense, depth {d}", of_depth(experiment, int(d), source), 1 - i / len(other))
@@ -72,8 +70,8 @@ def trade(experiment: Experiment) -> Figure:
         Claim(LAST_SCALES, last.name, everywhere.name),
         Claim("routing by token beats pruning", last.name, pruned.name),
     ]
-    curves = [last, everywhere, pruned, _chosen(experiment), *others]
-    return _beside_dense("the trade: FID over FLOPs", curves, claims)
+    curves = [last, everywhere, pruned, chosen_point(experiment), *others]
+    return beside_dense("the trade: FID over FLOPs", curves, claims)
 
 
 @figure("4")
@@ -83,12 +81,12 @@ def single_scales(experiment: Experiment) -> Figure:
     every = range(config.var.num_scales)
     scales = sorted(config.figures.single_scales or every[-LAST_ALONE:])
     curves = [
-        _over_tau(experiment, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
+        over_tau(experiment, f"scale {si + 1} alone", "last", {"moe.scales": (si,)}, shade)
         for si, shade in zip(scales, shades(scales), strict=True)
     ]
     *coarser, finest = curves
     claims = [Claim(LAST_SCALES, finest.name, other.name) for other in coarser]
-    return _beside_dense("experts at a single scale", curves, claims)
+    return beside_dense("experts at a single scale", curves, claims)
 
 
 @figure("5")
@@ -103,7 +101,7 @@ def depths(experiment: Experiment) -> Figure:
         changes = of_depth(experiment, int(depth), source)
         name = f"one tau, last scales, depth {depth}"
         curves.append(dense_curve(f"dense, depth {depth}", changes, shade))
-        curves.append(_over_tau(experiment, name, "last", changes, shade))
+        curves.append(over_tau(experiment, name, "last", changes, shade))
     shallow, deep = (f"depth {by_depth[place][0]}" for place in (0, -1))
     claim = Claim(
         "a deeper model has more to give",
@@ -120,14 +118,14 @@ def without_relu(experiment: Experiment) -> Figure:
     """Make figure 7: what ReLU and the Hoyer loss each give, without errors of routers."""
     alone = {"sparsify.alpha": 0.0}
     gelu = {"sparsify.activation": "gelu", "sparsify.alpha": experiment.config.figures.gelu_alpha}
-    both = _over_tau(experiment, "ReLU and Hoyer", "oracle", rule="oracle")
-    relu = _over_tau(experiment, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
-    hoyer = _over_tau(experiment, "GELU and Hoyer", "all", gelu, rule="oracle")
+    both = over_tau(experiment, "ReLU and Hoyer", "oracle", rule="oracle")
+    relu = over_tau(experiment, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
+    hoyer = over_tau(experiment, "GELU and Hoyer", "all", gelu, rule="oracle")
     claims = [
         Claim("ReLU gives more than Hoyer", relu.name, hoyer.name),
         Claim("Hoyer adds to ReLU", both.name, relu.name),
     ]
-    return _beside_dense("without ReLUfication (oracle selection)", [both, relu, hoyer], claims)
+    return beside_dense("without ReLUfication (oracle selection)", [both, relu, hoyer], claims)
 
 
 @figure("8a")
@@ -138,14 +136,14 @@ def sizes(experiment: Experiment) -> Figure:
     for size, shade in zip(fitting, shades(fitting), strict=True):
         changes = {"split.expert_size": size}
         curves.append(
-            _over_tau(experiment, f"experts of {size}", "oracle", changes, shade, "oracle")
+            over_tau(experiment, f"experts of {size}", "oracle", changes, shade, "oracle")
         )
     names = [curve.name for curve in curves]
     pairs = [*pairwise(names)]  # those far apart may share too few FLOPs
     if len(names) > 2:
         pairs.insert(0, (names[0], names[-1]))
     claims = [Claim("smaller experts are better in FID", *pair) for pair in pairs]
-    return _beside_dense("expert sizes (oracle selection)", curves, claims)
+    return beside_dense("expert sizes (oracle selection)", curves, claims)
 
 
 @figure("rules")
@@ -158,10 +156,10 @@ def rules(experiment: Experiment) -> Figure:
 
     def curve(name: str, rule: str, key: str, values: Sequence[float]) -> Curve:
         changes = {"evaluate.model": "dynamic", "selection.rule": rule}
-        return _along(name, rule, f"selection.{key}", values, changes)
+        return along_key(name, rule, f"selection.{key}", values, changes)
 
     routers, chance = (
-        _over_tau(experiment, "Eq. 3", "last"),
+        over_tau(experiment, "Eq. 3", "last"),
         curve("random k", "random", "k", counts),
     )
     curves = [
@@ -169,11 +167,11 @@ def rules(experiment: Experiment) -> Figure:
         curve("top-k", "top_k", "k", counts),
         curve("cumulative share", "cumulative", "share", shares),
         chance,
-        _over_tau(experiment, "oracle, Eq. 3", "oracle", rule="oracle"),
-        _over_tau(experiment, "keys, Eq. 3", "keys", rule="keys"),
+        over_tau(experiment, "oracle, Eq. 3", "oracle", rule="oracle"),
+        over_tau(experiment, "keys, Eq. 3", "keys", rule="keys"),
     ]
     claims = [Claim("routers beat chance", routers.name, chance.name)]
-    return _beside_dense("selection rules on the last scales", curves, claims)
+    return beside_dense("selection rules on the last scales", curves, claims)
 
 
 @figure("calibration")
@@ -205,182 +203,20 @@ def calibration(experiment: Experiment) -> Figure:
     )
 
 
-@figure("skipped")
-def skipped(experiment: Experiment) -> Figure:
-    """Compare experts whose mean output stands for them when they do not run, with nothing."""
-    nothing, means = (
-        _over_tau(experiment, name, "last", {"moe.skipped": what}, shade)
-        for name, what, shade in (("nothing", "zero", 0.3), ("their mean", "mean", 1.0))
-    )
-    claim = Claim("the mean of skipped experts is better than nothing", means.name, nothing.name)
-    return _beside_dense("what stands for skipped experts", [nothing, means], [claim])
-
-
-@figure("drafted")
-def drafted(experiment: Experiment) -> Figure:
-    """Compare the shallowest dense model after scales drafted by the deepest, for every number of
-    them, with the two alone."""
-    config = experiment.config
-    sources = {int(depth): source for depth, source in config.figures.depths.items()}
-    sources[config.var.depth] = config.base.var
-    shallow, deep = min(sources), max(sources)
-    if shallow == deep or sources[deep] is None:
-        raise ConfigError(
-            f"figure=drafted needs a deeper model that is given: figures.depths={sources}"
-        )
-    dense = {"evaluate.model": "dense", "drafter.var": None, "drafter.scales": None}
-    alone = [
-        Point(str(depth), depth, {**dense, **of_depth(experiment, depth, sources[depth])})
-        for depth in (shallow, deep)
-    ]
-    refiner = {**alone[0].changes, "drafter.var": sources[deep]}
-    numbers = range(1, config.var.num_scales)
-    name = f"depth {shallow}, scales drafted by depth {deep}"
-    ours = _along(name, "drafted", "drafter.scales", numbers, refiner)
-    theirs = Curve("dense models alone, by depth", "dense", tuple(alone))
-    claim = Claim("drafting is better than a dense model of as many FLOPs", ours.name, theirs.name)
-    return Figure("drafter and refiner", draw, curves=[theirs, ours], claims=[claim])
-
-
 @figure("accounting")
 def accounting(experiment: Experiment) -> Figure:
     """Show what counting does to the axis."""
-    last = _over_tau(experiment, "one tau, last scales", "last")
-    curves = [dense_curve(), last, _chosen(experiment)]
+    last = over_tau(experiment, "one tau, last scales", "last")
+    curves = [dense_curve(), last, chosen_point(experiment)]
     return Figure("what counting does to the axis", draw_accounting, curves=curves)
 
 
-def _beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) -> Figure:
+def beside_dense(title: str, curves: Sequence[Curve], claims: Sequence[Claim]) -> Figure:
     """Make a figure of FID over FLOPs, with the dense model."""
     return Figure(title, draw, curves=[dense_curve(), *curves], claims=claims)
 
 
-@figure("guidance")
-def guidance(experiment: Experiment) -> Figure:
-    """Compare guidance at every scale with none at the last three, with experts and without."""
-    num_scales = experiment.config.var.num_scales
-    if num_scales < 3:
-        raise ConfigError(f"figure=guidance needs 3 scales or more, the model has {num_scales}")
-    cfg_S = by_scale(experiment.config.sampling.cfg, num_scales)
-    early = {"sampling.cfg": (*cfg_S[:-3], 0.0, 0.0, 0.0)}
-    always = _over_tau(experiment, "one tau, guided at every scale", "last", {}, 0.5)
-    ends = _over_tau(experiment, "one tau, unguided at the last three", "last", early, 1.0)
-    claim = Claim("the last three scales need no guidance", better=ends.name, worse=always.name)
-    dense = dense_curve("dense, unguided at the last three", early, 0.5)
-    return _beside_dense("where guidance ends", [dense, always, ends], [claim])
-
-
-@figure("skipping")
-def skipping(experiment: Experiment) -> Figure:
-    """Skip tokens at the last two scales, in the dense model and beside the chosen experts."""
-    config, figures = experiment.config, experiment.config.figures
-    num_scales = config.var.num_scales
-    if num_scales < 3:
-        raise ConfigError(f"figure=skipping needs 3 scales or more, the model has {num_scales}")
-    early = (0.0,) * (num_scales - 2)
-    chosen = {"evaluate.model": "dynamic", **operating_point(experiment)}
-    by_router = {**chosen, "sampling.skipping.measure": "router"}
-
-    def curve(name: str, method: str, changes: Changes, shade: float) -> Curve:
-        points = tuple(
-            Point(f"{r:g}", r, {**changes, "sampling.skipping.ratios": (*early, r, r)})
-            for r in figures.along(figures.skipped)
-        )
-        return Curve(name, method, points, shade)
-
-    alone = _over_tau(experiment, "one tau, no token skipped", "last")
-    both = curve("chosen tau, tokens skipped", "chosen", chosen, 0.6)
-    curves = [
-        alone,
-        _chosen(experiment),
-        curve("dense, tokens skipped", "dense", {"evaluate.model": "dense"}, 0.2),
-        both,
-    ]
-    if {num_scales - 2, num_scales - 1} <= {*config.moe.scales}:
-        curves.append(curve("chosen tau, tokens skipped by router", "chosen", by_router, 1.0))
-    claims = [
-        Claim("skipped tokens cost less than skipped experts", better.name, alone.name)
-        for better in curves[2:4]
-    ]
-    return _beside_dense("tokens skipped at the last two scales", curves, claims)
-
-
-@figure("heads")
-def heads(experiment: Experiment) -> Figure:
-    """Leave out heads at the last three scales: in the dense model by either measure, and beside
-    the chosen experts."""
-    config, figures = experiment.config, experiment.config.figures
-    num_scales, H = config.var.num_scales, config.var.H
-    if num_scales < 4:
-        raise ConfigError(f"figure=heads needs 4 scales or more, the model has {num_scales}")
-    shares = {HeadSkipping((share,)).num_kept(0, H): share for share in figures.heads[::-1]}
-    shares.pop(H, None)
-    if not shares:
-        raise ConfigError(
-            f"figures.heads={list(figures.heads)}: none leaves out one of {H} heads (var.num_heads)"
-        )
-    along = figures.along(tuple(sorted(shares.values())))
-    early = (0.0,) * (num_scales - 3)
-    dense = {"evaluate.model": "dense"}
-    chosen = {"evaluate.model": "dynamic", **operating_point(experiment)}
-
-    def curve(name: str, method: str, measure: str, changes: Changes, shade: float) -> Curve:
-        by = {**changes, "sampling.heads.measure": measure}
-        points = tuple(
-            Point(f"{r:g}", r, {**by, "sampling.heads.ratios": (*early, r, r, r)}) for r in along
-        )
-        return Curve(name, method, points, shade)
-
-    alone = _over_tau(experiment, "one tau, all heads", "last")
-    without = [
-        curve("dense, heads left out by norm", "dense", "norm", dense, 0.2),
-        curve("dense, heads left out by bound", "dense", "bound", dense, 0.5),
-        curve("chosen tau, heads left out by bound", "chosen", "bound", chosen, 1.0),
-    ]
-    claims = [
-        Claim("heads left out cost less than skipped experts", better.name, alone.name)
-        for better in without
-    ]
-    curves = [alone, _chosen(experiment), *without]
-    return _beside_dense("heads left out at the last three scales", curves, claims)
-
-
-@figure("conditions")
-def conditions(experiment: Experiment) -> Figure:
-    """Compare routers that are told nothing beside the token with those that are told more."""
-    told = {"none": "nothing more", "scale": "scale", "class": "class", "both": "scale and class"}
-    curves = [
-        _over_tau(
-            experiment, f"routers told {words}", "last", {"train_router.condition": name}, shade
-        )
-        for (name, words), shade in zip(told.items(), shades(told), strict=True)
-    ]
-    plain, *others = curves
-    claims = [Claim("routers should know more", better=c.name, worse=plain.name) for c in others]
-    return _beside_dense("what routers are told", curves, claims)
-
-
-@figure("tuned")
-def tuned(experiment: Experiment) -> Figure:
-    """Compare experts that trained under the mask of one tau with those that never saw a mask."""
-    figures = experiment.config.figures
-    off = {"tune_experts.steps": None, "tune_experts.epochs": None}
-    plain = _over_tau(experiment, "one tau, experts not tuned", "last", off, 0.0)
-    curves = [
-        _over_tau(
-            experiment,
-            f"one tau, experts tuned at {tau:g}",
-            "last",
-            {**off, "tune_experts.steps": figures.tuned_steps, "tune_experts.tau": (tau,)},
-            (1 + i) / len(figures.tuned_tau),
-        )
-        for i, tau in enumerate(figures.tuned_tau)
-    ]
-    claims = [Claim("tau belongs in the loss", better=c.name, worse=plain.name) for c in curves]
-    return _beside_dense("experts that train under the mask", [plain, *curves], claims)
-
-
-def _over_tau(
+def over_tau(
     experiment: Experiment,
     name: str,
     method: str,
@@ -393,13 +229,13 @@ def _over_tau(
     return tau_curve(name, method, figures.along(figures.tau), changes, shade, rule)
 
 
-def _along(name: str, method: str, key: str, values: Sequence[float], changes: Changes) -> Curve:
+def along_key(name: str, method: str, key: str, values: Sequence[float], changes: Changes) -> Curve:
     """Make a point for each value of a key."""
     points = tuple(Point(f"{value:g}", value, {**changes, key: value}) for value in values)
     return Curve(name, method, points)
 
 
-def _chosen(experiment: Experiment) -> Curve:
+def chosen_point(experiment: Experiment) -> Curve:
     changes = {"evaluate.model": "dynamic", **operating_point(experiment)}
     label = vary(experiment, changes).config.selection.text
     return single("chosen tau a scale", "chosen", label, changes)
