@@ -24,6 +24,7 @@ from dmoe_var import (
     generators,
     load_var,
     load_vqvae,
+    ops,
 )
 from dmoe_var.sampling import token_sampling
 
@@ -58,6 +59,13 @@ def no_strays():
     before = _of_checkout()
     yield
     assert sorted(_of_checkout() - before) == []
+
+
+@pytest.fixture(params=["by_size", "onednn"])
+def products(request, monkeypatch):
+    """Sampling's products go to oneDNN, where there is one, by their size, or all."""
+    if request.param == "onednn":
+        monkeypatch.setattr(ops, "SMALL", 0)
 
 
 TINY = {"patch_nums": (1, 2, 3, 4), "vocab_size": 32, "z_channels": 8}

@@ -171,7 +171,7 @@ ACTIVATIONS = [nn.GELU(approximate="tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()]
 
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_sampling_products_against_float64(act, with_bias):
+def test_sampling_products_against_float64(act, with_bias, products):
     """Also of what does not lie in one piece."""
     x, weight = torch.randn(2, 5, 66)[..., ::2], torch.randn(33, 65).T
     bias = torch.randn(65) if with_bias else None
@@ -198,13 +198,15 @@ def test_who_counts_operators_sees_the_common_ones():
 
 
 def test_products_go_to_onednn_while_images_are_drawn_alone(monkeypatch):
-    """On this thread, and where nobody asks for a gradient."""
+    """On this thread, where nobody asks for a gradient, if they are not small."""
     monkeypatch.setattr(ops, "has_onednn", lambda: True)
+    monkeypatch.setattr(ops, "SMALL", 95)
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         assert not ops._by_onednn(x, weight)
         with sampling():
             assert ops._by_onednn(x, weight)
+            assert not ops._by_onednn(x, weight[:3])
             assert not pool.submit(ops._by_onednn, x, weight).result()
             with torch.enable_grad():
                 assert not ops._by_onednn(x, weight)

@@ -65,6 +65,8 @@ class FiguresConfig:
     """Weights of the Hoyer loss."""
     router_alphas: tuple[Alpha, Alpha] = (1e-3, 1e-1)
     """A low and a high alpha, for figure 10."""
+    hoyer_alpha: Annotated[float, Field(gt=0)] = 1e-3
+    """Alpha of ReLU and Hoyer in figure 7 if sparsify.alpha is 0."""
     gelu_alpha: Alpha = 2e-4
     """Alpha of the fine-tuning without ReLUfication (figure 7)."""
     expert_sizes: Annotated[tuple[Positive, ...], Several] = (8, 16, 32, 64, 128, 256)

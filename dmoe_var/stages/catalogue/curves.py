@@ -116,9 +116,10 @@ def depths(experiment: Experiment) -> Figure:
 @figure("7")
 def without_relu(experiment: Experiment) -> Figure:
     """Make figure 7: what ReLU and the Hoyer loss each give, without errors of routers."""
-    alone = {"sparsify.alpha": 0.0}
-    gelu = {"sparsify.activation": "gelu", "sparsify.alpha": experiment.config.figures.gelu_alpha}
-    both = over_tau(experiment, "ReLU and Hoyer", "oracle", rule="oracle")
+    config, alone = experiment.config, {"sparsify.alpha": 0.0}
+    joined = {} if config.sparsify.alpha else {"sparsify.alpha": config.figures.hoyer_alpha}
+    gelu = {"sparsify.activation": "gelu", "sparsify.alpha": config.figures.gelu_alpha}
+    both = over_tau(experiment, "ReLU and Hoyer", "oracle", joined, rule="oracle")
     relu = over_tau(experiment, "ReLU alone (alpha 0)", "last", alone, rule="oracle")
     hoyer = over_tau(experiment, "GELU and Hoyer", "all", gelu, rule="oracle")
     claims = [

@@ -146,6 +146,13 @@ def test_figure_4_is_of_the_last_scales_if_none_are_given(make_experiment):
     assert scales == [(0,), (1,), (2,), (3,)]
 
 
+def test_figure_7_has_a_hoyer_loss_where_the_experiment_has_none(make_experiment):
+    keys = {"sparsify.alpha": 0.0, "figures.hoyer_alpha": 5e-4, "figures.tau": [0.5]}
+    curves = FIGURES["7"](make_experiment(edited=keys)).curves
+    alphas = [curve.points[0].changes["sparsify.alpha"] for curve in curves[1:]]
+    assert alphas == [5e-4, 0.0, 2e-4]
+
+
 def test_main_curves(experiment):
     """Figure 3: dense models of other depths stand beside the experts of this one."""
     curves = {c.name: [dict(p.changes) for p in c.points] for c in FIGURES["3"](experiment).curves}
