@@ -860,34 +860,42 @@ INLINE uint64_t mixed(uint64_t hash, uint64_t word) {
     return hash ^ hash >> 29;
 }
 
-/* A 64-bit hash of the bytes and their order. Words take turns in LINE chains, which registers hold
- * side by side. */
-static uint64_t hash_of(const char *bytes, int64_t count, int64_t threads) {
-    enum { PIECE = 1 << 16, LINE = 32 };
-    uint64_t sum = (uint64_t)count;
-    int team = count < 4 * PIECE ? 1 : (int)threads;
-#pragma omp parallel for schedule(static) num_threads(team) reduction(+ : sum)
-    for (int64_t piece = 0; piece < up(count, PIECE); piece++) {
-        const char *at = bytes + piece * PIECE, *end = bytes + least(count, (piece + 1) * PIECE);
-        uint64_t hashes[LINE] = {0}, words[LINE], hash = (uint64_t)piece;
-        for (; end - at >= (int64_t)sizeof words; at += sizeof words) {
-            memcpy(words, at, sizeof words);
-            for (int i = 0; i < LINE; i++) hashes[i] = mixed(hashes[i], words[i]);
-        }
-        memset(words, 0, sizeof words);
-        memcpy(words, at, (size_t)(end - at));
-        for (int i = 0; i < LINE; i++) hash = mixed(hash, mixed(hashes[i], words[i]));
-        sum += mixed(hash, (uint64_t)piece);
+enum { PIECE = 1 << 16 };
+
+/* A 64-bit hash of the bytes of a piece, their order and its place. Words take turns in LINE chains,
+ * which registers hold side by side. */
+static uint64_t hash_of(const char *at, int64_t count, int64_t piece) {
+    enum { LINE = 32 };
+    const char *end = at + count;
+    uint64_t hashes[LINE] = {0}, words[LINE], hash = (uint64_t)piece;
+    for (; end - at >= (int64_t)sizeof words; at += sizeof words) {
+        memcpy(words, at, sizeof words);
+        for (int i = 0; i < LINE; i++) hashes[i] = mixed(hashes[i], words[i]);
     }
-    return sum;
+    memset(words, 0, sizeof words);
+    memcpy(words, at, (size_t)(end - at));
+    for (int i = 0; i < LINE; i++) hash = mixed(hash, mixed(hashes[i], words[i]));
+    return mixed(hash, (uint64_t)piece);
 }
 
-/* A 64-bit hash of several pieces of memory, in their order. */
-uint64_t dmoe_fingerprint(const char *const *pieces, const int64_t *counts, int64_t number,
-                          int64_t threads) {
-    uint64_t hash = (uint64_t)number;
-    for (int64_t i = 0; i < number; i++) hash = mixed(hash, hash_of(pieces[i], counts[i], threads));
-    return hash;
+/* A 64-bit hash of each of several tensors' bytes and their order. */
+void dmoe_fingerprints(const char *const *tensors, const int64_t *counts, uint64_t *hashes,
+                       int64_t number, int64_t threads) {
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < number; i++) {
+        hashes[i] = (uint64_t)counts[i];
+        pieces += up(counts[i], PIECE);
+    }
+    int team = pieces < 4 ? 1 : (int)threads;
+#pragma omp parallel for schedule(static) num_threads(team)
+    for (int64_t next = 0; next < pieces; next++) {
+        int64_t i = 0, piece = next;
+        for (; piece >= up(counts[i], PIECE); i++) piece -= up(counts[i], PIECE);
+        int64_t begin = piece * PIECE, count = least(PIECE, counts[i] - begin);
+        uint64_t found = hash_of(tensors[i] + begin, count, piece);
+#pragma omp atomic
+        hashes[i] += found;
+    }
 }
 
 /* x (N, C), mask (N, E) of 0 and 1, out (N, C); all contiguous. */

@@ -89,7 +89,7 @@ class _Kernel:
         )
         self.zero = function("zero", None, memory, memory, number, number, number, number, number)
         self._large_pages = function("large_pages", None, memory, number)
-        self._fingerprint = function("fingerprint", ctypes.c_uint64, memory, memory, number, number)
+        self._fingerprints = function("fingerprints", None, *(memory,) * 3, number, number)
         self.pairs: int = function("pairs", number)()
         """How bfloat16 is multiplied: 0 widened, 1 in pairs by AVX-512, 2 in pairs by AMX."""
         self.dots = bool(function("dots", number)())
@@ -112,14 +112,15 @@ class _Kernel:
         tensors = tuple(self.empty(x.shape, x.dtype).copy_(x) for x in views)
         return Packed(kind(*numbers, *(tensor.data_ptr() for tensor in tensors)), tensors)
 
-    def fingerprint(self, tensors: Sequence[Tensor]) -> int:
-        """Hash the values of tensors in their order, to 64 bits."""
+    def fingerprints(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Hash the values of each tensor in their order, to 64 bits."""
         tensors = [tensor.contiguous() for tensor in tensors]
         count = len(tensors)
         places = (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
         sizes = (ctypes.c_int64 * count)(*(tensor.nbytes for tensor in tensors))
-        hashed: int = self._fingerprint(places, sizes, count, torch.get_num_threads())
-        return hashed
+        hashes = (ctypes.c_uint64 * count)()
+        self._fingerprints(places, sizes, hashes, count, torch.get_num_threads())
+        return list(hashes)
 
 
 @cache
@@ -154,7 +155,7 @@ def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module
     assert loaded is not None
     x_NC, mask_NE = x_NC.contiguous(), dispatch.mask_NE.contiguous()
     out_NC = torch.empty_like(x_NC)
-    packed = packed_of(weights, pack, loaded.fingerprint)
+    (packed,) = packed_of((weights, pack), fingerprints=loaded.fingerprints)
     threads = torch.get_num_threads()
     loaded.experts(
         packed.layer, x_NC.data_ptr(), mask_NE.data_ptr(), out_NC.data_ptr(), len(x_NC), threads,
@@ -175,8 +176,9 @@ class Layer:
         loaded = _compiled()
         assert loaded is not None
         self._kernel, self._num_experts = loaded, len(router[1])
-        self._router = packed_of(router, _pack_router, loaded.fingerprint)
-        self._experts = packed_of(weights, pack, loaded.fingerprint)
+        self._router, self._experts = packed_of(
+            (router, _pack_router), (weights, pack), fingerprints=loaded.fingerprints
+        )
 
     def run(self, x_NC: Tensor, selecting: int, tau: float) -> Tensor | None:
         """Compute the layer's output, (N, C)."""
@@ -245,7 +247,8 @@ def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
     x = x.contiguous()
     *others, width = x.shape
     found = x.new_empty((*others, fc2_ER.shape[0]))
-    packed = packed_of((fc1_RC, fc2_ER), _pack_router, loaded.fingerprint)
+    weights = (fc1_RC, fc2_ER)
+    (packed,) = packed_of((weights, _pack_router), fingerprints=loaded.fingerprints)
     num_tokens, threads = x.numel() // width, torch.get_num_threads()
     loaded.scores(packed.layer, x.data_ptr(), found.data_ptr(), num_tokens, threads)
     return found

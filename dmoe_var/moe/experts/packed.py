@@ -37,8 +37,9 @@ def _place(tensor: Tensor) -> Place:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.stride(), writes
 
 
-Content = tuple[int, tuple[tuple[torch.Size, torch.dtype], ...]]
-"""A hash of all values, and of which shapes and dtypes they are."""
+Content = tuple[tuple[int, torch.Size, torch.dtype], ...]
+"""A hash of each tensor's values, and its shape and dtype."""
+Pack = Callable[[Sequence[Tensor]], Packed]
 
 
 class _Kept(NamedTuple):
@@ -55,25 +56,42 @@ _kept = WeakTensorKeyDictionary()
 
 
 def packed_of(
-    weights: Sequence[Tensor],
-    pack: Callable[[Sequence[Tensor]], Packed],
-    fingerprint: Callable[[Sequence[Tensor]], int],
-) -> Packed:
-    """Return the packed weights, packed anew if a value has changed by its `fingerprint`."""
-    sampling, places = this_sampling(), [_place(weight) for weight in weights]
+    *parts: tuple[Sequence[Tensor], Pack], fingerprints: Callable[[Sequence[Tensor]], list[int]]
+) -> list[Packed]:
+    """Return each part's weights as its function packs them, packed anew if a value has changed by
+    the `fingerprints` of the tensors. All are read at once."""
+    sampling = this_sampling()
+    # Before anything is read, so that a write to what was read already is seen the next time
+    places = [[_place(weight) for weight in weights] for weights, _ in parts]
+    unread = [
+        (weights, pack, lie)
+        for (weights, pack), lie in zip(parts, places, strict=True)
+        if sampling is None or not _seen(weights[0], sampling, lie)
+    ]
+    if unread:
+        hashes = iter(fingerprints([weight for weights, *_ in unread for weight in weights]))
+        for weights, pack, lie in unread:
+            content = tuple((next(hashes), w.shape, w.dtype) for w in weights)
+            kept = _updated(weights, pack, content)
+            if sampling is not None:
+                memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+                kept.seen[sampling] = (lie, memory)
+    return [_kept[weights[0]].packed for weights, _ in parts]
+
+
+def _seen(first: Tensor, sampling: Sampling, places: list[Place]) -> bool:
+    """Say whether weights that lie at these places were read within this time of sampling."""
+    kept: _Kept | None = _kept.get(first)
+    seen = None if kept is None else kept.seen.get(sampling)
+    return seen is not None and seen[0] == places
+
+
+def _updated(weights: Sequence[Tensor], pack: Pack, content: Content) -> _Kept:
     kept: _Kept | None = _kept.get(weights[0])
-    if kept is not None and sampling is not None:
-        seen = kept.seen.get(sampling)
-        if seen is not None and seen[0] == places:
-            return kept.packed
-    content = fingerprint(weights), tuple((w.shape, w.dtype) for w in weights)
     if kept is None or kept.content != content:
         kept = _kept[weights[0]] = None  # free the old copy before the new one is made
         kept = _kept[weights[0]] = _Kept(content, pack(weights), WeakKeyDictionary())
-    if sampling is not None:
-        memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
-        kept.seen[sampling] = (places, memory)
-    return kept.packed
+    return kept
 
 
 def forget(weights: Sequence[Tensor]) -> None:
