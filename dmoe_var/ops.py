@@ -6,7 +6,7 @@ to bfloat16 once. This is faster, and at least as exact.
 
 While sampling on an x86 CPU, float32 products go to oneDNN, which applies bias and activation in
 the same pass over the result. torch's own Linear uses MKL there, which is slower at few rows and
-needs extra passes for bias and activation; it keeps SMALL products, for which a call of oneDNN alone
+needs extra passes for bias and activation. It keeps SMALL products, for which calling oneDNN alone
 takes longer. While sampling on an NVIDIA GPU, cuBLAS applies an FFN's bias and activation so.
 
 Everywhere else this is torch's own Linear and Conv2d.
@@ -32,7 +32,7 @@ _GIVES_FLOAT32 = any(
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 """Types of tensors that are their values and nothing else."""
 SMALL = 1 << 20
-"""Most multiply-adds of a product that MKL keeps. oneDNN takes 22 microseconds more for the call."""
+"""Most multiply-adds of a product that MKL keeps; calling oneDNN takes 22 microseconds more."""
 FEW_ROWS = 16
 """Up to this many rows a product only streams its weights, which bfloat16 halves."""
 

@@ -90,7 +90,9 @@ def test_greedy_images_are_the_published_ones(parity, cfg, options, products):
         ("sampled_image.cfg4.seed3.smooth", 4, 0.95, 3, True),
     ],
 )
-def test_sampled_images_are_the_published_ones(parity, name, cfg, top_p, seed, more_smooth, products):
+def test_sampled_images_are_the_published_ones(
+    parity, name, cfg, top_p, seed, more_smooth, products
+):
     with parity.draws():
         images = generate(
             parity.var,
