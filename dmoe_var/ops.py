@@ -4,10 +4,11 @@ x86 processors without bfloat16 instructions emulate its products at about a qua
 speed. There, products of bfloat16 tensors are computed in float32 from the same values and rounded
 to bfloat16 once. This is faster, and at least as exact.
 
-While sampling on an x86 CPU, float32 products go to oneDNN, which applies bias and activation in
-the same pass over the result. torch's own Linear uses MKL there, which is slower at few rows and
-needs extra passes for bias and activation. It keeps SMALL products, for which calling oneDNN alone
-takes longer. While sampling on an NVIDIA GPU, cuBLAS applies an FFN's bias and activation so.
+While sampling on an x86 CPU, float32 products of more than SMALL multiply-adds go to oneDNN, which
+applies bias and activation in the same pass over the result. torch's own Linear uses MKL there,
+which is slower at few rows and needs extra passes for bias and activation. Smaller products stay
+with MKL, which is called faster. While sampling on an NVIDIA GPU, cuBLAS applies an FFN's bias and
+activation so.
 
 Everywhere else this is torch's own Linear and Conv2d.
 """
@@ -32,7 +33,8 @@ _GIVES_FLOAT32 = any(
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 """Types of tensors that are their values and nothing else."""
 SMALL = 1 << 20
-"""Most multiply-adds of a product that MKL keeps; calling oneDNN takes 22 microseconds more."""
+"""Multiply-adds. torch takes 22 microseconds longer to call oneDNN than MKL (AMD EPYC); up to so
+many that is more than oneDNN gains."""
 FEW_ROWS = 16
 """Up to this many rows a product only streams its weights, which bfloat16 halves."""
 

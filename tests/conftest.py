@@ -61,11 +61,12 @@ def no_strays():
     assert sorted(_of_checkout() - before) == []
 
 
-@pytest.fixture(params=["by_size", "onednn"])
-def products(request, monkeypatch):
-    """Sampling's products go to oneDNN, where there is one, by their size, or all."""
-    if request.param == "onednn":
-        monkeypatch.setattr(ops, "SMALL", 0)
+@pytest.fixture(params=["mkl", "onednn", "both"])
+def libraries(request, monkeypatch):
+    """Sampling's products go to this library, where there is oneDNN: those of tiny models to both
+    by their size."""
+    small = {"mkl": 1 << 30, "onednn": 0, "both": 1 << 14}
+    monkeypatch.setattr(ops, "SMALL", small[request.param])
 
 
 TINY = {"patch_nums": (1, 2, 3, 4), "vocab_size": 32, "z_channels": 8}

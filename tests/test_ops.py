@@ -171,7 +171,7 @@ ACTIVATIONS = [nn.GELU(approximate="tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()]
 
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_sampling_products_against_float64(act, with_bias, products):
+def test_sampling_products_against_float64(act, with_bias, libraries):
     """Also of what does not lie in one piece."""
     x, weight = torch.randn(2, 5, 66)[..., ::2], torch.randn(33, 65).T
     bias = torch.randn(65) if with_bias else None
@@ -183,7 +183,7 @@ def test_sampling_products_against_float64(act, with_bias, products):
     assert torch.allclose(activated.double(), act(wide), atol=1e-4)
 
 
-def test_a_hook_on_the_activation_sees_it():
+def test_a_hook_on_the_activation_sees_it(libraries):
     act, seen = nn.ReLU(), []
     act.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with sampling():
@@ -191,7 +191,7 @@ def test_a_hook_on_the_activation_sees_it():
     assert len(seen) == 1
 
 
-def test_who_counts_operators_sees_the_common_ones():
+def test_who_counts_operators_sees_the_common_ones(libraries):
     with sampling(), FlopCounterMode(display=False) as counter:
         activated_linear(nn.ReLU(), torch.randn(3, 8), torch.randn(4, 8), torch.randn(4))
     assert counter.get_total_flops() == 2 * 3 * 8 * 4

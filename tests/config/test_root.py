@@ -87,6 +87,7 @@ WRONG = [
     ),
     ({"train_var.scale_weights": [0] * 7}, ("not all of them 0",)),
     ({"train_var.scale_weights": [-1] + [1] * 6}, ("train_var.scale_weights", "-1")),
+    ({"figures.hoyer_alpha": 0}, ("figures.hoyer_alpha", "0", "greater than 0")),
     ({"sparsify.start": "digits"}, ("sparsify.start: unknown key", "activation_checkpointing")),
     ({"sparsify.snapshot_every": 9}, ("sparsify.snapshot_every: unknown key",)),
     # names of classes

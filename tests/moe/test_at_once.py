@@ -152,7 +152,9 @@ def test_a_hook_sees_what_it_wants(watched):
         (1.0, (2.9, 2.95), "native"),
     ],
 )
-def test_auto_runs_what_is_fastest_for_the_mask(tau, seconds, path, sharing, monkeypatch):
+def test_auto_runs_what_is_fastest_for_the_mask(
+    tau, seconds, path, sharing, libraries, monkeypatch
+):
     """To the bits of the steps, and without a router where every expert runs."""
     monkeypatch.setattr(auto, "_measured", times(native=seconds, reference=(3.0, 3.0)))
     ffn, routing = made(), Routing(Threshold(tau), sharing=sharing)
@@ -166,14 +168,28 @@ def test_auto_runs_what_is_fastest_for_the_mask(tau, seconds, path, sharing, mon
             assert torch.equal(at_once.run(ffn, tokens(), Routing(Threshold(tau))), found)
 
 
-def test_weights_that_change_between_two_samplings(monkeypatch):
-    ffn, x_BLC, routing = made(), tokens(), Routing(Threshold(0.3))
+@pytest.mark.parametrize(
+    "changed", [("router.fc2.weight",), ("b2_C",), ("router.fc1.weight", "w1_EDC")]
+)
+@pytest.mark.parametrize("router_first", [False, True])
+def test_weights_that_change_between_two_samplings(changed, router_first, monkeypatch):
+    """All are read in one call, or those that were not read before."""
+    ffn, x_BLC, routing, read = made(), tokens(), Routing(Threshold(0.3)), []
+    fingerprints = native.kernel().fingerprints
+    monkeypatch.setattr(
+        native.kernel(), "fingerprints", lambda w: read.append(len(w)) or fingerprints(w)
+    )
     with sampling():
         before = ffn(x_BLC, routing)
-    ffn.router.fc2.weight.data.neg_().add_(0.1)
-    ffn.w2_EDC.data.mul_(2)
+        assert read == [6]
+    for name in changed:
+        ffn.get_parameter(name).data.neg_().add_(0.1)
+    read.clear()
     with sampling():
+        if router_first:
+            ffn.router(x_BLC)
         after = at_once.run(ffn, x_BLC, routing)
+        assert read == ([2, 4] if router_first else [6])
         assert torch.equal(after, by_steps(ffn, x_BLC, routing, monkeypatch))
     assert not torch.equal(before, after)
 

@@ -354,16 +354,18 @@ def fingerprint_of_one(values):
     return found
 
 
-def test_a_fingerprint_is_of_all_tensors_in_their_order(set_threads):
-    """Where one ends and the next begins counts too."""
+def test_fingerprints_are_of_each_tensor(set_threads):
+    """Whatever is read beside it, and whether it lies in one piece."""
     fingerprints = native.kernel().fingerprints
-    a, b = torch.randn(70_000), torch.randn(2, 30)
-    found = [(a, b), (b, a), (a,), (b,), (a, b, b), (), (a[:-1], b), (a, b[:, ::2])]
-    found += [(torch.cat([a, b.flatten()]),), (a[:9], torch.cat([a[9:], b.flatten()]))]
-    hashes = [fingerprints(each) for each in found]
-    assert len(set(map(tuple, hashes))) == len(found)
-    set_threads(1)
-    assert [fingerprints([each.clone() for each in some]) for some in found] == hashes
+    a, b, c = torch.randn(70_000), torch.randn(2, 30)[:, ::2], torch.randn(40_000)
+    none = torch.empty(0)
+    for number in (1, 2, 5):
+        set_threads(number)
+        alone = [fingerprint_of_one(each.clone()) for each in (a, none, b, c)]
+        assert fingerprints([a, none, b, c]) == alone
+        assert fingerprints([c, a]) == [alone[3], alone[0]]
+    assert len(set(alone)) == 4
+    assert fingerprints([]) == []
 
 
 @pytest.mark.parametrize("number", [1, 16, 17, 1 << 14, (1 << 16) + 5, 300_001])
@@ -396,6 +398,22 @@ def test_a_fingerprint_tells_values_apart_that_change_places(apart):
     swapped = values.clone()
     swapped[[5, 5 + apart]] = values[[5 + apart, 5]]
     assert fingerprint(swapped) != fingerprint(values)
+
+
+def test_a_copy_that_another_thread_drops_is_still_used(ffn, monkeypatch):
+    """While a further part is packed."""
+    router = [torch.randn(8, 32), torch.randn(4, 8)]
+    pack, pack_router = native.pack, native._pack_router
+
+    def dropping(weights):
+        packed.forget(router)
+        return pack(weights)
+
+    parts = (router, pack_router), (ffn.weights, dropping)
+    fingerprints = native.kernel().fingerprints
+    first, second = packed.packed_of(*parts, fingerprints=fingerprints)
+    assert torch.equal(first.tensors[0], pack_router(router).tensors[0])
+    assert torch.equal(second.tensors[0], pack(ffn.weights).tensors[0])
 
 
 def through_pickle(ffn):

@@ -77,7 +77,7 @@ def test_a_temperature_is_the_same_as_larger_logits(dense, vqvae):
     ],
     ids=str,
 )
-def test_greedy_images_are_the_published_ones(parity, cfg, options, products):
+def test_greedy_images_are_the_published_ones(parity, cfg, options, libraries):
     options = {k: torch.Generator() if k == "generator" else v for k, v in options.items()}
     images = generate(parity.var, parity.vqvae, parity.io["label"], cfg, top_k=1, **options)
     assert_close(parity.pixels(images), parity.io[f"greedy_image.cfg{cfg}"], **TOLERANCE)
@@ -91,7 +91,7 @@ def test_greedy_images_are_the_published_ones(parity, cfg, options, products):
     ],
 )
 def test_sampled_images_are_the_published_ones(
-    parity, name, cfg, top_p, seed, more_smooth, products
+    parity, name, cfg, top_p, seed, more_smooth, libraries
 ):
     with parity.draws():
         images = generate(
@@ -121,7 +121,7 @@ def test_sampled_images_are_the_published_ones(
     ],
     ids=str,
 )
-def test_batch_size_does_not_change_an_image(dynamic, vqvae, options, products):
+def test_batch_size_does_not_change_an_image(dynamic, vqvae, options, libraries):
     options = SMALL | options
     together = generate(dynamic, vqvae, LABELS, seed=3, start_index=5, **options)
     assert together.shape == (8, 3, 8, 8)

@@ -63,27 +63,30 @@ def packed_of(
     sampling = this_sampling()
     # Before anything is read, so that a write to what was read already is seen the next time
     places = [[_place(weight) for weight in weights] for weights, _ in parts]
-    unread = [
-        (weights, pack, lie)
-        for (weights, pack), lie in zip(parts, places, strict=True)
-        if sampling is None or not _seen(weights[0], sampling, lie)
+    found = [
+        _seen(weights[0], sampling, lie) for (weights, _), lie in zip(parts, places, strict=True)
     ]
+    unread = [i for i, kept in enumerate(found) if kept is None]
     if unread:
-        hashes = iter(fingerprints([weight for weights, *_ in unread for weight in weights]))
-        for weights, pack, lie in unread:
+        hashes = iter(fingerprints([weight for i in unread for weight in parts[i][0]]))
+        for i in unread:
+            weights, pack = parts[i]
             content = tuple((next(hashes), w.shape, w.dtype) for w in weights)
-            kept = _updated(weights, pack, content)
+            kept = found[i] = _updated(weights, pack, content)
             if sampling is not None:
                 memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
-                kept.seen[sampling] = (lie, memory)
-    return [_kept[weights[0]].packed for weights, _ in parts]
+                kept.seen[sampling] = (places[i], memory)
+    return [kept.packed for kept in found if kept is not None]
 
 
-def _seen(first: Tensor, sampling: Sampling, places: list[Place]) -> bool:
-    """Say whether weights that lie at these places were read within this time of sampling."""
+def _seen(first: Tensor, sampling: Sampling | None, places: list[Place]) -> _Kept | None:
+    """Return what is kept of weights that lie at these places, if they were read within this time
+    of sampling."""
     kept: _Kept | None = _kept.get(first)
-    seen = None if kept is None else kept.seen.get(sampling)
-    return seen is not None and seen[0] == places
+    if kept is None or sampling is None:
+        return None
+    seen = kept.seen.get(sampling)
+    return kept if seen is not None and seen[0] == places else None
 
 
 def _updated(weights: Sequence[Tensor], pack: Pack, content: Content) -> _Kept:
