@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, nn
 
 from dmoe_var.errors import InputError
 from dmoe_var.moe.experts import RAN, ExpertWeights, auto, native
@@ -55,7 +55,7 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
     layer = _layer(ffn, x_NC, this)
     if layer is None:
         return None
-    found = "native" if routing.impl == "native" else _fastest(ffn, x_NC, this)
+    found = "native" if routing.impl == "native" else _fastest(ffn, x_NC)
     choosing = (x_NC, len(x_NC) // routing.sharing, routing.rule.tau)
     if found == "native":
         out_NC = layer.run(*choosing)
@@ -85,15 +85,13 @@ def _prepared(ffn: ExpertFFN, x_NC: Tensor) -> native.Layer | None:
     if router.condition != "none" or hooked(router, *linears):
         return None
     weights, fcs = ffn.weights, [linear.weight for linear in linears]
-    if not (native.can_run(x_NC, weights, ffn.act) and native.knows_router(x_NC, *fcs)):
-        return None
-    return native.Layer(fcs, weights)
+    return native.Layer(fcs, weights) if native.knows_layer(x_NC, fcs, weights, ffn.act) else None
 
 
-def _fastest(ffn: ExpertFFN, x_NC: Tensor, this: Sampling) -> str | auto.Seconds:
-    """Return what `auto.by_density` finds for so many tokens."""
-    case = (x_NC.shape, x_NC.dtype, ffn.num_experts, ffn.expert_size)
-    if case not in this.settled:
-        this.settled[case] = auto.by_density(x_NC, ffn.weights, ffn.act)
-    found: str | auto.Seconds = this.settled[case]
+def _fastest(ffn: ExpertFFN, x_NC: Tensor) -> str | auto.Seconds:
+    """Return what `auto.by_density` finds for a layer that the kernel knows, once a process."""
+    case = ("layer", x_NC.shape, x_NC.dtype, ffn.num_experts, ffn.expert_size, get_num_threads())
+    found: str | auto.Seconds | None = auto.known.get(case)
+    if found is None:
+        found = auto.known[case] = auto.by_density(x_NC, ffn.weights, ffn.act)
     return found

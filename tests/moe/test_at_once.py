@@ -22,7 +22,7 @@ C, H, D = 40, 96, 12
 def table(tmp_path, monkeypatch):
     """An empty table, which finds native the fastest."""
     monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(auto, "_known", {})
+    monkeypatch.setattr(auto, "known", {})
     monkeypatch.setattr(auto, "_measured", times(native=(1.0, 2.0), reference=(3.0, 3.0)))
 
 
@@ -192,6 +192,23 @@ def test_weights_that_change_between_two_samplings(changed, router_first, monkey
         assert read == ([2, 4] if router_first else [6])
         assert torch.equal(after, by_steps(ffn, x_BLC, routing, monkeypatch))
     assert not torch.equal(before, after)
+
+
+def test_a_path_is_looked_up_once_a_process(set_threads, monkeypatch):
+    """For each shape and number of threads, whichever layer and time of sampling it is."""
+    asked, by_density = [], auto.by_density
+    monkeypatch.setattr(auto, "by_density", lambda *given: asked.append(1) or by_density(*given))
+    for _ in range(2):
+        with sampling():
+            for x_BLC in (tokens(), tokens(8)):
+                at_once.run(made(), x_BLC, Routing(Threshold(0.5)))
+    assert len(asked) == 2
+    set_threads(3)
+    with sampling():
+        at_once.run(made(), tokens(), Routing(Threshold(0.5)))
+        assert len(asked) == 3
+        at_once.run(made(torch.bfloat16), tokens(dtype=torch.bfloat16), Routing(Threshold(0.5)))
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -33,7 +33,7 @@ N, C, E, D = 20, 12, 5, 4
 def cache(tmp_path, monkeypatch):
     """An empty table in an empty folder."""
     monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(auto, "_known", {})
+    monkeypatch.setattr(auto, "known", {})
     return tmp_path
 
 
@@ -102,7 +102,7 @@ def test_measured_once_and_kept(layer, monkeypatch, cache, set_threads):
         return len(asked)
 
     assert [times_asked(), times_asked(), times_asked(17)] == [1, 1, 1]
-    monkeypatch.setattr(auto, "_known", {})  # as another process would begin
+    monkeypatch.setattr(auto, "known", {})  # as another process would begin
     assert [times_asked(), times_asked(15)] == [1, 2]
     with sampling():
         assert times_asked() == 3
@@ -154,7 +154,7 @@ def test_a_table_without_a_path_is_measured_again(layer, monkeypatch):
     (times,) = content["seconds"].values()
     del times["grouped"]
     auto._file(CPU).write_text(json.dumps(content))
-    monkeypatch.setattr(auto, "_known", {})
+    monkeypatch.setattr(auto, "known", {})
     run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
     assert len(asked) == 2
 

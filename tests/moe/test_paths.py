@@ -36,7 +36,7 @@ def added(monkeypatch, tmp_path):
         monkeypatch.setattr(paths, "PATHS", (*paths.PATHS, "added"))
         monkeypatch.setattr("dmoe_var.moe.experts.IMPLEMENTATIONS", ("auto", *paths.PATHS))
         monkeypatch.setenv("DMOE_VAR_CACHE", str(tmp_path))
-        monkeypatch.setattr(auto, "_known", {})
+        monkeypatch.setattr(auto, "known", {})
 
     return add
 

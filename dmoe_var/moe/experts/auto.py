@@ -44,8 +44,9 @@ up."""
 
 Seconds = dict[str, Sequence[float]]
 """The seconds of each path at each of DENSITIES, and where every expert runs."""
-_known: dict[tuple[Any, ...], Seconds] = {}
-"""What this process has looked up or measured, by device, threads, paths and shape."""
+known: dict[tuple[Any, ...], Any] = {}
+"""What this process has looked up or measured: seconds, by device, threads, paths and shape, and
+what `moe.at_once` found by them."""
 
 
 def run(x_NC: Tensor, dispatch: Dispatch, weights: ExpertWeights, act: nn.Module) -> Tensor:
@@ -76,8 +77,8 @@ def by_density(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> str | Se
     if last in PLAIN or len(x_NC) == 0:
         return fallback(device)
     if on_gpu and torch.cuda.is_current_stream_capturing():  # when nothing runs that could be timed
-        known = _known.get(_case(paths, x_NC, weights))
-        return last if known is None else _best(ASSUMED, known)
+        seen = known.get(_case(paths, x_NC, weights))
+        return last if seen is None else _best(ASSUMED, seen)
     seconds = _seconds(paths, x_NC, weights, act)
     if on_gpu:
         return _best(ASSUMED, seconds)
@@ -121,7 +122,7 @@ def _seconds(
 ) -> Seconds:
     """Return the times of this case: known already, or from the table, or measured now."""
     case = _case(paths, x_NC, weights)
-    if case not in _known:
+    if case not in known:
         _, _, dtype, (E, D, C), tokens, products, *names = case
         key = f"{str(dtype).removeprefix('torch.')} C={C} D={D} E={E} N={tokens} {products} "
         key += ",".join(names)
@@ -131,8 +132,8 @@ def _seconds(
             found = _measured(paths, x_NC, weights, act)
             if file is not None:
                 _keep(file, key, found)
-        _known[case] = found
-    return _known[case]
+        known[case] = found
+    return known[case]
 
 
 def _rounded(tokens: int) -> int:

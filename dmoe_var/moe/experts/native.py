@@ -233,11 +233,19 @@ def knows(x: Tensor, *weights: Tensor) -> bool:
     return given and kernel() is not None
 
 
-def knows_router(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> bool:
-    """Say whether the kernel `knows` these, they fit each other, and a few tokens' values fit on
-    its stack."""
+def knows_router(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor, *others: Tensor) -> bool:
+    """Say whether the kernel `knows` these, those of a router fit each other, and a few tokens'
+    values fit on its stack."""
     fit = fc2_ER.shape[1] == len(fc1_RC) and max(*fc1_RC.shape, len(fc2_ER)) <= WIDEST
-    return fit and knows(x, fc1_RC, fc2_ER)
+    return fit and knows(x, fc1_RC, fc2_ER, *others)
+
+
+def knows_layer(
+    x: Tensor, router: Sequence[Tensor], weights: ExpertWeights, act: nn.Module
+) -> bool:
+    """Say whether the kernel `knows_router` and `can_run` the experts."""
+    fit = weights.w1_EDC.shape[-1] == x.shape[-1] and isinstance(act, nn.ReLU) and not hooked(act)
+    return fit and knows_router(x, *router, *weights)
 
 
 def scores(x: Tensor, fc1_RC: Tensor, fc2_ER: Tensor) -> Tensor:
