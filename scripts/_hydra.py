@@ -60,16 +60,19 @@ class Point:
 
 
 def main(
-    run: Callable[[Experiment], None], in_full: Callable[[list[str]], list[str]] = list
+    run: Callable[[Experiment], None],
+    in_full: Callable[[list[str]], list[str]] = list,
+    checked_as: Callable[[Experiment], Experiment] = lambda experiment: experiment,
 ) -> None:
     """Run a script's function for each composed configuration.
 
-    in_full: writes out the short forms of a script's settings.
+    in_full: writes out the short forms of a script's settings. checked_as: gives the experiment
+    that the script's stage must be able to run.
     """
     open_streams()
     try:
         with stopped_in_order():
-            status = _run(run, in_full)
+            status = _run(run, in_full, checked_as)
     except (KeyboardInterrupt, Terminated) as error:
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         if distributed.launched_as_main():
@@ -80,7 +83,11 @@ def main(
     distributed.stop()
 
 
-def _run(run: Callable[[Experiment], None], in_full: Callable[[list[str]], list[str]]) -> int:
+def _run(
+    run: Callable[[Experiment], None],
+    in_full: Callable[[list[str]], list[str]],
+    checked_as: Callable[[Experiment], Experiment],
+) -> int:
     """Run the script and return its exit status."""
     script = Path(sys.argv[0]).stem
     try:
@@ -89,7 +96,7 @@ def _run(run: Callable[[Experiment], None], in_full: Callable[[list[str]], list[
             arguments.overrides = own_experiment(arguments.overrides)
             if show(script, arguments):
                 return 0
-            points = _points(script, arguments)
+            points = _points(script, arguments, checked_as)
     except InputError as error:
         _stop(error, WRONG_INPUT)
     if points[0].experiment.config.launcher.cluster is not None:
@@ -178,7 +185,9 @@ def _launch(points: Sequence[Point], options: Sequence[str]) -> int:
     return next((each.status for each in finished if each.status), 0)
 
 
-def _points(script: str, arguments: Namespace) -> list[Point]:
+def _points(
+    script: str, arguments: Namespace, checked_as: Callable[[Experiment], Experiment]
+) -> list[Point]:
     """Compose and convert every point of the command line; raise ConfigError for the first fault.
 
     Hydra itself would print several lines, exit with 1, and find an error in a multirun's last
@@ -194,7 +203,7 @@ def _points(script: str, arguments: Namespace) -> list[Point]:
         )
         Tracking(experiment.config.wandb).check()
         if script in STAGES:
-            experiment.check(script)
+            checked_as(experiment).check(script)
         if experiment.config.launcher.cluster is None:  # a job's machine may have another
             _ = experiment.device
         points.append(Point(each, experiment))

@@ -13,7 +13,7 @@ from _hydra import main, say
 
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import run_stage
-from dmoe_var.stages.sweep import run_part, table_of
+from dmoe_var.stages.sweep import run_part, table_of, whole
 
 
 def run(experiment: Experiment) -> None:
@@ -26,5 +26,10 @@ def run(experiment: Experiment) -> None:
     say(f"figures and records: {experiment.folder('sweep')}")
 
 
+def joined(experiment: Experiment) -> Experiment:
+    """Return the sweep that a shard belongs to; any other as it is."""
+    return experiment if experiment.config.sweep.part is None else whole(experiment)
+
+
 if __name__ == "__main__":
-    main(run)
+    main(run, checked_as=joined)

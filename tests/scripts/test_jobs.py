@@ -40,6 +40,18 @@ def test_no_cluster(launch, tmp_path):
     assert finished.stderr.count("\n") == 1
 
 
+def test_a_part_is_for_the_sweep_alone_to_measure(launch, tmp_path):
+    """Which goes on to look for its models."""
+    part = ("sweep.parts=2", "sweep.part=2", "base.vqvae=nowhere.pth")
+    finished = launch("sweep", *part, cwd=tmp_path)
+    assert (finished.status, finished.stdout) == (2, "")
+    assert "nowhere.pth" in finished.stderr
+    assert "sweep.part" not in finished.stderr
+    finished = launch("sweep", *part, "sweep.lists.mine=[0.1,0.2]", cwd=tmp_path)
+    assert finished.status == 2
+    assert "sweep.lists.mine" in finished.stderr
+
+
 def results(folder):
     """What every point is and costs, by its name."""
     paths = folder.glob("evaluate/*/result.json")

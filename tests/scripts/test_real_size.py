@@ -69,7 +69,7 @@ def test_three_commands_and_what_comes_after(options, tmp_path):
         assert peak < MOST_MEMORY, script
     runs = Path(options[1].partition("=")[2]) / "imagenet_d16"
     records = {p.parts[-3]: json.loads(p.read_text()) for p in runs.rglob("result.json")}
-    assert set(records["sparsify"]["weights"]) == {"base.vqvae", "base.var"}
+    assert set(records["sparsify"]["weights"]) == {"base.vqvae", "base.var", "data"}
     assert records["split"]["metrics"]["num_experts"] == 32
     macs = records["evaluate"]["metrics"]
     assert macs["flops_qkv_proj_gmac"] == pytest.approx(91.27, abs=0.01)

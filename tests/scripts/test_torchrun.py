@@ -167,6 +167,7 @@ def test_torchrun_itself(tmp_path):
         done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
         assert [line.partition(":")[0] for line in done.stdout.splitlines()] == list(STAGES)
     assert record(by_two, "train_router")["processes"] == 2
-    assert files(by_two) == files(by_one)
+    left = [name for name in files(by_two) if not name.endswith("journal_1.jsonl")]
+    assert left == files(by_one)  # each process that codes pictures has a journal of its own
     assert_trained_alike(by_two, by_one, "sparsify", None)
     assert_trained_alike(by_two, by_one, "train_router", "split")
