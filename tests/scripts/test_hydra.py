@@ -269,7 +269,7 @@ def run_points(shared, monkeypatch, tmp_path):
 
     def run_points(run, *arguments):
         monkeypatch.setattr(sys, "argv", ["train_var.py", "device=cpu", *arguments])
-        return shared._run(run, list)
+        return shared._run(run, list, lambda experiment: experiment)
 
     return run_points
 
