@@ -13,9 +13,10 @@ from dmoe_var.metrics.flops import count_flops
 from dmoe_var.models.collaborative_var import CollaborativeVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
 from dmoe_var.models.head_skipping import HeadSkipping
+from dmoe_var.models.pair import build_models
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
-from dmoe_var.models.var import VAR, VARConfig, build_models
+from dmoe_var.models.var import VAR, VARConfig
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.selection import All, Cumulative, Oracle, Random, Threshold, TopK
 from dmoe_var.sampling.cuda_graphs import CudaGraphs

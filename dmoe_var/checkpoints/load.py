@@ -23,7 +23,8 @@ from dmoe_var.checkpoints.tensor_files import read_tensors
 from dmoe_var.errors import CheckpointError
 from dmoe_var.models.build import build_strictly
 from dmoe_var.models.classifier import ResNetClassifier
-from dmoe_var.models.var import VAR, check_pair
+from dmoe_var.models.pair import check_pair
+from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 
 PACKAGED = Path(__file__).parent / "packaged"

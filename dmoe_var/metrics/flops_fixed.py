@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dmoe_var.models import guidance
 from dmoe_var.models.collaborative_var import AnyVAR
+from dmoe_var.models.pair import check_pair
 from dmoe_var.models.plan import Passes, PlanOptions, Step
-from dmoe_var.models.var import VAR, check_pair
+from dmoe_var.models.var import VAR
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.router import Context
 from dmoe_var.moe.selection import SelectionRule

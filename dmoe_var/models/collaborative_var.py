@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dmoe_var import values
 from dmoe_var.models.dynamic_var import DynamicVAR, rules_of, teacher_forced
+from dmoe_var.models.pair import IN_PAIRS
 from dmoe_var.models.plan import PlanOptions, Step
-from dmoe_var.models.var import IN_PAIRS, VAR, Labels, VARConfig
+from dmoe_var.models.var import VAR, Labels, VARConfig
 from dmoe_var.moe.observer import Observer
 from dmoe_var.moe.selection import Selection
 from dmoe_var.moe.skipped_means import SkippedMeans

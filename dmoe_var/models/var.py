@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import starmap, zip_longest
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from dmoe_var.models.head_skipping import Heads
 from dmoe_var.models.kv_cache import KVCache
 from dmoe_var.models.plan import PlanOptions, Step, steps
 from dmoe_var.models.token_skipping import Skip
-from dmoe_var.models.vqvae import PATCH_NUMS_256, VQVAE, PatchNums, VQVAEConfig
+from dmoe_var.models.vqvae import PATCH_NUMS_256, PatchNums
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
 from dmoe_var.ops import Linear, at_least_float32, hooked
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 Labels = Sequence[int] | np.ndarray | Tensor
 """Class numbers of any integer type, on any device."""
-IN_PAIRS = ("patch_nums", "vocab_size", "z_channels")
-"""Fields that a VQ-VAE and the VAR over its tokens have in common."""
 HEAD_DIM = 64
 ADALN_GAMMA_GAIN = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}  # by depth, as published
 
@@ -385,25 +383,3 @@ class VAR(nn.Module):
             else:
                 x_BLC = block(*given)
         return self.logits(x_BLC, mod)
-
-
-def build_models(
-    depth: int = 16, vqvae: VQVAEConfig | None = None, **overrides: object
-) -> tuple[VQVAE, VAR]:
-    """Build fresh models, initialised as published; `overrides` are fields of VARConfig.
-
-    The fields that VQ-VAE and VAR share (IN_PAIRS) come from `vqvae`; an override of one of them
-    shapes both.
-    """
-    base = vqvae or VQVAEConfig()
-    common: dict[str, Any] = {name: overrides.pop(name, getattr(base, name)) for name in IN_PAIRS}
-    var_config = VARConfig(depth=depth, **common, **overrides)  # type: ignore[arg-type]
-    return VQVAE(replace(base, **common)), VAR(var_config)
-
-
-def check_pair(vqvae: VQVAE, var_config: VARConfig) -> None:
-    """Raise ValueError if a VAR does not belong to a VQ-VAE."""
-    for name in IN_PAIRS:
-        theirs, ours = getattr(vqvae.config, name), getattr(var_config, name)
-        if theirs != ours:
-            raise ValueError(f"{name}: the VQ-VAE has {theirs}, the VAR has {ours}")

@@ -25,10 +25,11 @@ from dmoe_var.models.dynamic_var import rules_of
 from dmoe_var.models.guidance import Cfg
 from dmoe_var.models.head_skipping import HeadSkipping
 from dmoe_var.models.int8 import Int8
+from dmoe_var.models.pair import check_pair
 from dmoe_var.models.plan import Passes, PlanOptions, Step
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.token_skipping import TokenSkipping
-from dmoe_var.models.var import Labels, VARConfig, check_labels, check_pair
+from dmoe_var.models.var import Labels, VARConfig, check_labels
 from dmoe_var.models.vqvae import VQVAE, VQVAEConfig
 from dmoe_var.moe.experts import check_impl
 from dmoe_var.moe.experts.paths import path

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from dmoe_var import VAR, VARConfig, VQVAEConfig, build_models
+from dmoe_var import VAR, VARConfig
 from dmoe_var.models.blocks import DropPath, Rows, SelfAttention
-from dmoe_var.models.var import check_pair
 from dmoe_var.moe.layer import ExpertConfig
 
 
@@ -54,23 +52,6 @@ def test_depth_derives_the_rest():
 def test_shapes_that_do_not_divide_raise(fields, name):
     with pytest.raises(ValueError, match=name):
         VARConfig(**fields)
-
-
-def test_build_models_gives_a_pair():
-    base = VQVAEConfig(ch=32, ch_mult=(1, 1), patch_nums=(1, 2), vocab_size=16, z_channels=4)
-    vqvae, var = build_models(2, base, width=32, num_heads=2, patch_nums=[1, 2, 3], z_channels=8)
-    assert vqvae.config == replace(base, patch_nums=(1, 2, 3), z_channels=8)
-    assert (var.config.patch_nums, var.config.vocab_size) == ((1, 2, 3), 16)
-    check_pair(vqvae, var.config)
-
-
-@pytest.mark.parametrize(
-    "other", [{"patch_nums": (1, 2, 3)}, {"vocab_size": 64}, {"z_channels": 4}]
-)
-def test_strangers_are_no_pair(make_vqvae, make_var, other):
-    (name,) = other
-    with pytest.raises(ValueError, match=name):
-        check_pair(make_vqvae(), replace(make_var().config, **other))
 
 
 def test_teacher_input_of_another_length_raises(make_var, make_teacher):
