@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
-from dmoe_var.config.parse import is_declared, is_entry, is_text
+from dmoe_var.config.parse import is_declared, is_text, is_users_own
 from dmoe_var.config.recipe import read_recipe
 from dmoe_var.errors import ConfigError
 
@@ -108,7 +108,7 @@ def written_out(override: str, multirun: bool) -> str:
     name = key.lstrip("+")
     if not equals or key.startswith("~"):
         return override
-    if is_entry(name) or (key != name and is_declared(name)):  # may be new, and may be there
+    if is_users_own(name) or (key != name and is_declared(name)):  # may be new, and may be there
         key = f"++{name}"
     text = is_text(name)
     if text and _is_there(value):

@@ -60,10 +60,11 @@ def is_declared(key: str) -> bool:
     return _type_of(key.split(".")) is not None
 
 
-def is_entry(key: str) -> bool:
-    """Tell whether a dotted key lies in a section of the user's own keys (sweep.lists.mine)."""
-    *path, _ = key.split(".")
-    return typing.get_origin(_type_of(path)) is Mapping
+def is_users_own(key: str) -> bool:
+    """Tell whether a dotted key is a section of the user's own keys, or lies in one (sweep.lists,
+    sweep.lists.mine)."""
+    path = key.split(".")
+    return any(typing.get_origin(_type_of(each)) is Mapping for each in (path, path[:-1]))
 
 
 def _type_of(path: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from composing import CONFIGS, composed
 from omegaconf import MissingMandatoryValue, OmegaConf
 from tiny_experiment import changed
 
-from dmoe_var.config.parse import is_entry, is_text, parse_config
+from dmoe_var.config.parse import is_text, is_users_own, parse_config
 from dmoe_var.config.root import flatten
 from dmoe_var.errors import ConfigError
 
@@ -235,7 +235,7 @@ def test_the_home_folder_is_known_wherever_a_path_is_given(digits, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "entry"),
+    ("key", "text", "users_own"),
     [
         ("run_dir", True, False),
         ("base.var", True, False),
@@ -246,10 +246,10 @@ def test_the_home_folder_is_known_wherever_a_path_is_given(digits, monkeypatch, 
         ("dtype", False, False),
         ("seed", False, False),
         ("sample.classes", False, False),
-        ("sweep.lists", False, False),
+        ("sweep.lists", False, True),
         ("no.such.key", False, False),
         ("experiment", False, False),
     ],
 )
-def test_kinds_of_keys(key, text, entry):
-    assert (is_text(key), is_entry(key)) == (text, entry)
+def test_kinds_of_keys(key, text, users_own):
+    assert (is_text(key), is_users_own(key)) == (text, users_own)

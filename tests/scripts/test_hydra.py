@@ -180,6 +180,7 @@ def test_text_is_taken_as_it_is(command_line, key, value):
         ("sample.classes=[jack-o'-lantern,ü,3]", "sample.classes=['jack-o\\'-lantern','ü',3]"),
         ("train_var.steps=ma=ny", "train_var.steps='ma=ny'"),
         ("sweep.lists.mine=[0.1]", "++sweep.lists.mine=[0.1]"),
+        ("figures.depths={2: null}", "++figures.depths={2: null}"),
         ("+launcher.more.mem=1G", "++launcher.more.mem=1G"),
         ("+benchmark.real_masks=true", "++benchmark.real_masks=true"),
         ("~sweep.lists.paper", "~sweep.lists.paper"),
