@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dmoe_var.devices import seconds_of
 from dmoe_var.models.blocks import FFN
+from dmoe_var.moe import at_once
 from dmoe_var.moe.experts import paths_on, run_experts
 from dmoe_var.moe.layer import ExpertConfig, MoEFFN
 from dmoe_var.moe.routing import Routing
@@ -32,8 +33,8 @@ from dmoe_var.sampling_time import sampling
 DENSE_TORCH, DENSE_OURS, SELECTION = "dense_torch", "dense", "selection"
 LAYER = "layer"
 """Names of what is timed beside the paths: an FFN by torch's own Linear, one by the products that
-the sampler uses (the faster is the baseline), router with threshold, and the whole expert layer as
-the sampler runs it: router, threshold and the path that `auto` takes."""
+the sampler uses (the faster is the baseline), router with threshold as the sampler runs them, and
+the whole expert layer, likewise: router, threshold and the path that `auto` takes."""
 SQUARE = 1536
 """Side of the product by which a device's rate is measured."""
 COPIED = 1 << 28
@@ -209,10 +210,14 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
         hidden_NH = F.relu(F.linear(x_NC, dense.fc1.weight, dense.fc1.bias))
         return F.linear(hidden_NH, dense.fc2.weight, dense.fc2.bias)
 
+    def select(ffn: MoEFFN, x_BLC: Tensor) -> Any:
+        found = at_once.select(ffn, x_BLC, routing)
+        return ffn.select(x_BLC, routing) if found is None else found
+
     calls: dict[Case, Call] = {
         (DENSE_TORCH, None): lambda: [by_torch(x_NC, dense) for x_NC, dense in denses],
         (DENSE_OURS, None): lambda: [dense(x_NC) for x_NC, dense in denses],
-        (SELECTION, None): lambda: [of.ffn.select(of.x_NC[None], routing) for of in layers],
+        (SELECTION, None): lambda: [select(of.ffn, of.x_NC[None]) for of in layers],
     }
 
     def by_path(density: float, impl: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, get_num_threads, nn
 
 from dmoe_var.errors import InputError
 from dmoe_var.moe.experts import RAN, ExpertWeights, auto, native
+from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.router import Router
 from dmoe_var.moe.routing import Routing
 from dmoe_var.moe.selection import Threshold
@@ -39,6 +40,40 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
     """Do what `MoEFFN.select` and `run_experts` do, bit for bit, (B, L, C). Return None outside of
     `sampling`, for what native.c does not know of the layer, the rule or the path, and where
     somebody looks on."""
+    prepared = _prepared(ffn, x_BLC, routing)
+    if prepared is None:
+        return None
+    layer, x_NC, choosing = prepared
+    found = "native" if routing.impl == "native" else _fastest(ffn, x_NC)
+    if found == "native":
+        out_NC = layer.run(x_NC, *choosing)
+        RAN["native"] += out_NC is not None
+    else:
+        dispatch = layer.select(x_NC, *choosing)
+        out_NC = None
+        if dispatch is not None:
+            out_NC = auto.run_known(found, x_NC, dispatch, ffn.weights, ffn.act)
+    if out_NC is None:
+        raise InputError(NOT_FINITE)
+    return out_NC.view_as(x_BLC)
+
+
+def select(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Dispatch | None:
+    """Choose the experts as `run` does, and do not run them. Return None where `run` does."""
+    prepared = _prepared(ffn, x_BLC, routing)
+    if prepared is None:
+        return None
+    layer, x_NC, choosing = prepared
+    dispatch = layer.select(x_NC, *choosing)
+    if dispatch is None:
+        raise InputError(NOT_FINITE)
+    return dispatch
+
+
+def _prepared(
+    ffn: ExpertFFN, x_BLC: Tensor, routing: Routing
+) -> tuple[native.Layer, Tensor, tuple[int, float]] | None:
+    """Return the layer for the kernel, its tokens, and how many of them choose, by which tau."""
     this = this_sampling()
     if (
         this is None
@@ -55,31 +90,19 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
     layer = _layer(ffn, x_NC, this)
     if layer is None:
         return None
-    found = "native" if routing.impl == "native" else _fastest(ffn, x_NC)
-    choosing = (x_NC, len(x_NC) // routing.sharing, routing.rule.tau)
-    if found == "native":
-        out_NC = layer.run(*choosing)
-        RAN["native"] += out_NC is not None
-    else:
-        dispatch = layer.select(*choosing)
-        out_NC = None
-        if dispatch is not None:
-            out_NC = auto.run_known(found, x_NC, dispatch, ffn.weights, ffn.act)
-    if out_NC is None:
-        raise InputError(NOT_FINITE)
-    return out_NC.view_as(x_BLC)
+    return layer, x_NC, (len(x_NC) // routing.sharing, routing.rule.tau)
 
 
 def _layer(ffn: ExpertFFN, x_NC: Tensor, this: Sampling) -> native.Layer | None:
     """Prepare a layer for the kernel; None if it does not know all of it."""
     case = (id(ffn), x_NC.dtype, x_NC.shape[1])
     if case not in this.settled:
-        this.settled[case] = ffn, _prepared(ffn, x_NC)  # which keeps the ffn's id to itself
+        this.settled[case] = ffn, _packed(ffn, x_NC)  # which keeps the ffn's id to itself
     layer: native.Layer | None = this.settled[case][1]
     return layer
 
 
-def _prepared(ffn: ExpertFFN, x_NC: Tensor) -> native.Layer | None:
+def _packed(ffn: ExpertFFN, x_NC: Tensor) -> native.Layer | None:
     router = ffn.router
     linears = (router.fc1, router.fc2)
     if router.condition != "none" or hooked(router, *linears):

@@ -84,6 +84,19 @@ def test_bits_do_not_depend_on_threads(dtype, set_threads):
         assert all(map(torch.equal, each, found[0]))
 
 
+@pytest.mark.parametrize("sharing", [1, 2])
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_selection_by_itself(tau, sharing):
+    ffn, routing = made(), Routing(Threshold(tau), sharing=sharing)
+    with sampling():
+        dispatch = at_once.select(ffn, tokens(), routing)
+        assert dispatch is not None
+        assert torch.equal(dispatch.mask_NE, ffn.select(tokens(), routing)[0].flatten(0, 1))
+        assert at_once.select(ffn, tokens(), Routing(TopK(2))) is None
+        with pytest.raises(InputError, match="score is not finite"):
+            at_once.select(ffn, torch.nan * tokens(), Routing(Threshold(0.5)))
+
+
 def test_a_tau_for_each_layer(monkeypatch):
     ffn, x_BLC = made(), tokens()
     rule = LayerThreshold((0.2, 0.9))

@@ -195,6 +195,24 @@ def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype, set
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_memory_asked_early_changes_no_bit(products, sizes, dtype, set_threads, monkeypatch):
+    """Nor where the next expert has no tokens, there is none, or other threads take them."""
+    kept = layer(*sizes, dtype)
+    monkeypatch.setattr(native, "CACHED", -1)
+    streamed = ExpertWeights(*(weight.clone() for weight in kept))
+    for N in (1, 9, 300):
+        x = tokens(N, sizes[0], dtype)
+        for mask in masks(N, sizes[1]):
+            for number in (1, 2, 5):
+                set_threads(number)
+                with monkeypatch.context() as patch:
+                    patch.setattr(native, "CACHED", 1 << 40)
+                    expected = run(x, mask, kept)
+                assert torch.equal(run(x, mask, streamed), expected)
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("sizes", [(64, 3, 24), (130, 4, 64), (192, 3, 130)], ids=str)
 def test_zeros_are_left_out_and_no_bit_changes(dtype, sizes, monkeypatch):
     """Of rows with no zero, many, and nothing else, beside each other; -0 counts as 0."""

@@ -62,9 +62,12 @@ enum { CHUNK = 2048 }; /* tokens of one pass: bounds the hidden buffer */
 enum { RANGE = 256 };  /* tokens of one task, and */
 enum { BLOCK = 64 };   /* its columns: weights and sums stay in the second cache */
 enum { SPARSE = LANES == 16 ? 50 : 75 }; /* percent of a row up to which it pays to skip zeros */
+enum { PANELS = BLOCK / (VECTORS * LANES) }; /* of fc2 in a block */
 enum { TOGETHER = LANES == 16 ? 2 : 1 }; /* rows whose sums of a block fit in the registers */
 enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of pairs: AMX's two by two tiles */
 enum { WIDE = 4 }; /* panels of fc1 in pairs for which rows are gathered once */
+enum { STRETCH = 32 }; /* steps of a product after which memory is asked for more */
+enum { LINE = 64 };    /* bytes that memory gives at once */
 enum { WIDENED, DOT, AMX }; /* how bfloat16 is multiplied */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -72,6 +75,7 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 #define INLINE static inline __attribute__((always_inline))
+#define APART __attribute__((noinline)) /* within a large function its sums leave the registers */
 
 INLINE vec load_float(const float *at) {
     vec value;
@@ -109,34 +113,60 @@ INLINE void store_half(uint16_t *at, vec value) {
     memcpy(at, &upper, sizeof upper);
 }
 
+static int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What is read after this, and lies in no cache: weights pass by once per layer, and waiting for
+ * them would take as long as a tenth of all products. */
+typedef struct {
+    const char *at;
+    size_t lines; /* of each call of `fetch` */
+} Ahead;
+
+/* All of it, in so many calls; none of it if there is nothing to come. */
+static Ahead ahead_of(const char *at, int64_t bytes, int64_t calls) {
+    return (Ahead){at, at && calls ? (size_t)up(up(bytes, LINE), calls) : 0};
+}
+
+INLINE void fetch(Ahead *ahead) {
+    const char *at = ahead->at;
+    for (size_t i = 0; i < ahead->lines; i++, at += LINE) __builtin_prefetch(at);
+    ahead->at = at;
+}
+
 /* sums[r][v] += sum over k of rows[r][k] * weights[k][v] */
 INLINE void multiply(const int num_rows, const int vectors, const int half, vec sums[][VECTORS],
-                     const float *const *rows, const void *weights, size_t depth) {
+                     const float *const *rows, const void *weights, size_t depth, Ahead *ahead) {
     const float *row[ROWS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++) row[r] = rows[r];
-    for (size_t k = 0; k < depth; k++) {
-        vec weight[VECTORS];
+    const size_t stretch = ahead ? STRETCH : depth;
+    for (size_t begin = 0; begin < depth; begin += stretch) {
+        size_t end = begin + stretch < depth ? begin + stretch : depth;
+        if (ahead) fetch(ahead);
+        for (size_t k = begin; k < end; k++) {
+            vec weight[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            weight[v] = load(weights, (k * vectors + v) * LANES, half);
+            for (int v = 0; v < vectors; v++)
+                weight[v] = load(weights, (k * vectors + v) * LANES, half);
 #pragma GCC unroll 16
-        for (int r = 0; r < num_rows; r++)
+            for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) sums[r][v] += row[r][k] * weight[v];
+                for (int v = 0; v < vectors; v++) sums[r][v] += row[r][k] * weight[v];
+        }
     }
 }
 
 /* A tile of fc1: relu(x W1 + b1), stored as floats of the precision of x. */
 INLINE void fc1_tile(const int num_rows, const int vectors, const int half, const float *const *x,
                      const void *weights, const float *bias, size_t width, float *hidden,
-                     size_t stride) {
+                     size_t stride, Ahead *ahead) {
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = load_float(bias + v * LANES);
-    multiply(num_rows, vectors, half, sums, x, weights, width);
+    multiply(num_rows, vectors, half, sums, x, weights, width, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
@@ -149,7 +179,7 @@ INLINE void fc1_tile(const int num_rows, const int vectors, const int half, cons
 
 /* A tile of fc2: the sums of some tokens, a panel wide, plus an expert's share. */
 INLINE void fc2_tile(const int num_rows, const int half, const float *hidden, size_t stride,
-                     const void *weights, size_t depth, float *const *out) {
+                     const void *weights, size_t depth, float *const *out, Ahead *ahead) {
     const float *rows[ROWS];
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -158,7 +188,7 @@ INLINE void fc2_tile(const int num_rows, const int half, const float *hidden, si
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sums[r][v] = load_float(out[r] + v * LANES);
     }
-    multiply(num_rows, VECTORS, half, sums, rows, weights, depth);
+    multiply(num_rows, VECTORS, half, sums, rows, weights, depth, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
@@ -196,13 +226,18 @@ INLINE void add_row(const int half, vec *sums, const float *hidden, const char *
  * both is one branch that is guessed wrong, and not three. */
 INLINE void fc2_active(const int num_rows, const int half, const float *hidden, size_t stride,
                        const uint64_t *bits, size_t words, const char *weights, size_t step,
-                       float *const *out) {
+                       float *const *out, Ahead *ahead) {
     vec sums[TOGETHER][BLOCK / LANES];
 #pragma GCC unroll 2
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 16
         for (int v = 0; v < BLOCK / LANES; v++) sums[r][v] = load_float(out[r] + v * LANES);
     for (size_t word = 0; word < words; word++) {
+#pragma GCC unroll 16
+        for (int panel = PANELS - 1; panel >= 0; panel--) {
+            Ahead its = {ahead->at + panel * step, ahead->lines};
+            fetch(panel ? &its : ahead);
+        }
         uint64_t left = bits[word], other = num_rows == 2 ? bits[words + word] : 0;
         const uint64_t zero = ~left & (left + 1), other_zero = ~other & (other + 1);
         const int count = __builtin_popcountll(left), others = __builtin_popcountll(other);
@@ -240,23 +275,33 @@ INLINE void fc2_active(const int num_rows, const int half, const float *hidden, 
     default: call(ROWS); break;   \
     }
 
+/* Tiles for which nothing is to be asked for have one loop, in fewer registers. */
+#define EACH_WITH_OR_WITHOUT_AHEAD(call) \
+    if (ahead->lines) {                  \
+        EACH_NUMBER_OF_ROWS(call)        \
+    } else {                             \
+        Ahead *const ahead = NULL;       \
+        EACH_NUMBER_OF_ROWS(call)        \
+    }
+
 typedef struct {
     int64_t width, experts, size;
     int64_t vectors;          /* registers of a panel of fc1 */
     int64_t half;             /* bfloat16, else float32 */
     int64_t pairs;            /* DOT or AMX, if bfloat16 is multiplied in pairs */
     int64_t finite;           /* whether 0 times a weight of fc2 is 0 */
+    int64_t streamed;         /* whether the weights are too many for a cache to keep */
     const void *w1, *w2;      /* packed */
     const float *b1, *b2;     /* padded like the packed columns */
 } Layer;
 
 static void fc1_rows(const Layer *layer, int num_rows, const float *const *x, const void *weights,
-                     const float *bias, float *hidden, size_t stride) {
-#define TILE(n) fc1_tile(n, vectors, half, x, weights, bias, layer->width, hidden, stride)
+                     const float *bias, float *hidden, size_t stride, Ahead *ahead) {
+#define TILE(n) fc1_tile(n, vectors, half, x, weights, bias, layer->width, hidden, stride, ahead)
 #define FC1(V, HALF)                               \
     if (layer->vectors == V && layer->half == HALF) { \
         const int vectors = V, half = HALF;           \
-        EACH_NUMBER_OF_ROWS(TILE)                     \
+        EACH_WITH_OR_WITHOUT_AHEAD(TILE)              \
         return;                                       \
     }
     FC1(1, 0) FC1(1, 1) FC1(2, 0) FC1(2, 1)
@@ -264,20 +309,17 @@ static void fc1_rows(const Layer *layer, int num_rows, const float *const *x, co
 }
 
 static void fc2_rows(const Layer *layer, int num_rows, const float *hidden, size_t stride,
-                     const void *weights, float *const *out) {
-#define TILE(n) fc2_tile(n, half, hidden, stride, weights, layer->size, out)
+                     const void *weights, float *const *out, Ahead *ahead) {
+#define TILE(n) fc2_tile(n, half, hidden, stride, weights, layer->size, out, ahead)
     if (layer->half) {
         const int half = 1;
-        EACH_NUMBER_OF_ROWS(TILE)
+        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
     } else {
         const int half = 0;
-        EACH_NUMBER_OF_ROWS(TILE)
+        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
     }
 #undef TILE
 }
-
-static int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Where things lie in the workspace, for up to `tokens` of them. */
 typedef struct {
@@ -327,35 +369,65 @@ static void list_rows(const uint8_t *mask, int64_t tokens, int64_t experts, cons
         }
 }
 
-/* Hidden rows of an expert's tokens of a range, for a block of its columns. */
-static void fc1(const Layer *layer, const Space *s, const float *x, int64_t expert, int64_t range,
-                int64_t block) {
+/* A part of fc1: the tokens of a range that an expert runs, by a block of its columns. */
+typedef struct {
+    int64_t expert, block;
+    int64_t from, to; /* in the list of rows */
+} Part;
+
+static Part part_of(const Layer *layer, const Space *s, int64_t task, int64_t ranges,
+                    int64_t blocks) {
+    int64_t expert = task / (ranges * blocks), range = task / blocks % ranges;
+    const int64_t *start = s->starts + range * layer->experts + expert;
+    return (Part){expert, task % blocks, start[0], start[layer->experts]};
+}
+
+/* The part with other weights that a thread likely computes next, if all take those with tokens in
+ * turn; one without tokens if there is none whose weights are worth asking for early. */
+static Part part_after(const Layer *layer, const Space *s, int64_t task, int64_t ranges,
+                       int64_t blocks, int64_t threads) {
+    const Part none = {0}, part = part_of(layer, s, task, ranges, blocks);
+    int64_t last = layer->streamed ? layer->experts * ranges * blocks : 0, count = 0;
+    while (++task < last) {
+        Part next = part_of(layer, s, task, ranges, blocks);
+        int same = next.expert == part.expert && next.block == part.block;
+        count += next.from < next.to;
+        if (next.from < next.to && count % threads == 0 && !same) return next;
+    }
+    return none;
+}
+
+/* Hidden rows of a part, while the weights of the next one come from memory. */
+static void fc1(const Layer *layer, const Space *s, const float *x, Part part, Part next) {
     int64_t columns = layer->vectors * LANES, panels = up(layer->size, columns);
-    int64_t width = layer->width, stride = panels * columns, element = layer->half ? 2 : 4;
-    int64_t blocks = up(layer->size, BLOCK);
-    int64_t from = s->starts[range * layer->experts + expert];
-    int64_t to = s->starts[(range + 1) * layer->experts + expert];
-    int64_t first = block * BLOCK / columns, last = least(panels, first + up(BLOCK, columns));
-    for (int64_t p = from; p < to; p += ROWS) {
-        int num_rows = (int)least(ROWS, to - p);
-        const float *rows[ROWS];
-        for (int r = 0; r < num_rows; r++) rows[r] = x + s->rows[p + r] * width;
-        for (int64_t panel = first; panel < last; panel++) {
-            int64_t at = expert * panels + panel;
-            const char *weights = (const char *)layer->w1 + at * width * columns * element;
+    int64_t width = layer->width, stride = panels * columns, blocks = up(layer->size, BLOCK);
+    int64_t bytes = width * columns * (layer->half ? 2 : 4), per_block = up(BLOCK, columns);
+    int64_t first = part.block * BLOCK / columns, last = least(panels, first + per_block);
+    int64_t its_first = next.expert * panels + next.block * BLOCK / columns;
+    int64_t calls = up(part.to - part.from, ROWS) * up(width, STRETCH);
+    for (int64_t panel = first; panel < last; panel++) {
+        int64_t at = part.expert * panels + panel;
+        const char *w1 = (const char *)layer->w1, *weights = w1 + at * bytes;
+        const char *then = next.from < next.to ? w1 + its_first * bytes : NULL;
+        if (panel + 1 < last) then = weights + bytes;
+        Ahead ahead = ahead_of(layer->streamed ? then : NULL, bytes, calls);
+        for (int64_t p = part.from; p < part.to; p += ROWS) {
+            int num_rows = (int)least(ROWS, part.to - p);
+            const float *rows[ROWS];
+            for (int r = 0; r < num_rows; r++) rows[r] = x + s->rows[p + r] * width;
             fc1_rows(layer, num_rows, rows, weights, layer->b1 + at * columns,
-                     s->hidden + p * stride + panel * columns, stride);
+                     s->hidden + p * stride + panel * columns, stride, &ahead);
         }
-        for (int r = 0; r < num_rows; r++) {
-            const float *hidden = s->hidden + (p + r) * stride;
-            uint64_t bits = 0;
-            for (int64_t c = first * columns; c < last * columns; c += LANES)
-                bits |= active(load_float(hidden + c)) << (c - first * columns);
-            /* Padding is 0, but NaN where x is infinite; W2 has no rows for it. */
-            if (layer->size - block * BLOCK < BLOCK)
-                bits &= ((uint64_t)1 << (layer->size - block * BLOCK)) - 1;
-            s->active[(p + r) * blocks + block] = bits;
-        }
+    }
+    for (int64_t p = part.from; p < part.to; p++) {
+        const float *hidden = s->hidden + p * stride;
+        uint64_t bits = 0;
+        for (int64_t c = first * columns; c < last * columns; c += LANES)
+            bits |= active(load_float(hidden + c)) << (c - first * columns);
+        /* Padding is 0, but NaN where x is infinite; W2 has no rows for it. */
+        if (layer->size - part.block * BLOCK < BLOCK)
+            bits &= ((uint64_t)1 << (layer->size - part.block * BLOCK)) - 1;
+        s->active[p * blocks + part.block] = bits;
     }
 }
 
@@ -390,50 +462,69 @@ static int is_sparse(const Layer *layer, const uint64_t *bits, int num_rows) {
     return layer->finite && 100 * count <= SPARSE * num_rows * layer->size;
 }
 
-/* Rows of one expert, without the products of 0. */
-static void fc2_sparse(const Layer *layer, int num_rows, const float *hidden, size_t stride,
-                       const uint64_t *bits, const char *weights, float *const *out) {
+/* Rows of one expert, without the products of 0. `ahead` is of the first panel. */
+APART static void fc2_sparse(const Layer *layer, int num_rows, const float *hidden, size_t stride,
+                             const uint64_t *bits, const char *weights, float *const *out,
+                             Ahead *ahead) {
     size_t words = up(layer->size, BLOCK), row = VECTORS * LANES * (layer->half ? 2 : 4);
     size_t step = layer->experts * layer->size * row;
     for (int r = 0; r < num_rows; r += TOGETHER) {
         const float *rows = hidden + r * stride;
         const uint64_t *theirs = bits + r * words;
         int whole = r + TOGETHER <= num_rows;
-#define ACTIVE(n, half) fc2_active(n, half, rows, stride, theirs, words, weights, step, out + r)
+#define ACTIVE(n, half) \
+    fc2_active(n, half, rows, stride, theirs, words, weights, step, out + r, ahead)
         if (layer->half) whole ? ACTIVE(TOGETHER, 1) : ACTIVE(1, 1);
         else whole ? ACTIVE(TOGETHER, 0) : ACTIVE(1, 0);
 #undef ACTIVE
     }
 }
 
-/* The output of a range's tokens, for a block of its columns: b2 and each expert's share. */
+/* The next expert with tokens of a range, whose weights are worth asking for early. */
+static int64_t expert_after(const Layer *layer, const Space *s, int64_t e, int64_t range) {
+    const int64_t *starts = s->starts + range * layer->experts;
+    if (!layer->streamed) return layer->experts;
+    do e++;
+    while (e < layer->experts && starts[e] == starts[layer->experts + e]);
+    return e;
+}
+
+/* The output of a range's tokens, for a block of its columns: b2 and each expert's share, while the
+ * weights of the next expert come from memory. */
 static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t range, int64_t block,
                 float *sums, char *out) {
-    enum { COLUMNS = VECTORS * LANES, PANELS = BLOCK / COLUMNS };
+    enum { COLUMNS = VECTORS * LANES };
     int64_t stride = up(layer->size, layer->vectors * LANES) * layer->vectors * LANES;
     int64_t element = layer->half ? 2 : 4, width = layer->width, experts = layer->experts;
     int64_t start = range * RANGE, end = least(tokens, start + RANGE);
     int64_t first = block * PANELS, last = least(up(width, COLUMNS), first + PANELS);
     int64_t columns = (last - first) * COLUMNS, blocks = up(layer->size, BLOCK);
+    int64_t bytes = layer->size * COLUMNS * element; /* of an expert's panel */
     for (int64_t t = 0; t < end - start; t++)
         memcpy(sums + t * columns, layer->b2 + first * COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
-        int64_t to = s->starts[(range + 1) * experts + e];
-        for (int64_t p = s->starts[range * experts + e]; p < to; p += ROWS) {
+        int64_t from = s->starts[range * experts + e], to = s->starts[(range + 1) * experts + e];
+        const char *panels[PANELS];
+        Ahead dense[PANELS], sparse; /* of the next expert, by either way */
+        int64_t after = expert_after(layer, s, e, range);
+        for (int64_t i = 0; i < last - first; i++) {
+            panels[i] = (const char *)layer->w2 + ((first + i) * experts + e) * bytes;
+            const char *next = after < experts ? panels[i] + (after - e) * bytes : NULL;
+            dense[i] = ahead_of(next, bytes, up(to - from, ROWS) * up(layer->size, STRETCH));
+            if (i == 0) sparse = ahead_of(next, bytes, up(to - from, TOGETHER) * blocks);
+        }
+        for (int64_t p = from; p < to; p += ROWS) {
             int num_rows = (int)least(ROWS, to - p);
             float *rows[ROWS];
             for (int r = 0; r < num_rows; r++) rows[r] = sums + (s->rows[p + r] - start) * columns;
             if (columns == BLOCK && is_sparse(layer, s->active + p * blocks, num_rows)) {
-                const char *weights = (const char *)layer->w2;
-                weights += (first * experts + e) * layer->size * COLUMNS * element;
                 fc2_sparse(layer, num_rows, s->hidden + p * stride, stride, s->active + p * blocks,
-                           weights, rows);
+                           panels[0], rows, &sparse);
                 continue;
             }
-            for (int64_t panel = first; panel < last; panel++) {
-                const char *weights = (const char *)layer->w2;
-                weights += (panel * experts + e) * layer->size * COLUMNS * element;
-                fc2_rows(layer, num_rows, s->hidden + p * stride, stride, weights, rows);
+            for (int64_t i = 0; i < last - first; i++) {
+                fc2_rows(layer, num_rows, s->hidden + p * stride, stride, panels[i], rows,
+                         dense + i);
                 for (int r = 0; r < num_rows; r++) rows[r] += COLUMNS;
             }
         }
@@ -457,7 +548,7 @@ static void tiles_on(void) {
 }
 
 INLINE void multiply_tiles(const char *rows, int64_t stride, const char *weights, int64_t steps,
-                           const int add, float *sums) {
+                           const int add, float *sums, Ahead *ahead) {
     float *below = sums + 16 * TILE_COLUMNS;
     if (add) {
         _tile_loadd(0, sums, TILE_COLUMNS * 4);
@@ -471,6 +562,7 @@ INLINE void multiply_tiles(const char *rows, int64_t stride, const char *weights
         _tile_zero(3);
     }
     for (int64_t k = 0; k < steps; k++) {
+        fetch(ahead);
         _tile_loadd(4, rows, stride);
         _tile_loadd(6, weights, TILE_COLUMNS * 4);
         _tile_dpbf16ps(0, 4, 6);
@@ -491,23 +583,29 @@ INLINE void multiply_tiles(const char *rows, int64_t stride, const char *weights
 
 #if HAS_DOT
 INLINE void dot_tile(const int num_rows, const char *rows, int64_t stride, const char *weights,
-                     int64_t pairs, const int add, float *const *sums) {
+                     int64_t pairs, const int add, float *const *sums, Ahead *ahead) {
     __m512 sum[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++)
             sum[r][v] = add ? _mm512_loadu_ps(sums[r] + 16 * v) : _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; k++) {
-        __m512bh weight[2];
-        memcpy(weight, weights + k * sizeof weight, sizeof weight);
+    const int64_t stretch = ahead ? STRETCH : pairs;
+    for (int64_t begin = 0; begin < pairs; begin += stretch) {
+        int64_t end = least(begin + stretch, pairs);
+        if (ahead) fetch(ahead);
+        for (int64_t k = begin; k < end; k++) {
+            __m512bh weight[2];
+            memcpy(weight, weights + k * sizeof weight, sizeof weight);
 #pragma GCC unroll 16
-        for (int r = 0; r < num_rows; r++) {
-            int32_t pair;
-            memcpy(&pair, rows + r * stride + k * sizeof pair, sizeof pair);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            for (int r = 0; r < num_rows; r++) {
+                int32_t pair;
+                memcpy(&pair, rows + r * stride + k * sizeof pair, sizeof pair);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], both, weight[v]);
+                for (int v = 0; v < 2; v++)
+                    sum[r][v] = _mm512_dpbf16_ps(sum[r][v], both, weight[v]);
+            }
         }
     }
 #pragma GCC unroll 16
@@ -518,12 +616,12 @@ INLINE void dot_tile(const int num_rows, const char *rows, int64_t stride, const
 
 /* A panel of sums, which lie anywhere: their values, or 0, and the products of `left` rows. */
 static void multiply_dots(int64_t left, const void *rows, int64_t stride, const char *weights,
-                          int64_t steps, const int add, float *const *sums) {
+                          int64_t steps, const int add, float *const *sums, Ahead *ahead) {
     const char *at = (const char *)rows;
     for (; left > 0; left -= ROWS, at += ROWS * stride, sums += ROWS) {
         int num_rows = (int)least(ROWS, left);
-#define TILE(n) dot_tile(n, at, stride, weights, steps * TILE_DEPTH / 2, add, sums)
-        EACH_NUMBER_OF_ROWS(TILE)
+#define TILE(n) dot_tile(n, at, stride, weights, steps * TILE_DEPTH / 2, add, sums, ahead)
+        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
 #undef TILE
     }
 }
@@ -532,11 +630,11 @@ static void multiply_dots(int64_t left, const void *rows, int64_t stride, const 
 /* sums += the products of some rows, `stride` bytes apart, with a panel: of rows that lie anywhere.
  * AMX multiplies whole tiles, whatever lies in the rows that are not asked for. */
 INLINE void add_pairs(const Layer *layer, int64_t num_rows, const void *rows, int64_t stride,
-                      const char *weights, int64_t steps, float *const *sums) {
+                      const char *weights, int64_t steps, float *const *sums, Ahead *ahead) {
 #if HAS_AMX
     if (layer->pairs == AMX) {
         float tile[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
-        multiply_tiles((const char *)rows, stride, weights, steps, 0, tile);
+        multiply_tiles((const char *)rows, stride, weights, steps, 0, tile, ahead);
         for (int64_t r = 0; r < num_rows; r++)
             for (int64_t c = 0; c < TILE_COLUMNS; c += LANES)
                 store_float(sums[r] + c,
@@ -545,24 +643,31 @@ INLINE void add_pairs(const Layer *layer, int64_t num_rows, const void *rows, in
     }
 #endif
 #if HAS_DOT
-    multiply_dots(num_rows, rows, stride, weights, steps, 1, sums);
+    multiply_dots(num_rows, rows, stride, weights, steps, 1, sums, ahead);
 #endif
     (void)layer;
 }
 
+/* Calls of `fetch` by the products of some rows with a panel. */
+static int64_t calls_of_pairs(const Layer *layer, int64_t num_rows, int64_t steps) {
+    if (layer->pairs == AMX) return up(num_rows, TILE_ROWS) * steps;
+    return up(num_rows, ROWS) * up(steps * TILE_DEPTH / 2, STRETCH);
+}
+
 /* A tile of sums (TILE_ROWS, TILE_COLUMNS), or what is added to it. */
 INLINE void fill_tile(const Layer *layer, int64_t num_rows, const void *rows, int64_t stride,
-                      const char *weights, int64_t steps, const int add, float *tile) {
+                      const char *weights, int64_t steps, const int add, float *tile,
+                      Ahead *ahead) {
 #if HAS_AMX
     if (layer->pairs == AMX) {
-        multiply_tiles((const char *)rows, stride, weights, steps, add, tile);
+        multiply_tiles((const char *)rows, stride, weights, steps, add, tile, ahead);
         return;
     }
 #endif
 #if HAS_DOT
     float *sums[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; r++) sums[r] = tile + r * TILE_COLUMNS;
-    multiply_dots(num_rows, rows, stride, weights, steps, add, sums);
+    multiply_dots(num_rows, rows, stride, weights, steps, add, sums, ahead);
 #endif
     (void)layer, (void)num_rows;
 }
@@ -583,19 +688,23 @@ static void gather(const uint16_t *x, int64_t width, const int32_t *tokens, int6
 
 /* As fc1, for WIDE columns: the rows of x pass by in pieces, that stay in the first cache for all
  * panels. */
-static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, int64_t expert,
-                    int64_t range, int64_t begin) {
+static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, Part part,
+                      Part next) {
     enum { DEPTH = 512, STRIDE = DEPTH + 32 }; /* a line more: rows lie in all sets of the cache */
-    int64_t width = layer->width, steps = up(width, TILE_DEPTH);
+    int64_t width = layer->width, steps = up(width, TILE_DEPTH), begin = part.block * WIDE;
     int64_t panels = up(layer->size, TILE_COLUMNS), count = least(panels - begin, WIDE);
-    int64_t stride = panels * TILE_COLUMNS, to = s->starts[(range + 1) * layer->experts + expert];
+    int64_t stride = panels * TILE_COLUMNS;
     const int64_t panel_bytes = steps * TILE_DEPTH * TILE_COLUMNS * 2;
-    const char *weights = (const char *)layer->w1 + (expert * panels + begin) * panel_bytes;
-    const float *bias = layer->b1 + (expert * panels + begin) * TILE_COLUMNS;
+    const char *w1 = (const char *)layer->w1;
+    const char *weights = w1 + (part.expert * panels + begin) * panel_bytes;
+    const char *then = w1 + (next.expert * panels + next.block * WIDE) * panel_bytes;
+    Ahead ahead = ahead_of(next.from < next.to ? then : NULL, count * panel_bytes,
+                           count * calls_of_pairs(layer, part.to - part.from, steps));
+    const float *bias = layer->b1 + (part.expert * panels + begin) * TILE_COLUMNS;
     uint16_t gathered[TILE_ROWS * STRIDE] __attribute__((aligned(64)));
     float sums[WIDE][TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
-    for (int64_t p = s->starts[range * layer->experts + expert]; p < to; p += TILE_ROWS) {
-        int64_t num_rows = least(TILE_ROWS, to - p);
+    for (int64_t p = part.from; p < part.to; p += TILE_ROWS) {
+        int64_t num_rows = least(TILE_ROWS, part.to - p);
         for (int64_t first = 0; first < steps * TILE_DEPTH; first += DEPTH) {
             int64_t depth = least(DEPTH, steps * TILE_DEPTH - first);
             gather(x, width, s->rows + p, num_rows, first, depth, gathered, STRIDE);
@@ -603,7 +712,8 @@ static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, int
                 const char *at = weights + panel * panel_bytes;
                 at += first * TILE_COLUMNS * 2;
 #define PIECE(add)                                                                             \
-    fill_tile(layer, num_rows, gathered, STRIDE * 2, at, depth / TILE_DEPTH, add, sums[panel])
+    fill_tile(layer, num_rows, gathered, STRIDE * 2, at, depth / TILE_DEPTH, add, sums[panel], \
+              &ahead)
                 if (first == 0) PIECE(0);
                 else PIECE(1);
 #undef PIECE
@@ -625,24 +735,30 @@ static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, int
 /* As fc2. The last tile of an expert reads rows of the next one, and leaves their products. */
 static void fc2_pairs(const Layer *layer, const Space *s, int64_t tokens, int64_t range,
                     int64_t block, float *sums, char *out) {
-    enum { PANELS = BLOCK / TILE_COLUMNS };
     int64_t steps = up(layer->size, TILE_DEPTH), stride = steps * TILE_DEPTH;
     int64_t experts = layer->experts, start = range * RANGE, end = least(tokens, start + RANGE);
     int64_t first = block * PANELS, last = least(up(layer->width, TILE_COLUMNS), first + PANELS);
     int64_t columns = (last - first) * TILE_COLUMNS;
+    int64_t bytes = steps * TILE_DEPTH * TILE_COLUMNS * 2; /* of an expert's panel */
     for (int64_t t = 0; t < end - start; t++)
         memcpy(sums + t * columns, layer->b2 + first * TILE_COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
-        int64_t to = s->starts[(range + 1) * experts + e];
-        for (int64_t p = s->starts[range * experts + e]; p < to; p += TILE_ROWS) {
+        int64_t from = s->starts[range * experts + e], to = s->starts[(range + 1) * experts + e];
+        const char *weights[PANELS];
+        Ahead ahead[PANELS]; /* of the next expert */
+        int64_t after = expert_after(layer, s, e, range);
+        for (int64_t i = 0; i < last - first; i++) {
+            weights[i] = (const char *)layer->w2 + ((first + i) * experts + e) * bytes;
+            const char *next = after < experts ? weights[i] + (after - e) * bytes : NULL;
+            ahead[i] = ahead_of(next, bytes, calls_of_pairs(layer, to - from, steps));
+        }
+        for (int64_t p = from; p < to; p += TILE_ROWS) {
             int64_t num_rows = least(TILE_ROWS, to - p);
             const uint16_t *rows = (const uint16_t *)s->hidden + p * stride;
             float *at[TILE_ROWS];
             for (int64_t r = 0; r < num_rows; r++) at[r] = sums + (s->rows[p + r] - start) * columns;
-            for (int64_t panel = first; panel < last; panel++) {
-                const char *weights = (const char *)layer->w2;
-                weights += (panel * experts + e) * steps * TILE_DEPTH * TILE_COLUMNS * 2;
-                add_pairs(layer, num_rows, rows, stride * 2, weights, steps, at);
+            for (int64_t i = 0; i < last - first; i++) {
+                add_pairs(layer, num_rows, rows, stride * 2, weights[i], steps, at, ahead + i);
                 for (int64_t r = 0; r < num_rows; r++) at[r] += TILE_COLUMNS;
             }
         }
@@ -698,7 +814,7 @@ INLINE void product_tile(const int num_rows, const int vectors, const float *con
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = (vec){0};
-    multiply(num_rows, vectors, 0, sums, rows, weights, depth);
+    multiply(num_rows, vectors, 0, sums, rows, weights, depth, NULL);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
@@ -733,10 +849,11 @@ static void router_rows(const Router *router, int num_rows, const char *x, char 
     if (router->dots) {
 #if HAS_DOT
         const char *w1 = (const char *)router->w1;
+        Ahead none = {0};
         for (int64_t c = 0; c < wide; c += TILE_COLUMNS, w1 += width * TILE_COLUMNS * 2) {
             float *at[ROWS];
             for (int r = 0; r < num_rows; r++) at[r] = hidden + r * wide + c;
-            multiply_dots(num_rows, x, width * 2, w1, width / TILE_DEPTH, 0, at);
+            multiply_dots(num_rows, x, width * 2, w1, width / TILE_DEPTH, 0, at, &none);
         }
 #endif
     } else {
@@ -928,8 +1045,9 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
 #endif
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < experts * ranges * parts; task++)
-                    fc1_pairs(layer, &s, (const uint16_t *)from, task / (ranges * parts),
-                            task / parts % ranges, task % parts * WIDE);
+                    fc1_pairs(layer, &s, (const uint16_t *)from,
+                              part_of(layer, &s, task, ranges, parts),
+                              part_after(layer, &s, task, ranges, parts, team));
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < num_fc2; task++)
                     fc2_pairs(layer, &s, count, task % ranges, task / ranges, sums, to);
@@ -946,8 +1064,8 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
             if (!layer->pairs) {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < num_fc1; task++)
-                    fc1(layer, &s, rows, task / (ranges * blocks), task / blocks % ranges,
-                        task % blocks);
+                    fc1(layer, &s, rows, part_of(layer, &s, task, ranges, blocks),
+                        part_after(layer, &s, task, ranges, blocks, team));
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < num_fc2; task++)
                     fc2(layer, &s, count, task % ranges, task / ranges, sums, to);

@@ -36,6 +36,8 @@ from dmoe_var.ops import PLAIN_TENSORS, hooked, kernels_may_take
 SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
+CACHED = 1 << 20
+"""Bytes of a layer's weights up to which a core's own cache keeps them from call to call."""
 WIDEST = 8192
 """Most inputs, hidden neurons and experts of a router."""
 _memory = threading.local()
@@ -47,7 +49,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
-        *((name, ctypes.c_int64) for name in ("vectors", "half", "pairs", "finite")),
+        *((name, ctypes.c_int64) for name in ("vectors", "half", "pairs", "finite", "streamed")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
     )
 
@@ -313,7 +315,9 @@ def pack(weights: Sequence[Tensor]) -> Packed:
         w2 = _in_panels(w2_EDC, widest).permute(2, 0, 1, 3)
     b1, b2 = _in_panels(b1_ED, columns).float(), _in_panels(b2_C, widest).float()
     finite = int(w2_EDC.isfinite().all())
-    return loaded.packed(_Layer, (C, E, D, vectors, int(half), pairs, finite), (w1, w2, b1, b2))
+    streamed = int(w1_EDC.nbytes + w2_EDC.nbytes > CACHED)
+    numbers = (C, E, D, vectors, int(half), pairs, finite, streamed)
+    return loaded.packed(_Layer, numbers, (w1, w2, b1, b2))
 
 
 def _vectors(loaded: _Kernel, columns: int) -> int:
