@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from dmoe_var import values
+from dmoe_var.files import note
 from dmoe_var.models.quantizer import MultiScaleQuantizer
 from dmoe_var.ops import Conv2d, at_least_float32
 
@@ -261,11 +262,19 @@ class VQVAE(nn.Module):
         """Decode an accumulated code map into images in [-1, 1]; any scale's partial sum will do.
 
         Without gradients it decodes a few images at a time, so memory does not grow with the batch.
+        Where a GPU has too little left for them it takes half as many, down to one.
         """
-        together = max(1, DECODED_TOGETHER // (self.config.ch * self.config.image_size**2))
-        if torch.is_grad_enabled() or len(f_hat_BCHW) <= together:
+        if torch.is_grad_enabled():
             return self._decode(f_hat_BCHW)
-        return torch.cat([self._decode(part) for part in f_hat_BCHW.split(together)])
+        together = max(1, DECODED_TOGETHER // (self.config.ch * self.config.image_size**2))
+        while True:
+            try:
+                return torch.cat([self._decode(part) for part in f_hat_BCHW.split(together)])
+            except torch.OutOfMemoryError:
+                if together == 1:
+                    raise
+            together = max(1, min(together, len(f_hat_BCHW)) // 2)  # now that the error is let go
+            note(f"too little memory is free: images are decoded {together} at a time")
 
     def _decode(self, f_hat_BCHW: Tensor) -> Tensor:
         dtype = self.post_quant_conv.weight.dtype

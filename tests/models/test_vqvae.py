@@ -63,6 +63,36 @@ def test_many_images_are_decoded_in_slices(make_vqvae, images, monkeypatch):
     assert sizes[3:] == [5]
 
 
+@pytest.mark.parametrize(("fit", "tried"), [(2, [5, 2, 2, 1]), (1, [5, 2, 1, 1, 1, 1, 1])])
+def test_fewer_are_decoded_together_if_memory_is_short(make_vqvae, fit, tried, capfd):
+    vqvae, sizes = make_vqvae(), []
+    f_hat = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vqvae.decode_f_hat(f_hat)
+
+    def short(_, given):
+        sizes.append(len(given[0]))
+        if sizes[-1] > fit:
+            raise torch.OutOfMemoryError
+
+    vqvae.decoder.register_forward_pre_hook(short)
+    with torch.no_grad():
+        assert_close(vqvae.decode_f_hat(f_hat), expected, **TOLERANCE)
+    assert sizes == tried
+    assert f"images are decoded {fit} at a time" in capfd.readouterr().err
+
+
+def test_not_one_image_fits(make_vqvae):
+    vqvae = make_vqvae()
+
+    def short(_, given):
+        raise torch.OutOfMemoryError
+
+    vqvae.decoder.register_forward_pre_hook(short)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        vqvae.decode_f_hat(torch.zeros(3, 8, 4, 4))
+
+
 def test_decode_clamps_and_the_training_pass_does_not(make_vqvae, images):
     vqvae = make_vqvae()
     with torch.no_grad():

@@ -115,6 +115,21 @@ def test_measured_once_and_kept(layer, monkeypatch, cache, set_threads):
     assert len(list(cache.glob("experts-*.json"))) == 2
 
 
+def test_layers_apart_are_measured_anew_and_leave_no_trace(layer, monkeypatch, cache):
+    given = (layer[0], Dispatch(mask(0.5)), layer[1], RELU)
+    timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
+    assert fastest(*given) == "native"
+    (table,) = cache.glob("experts-*.json")
+    before, kept = table.read_text(), auto.known.copy()
+    asked = timed(monkeypatch, native=(2.0, 2.0), reference=(1.0, 1.0), grouped=(3.0, 3.0))
+    with auto.apart():
+        assert [fastest(*given), fastest(*given), len(asked)] == ["reference", "reference", 1]
+    assert fastest(*given) == "native"
+    assert (table.read_text(), auto.known) == (before, kept)
+    monkeypatch.setattr(auto, "known", {})  # as another process would begin
+    assert fastest(*given) == "native"
+
+
 def test_a_known_case_is_looked_up_alone(layer, monkeypatch):
     timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0), grouped=(3.0, 3.0))
     given = (layer[0], Dispatch(mask(0.5)), layer[1], RELU)

@@ -17,6 +17,7 @@ from dmoe_var.figures.kernels import NO_ZEROS, RANDOM, draw_kernels
 from dmoe_var.metrics.kernel_timing import Layer, Shape, measured_rates, random_layer, time_layers
 from dmoe_var.metrics.triton_prediction import GPUS, predicted
 from dmoe_var.models.guidance import branches, by_scale
+from dmoe_var.moe.experts import auto
 from dmoe_var.moe.layer import MoEFFN
 from dmoe_var.moe.observer import Observer, Routed
 from dmoe_var.moe.selection import Selection
@@ -55,7 +56,8 @@ def run_kernels(experiment: Experiment, selections: Mapping[str, Selection]) -> 
         for masks, densities in ((RANDOM, benchmark.densities), (NO_ZEROS, (1.0,))):
             zeros = masks != NO_ZEROS
             layer = random_layer(shape, densities, device, sampling.torch_dtype, zeros)
-            timed = time_layers(shape, [layer], rates, benchmark.repeats)
+            with auto.apart():
+                timed = time_layers(shape, [layer], rates, benchmark.repeats)
             rows += [row | {"masks": masks} for row in timed]
     for size in benchmark.sizes if benchmark.real_masks else ():
         for name, selection in selections.items():
