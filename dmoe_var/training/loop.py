@@ -136,7 +136,9 @@ def train(
                 module.eval()
                 with torch.no_grad(), nullcontext() if average is None else average.in_place():
                     if validates:
+                        bar.set_description(f"{run.name}, validating")  # which may take minutes
                         metrics = objective.validate()
+                        bar.set_description(run.name)
                     if kept and is_main():
                         kept.keep(done)
             if validates:

@@ -233,3 +233,11 @@ def test_what_is_frozen_stays(kind, fields, trains, build, run_in, tmp_path):
     after = dict(objective.var.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if trains(name)}
+
+
+def test_the_bar_says_that_it_validates(run_in, toy, tmp_path, capfd):
+    run_in(tmp_path, toy(), OptimConfig(steps=2, validate_every=1), progress=True)
+    shown = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    during = [line for line in shown if line.startswith("test, validating:")]
+    assert ["1/2" in during[0], "2/2" in during[-1]] == [True, True]
+    assert shown[-1].startswith("test: 100%")

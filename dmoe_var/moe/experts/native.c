@@ -387,7 +387,8 @@ static Part part_of(const Layer *layer, const Space *s, int64_t task, int64_t ra
 static Part part_after(const Layer *layer, const Space *s, int64_t task, int64_t ranges,
                        int64_t blocks, int64_t threads) {
     const Part none = {0}, part = part_of(layer, s, task, ranges, blocks);
-    int64_t last = layer->streamed ? layer->experts * ranges * blocks : 0, count = 0;
+    int64_t last = layer->experts * ranges * blocks, count = 0;
+    if (!layer->streamed || part.from == part.to) return none;
     while (++task < last) {
         Part next = part_of(layer, s, task, ranges, blocks);
         int same = next.expert == part.expert && next.block == part.block;
