@@ -73,7 +73,8 @@ def select(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Dispatch | None:
 def _prepared(
     ffn: ExpertFFN, x_BLC: Tensor, routing: Routing
 ) -> tuple[native.Layer, Tensor, tuple[int, float]] | None:
-    """Return the layer for the kernel, its tokens, and how many of them choose, by which tau."""
+    """Return the layer for the kernel, its tokens, and how many of them choose, by which tau; None
+    for what `run` does not know."""
     this = this_sampling()
     if (
         this is None

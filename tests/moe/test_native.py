@@ -88,7 +88,8 @@ def test_values(products, sizes, dtype):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have other names")
 @pytest.mark.parametrize("march", ["haswell", "x86-64"])
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_values_of_smaller_vectors(march, dtype, monkeypatch):
+@pytest.mark.parametrize("cached", [-1, native.CACHED])
+def test_values_of_smaller_vectors(march, dtype, cached, monkeypatch):
     """AVX2's registers, and four lanes as NEON has them, whatever this processor has."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("this processor has no AVX2")
@@ -96,6 +97,7 @@ def test_values_of_smaller_vectors(march, dtype, monkeypatch):
     compiled = native._Kernel(c_library.load(native.SOURCE))
     assert compiled.lanes == {"haswell": 8, "x86-64": 4}[march]
     monkeypatch.setattr(native, "_compiled", lambda: compiled)
+    monkeypatch.setattr(native, "CACHED", cached)
     for C, E, D in LAYERS[:-1]:
         weights = layer(C, E, D, dtype)
         for N in (1, 9, 300):
@@ -197,10 +199,12 @@ def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype, set
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("sizes", LAYERS, ids=str)
 def test_memory_asked_early_changes_no_bit(products, sizes, dtype, set_threads, monkeypatch):
-    """Nor where the next expert has no tokens, there is none, or other threads take them."""
+    """Bits stay the same where the next expert has no tokens, where there is none, and where other
+    threads take them."""
     kept = layer(*sizes, dtype)
     monkeypatch.setattr(native, "CACHED", -1)
     streamed = ExpertWeights(*(weight.clone() for weight in kept))
+    assert native.pack(streamed).layer.streamed
     for N in (1, 9, 300):
         x = tokens(N, sizes[0], dtype)
         for mask in masks(N, sizes[1]):
@@ -208,6 +212,7 @@ def test_memory_asked_early_changes_no_bit(products, sizes, dtype, set_threads, 
                 set_threads(number)
                 with monkeypatch.context() as patch:
                     patch.setattr(native, "CACHED", 1 << 40)
+                    assert not native.pack(kept).layer.streamed
                     expected = run(x, mask, kept)
                 assert torch.equal(run(x, mask, streamed), expected)
 

@@ -66,8 +66,8 @@ enum { PANELS = BLOCK / (VECTORS * LANES) }; /* of fc2 in a block */
 enum { TOGETHER = LANES == 16 ? 2 : 1 }; /* rows whose sums of a block fit in the registers */
 enum { TILE_ROWS = 32, TILE_COLUMNS = 32, TILE_DEPTH = 32 }; /* of pairs: AMX's two by two tiles */
 enum { WIDE = 4 }; /* panels of fc1 in pairs for which rows are gathered once */
-enum { STRETCH = 32 }; /* steps of a product after which memory is asked for more */
-enum { LINE = 64 };    /* bytes that memory gives at once */
+enum { STRETCH = 32 };    /* steps of a product for each of which memory is asked for more */
+enum { CACHE_LINE = 64 }; /* bytes that memory gives at once */
 enum { WIDENED, DOT, AMX }; /* how bfloat16 is multiplied */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -116,21 +116,23 @@ INLINE void store_half(uint16_t *at, vec value) {
 static int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* What is read after this, and lies in no cache: weights pass by once per layer, and waiting for
- * them would take as long as a tenth of all products. */
+/* What is read after this, and lies in no cache. The weights of a layer pass by once for each RANGE
+ * of tokens, and waiting for them would take as long as a tenth of all products. */
 typedef struct {
-    const char *at;
+    const char *at, *end;
     size_t lines; /* of each call of `fetch` */
 } Ahead;
 
 /* All of it, in so many calls; none of it if there is nothing to come. */
 static Ahead ahead_of(const char *at, int64_t bytes, int64_t calls) {
-    return (Ahead){at, at && calls ? (size_t)up(up(bytes, LINE), calls) : 0};
+    if (!at || !calls) return (Ahead){0};
+    return (Ahead){at, at + bytes, (size_t)up(up(bytes, CACHE_LINE), calls)};
 }
 
 INLINE void fetch(Ahead *ahead) {
     const char *at = ahead->at;
-    for (size_t i = 0; i < ahead->lines; i++, at += LINE) __builtin_prefetch(at);
+    for (size_t i = 0; i < ahead->lines && at < ahead->end; i++, at += CACHE_LINE)
+        __builtin_prefetch(at);
     ahead->at = at;
 }
 
@@ -233,10 +235,12 @@ INLINE void fc2_active(const int num_rows, const int half, const float *hidden, 
 #pragma GCC unroll 16
         for (int v = 0; v < BLOCK / LANES; v++) sums[r][v] = load_float(out[r] + v * LANES);
     for (size_t word = 0; word < words; word++) {
-#pragma GCC unroll 16
-        for (int panel = PANELS - 1; panel >= 0; panel--) {
-            Ahead its = {ahead->at + panel * step, ahead->lines};
-            fetch(panel ? &its : ahead);
+        if (ahead->lines) {
+            for (int panel = 1; panel < PANELS; panel++) {
+                Ahead its = {ahead->at + panel * step, ahead->end + panel * step, ahead->lines};
+                fetch(&its);
+            }
+            fetch(ahead);
         }
         uint64_t left = bits[word], other = num_rows == 2 ? bits[words + word] : 0;
         const uint64_t zero = ~left & (left + 1), other_zero = ~other & (other + 1);
@@ -505,6 +509,7 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
         memcpy(sums + t * columns, layer->b2 + first * COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
         int64_t from = s->starts[range * experts + e], to = s->starts[(range + 1) * experts + e];
+        if (from == to) continue;
         const char *panels[PANELS];
         Ahead dense[PANELS], sparse; /* of the next expert, by either way */
         int64_t after = expert_after(layer, s, e, range);
@@ -699,7 +704,8 @@ static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, Par
     const char *w1 = (const char *)layer->w1;
     const char *weights = w1 + (part.expert * panels + begin) * panel_bytes;
     const char *then = w1 + (next.expert * panels + next.block * WIDE) * panel_bytes;
-    Ahead ahead = ahead_of(next.from < next.to ? then : NULL, count * panel_bytes,
+    Ahead ahead = ahead_of(next.from < next.to ? then : NULL,
+                           least(panels - next.block * WIDE, WIDE) * panel_bytes,
                            count * calls_of_pairs(layer, part.to - part.from, steps));
     const float *bias = layer->b1 + (part.expert * panels + begin) * TILE_COLUMNS;
     uint16_t gathered[TILE_ROWS * STRIDE] __attribute__((aligned(64)));
@@ -734,6 +740,7 @@ static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, Par
 }
 
 /* As fc2. The last tile of an expert reads rows of the next one, and leaves their products. */
+_Static_assert(PANELS * TILE_COLUMNS == BLOCK, "fc2's panels are as wide in pairs");
 static void fc2_pairs(const Layer *layer, const Space *s, int64_t tokens, int64_t range,
                     int64_t block, float *sums, char *out) {
     int64_t steps = up(layer->size, TILE_DEPTH), stride = steps * TILE_DEPTH;
@@ -745,6 +752,7 @@ static void fc2_pairs(const Layer *layer, const Space *s, int64_t tokens, int64_
         memcpy(sums + t * columns, layer->b2 + first * TILE_COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
         int64_t from = s->starts[range * experts + e], to = s->starts[(range + 1) * experts + e];
+        if (from == to) continue;
         const char *weights[PANELS];
         Ahead ahead[PANELS]; /* of the next expert */
         int64_t after = expert_after(layer, s, e, range);

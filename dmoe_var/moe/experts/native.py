@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 DTYPES = (torch.float32, torch.bfloat16)
 SWITCH = "DMOE_VAR_NATIVE"
 CACHED = 1 << 20
-"""Bytes of a layer's weights up to which a core's own cache keeps them from call to call."""
+"""Bytes of a layer's weights up to which memory is not asked for them early."""
 WIDEST = 8192
 """Most inputs, hidden neurons and experts of a router."""
 _memory = threading.local()
