@@ -1,8 +1,9 @@
 """Run ReLU experts, their router and its threshold on a CPU by compiled code, see native.c.
 
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so time
-follows the number of (token, expert) pairs. fc2 skips hidden values that ReLU made 0, except where
-the processor multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden
+follows the number of (token, expert) pairs. Weights that no cache holds are asked for while those
+before them are multiplied. fc2 skips hidden values that ReLU made 0, except where the processor
+multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden
 activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
 depend neither on the number of threads nor on the other tokens.
 
