@@ -9,7 +9,7 @@ Legend: B batch, L tokens, N = B L, C width.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, get_num_threads, nn
 
@@ -22,6 +22,8 @@ from dmoe_var.moe.selection import Threshold
 from dmoe_var.moe.selection.finite import NOT_FINITE
 from dmoe_var.ops import hooked, observed
 from dmoe_var.sampling_time import Sampling, this_sampling
+
+Found = TypeVar("Found")
 
 
 class ExpertFFN(Protocol):
@@ -46,15 +48,11 @@ def run(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Tensor | None:
     layer, x_NC, choosing = prepared
     found = "native" if routing.impl == "native" else _fastest(ffn, x_NC)
     if found == "native":
-        out_NC = layer.run(x_NC, *choosing)
-        RAN["native"] += out_NC is not None
+        out_NC = _finite(layer.run(x_NC, *choosing))
+        RAN["native"] += 1
     else:
-        dispatch = layer.select(x_NC, *choosing)
-        out_NC = None
-        if dispatch is not None:
-            out_NC = auto.run_known(found, x_NC, dispatch, ffn.weights, ffn.act)
-    if out_NC is None:
-        raise InputError(NOT_FINITE)
+        dispatch = _finite(layer.select(x_NC, *choosing))
+        out_NC = auto.run_known(found, x_NC, dispatch, ffn.weights, ffn.act)
     return out_NC.view_as(x_BLC)
 
 
@@ -64,10 +62,14 @@ def select(ffn: ExpertFFN, x_BLC: Tensor, routing: Routing) -> Dispatch | None:
     if prepared is None:
         return None
     layer, x_NC, choosing = prepared
-    dispatch = layer.select(x_NC, *choosing)
-    if dispatch is None:
+    return _finite(layer.select(x_NC, *choosing))
+
+
+def _finite(found: Found | None) -> Found:
+    """Return what the kernel found. Raise InputError if a score was not finite."""
+    if found is None:
         raise InputError(NOT_FINITE)
-    return dispatch
+    return found
 
 
 def _prepared(
