@@ -187,8 +187,8 @@ def time_layers(
             density: sum(layer.zeros(layer.masks[density]) for layer in layers) / len(layers)
             for density in layers[0].masks
         }
-        times = _in_turn(calls, x_NC.device, repeats)
-        captured = _in_turn(_captured(calls, x_NC.device), x_NC.device, repeats)
+        times = _in_turn(calls, x_NC.device, repeats, layers)
+        captured = _in_turn(_captured(calls, x_NC.device), x_NC.device, repeats, layers)
     dtype = str(x_NC.dtype).removeprefix("torch.")
     about = {**asdict(shape), "layers": len(layers), "device": x_NC.device.type, "dtype": dtype}
     rows = [
@@ -252,15 +252,19 @@ def _captured(calls: Mapping[Case, Call], device: torch.device) -> dict[Case, Ca
 
 
 def _in_turn(
-    calls: Mapping[Key, Call], device: torch.device, repeats: int
+    calls: Mapping[Key, Call], device: torch.device, repeats: int, layers: Sequence[Layer] = ()
 ) -> dict[Key, list[float]]:
     """Time each call in milliseconds, one value per round, after a round that does not count. Each
-    round has another order: what a call leaves in the caches helps some, and hinders others."""
+    round has another order: what a call leaves in the caches helps some, and hinders others. The
+    layers' tokens are written anew before each call, as in a block, so that caches hold them."""
     times: dict[Key, list[float]] = {key: [] for key in calls}
+    written = [(layer.x_NC, layer.x_NC.clone()) for layer in layers]
     order, shuffled = list(calls.items()), random.Random(0)
     for round_ in range(1 + repeats):
         shuffled.shuffle(order)
         for key, call in order:
+            for x_NC, values_NC in written:
+                x_NC.copy_(values_NC)
             milliseconds = 1000 * seconds_of(call, device)
             if round_:
                 times[key].append(milliseconds)

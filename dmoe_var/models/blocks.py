@@ -2,7 +2,7 @@
 
 Legend: B batch, L tokens, C width, H heads, D head dimension (C / H), 6 the AdaLN chunks in the
 order gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2. What depends neither on the tokens nor
-on the picture's scale is computed apart: `Block.modulation`, `SelfAttention.vectors`.
+on the picture's scale is computed apart: `VAR.modulation`, `SelfAttention.vectors`.
 """
 
 from __future__ import annotations
@@ -177,16 +177,6 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
-    def modulation(self, cond_BC: Tensor, shared_B16C: Tensor | None) -> Tensor:
-        """Compute the AdaLN chunks (B, 1, 6, C), with 1 + scale in the place of scale. They depend
-        on the class but not on the scale of the picture."""
-        if shared_B16C is None:
-            mod_B16C = self.ada_lin(cond_BC).view(-1, 1, 6, self.width)
-        else:
-            mod_B16C = self.ada_gss + shared_B16C
-        gammas, scales, shifts = mod_B16C.split(2, dim=2)
-        return torch.cat([gammas, 1 + scales, shifts], dim=2)
-
     def _norm(self, x_BLC: Tensor) -> Tensor:
         return F.layer_norm(x_BLC, (self.width,), eps=self.norm_eps)
 
@@ -203,7 +193,7 @@ class Block(nn.Module):
         heads: Heads | None = None,
         vectors: Vectors | None = None,
     ) -> Tensor:
-        """Run the block, (B, L, C). mod_B16C, vectors: those of `modulation` and `attn.vectors`."""
+        """Run the block, (B, L, C). mod_B16C, vectors: of `VAR.modulation`, `attn.vectors`."""
         gamma1, gamma2, gain1, gain2, shift1, shift2 = mod_B16C.unbind(2)
         if cache is None:  # with a cache nothing is trained, even in train mode
             gamma1, gamma2 = self.drop_path(gamma1, rows), self.drop_path(gamma2, rows)

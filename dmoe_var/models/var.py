@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap, zip_longest
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -260,12 +260,17 @@ class VAR(nn.Module):
         return words_BlC + self._position(self.config.scale_slices[si])
 
     def modulation(self, cond_BC: Tensor) -> Modulation:
-        """Compute all AdaLN projections of a condition. They are the same at every scale."""
-        shared = None
+        """Compute AdaLN's projections of a condition for all blocks at once, and for the head. They
+        are the same at every scale."""
+        blocks: Any = self.blocks
         if self.config.shared_adaln:
-            shared = self.shared_ada_lin(cond_BC).view(-1, 1, 6, self.config.C)
-        blocks = [block.modulation(cond_BC, shared) for block in self.blocks]  # type: ignore
-        return Modulation(blocks, self.head_nm.modulation(cond_BC))
+            shared_B16C = self.shared_ada_lin(cond_BC).view(-1, 1, 6, self.config.C)
+            mod_NB16C = torch.stack([block.ada_gss for block in blocks]) + shared_B16C
+        else:
+            mods = torch.stack([block.ada_lin(cond_BC) for block in blocks])
+            mod_NB16C = mods.view(len(blocks), -1, 1, 6, self.config.C)
+        mod_NB16C[..., 2:4, :] += 1
+        return Modulation([*mod_NB16C.unbind()], self.head_nm.modulation(cond_BC))
 
     def attention_vectors(self) -> list[Vectors]:
         """Compute what attention adds to and multiplies with every token, block by block."""

@@ -109,6 +109,21 @@ def test_several_layers_are_timed_together(monkeypatch):
     assert rows[-1]["limit_ratio"] * baseline == pytest.approx(products)
 
 
+def test_tokens_are_written_before_each_call_and_stay_as_they_are(monkeypatch):
+    layer = random_layer(SHAPE, [1.0], CPU, torch.float32)
+    before, writes = layer.x_NC.clone(), []
+    seconds_of = kernel_timing.seconds_of
+
+    def noting(call, device):
+        writes.append(layer.x_NC._version)
+        return seconds_of(call, device)
+
+    monkeypatch.setattr(kernel_timing, "seconds_of", noting)
+    time_layers(SHAPE, [layer], RATES, repeats=2)
+    assert len(writes) == len(set(writes)) > 0
+    assert torch.equal(layer.x_NC, before)
+
+
 def test_rates_are_those_of_the_fastest_call(monkeypatch):
     times = {"torch": [4.0, 2.5, 3.0], "ours": [4.0, 2.0, 3.0], "copy": [1.0, 0.5, 2.0]}
     monkeypatch.setattr(kernel_timing, "COPIED", 10**6)
