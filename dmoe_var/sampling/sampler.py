@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from inspect import signature
+from functools import cache, partial
+from inspect import Signature, signature
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -165,7 +165,7 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, *args: Any, **named: Any) -> Call:
         """Check arguments of `generate`; raise ValueError for the first one that is wrong."""
-        bound = signature(generate).bind(*args, **named)
+        bound = _signature().bind(*args, **named)
         bound.apply_defaults()
         given = SimpleNamespace(**bound.arguments)
         device = _check_models(given.model, given.vqvae)
@@ -386,6 +386,13 @@ def generate(
     # Decode the images
     watching.on_part("decoder", None)
     return (vqvae.decode_f_hat(f_hat_BCHW) + 1) / 2
+
+
+@cache
+def _signature() -> Signature:
+    """Say what `generate` takes; found once, because it takes as long as a hundredth of a small
+    image."""
+    return signature(generate)
 
 
 def _check_finite(logits_BlV: Tensor, si: int) -> None:
