@@ -43,12 +43,19 @@ def parser() -> ArgumentParser:
     return options
 
 
+def is_utf8(text: str) -> bool:
+    """Say whether an argument came in UTF-8: other bytes come as halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def read(in_full: Callable[[list[str]], list[str]]) -> Namespace:
     """Read this process's arguments; raise ConfigError for what is no option and no key=value.
 
     in_full: writes out the short forms of a script's settings.
     """
     for given in sys.argv[1:]:
+        if not is_utf8(given):
+            raise ConfigError(f"{given!r}: not UTF-8; allowed: text in UTF-8")
         if "\r" in given:
             raise ConfigError(
                 f"{given!r}: holds a carriage return: the file that it comes from has the line "

@@ -119,6 +119,8 @@ def _run_point(run: Callable[[Experiment], None], point: Point, multirun: bool) 
         failure, status = error, WRONG_INPUT
     except TrainingDiverged as error:
         failure, status = error, FAILED
+    except MemoryError as error:  # of Python and numpy
+        failure, status = RuntimeError(f"not enough memory: {error}"), FAILED
     except Exception:  # a fault of ours, which is no reason to leave out the other points
         if alone:
             raise

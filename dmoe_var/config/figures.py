@@ -16,6 +16,7 @@ from dmoe_var.config_fields import (
     Positive,
     PositiveShare,
     Scales,
+    Seed,
     Several,
     Share,
 )
@@ -51,9 +52,18 @@ class FiguresConfig:
     """Use one seed, quick_samples images per point and four values per curve; figures say so."""
     quick_samples: Annotated[int, Field(ge=2)] = 500
     """Images per point of a quick figure."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Several, Distinct] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Several, Distinct] = (0, 1, 2)
     """Seeds of the points."""
-    tau: Annotated[tuple[Share, ...], Several] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+    tau: Annotated[tuple[Share, ...], Several, Distinct] = (
+        0.05,
+        0.1,
+        0.15,
+        0.2,
+        0.25,
+        0.3,
+        0.35,
+        0.4,
+    )
     """Tau of every curve over tau."""
     pruned_shares: Annotated[tuple[NotAll, ...], Several] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Shares of the neurons that pruning drops."""
@@ -82,7 +92,7 @@ class FiguresConfig:
     )
     """Sources of dense VARs by depth, as base.var, beside the experiment's own (figures 3 and 5);
     null trains one."""
-    budgets: Annotated[tuple[PositiveShare, ...], Several] = (0.8, 0.9)
+    budgets: Annotated[tuple[PositiveShare, ...], Several, Distinct] = (0.8, 0.9)
     """Shares of the dense FLOPs at which ways to choose tau are compared (figure calibration)."""
     batch_size: Positive = 8
     """Images per batch in timings (figures 8b and 9)."""

@@ -115,7 +115,7 @@ class Config:
     """Device: auto, cpu, mps, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of training; bfloat16 trains under autocast."""
-    threads: Annotated[int, Field(gt=0)] | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """CPU threads; null follows the cores that this process may use."""
     deterministic: bool = False
     """Whether a GPU gives bitwise the same weights at every run, which is slower."""

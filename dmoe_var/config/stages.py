@@ -210,7 +210,7 @@ class CalibrateConfig:
     """FLOPs of an image as a share of the dense model's, decoder left out."""
     budget_ms: Annotated[float, Field(gt=0)] | None = None
     """In place of budget: milliseconds of a batch of time_batch images here, decoder included."""
-    budgets: tuple[PositiveShare, ...] = ()
+    budgets: Annotated[tuple[PositiveShare, ...], Distinct] = ()
     """Budgets at which all ways to choose tau are compared; an empty list compares nothing."""
     loss: Literal["ce", "ce_tokens", "norm"] = "ce"
     """Loss made equal per saved FLOP: ce (teacher-forced, sparse scales weigh the same), ce_tokens
@@ -220,7 +220,7 @@ class CalibrateConfig:
     temperature: bool = False
     """Whether sampling.temperature is found too, at which the guided predictions of each sparse
     scale are as sharp as the dense model's (beyond the paper)."""
-    densities: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Several] = (
+    densities: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Several, Distinct] = (
         0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1,
     )  # fmt: skip
     """Densities (shares of experts) at which the losses of a group are measured."""
@@ -248,7 +248,7 @@ class ReportConfig:
 
     __pydantic_config__ = STRICT
 
-    labels: Annotated[tuple[Index, ...], Several] | None = None
+    labels: Annotated[tuple[Index, ...], Several, Distinct] | None = None
     """Classes under the router microscope, one picture each; null takes the first four."""
     seed: Seed = 0
     """Seed of these pictures."""

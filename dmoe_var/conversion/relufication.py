@@ -10,6 +10,8 @@ from dmoe_var.models.var import VAR
 
 def relufy(var: VAR) -> VAR:
     """Copy `var` with ReLU in its FFNs; the weights are the same."""
+    if not isinstance(var, VAR):
+        raise ValueError(f"var is a {type(var).__name__}, but must be a VAR")
     tensors = {name: tensor.clone() for name, tensor in var.state_dict().items()}
     config = replace(var.config, activation="relu")
     relu_var = build_strictly(lambda: VAR(config), tensors, "the dense model")

@@ -65,6 +65,8 @@ def convert_to_moe(
     labels: the expert of each neuron, (H,) per layer, instead of balanced k-means. The activation
     is kept (`relufy` comes before). Raises ValueError if sizes do not fit the model.
     """
+    if not isinstance(var, VAR):
+        raise ValueError(f"var is a {type(var).__name__}, but must be a VAR")
     experts = ExpertConfig(expert_size, router_hidden)
     config, seed = replace(var.config, experts=experts), values.whole("seed", seed, 0, 2**32 - 1)
     ffns = dense_ffns(var)

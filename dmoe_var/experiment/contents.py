@@ -77,8 +77,8 @@ def held() -> Iterator[None]:
 
 
 def content(given: Given, cache: Path) -> str | None:
-    """Hash what is given. Return None if it is not at hand or cannot be read; whoever reads it for
-    its work says what is wrong."""
+    """Hash what is given. Return None if it is not at hand. Raise InputError if it is there and
+    cannot be read: no record is of it."""
     at, held = (given, cache), _HELD.get()
     if held is not None and at in held:
         return held[at]
@@ -89,6 +89,9 @@ def content(given: Given, cache: Path) -> str | None:
         else:
             found = content_sha256(given, cache / HASHES)
     except (InputError, OSError):
+        place = given.config.root if isinstance(given, DataSet) else given
+        if place is not None and Path(place).expanduser().exists():
+            raise
         return None
     if held is not None:
         held[at] = found
@@ -117,7 +120,8 @@ def contents_of_files(key: str, source: str) -> dict[str, str]:
             return {key: sha256_of(weights_file(source, kind_of(key)))}
     from dmoe_var.checkpoints.pretrained import locate  # imports the hub's client: half a second
 
-    folder = locate(source)
+    with naming(key, source):
+        folder = locate(source)
     files = {key: folder / MODEL_FILE, f"{key}.config": folder / CONFIG_FILE}
     return {name: sha256_of(path) for name, path in files.items() if path.is_file()}
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import yaml
 
-from dmoe_var.checkpoints.safetensors_io import read_fingerprint
+from dmoe_var.checkpoints.safetensors_io import CONFIG_FILE, read_fingerprint
 from dmoe_var.checkpoints.tensor_files import remove_tensors
 from dmoe_var.devices import device_name
 from dmoe_var.distributed import barrier, from_main, is_main, start, world_size
@@ -29,8 +30,8 @@ from dmoe_var.experiment.record import (
     whole_record,
 )
 from dmoe_var.experiment.stage import StageResult, find
-from dmoe_var.files import alone, write_text
-from dmoe_var.moe.experts import RAN
+from dmoe_var.files import alone, read_json, write_text
+from dmoe_var.moe.experts import RAN, check_runs_on
 from dmoe_var.threads import limit_threads
 from dmoe_var.training.state import STATE_FILE
 
@@ -51,11 +52,12 @@ def record_if_done(experiment: Experiment, stage: str) -> Record | None:
     if record is None or record.fingerprint != experiment.fingerprint(stage, record.weights):
         return None
     samples = record.about.get("samples")
-    if samples and not (folder / samples).exists():
+    if samples and not is_zipfile(folder / samples):  # missing, or cut short
         return None
     if record.about.get("checkpoint"):
         try:
             found = read_fingerprint(folder / "checkpoint")
+            read_json(folder / "checkpoint" / CONFIG_FILE, CheckpointError)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; remove {folder} to make it again") from error
         if found != record.fingerprint:
@@ -91,8 +93,11 @@ def require(experiment: Experiment, stage: str) -> Record:
 
 
 def prepare(experiment: Experiment) -> None:
-    """Set up the whole process (threads, determinism, TF32) and join torchrun's others."""
+    """Set up the whole process (threads, determinism, TF32) and join torchrun's others. Raise
+    InputError for what the device cannot do."""
     config, device = experiment.whole, experiment.device
+    config.sampling.new_graphs(device)
+    check_runs_on(config.moe.impl, device)
     if config.threads is None:
         limit_threads()
     else:

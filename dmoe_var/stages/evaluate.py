@@ -179,7 +179,13 @@ def _measure_given(experiment: Experiment, bench: Bench) -> StageResult:
     found = open_images("evaluate.samples", path, size, hashes, images_too=True)
     if found.images is None:
         raise DataError(f"evaluate.samples={path}: holds statistics and no images ({IMAGES})")
-    metrics, compared = _compare(bench, found.images, labels_of(found))
+    labels, num_classes = labels_of(found), config.var.num_classes
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise DataError(
+            f"evaluate.samples={path}: its classes are {labels.min()}..{labels.max()}; allowed: "
+            f"0..{num_classes - 1}"
+        )
+    metrics, compared = _compare(bench, found.images, labels)
     found.check_unchanged(hashes)
     about = {"given": str(path), "given_sha256": found.sha256, **compared}
     return StageResult(metrics, len(found.images), about)

@@ -223,6 +223,11 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
             raise CheckpointError(
                 f"{source}: {name} is {theirs}, the configuration says var.{name}={ours}"
             )
+    if "dynamic" in _models(config) and config.moe.scales != model.replaced_scales:
+        raise CheckpointError(
+            f"{source}: its experts are at scales {[*model.replaced_scales]}, the configuration "
+            f"says moe.scales={[*config.moe.scales]}"
+        )
     if "dynamic" in _models(config) and config.moe.skipped == "mean" and model.skipped is None:
         raise CheckpointError(
             f"{source}: moe.skipped=mean, but it holds no means of skipped experts; allowed: zero"

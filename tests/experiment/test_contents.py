@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from dmoe_var.experiment.contents import content, held
+from dmoe_var.data.config import DataConfig
+from dmoe_var.errors import InputError
+from dmoe_var.experiment.contents import DataSet, content, held
 
 
 def written(path, value):
@@ -23,6 +27,17 @@ def test_held_content_is_looked_at_once(tmp_path):
             assert content(path, tmp_path) == first
         assert content(path, tmp_path) == first
     assert content(path, tmp_path) != first
+
+
+def test_pictures_that_are_there_and_broken_are_refused(tmp_path):
+    """Or a record of what they were would be taken for one of them; those that are missing are not
+    at hand."""
+    pictures = DataConfig(kind="image_folder", root=str(tmp_path / "there"))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match=str(tmp_path)):
+        content(DataSet(pictures, 10, held_out=True), tmp_path)
+    gone = DataSet(replace(pictures, root=str(tmp_path / "gone")), 10, held_out=True)
+    assert content(gone, tmp_path) is None
 
 
 def test_another_thread_holds_nothing(tmp_path):

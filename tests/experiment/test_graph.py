@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.checkpoints.pretrained import from_pretrained
 from dmoe_var.checkpoints.safetensors_io import save_checkpoint
-from dmoe_var.errors import CheckpointError, InputError
+from dmoe_var.errors import CheckpointError, ConfigError, InputError
 from dmoe_var.experiment.graph import (
     StageResult,
     order,
@@ -242,10 +242,11 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-2])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 @pytest.mark.parametrize("harm", [cut_short, Path.unlink])
-def test_broken_checkpoint_of_a_done_stage(make_experiment, runs, harm):
+def test_broken_checkpoint_of_a_done_stage(make_experiment, runs, harm, name):
     experiment = make_experiment(runs)
-    path = experiment.folder("sparsify") / "checkpoint" / "model.safetensors"
+    path = experiment.folder("sparsify") / "checkpoint" / name
     harm(path)
     for attempt in (record_if_done, require, run_stage, through):
         with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
@@ -426,6 +427,21 @@ def test_prepare_sets_up_the_process(make_experiment):
     prepare(make_experiment(changes={"threads": 3, "deterministic": True}))
     assert torch.get_num_threads() == 3
     assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampling.cuda_graphs": True}, "sampling.cuda_graphs=true: .*device=cpu; allowed: false"),
+        ({"moe.impl": "triton"}, "^moe.impl=triton needs .*; allowed: auto, reference, grouped, n"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused_before_any_work(
+    make_experiment, monkeypatch, changes, said
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=said):
+        prepare(make_experiment(changes={"device": "cpu", **changes}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -412,11 +412,13 @@ class Payload:
         return pytest.fail, ("unpickled",)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "pickle", "keys", "tensor"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "pickle", "keys", "tensor"])
 def test_bad_inception_weights_are_one_clear_line(tmp_path, kind):
     path = tmp_path / "weights.pth"
     if kind == "empty":
         path.touch()
+    if kind == "text":
+        path.write_text("root:x:0:0:root:/root:/bin/bash\n")
     if kind == "pickle":
         path.write_bytes(pickle.dumps(Payload(), protocol=2))
     if kind == "keys":

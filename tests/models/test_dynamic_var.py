@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from dmoe_var import VAR, All, DynamicVAR, Oracle, Threshold, TopK, VARConfig, generate
 from dmoe_var.conversion.relufication import relufy
+from dmoe_var.conversion.to_moe import convert_to_moe
 from dmoe_var.errors import InputError
 from dmoe_var.models.dynamic_var import EMBEDDINGS
 from dmoe_var.moe.counts import ExpertCounts
@@ -65,6 +66,19 @@ def test_which_scales_have_experts(dense, relu, moe):
 def test_moe_scales_are_whole_numbers_that_rise(dense, moe, scales):
     with pytest.raises(ValueError, match="moe_scales="):
         DynamicVAR(dense, moe, scales)
+
+
+def test_models_of_another_kind(dense, moe):
+    for models, said in (
+        ((moe, dense), "other way round"),
+        ((None, moe), "^dense is a NoneType"),
+        ((dense, DynamicVAR(dense, moe, (3,))), "^moe is a DynamicVAR, but must be a VAR"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            DynamicVAR(*models, (3,))
+    for convert in (convert_to_moe, relufy):
+        with pytest.raises(ValueError, match=r"^var is a NoneType, but must be a VAR"):
+            convert(None)
 
 
 @pytest.fixture(scope="module")

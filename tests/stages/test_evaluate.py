@@ -312,6 +312,16 @@ def test_given_images_are_measured(make_experiment, runs, tmp_path, monkeypatch,
     assert describe(experiment) == f"images of {path}"
 
 
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_given_labels_that_are_no_classes(make_experiment, runs, tmp_path, monkeypatch, shift):
+    monkeypatch.setattr(evaluate, "Fidelity", lambda *_: pytest.fail("something is measured"))
+    real, labels = real_digits()
+    np.savez(tmp_path / "theirs.npz", arr_0=real, labels=labels + shift)
+    experiment = given(make_experiment, runs, tmp_path / "theirs.npz")
+    with pytest.raises(DataError, match=r"evaluate.samples=.*theirs.npz: .*allowed: 0\.\.9$"):
+        run_stage(experiment, "evaluate")
+
+
 def real_digits():
     """Held-out digits, 8 x 8, and their classes."""
     _, held_out = load_digits(8)

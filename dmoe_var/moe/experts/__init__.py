@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dmoe_var import values
+from dmoe_var.errors import ConfigError
 from dmoe_var.moe.experts.dispatch import Dispatch
 from dmoe_var.moe.experts.packed import forget
 from dmoe_var.moe.experts.paths import (
@@ -35,6 +36,7 @@ __all__ = [
     "ExpertWeights",
     "Impl",
     "check_impl",
+    "check_runs_on",
     "forget",
     "paths_on",
     "run_experts",
@@ -44,6 +46,16 @@ __all__ = [
 def check_impl(impl: str) -> None:
     """Raise ValueError if a name is no compute path."""
     values.choice("impl", impl, IMPLEMENTATIONS)
+
+
+def check_runs_on(impl: str, device: torch.device) -> None:
+    """Raise ConfigError if a path that is asked for can run nothing at all on a device."""
+    if impl == "triton":
+        from dmoe_var.moe.experts.triton import missing  # loaded at its first use
+
+        if reason := missing(device):
+            others = ", ".join(name for name in IMPLEMENTATIONS if name != impl)
+            raise ConfigError(f"moe.{reason}; allowed: {others}")
 
 
 def run_experts(

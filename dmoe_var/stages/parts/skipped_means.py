@@ -20,6 +20,7 @@ from dmoe_var.checkpoints.tensor_files import read_tensors, write_tensors
 from dmoe_var.data.image_sets import evenly_strided
 from dmoe_var.data.token_cache import TokenSet, weights_hash
 from dmoe_var.distributed import from_main, is_main, rank, world_size
+from dmoe_var.errors import CheckpointError
 from dmoe_var.experiment.contents import hash_of
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.files import alone
@@ -104,7 +105,10 @@ def _stored(folder: Path, selection: Selection) -> SkippedMeans | None:
     path = folder / MODEL_FILE
     if not path.exists():
         return None
-    tensors, _ = read_tensors(path)
+    try:
+        tensors, _ = read_tensors(path)
+    except CheckpointError:  # cut short: it is measured anew
+        return None
     return SkippedMeans({int(si): means_KEC for si, means_KEC in tensors.items()}, selection)
 
 

@@ -61,6 +61,19 @@ def test_a_point(make_experiment, runs, images_of, measured):
     assert measured == [[0.5, 0.5]] * 3  # the rows that run, or the images, are others
 
 
+def test_a_cache_that_is_cut_short_is_made_again(make_experiment, runs, measured):
+    experiment = make_experiment(runs, MEAN)
+    record = run_stage(experiment, "evaluate")
+    (path,) = (experiment.cache / "skipped").glob("*/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-2])
+    stored = experiment.folder("evaluate") / "samples.npz"
+    stored.write_bytes(stored.read_bytes()[:-2])  # so that the stage is not done
+    (experiment.folder("evaluate") / "drawn.npz").unlink(missing_ok=True)
+    again = run_stage(experiment, "evaluate")
+    assert again.metrics["flops_gmac"] == record.metrics["flops_gmac"]
+    assert measured == [[0.5, 0.5]] * 2
+
+
 def test_every_stage(make_experiment, runs, measured):
     """Each selection of a sweep, of maps and of the page is measured once for all of them."""
     changes = {**MEAN, "sweep.lists": {"ours": [0.3, 0.6]}, "sweep.seeds": [0]}
