@@ -13,6 +13,8 @@ from dmoe_var.figures.style import Paths, colour, new_figure, save, styled
 
 WIDTH, PANELS, PICTURE = 10.0, 3.0, 0.55
 """Inches: of the figure, of the height of its panels, and of a picture's side at most."""
+LEGEND = 0.3
+"""Room for the legend above the losses, over their height."""
 
 
 @styled
@@ -35,6 +37,9 @@ def draw(
             name = f"{patch_nums[si]} x {patch_nums[si]}"
             axis.plot(validated["steps"], values, color=shade, linewidth=1.2, label=name)
     fid_over_flops.finish(ce, "optimiser step", "held-out cross-entropy, nats a token", "")
+    low, high = ce.get_ylim()
+    ce.set_ylim(low, high + LEGEND * (high - low))
+    ce.legend(loc="upper center", ncols=3, fontsize=6.5)
     fid_over_flops.finish(accuracy, "optimiser step", "held-out accuracy", "", legend=False)
     # FID
     (curve,) = data["curves"]
