@@ -77,8 +77,9 @@ def held() -> Iterator[None]:
 
 
 def content(given: Given, cache: Path) -> str | None:
-    """Hash what is given. Return None if it is not at hand. Raise InputError if it is there and
-    cannot be read: no record is of it."""
+    """Hash what is given. Return None if it is not at hand, or cannot be read and whoever reads it
+    for its work says so. Raise InputError for a folder of pictures that is there and broken: no
+    record is of it."""
     at, held = (given, cache), _HELD.get()
     if held is not None and at in held:
         return held[at]
@@ -89,13 +90,20 @@ def content(given: Given, cache: Path) -> str | None:
         else:
             found = content_sha256(given, cache / HASHES)
     except (InputError, OSError):
-        place = given.config.root if isinstance(given, DataSet) else given
-        if place is not None and Path(place).expanduser().exists():
+        if isinstance(given, DataSet) and _is_there(given.config):
             raise
         return None
     if held is not None:
         held[at] = found
     return found
+
+
+def _is_there(config: DataConfig) -> bool:
+    """Tell whether a data set of picture files has a folder that is not empty."""
+    if config.kind != "image_folder" or config.root is None:
+        return False
+    root = Path(config.root).expanduser()
+    return root.exists() and not (root.is_dir() and next(root.iterdir(), None) is None)
 
 
 @contextmanager

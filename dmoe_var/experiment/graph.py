@@ -31,7 +31,7 @@ from dmoe_var.experiment.record import (
 )
 from dmoe_var.experiment.stage import StageResult, find
 from dmoe_var.files import alone, read_json, write_text
-from dmoe_var.moe.experts import RAN, check_runs_on
+from dmoe_var.moe.experts import RAN
 from dmoe_var.threads import limit_threads
 from dmoe_var.training.state import STATE_FILE
 
@@ -51,8 +51,8 @@ def record_if_done(experiment: Experiment, stage: str) -> Record | None:
         raise DataError(f"{error}; remove {folder} to make it again") from error
     if record is None or record.fingerprint != experiment.fingerprint(stage, record.weights):
         return None
-    samples = record.about.get("samples")
-    if samples and not is_zipfile(folder / samples):  # missing, or cut short
+    samples = folder / str(record.about.get("samples", ""))  # a file, or the folder of PNGs
+    if not samples.is_dir() and not is_zipfile(samples):  # missing, or cut short
         return None
     if record.about.get("checkpoint"):
         try:
@@ -93,11 +93,8 @@ def require(experiment: Experiment, stage: str) -> Record:
 
 
 def prepare(experiment: Experiment) -> None:
-    """Set up the whole process (threads, determinism, TF32) and join torchrun's others. Raise
-    InputError for what the device cannot do."""
+    """Set up the whole process (threads, determinism, TF32) and join torchrun's others."""
     config, device = experiment.whole, experiment.device
-    config.sampling.new_graphs(device)
-    check_runs_on(config.moe.impl, device)
     if config.threads is None:
         limit_threads()
     else:

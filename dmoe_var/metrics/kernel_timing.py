@@ -256,7 +256,7 @@ def _in_turn(
 ) -> dict[Key, list[float]]:
     """Time each call in milliseconds, one value per round, after a round that does not count. Each
     round has another order: what a call leaves in the caches helps some, and hinders others. The
-    layers' tokens are written anew before each call, as in a block, so that caches hold them."""
+    layers' tokens are written anew before each is timed, as in a block: so caches hold them."""
     times: dict[Key, list[float]] = {key: [] for key in calls}
     written = [(layer.x_NC, layer.x_NC.clone()) for layer in layers]
     order, shuffled = list(calls.items()), random.Random(0)

@@ -25,11 +25,11 @@ from dmoe_var.figures.part_times import draw_part_times
 from dmoe_var.metrics.timing import Timing, time_in_turn
 from dmoe_var.metrics.triton_prediction import check_predictable
 from dmoe_var.models.guidance import text
-from dmoe_var.models.int8 import check_int8
 from dmoe_var.moe.experts.paths import path
 from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.kernels import run_kernels
 from dmoe_var.stages.parts.loaded import EXPERTS
+from dmoe_var.stages.parts.on_device import check_sampling
 from dmoe_var.stages.parts.timed_cases import (
     DRAFTER,
     OURS,
@@ -184,7 +184,6 @@ def refuse(config: Config) -> None:
     skipping.refuse_router(config, "a benchmark")
     if benchmark.compile != "eager" or benchmark.kernels:
         loaded.refuse_int8(config, "compiled models and single layers are timed in floats")
-    check_int8(config.sampling.int8)
     if benchmark.published is not None:
         skipping.refuse(config, "the published sampler (benchmark.published) skips none")
     if benchmark.kernels:
@@ -195,6 +194,7 @@ def refuse(config: Config) -> None:
         _refuse_without_graphs(config)
     if benchmark.compile != "eager":
         skipping.refuse(config, f"benchmark.compile={benchmark.compile} compiles plain blocks")
+    check_sampling(config, benchmark.dynamic)
 
 
 def _refuse_without_graphs(config: Config) -> None:

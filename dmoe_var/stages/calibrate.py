@@ -29,6 +29,7 @@ from dmoe_var.sampling.draw import balanced_labels
 from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.calibration_bench import Calibration, CalibrationBench, Found
 from dmoe_var.stages.parts.loaded import needs_experts
+from dmoe_var.stages.parts.on_device import check_sampling
 
 HALVINGS = 40  # of the range of GMAC, until 2^-40 of it is left
 
@@ -286,6 +287,7 @@ def refuse(config: Config) -> None:
         raise ConfigError(
             "sampling.cuda_graphs=true: calibrate.budget_ms times samplers without; allowed: false"
         )
+    check_sampling(config)
 
 
 STAGE = Stage(

@@ -27,12 +27,13 @@ from dmoe_var.metrics.flops import fixed_cost, report
 from dmoe_var.metrics.image_files import IMAGES, labels_of, open_images
 from dmoe_var.metrics.reference import HASHES, Reference, load_reference
 from dmoe_var.models.collaborative_var import AnyVAR
-from dmoe_var.models.int8 import check_int8, in_precision
+from dmoe_var.models.int8 import in_precision
 from dmoe_var.sampling.draw import Drawing, Samples, balanced_labels
 from dmoe_var.sampling.store import Drawn, StoredDrawing
 from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.loaded import Models, check_drafter, drafter_keys, image_sets
 from dmoe_var.stages.parts.model_kinds import kind_of
+from dmoe_var.stages.parts.on_device import check_sampling
 
 MEASURING = ("fidelity", "evaluate.format", "train_classifier", "base.classifier")
 """Keys, and the stage, that say how images are measured or stored, not which they are."""
@@ -179,16 +180,21 @@ def _measure_given(experiment: Experiment, bench: Bench) -> StageResult:
     found = open_images("evaluate.samples", path, size, hashes, images_too=True)
     if found.images is None:
         raise DataError(f"evaluate.samples={path}: holds statistics and no images ({IMAGES})")
-    labels, num_classes = labels_of(found), config.var.num_classes
-    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise DataError(
-            f"evaluate.samples={path}: its classes are {labels.min()}..{labels.max()}; allowed: "
-            f"0..{num_classes - 1}"
-        )
+    labels = labels_of(found)
+    if labels is not None and bench.agreement is not None:
+        _check_classes(path, labels, config.var.num_classes)
     metrics, compared = _compare(bench, found.images, labels)
     found.check_unchanged(hashes)
     about = {"given": str(path), "given_sha256": found.sha256, **compared}
     return StageResult(metrics, len(found.images), about)
+
+
+def _check_classes(path: Path, labels: npt.NDArray[np.int64], num_classes: int) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise DataError(
+            f"evaluate.samples={path}: its classes are {labels.min()}..{labels.max()}; allowed: "
+            f"0..{num_classes - 1}"
+        )
 
 
 def _compare(
@@ -249,7 +255,8 @@ def refuse(config: Config) -> None:
         )
     if config.evaluate.model != "dense":
         check_drafter(config)
-    check_int8(config.sampling.int8)
+    if samples is None:
+        check_sampling(config, config.evaluate.model == "dynamic")
     if config.sampling.more_smooth:
         raise ConfigError(
             "sampling.more_smooth=true is for pictures (scripts/sample.py) alone: fidelity is "

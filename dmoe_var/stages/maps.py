@@ -18,7 +18,7 @@ from dmoe_var.experiment.stage import Keys, Stage, StageResult
 from dmoe_var.figures.expert_maps import ExpertMaps
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import DynamicVAR
-from dmoe_var.models.int8 import check_int8, in_precision
+from dmoe_var.models.int8 import in_precision
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.counts import ExpertCounts
 from dmoe_var.moe.observer import joined
@@ -32,6 +32,7 @@ from dmoe_var.stages.parts.loaded import (
     drafter_keys,
     needs_experts,
 )
+from dmoe_var.stages.parts.on_device import check_sampling
 from dmoe_var.stages.parts.skipped_means import get_means, let_means_stand
 
 MAPS_FILE = "maps.npz"
@@ -116,7 +117,7 @@ def reads(config: Config, ours: Config) -> Keys:
 
 def refuse(config: Config) -> None:
     check_drafter(config)
-    check_int8(config.sampling.int8)
+    check_sampling(config)
 
 
 STAGE = Stage("maps", run, reads, needs=needs_experts, refuse=refuse)

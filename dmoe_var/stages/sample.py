@@ -29,7 +29,7 @@ from dmoe_var.figures import sample_grid
 from dmoe_var.files import whole_file
 from dmoe_var.models.collaborative_var import AnyVAR
 from dmoe_var.models.dynamic_var import SHARED_FIELDS, DynamicVAR, rules_of
-from dmoe_var.models.int8 import check_int8, in_precision
+from dmoe_var.models.int8 import in_precision
 from dmoe_var.models.recipe import Recipe
 from dmoe_var.models.vqvae import VQVAE
 from dmoe_var.moe.selection import Selection, describe
@@ -38,6 +38,7 @@ from dmoe_var.sampling.draw import SAMPLES_FILE, balanced_labels
 from dmoe_var.sampling.sampler import generate
 from dmoe_var.stages.parts import loaded, skipping
 from dmoe_var.stages.parts.loaded import EXPERTS, Models
+from dmoe_var.stages.parts.on_device import check_sampling
 from dmoe_var.stages.parts.skipped_means import let_means_stand
 
 MOST_CLASSES = 10  # sampled if `sample.classes` is null
@@ -225,7 +226,7 @@ def _pretrained(source: str, config: Config) -> DynamicVAR:
             )
     if "dynamic" in _models(config) and config.moe.scales != model.replaced_scales:
         raise CheckpointError(
-            f"{source}: its experts are at scales {[*model.replaced_scales]}, the configuration "
+            f"{source}: its second model runs scales {[*model.replaced_scales]}, the configuration "
             f"says moe.scales={[*config.moe.scales]}"
         )
     if "dynamic" in _models(config) and config.moe.skipped == "mean" and model.skipped is None:
@@ -322,7 +323,7 @@ def needs(config: Config) -> Keys:
 
 def refuse(config: Config) -> None:
     """Raise ConfigError for what a model to sample from cannot do."""
-    check_int8(config.sampling.int8)
+    check_sampling(config, "dynamic" in _models(config))
     if "dense" in _models(config):
         skipping.refuse_router(config, f"sample.model={config.sample.model or 'both'}")
 

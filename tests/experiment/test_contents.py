@@ -34,6 +34,8 @@ def test_pictures_that_are_there_and_broken_are_refused(tmp_path):
     at hand."""
     pictures = DataConfig(kind="image_folder", root=str(tmp_path / "there"))
     (tmp_path / "there").mkdir()
+    assert content(DataSet(pictures, 10, held_out=True), tmp_path) is None  # nothing is mounted
+    (tmp_path / "there" / "train").touch()
     with pytest.raises(InputError, match=str(tmp_path)):
         content(DataSet(pictures, 10, held_out=True), tmp_path)
     gone = DataSet(replace(pictures, root=str(tmp_path / "gone")), 10, held_out=True)

@@ -429,19 +429,24 @@ def test_prepare_sets_up_the_process(make_experiment):
     assert torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("stage", ["sample", "evaluate", "sweep", "calibrate", "maps"])
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"sampling.cuda_graphs": True}, "sampling.cuda_graphs=true: .*device=cpu; allowed: false"),
-        ({"moe.impl": "triton"}, "^moe.impl=triton needs .*; allowed: auto, reference, grouped, n"),
+        (
+            {"moe.impl": "triton"},
+            r"^moe.impl=triton needs .*; allowed: auto, reference, grouped",
+        ),
     ],
 )
 def test_what_the_device_cannot_do_is_refused_before_any_work(
-    make_experiment, monkeypatch, changes, said
+    make_experiment, monkeypatch, tmp_path, stage, changes, said
 ):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=said):
-        prepare(make_experiment(changes={"device": "cpu", **changes}))
+        through(make_experiment(tmp_path, {"device": "cpu", **changes}), stage)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -245,6 +245,7 @@ def test_measuring_or_storing_otherwise_draws_nothing(
         assert record.metrics[name] == first.metrics[name]
     folder = experiment.folder("evaluate")
     assert record.about["samples"] == places[-1]
+    assert record_if_done(experiment, "evaluate") == record
     names = {"config.yaml", "result.json", "drawn.npz", *places}
     assert {path.name for path in folder.iterdir()} == names
     assert len(list(folder.glob("png/*"))) == (20 if "png" in places else 0)

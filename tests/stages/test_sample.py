@@ -269,7 +269,7 @@ def test_pretrained_pictures_depend_on_its_content(make_experiment, runs, tmp_pa
         ),
         (
             {"sample.selection": "given", "moe.scales": [1, 2, 3], "selection.tau": [0, 0.1, 0.2]},
-            r"stored: its experts are at scales \[2, 3\], the .* says moe.scales=\[1, 2, 3\]",
+            r"stored: its second model runs scales \[2, 3\], the .* says moe.scales=\[1, 2, 3\]",
         ),
     ],
 )
