@@ -84,6 +84,12 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     return value
 
 
+def instance(name: str, value: Any, kind: type) -> None:
+    """Check that an argument is of a class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {type(value).__name__}, but must be a {kind.__name__}")
+
+
 def items(name: str, value: Any, allowed: str = "a list") -> list[Any]:
     """List what a list, tuple, range or array holds. allowed: what the message says it must be."""
     found = _python(value)

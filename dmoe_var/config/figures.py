@@ -55,15 +55,8 @@ class FiguresConfig:
     seeds: Annotated[tuple[Seed, ...], Several, Distinct] = (0, 1, 2)
     """Seeds of the points."""
     tau: Annotated[tuple[Share, ...], Several, Distinct] = (
-        0.05,
-        0.1,
-        0.15,
-        0.2,
-        0.25,
-        0.3,
-        0.35,
-        0.4,
-    )
+        0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4,
+    )  # fmt: skip
     """Tau of every curve over tau."""
     pruned_shares: Annotated[tuple[NotAll, ...], Several] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Shares of the neurons that pruning drops."""

@@ -63,10 +63,9 @@ def convert_to_moe(
     """Make the MoE version of a VAR: the same function if all experts run, with untrained routers.
 
     labels: the expert of each neuron, (H,) per layer, instead of balanced k-means. The activation
-    is kept (`relufy` comes before). Raises ValueError if sizes do not fit the model.
+    is kept (`relufy` comes before). Raises ValueError if sizes do not fit the model, or for no VAR.
     """
-    if not isinstance(var, VAR):
-        raise ValueError(f"var is a {type(var).__name__}, but must be a VAR")
+    values.instance("var", var, VAR)
     experts = ExpertConfig(expert_size, router_hidden)
     config, seed = replace(var.config, experts=experts), values.whole("seed", seed, 0, 2**32 - 1)
     ffns = dense_ffns(var)

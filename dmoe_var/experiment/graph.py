@@ -41,8 +41,9 @@ StageFunction = Callable[[Experiment], StageResult]
 def record_if_done(experiment: Experiment, stage: str) -> Record | None:
     """Read the stage's record if it is done with this configuration, else return None.
 
-    A record that a crash left empty or broken is none. Raise CheckpointError if the stage is done
-    but its checkpoint is cut short or gone, DataError for a record of another program version.
+    A record that a crash left empty or broken is none, nor is one whose samples are gone or cut
+    short. Raise CheckpointError if the stage is done but its checkpoint is cut short or gone,
+    DataError for a record of another program version.
     """
     folder = experiment.folder(stage)
     try:
@@ -51,8 +52,8 @@ def record_if_done(experiment: Experiment, stage: str) -> Record | None:
         raise DataError(f"{error}; remove {folder} to make it again") from error
     if record is None or record.fingerprint != experiment.fingerprint(stage, record.weights):
         return None
-    samples = folder / str(record.about.get("samples", ""))  # a file, or the folder of PNGs
-    if not samples.is_dir() and not is_zipfile(samples):  # missing, or cut short
+    samples = record.about.get("samples")  # samples.npz, or a folder of PNGs
+    if samples and not ((folder / samples).is_dir() or is_zipfile(folder / samples)):
         return None
     if record.about.get("checkpoint"):
         try:

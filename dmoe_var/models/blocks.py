@@ -150,8 +150,9 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """x += gamma1 attn(LN(x)(1 + scale1) + shift1); x += gamma2 ffn(LN(x)(1 + scale2) + shift2).
 
-    Without `shared_adaln` the block projects the condition itself (`ada_lin`). With it, the block
-    adds a parameter (`ada_gss`) to one projection that all blocks share.
+    Without `shared_adaln` the block has a projection of the condition to itself (`ada_lin`). With
+    it, the block has a parameter (`ada_gss`) to add to one that all blocks share. `VAR.modulation`
+    computes both.
     """
 
     def __init__(

@@ -74,9 +74,8 @@ class DynamicVAR(nn.Module):
         selection: Selection = None,
     ):
         super().__init__()
-        for name, given in (("dense", dense), ("moe", moe)):
-            if not isinstance(given, VAR):
-                raise ValueError(f"{name} is a {type(given).__name__}, but must be a VAR")
+        values.instance("dense", dense, VAR)
+        values.instance("moe", moe, VAR)
         if dense.config.experts is not None and moe.config.experts is None:
             raise ValueError("dense has experts and moe has none: give them the other way round")
         for name in SHARED_FIELDS:

@@ -33,6 +33,7 @@ WRONG = [
     ("evaluate", ["-m", "experiment=digits,digitz"], ("experiment=digitz", "allowed: cifar10, ")),
     ("sweep", ["sweep.lists.mine="], ("sweep.lists.mine='': must be", "0..1, or a list")),
     ("sample", ["seed=1", "tau=0.2\r"], ("'tau=0.2\\r'", "carriage return", "CRLF")),
+    ("sample", ["sample.pretrained=/nope"], ("sample.pretrained=/nope: no such folder",)),
     ("sample", ["run_dir=caf\udce9"], ("run_dir=caf", "not UTF-8")),
     ("figures", ["figures.seeds=[9999999999]"], ("figures.seeds", "less than 2147483648")),
     ("sample", ["threads=99999999999"], ("threads=99999999999", "less than or equal to 1024")),

@@ -259,6 +259,7 @@ POINTS_FAIL = {
     2: TrainingDiverged("train_var: the loss is nan at step 3"),
     3: OSError(28, "No space left on device"),
     4: ZeroDivisionError("a fault"),
+    5: MemoryError("Unable to allocate 8 TiB"),
 }
 
 
@@ -295,7 +296,7 @@ def test_an_interrupt_ends_all_points(run_points, capsys):
 def test_one_point_alone(run_points, capsys, monkeypatch):
     """One line and its status; a fault of the program is a traceback. So with each of several
     processes, which stay in step."""
-    for seed, status in ((1, 2), (2, 1), (3, 2)):
+    for seed, status in ((1, 2), (2, 1), (3, 2), (5, 1)):
         with pytest.raises(SystemExit) as stopped:
             run_points(failing_run(POINTS_FAIL), f"seed={seed}")
         assert stopped.value.code == status

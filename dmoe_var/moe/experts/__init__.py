@@ -50,12 +50,9 @@ def check_impl(impl: str) -> None:
 
 def check_runs_on(impl: str, device: torch.device) -> None:
     """Raise ConfigError if a path that is asked for can run nothing at all on a device."""
-    if impl == "triton":
-        from dmoe_var.moe.experts.triton import missing  # loaded at its first use
-
-        if reason := missing(device):
-            others = ", ".join(name for name in IMPLEMENTATIONS if name != impl)
-            raise ConfigError(f"moe.{reason}; allowed: {others}")
+    if reason := path(impl).missing(device):
+        others = ", ".join(name for name in IMPLEMENTATIONS if name != impl)
+        raise ConfigError(f"moe.{reason}; allowed: {others}")
 
 
 def run_experts(

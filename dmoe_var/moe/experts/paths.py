@@ -49,6 +49,8 @@ class ComputePath:
     can_run: Callable[[Tensor, ExpertWeights, nn.Module], bool] = lambda *given: True
     """Whether it takes these tokens, experts and activation; if not, `grouped` runs them. Raises
     InputError if the path can run nothing at all here and the user should know."""
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    """Why it can run nothing at all on a device, in one line; None if it can."""
     runs_on: Callable[[torch.device], bool] = lambda device: True
     """Whether `auto` and benchmarks try it on a device."""
     waits: bool = False

@@ -97,7 +97,7 @@ def version() -> str:
 
 
 def missing(device: torch.device) -> str | None:
-    """Say in one line why these kernels cannot run on a device; None if they can."""
+    """See `paths.ComputePath`."""
     if kernels() is None:
         return "impl=triton needs the triton package, which is not installed here"
     if os.environ.get(INTERPRETER) == "1":
