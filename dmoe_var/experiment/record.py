@@ -13,8 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from dmoe_var.config_fields import STRICT
 from dmoe_var.errors import DataError
 from dmoe_var.files import note, read_json, write_text
+from dmoe_var.values import shown
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "fvcore", "torch-fidelity")
@@ -32,6 +36,8 @@ class Record:
     metrics: flat name -> number, the unit in the name. fingerprint: a hash of the configuration
     that the stage and those it builds on depend on.
     """
+
+    __pydantic_config__ = STRICT
 
     stage: str
     variant: str
@@ -75,13 +81,21 @@ class Record:
         if version != SCHEMA_VERSION:
             kind = OtherSchema if type(version) is int else DataError
             raise kind(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
-        for name in ("metrics", "config", "libraries", "weights", "weights_dtype", "about"):
-            if not isinstance(content.get(name, {}), dict):
-                raise DataError(f"{path}: {name} is {content[name]!r}, expected a mapping")
         try:
-            return cls(**content)
-        except TypeError as error:
-            raise DataError(f"{path}: {error}") from error
+            return _adapter().validate_json(json.dumps(content), strict=True)
+        except ValidationError as error:
+            raise DataError(f"{path}: {_first_fault(error)}") from error
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Write the field that is wrong, its value and why."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}={shown(first['input'])}: {first['msg']}"
 
 
 def whole_record(path: Path, otherwise: str) -> Record | None:

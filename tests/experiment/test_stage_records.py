@@ -53,7 +53,11 @@ BROKEN = [
     (lambda content: {**content, "schema_version": 2}, "schema_version=2, expected 1"),
     (without("seed"), "seed"),
     (lambda content: {**content, "sead": 1}, "sead"),
-    (lambda content: {**content, "about": None}, "about"),
+    (lambda content: {**content, "about": None}, "about=None"),
+    (lambda content: {**content, "metrics": {"loss": "low"}}, "metrics.loss='low'"),
+    (lambda content: {**content, "seed": "0"}, "seed='0'"),
+    (lambda content: {**content, "config": {"a": 1}, "weights": ["base.var"]}, "weights="),
+    (lambda content: {**content, "weights": {"base.var": 1}}, "weights.base.var=1"),
 ]
 
 
