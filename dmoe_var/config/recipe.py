@@ -56,7 +56,10 @@ def write_recipe(path: Path, keys: Mapping[str, Any], about: Mapping[str, Any]) 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read the keys of a recipe with their values. Raise ConfigError for any other file."""
-    content = read_json(path, ConfigError)
+    try:
+        content = read_json(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"recipe={error}") from error
     found = content if isinstance(content, dict) else {}
     keys = found.get("keys")
     if found.get("format") != FORMAT or not isinstance(keys, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,11 +74,15 @@ def _opened(folder: Path, train: bool, fetch: bool) -> CIFAR10:
     except (RuntimeError, OSError) as error:
         if not fetch:
             raise DataError(f"{folder}: holds no whole {CIFAR10.base_folder}") from error
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):  # of several processes, the first fetches it
             return CIFAR10(folder, train, download=True)
     except (RuntimeError, OSError, HTTPException) as error:
+        if is_new:  # and maybe a mistyped name
+            with suppress(OSError):
+                folder.rmdir()
         files = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
         raise DataError(
             f"data.kind=cifar10: {folder} (data.root) holds no whole {CIFAR10.base_folder}/ "

@@ -74,7 +74,7 @@ class FidelityConfig:
     batch_size: Annotated[int, Field(gt=0)] = 64
     """Images per batch."""
     weights: PathOrName | None = None
-    """File of weights of torch-fidelity's InceptionV3, for inception; null downloads it."""
+    """File of weights of torch-fidelity's InceptionV3, for inception alone; null downloads it."""
     reference: PathOrName | None = None
     """null (the training images), a folder of images of the samples' size, or an .npz file:
     statistics (the ADM evaluator's, pytorch-fid's, ours) or images (arr_0)."""
@@ -87,6 +87,12 @@ class FidelityConfig:
     classifier: Literal["resnet"] | None = None
     """What sees the labels of images: null (an SVC for data.kind=digits, else nothing), or resnet
     (a network that train_classifier trains)."""
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.backbone == "efflite0":
+            raise ValueError(
+                f"weights={self.weights}: backbone=efflite0 has its own; allowed with it: null"
+            )
 
 
 def precision_recall(

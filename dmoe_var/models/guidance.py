@@ -13,9 +13,12 @@ from torch import Tensor
 
 from dmoe_var import values
 
+STRONGEST = 1000
+"""Guided logits stay finite up to it, and what is drawn has long been the same whatever cfg is."""
+
 
 def _given(cfg: Any) -> float | tuple[float, ...]:
-    return values.one_or_several("cfg", cfg, 0)
+    return values.one_or_several("cfg", cfg, 0, STRONGEST)
 
 
 Cfg = Annotated[float | tuple[float, ...], BeforeValidator(_given)]
@@ -24,7 +27,7 @@ Cfg = Annotated[float | tuple[float, ...], BeforeValidator(_given)]
 
 def by_scale(cfg: Any, num_scales: int, name: str = "cfg") -> tuple[float, ...]:
     """Return cfg at each scale; one value is that of all. Raise ValueError for another number."""
-    return values.by_scale(name, cfg, num_scales, 0)
+    return values.by_scale(name, cfg, num_scales, 0, STRONGEST)
 
 
 def strengths(cfg: Any, num_scales: int) -> tuple[float, ...]:

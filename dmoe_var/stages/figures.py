@@ -12,10 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dmoe_var.checkpoints.load import cached_file
 from dmoe_var.config.root import Config
 from dmoe_var.distributed import from_main, is_main
 from dmoe_var.errors import DataError
-from dmoe_var.experiment.contents import held
+from dmoe_var.experiment.contents import held, naming
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.experiment.graph import order, record_if_done, run_stage
 from dmoe_var.experiment.record import RESULT_FILE
@@ -73,6 +74,7 @@ def make(experiment: Experiment) -> None:
     """Make what is missing; an interrupted run goes on where it stopped. Several runs at once share
     the work, also for different figures."""
     experiment.check("figures")
+    _find_depths(experiment)
     while steps := missing_everywhere(experiment):
         for step in steps:
             step.experiment.check(step.stage)
@@ -85,6 +87,14 @@ def make(experiment: Experiment) -> None:
                 bench = bench or evaluate.Bench(step.experiment)
                 function = partial(evaluate.run, bench=bench)
             run_stage(step.experiment, step.stage, function)
+
+
+def _find_depths(experiment: Experiment) -> None:
+    """Raise CheckpointError for a model of another depth that is neither here nor a name."""
+    for depth, source in experiment.config.figures.depths.items():
+        with naming(f"figures.depths.{depth}", source):
+            if source is not None:
+                cached_file(source, "var")
 
 
 def missing_everywhere(experiment: Experiment) -> list[Need]:

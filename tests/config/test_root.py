@@ -125,6 +125,7 @@ WRONG = [
     ({"var.num_heads": 3}, ("num_heads=3", "width=128")),
     ({"var.mlp_ratio": 1e-9}, ("mlp_ratio=1e-09",)),
     ({"selection.tau": 1.5}, ("selection.tau", "1.5", "less than or equal to 1")),
+    ({"fidelity.weights": "a"}, ("fidelity.weights=a: backbone=efflite0", "allowed with it: null")),
     ({"selection.rule": "best"}, ("selection.rule='best'", "'top_k'", "'oracle'", "'keys'")),
     ({"selection.k": 2.5}, ("selection.k=2.5", "integer")),
     ({"selection.layer_tau": [[2]]}, ("selection.layer_tau.0.0=2", "less than or equal to 1")),

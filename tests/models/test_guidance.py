@@ -47,7 +47,8 @@ def test_values_by_scale(cfg, expected, rows):
     [
         ((1.5, 0), r"cfg=\(1.5, 0\) has 2 values; allowed: 1, or one for each of 3 scales"),
         ((), r"cfg=\(\) has 0 values"),
-        (-1, "cfg=-1.0 must be 0 or more"),
+        (-1, r"cfg=-1.0 is not within \[0, 1000\]"),
+        (1e300, r"cfg=1e\+300 is not within \[0, 1000\]"),
         ((1, 1, float("nan")), "cfg=nan"),
         ("strong", "cfg='strong' must be a number"),
     ],

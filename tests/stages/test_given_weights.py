@@ -144,17 +144,18 @@ def test_a_published_name_names_its_folder(make_experiment, tmp_path, hub_of):
 def test_pretrained_and_fidelity_weights_go_by_content(make_experiment, bases, tmp_path):
     here, there = at(bases, tmp_path / "here"), at(bases, tmp_path / "there")
     for key, stage in (("sample.pretrained", "sample"), ("fidelity.weights", "evaluate")):
-        ours, theirs = here["base.var"], there["base.var"]
+        ours, theirs, more = here["base.var"], there["base.var"], {}
         if key == "fidelity.weights":
             ours, theirs = f"{ours}/model.safetensors", f"{theirs}/model.safetensors"
-        own, moved = (
-            make_experiment(tmp_path, {key: ours}),
-            make_experiment(tmp_path, {key: theirs}),
-        )
+            more = {"fidelity.backbone": "inception", "evaluate.num_samples": 10}
+        own, moved = (make_experiment(tmp_path, {key: path, **more}) for path in (ours, theirs))
         assert own.variant(stage) == moved.variant(stage) != "default"
         assert own.fingerprint(stage) == moved.fingerprint(stage)
         assert (
-            make_experiment(tmp_path, {key: theirs}, edited={key: ours}).variant(stage) == "default"
+            make_experiment(tmp_path, {key: theirs, **more}, edited={key: ours, **more}).variant(
+                stage
+            )
+            == "default"
         )
 
 
