@@ -215,6 +215,11 @@ def test_no_published_model_below(make_experiment, files, no_process, tmp_path):
     refused(experiment, ConfigError, "benchmark.smaller=next", "var_d20, var_d24, var_d30")
 
 
+def test_a_smaller_model_that_is_not_there(make_experiment, files, no_process, tmp_path):
+    experiment = make_experiment(tmp_path, {**files, "benchmark.smaller": "/nope"})
+    refused(experiment, CheckpointError, "benchmark.smaller=/nope", "no such file")
+
+
 def test_random_masks_need_a_density(make_experiment, tmp_path):
     with pytest.raises(ConfigError, match=r"random_masks=true needs tau or chosen"):
         make_experiment(tmp_path, {"benchmark.random_masks": True})

@@ -15,6 +15,7 @@ import torch
 from dmoe_var.checkpoints.load import weights_file
 from dmoe_var.config.root import Config
 from dmoe_var.errors import ConfigError
+from dmoe_var.experiment.contents import naming
 from dmoe_var.experiment.experiment import Experiment
 from dmoe_var.metrics.flops import FlopReport
 from dmoe_var.metrics.part_timing import median_by_part, median_by_scale
@@ -97,7 +98,7 @@ def sources_of(experiment: Experiment) -> dict[str, str]:
     found: dict[str, Path] = {}
     for kind, source in (("vqvae", base.vqvae), ("var", base.var)):
         if source is not None:
-            found[kind] = weights_file(source, kind)
+            found[kind] = _file(f"base.{kind}", source, kind)
         elif benchmark.dynamic:
             found[kind] = loaded.checkpoint(experiment, f"train_{kind}")
         else:
@@ -105,10 +106,15 @@ def sources_of(experiment: Experiment) -> dict[str, str]:
     if benchmark.dynamic:
         found["moe"] = loaded.checkpoint(experiment, experiment.whole.expert_stage)
     if experiment.config.drafter.var is not None:
-        found["drafter"] = weights_file(experiment.config.drafter.var, "var")
+        found["drafter"] = _file("drafter.var", experiment.config.drafter.var, "var")
     if benchmark.smaller is not None:
-        found["smaller"] = weights_file(_smaller(experiment), "var")
+        found["smaller"] = _file("benchmark.smaller", _smaller(experiment), "var")
     return {kind: str(path) for kind, path in found.items()}
+
+
+def _file(key: str, source: str, kind: str) -> Path:
+    with naming(key, source):
+        return weights_file(source, kind)
 
 
 def _smaller(experiment: Experiment) -> str:
