@@ -14,9 +14,9 @@
  * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
  * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
  *
- * bfloat16 is multiplied in pairs where the processor can, by AMX or by AVX-512's dot products, and
- * else widened and multiplied as float32. For pairs panels hold pairs of rows, (..., depth / 2,
- * columns, 2), the depth padded to whole tiles.
+ * bfloat16 is multiplied in pairs where the processor can, by AMX or by AVX-512's dot products. Else
+ * it is multiplied as float32, in which weights are packed and to which tokens are widened. For pairs
+ * panels hold pairs of rows, (..., depth / 2, columns, 2), the depth padded to whole tiles.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -86,13 +86,6 @@ INLINE vec load_float(const float *at) {
 INLINE void store_float(float *at, vec value) { memcpy(at, &value, sizeof value); }
 
 /* bfloat16 is the upper half of a float. */
-INLINE vec load(const void *at, size_t index, const int half) {
-    if (!half) return load_float((const float *)at + index);
-    halves upper;
-    memcpy(&upper, (const uint16_t *)at + index, sizeof upper);
-    return (vec)(__builtin_convertvector(upper, words) << 16);
-}
-
 INLINE uint32_t rounded_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -137,8 +130,8 @@ INLINE void fetch(Ahead *ahead) {
 }
 
 /* sums[r][v] += sum over k of rows[r][k] * weights[k][v] */
-INLINE void multiply(const int num_rows, const int vectors, const int half, vec sums[][VECTORS],
-                     const float *const *rows, const void *weights, size_t depth, Ahead *ahead) {
+INLINE void multiply(const int num_rows, const int vectors, vec sums[][VECTORS],
+                     const float *const *rows, const float *weights, size_t depth, Ahead *ahead) {
     const float *row[ROWS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++) row[r] = rows[r];
@@ -150,7 +143,7 @@ INLINE void multiply(const int num_rows, const int vectors, const int half, vec 
             vec weight[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++)
-                weight[v] = load(weights, (k * vectors + v) * LANES, half);
+                weight[v] = load_float(weights + (k * vectors + v) * LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
@@ -160,15 +153,15 @@ INLINE void multiply(const int num_rows, const int vectors, const int half, vec 
 }
 
 /* A tile of fc1: relu(x W1 + b1), stored as floats of the precision of x. */
-INLINE void fc1_tile(const int num_rows, const int vectors, const int half, const float *const *x,
-                     const void *weights, const float *bias, size_t width, float *hidden,
+INLINE void fc1_tile(const int num_rows, const int vectors, int64_t half, const float *const *x,
+                     const float *weights, const float *bias, size_t width, float *hidden,
                      size_t stride, Ahead *ahead) {
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = load_float(bias + v * LANES);
-    multiply(num_rows, vectors, half, sums, x, weights, width, ahead);
+    multiply(num_rows, vectors, sums, x, weights, width, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
@@ -180,8 +173,8 @@ INLINE void fc1_tile(const int num_rows, const int vectors, const int half, cons
 }
 
 /* A tile of fc2: the sums of some tokens, a panel wide, plus an expert's share. */
-INLINE void fc2_tile(const int num_rows, const int half, const float *hidden, size_t stride,
-                     const void *weights, size_t depth, float *const *out, Ahead *ahead) {
+INLINE void fc2_tile(const int num_rows, const float *hidden, size_t stride, const float *weights,
+                     size_t depth, float *const *out, Ahead *ahead) {
     const float *rows[ROWS];
     vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -190,7 +183,7 @@ INLINE void fc2_tile(const int num_rows, const int half, const float *hidden, si
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sums[r][v] = load_float(out[r] + v * LANES);
     }
-    multiply(num_rows, VECTORS, half, sums, rows, weights, depth, ahead);
+    multiply(num_rows, VECTORS, sums, rows, weights, depth, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
@@ -212,23 +205,22 @@ INLINE uint64_t active(vec value) {
 }
 
 /* sums (a block) += hidden[k] * row k of the weights, whose panels lie `step` bytes apart. */
-INLINE void add_row(const int half, vec *sums, const float *hidden, const char *weights, size_t k,
-                    size_t step) {
+INLINE void add_row(vec *sums, const float *hidden, const char *weights, size_t k, size_t step) {
     const float value = hidden[k];
-    const char *panel = weights + k * (VECTORS * LANES * (half ? 2 : 4));
+    const char *panel = weights + k * sizeof(vec[VECTORS]);
 #pragma GCC unroll 16
     for (int first = 0; first < BLOCK / LANES; first += VECTORS, panel += step)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
-            sums[first + v] += value * load(panel, (size_t)(v * LANES), half);
+            sums[first + v] += value * load_float((const float *)panel + v * LANES);
 }
 
 /* As fc2_tile, a block wide, of the hidden values whose bits are set: of two rows at once, whose
  * sums wait for each other less. The shorter one goes on with a value that is 0, so that the end of
  * both is one branch that is guessed wrong, and not three. */
-INLINE void fc2_active(const int num_rows, const int half, const float *hidden, size_t stride,
-                       const uint64_t *bits, size_t words, const char *weights, size_t step,
-                       float *const *out, Ahead *ahead) {
+INLINE void fc2_active(const int num_rows, const float *hidden, size_t stride, const uint64_t *bits,
+                       size_t words, const char *weights, size_t step, float *const *out,
+                       Ahead *ahead) {
     vec sums[TOGETHER][BLOCK / LANES];
 #pragma GCC unroll 2
     for (int r = 0; r < num_rows; r++)
@@ -249,15 +241,15 @@ INLINE void fc2_active(const int num_rows, const int half, const float *hidden, 
             if (num_rows == 2) {
                 left = left ? left : zero;
                 other = other ? other : other_zero;
-                add_row(half, sums[num_rows - 1], hidden + stride, weights,
+                add_row(sums[num_rows - 1], hidden + stride, weights,
                         (size_t)__builtin_ctzll(other), step);
                 other &= other - 1;
             }
-            add_row(half, sums[0], hidden, weights, (size_t)__builtin_ctzll(left), step);
+            add_row(sums[0], hidden, weights, (size_t)__builtin_ctzll(left), step);
             left &= left - 1;
         }
         hidden += 64;
-        weights += 64 * VECTORS * LANES * (half ? 2 : 4);
+        weights += 64 * sizeof(vec[VECTORS]);
     }
 #pragma GCC unroll 2
     for (int r = 0; r < num_rows; r++)
@@ -291,7 +283,7 @@ INLINE void fc2_active(const int num_rows, const int half, const float *hidden, 
 typedef struct {
     int64_t width, experts, size;
     int64_t vectors;          /* registers of a panel of fc1 */
-    int64_t half;             /* bfloat16, else float32 */
+    int64_t half;             /* tokens and outputs are bfloat16, else float32 */
     int64_t pairs;            /* DOT or AMX, if bfloat16 is multiplied in pairs */
     int64_t finite;           /* whether 0 times a weight of fc2 is 0 */
     int64_t streamed;         /* whether the weights are too many for a cache to keep */
@@ -299,29 +291,24 @@ typedef struct {
     const float *b1, *b2;     /* padded like the packed columns */
 } Layer;
 
-static void fc1_rows(const Layer *layer, int num_rows, const float *const *x, const void *weights,
+static void fc1_rows(const Layer *layer, int num_rows, const float *const *x, const float *weights,
                      const float *bias, float *hidden, size_t stride, Ahead *ahead) {
-#define TILE(n) fc1_tile(n, vectors, half, x, weights, bias, layer->width, hidden, stride, ahead)
-#define FC1(V, HALF)                               \
-    if (layer->vectors == V && layer->half == HALF) { \
-        const int vectors = V, half = HALF;           \
-        EACH_WITH_OR_WITHOUT_AHEAD(TILE)              \
-        return;                                       \
+#define TILE(n) \
+    fc1_tile(n, vectors, layer->half, x, weights, bias, layer->width, hidden, stride, ahead)
+    if (layer->vectors == 1) {
+        enum { vectors = 1 };
+        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
+    } else {
+        enum { vectors = VECTORS };
+        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
     }
-    FC1(1, 0) FC1(1, 1) FC1(2, 0) FC1(2, 1)
 #undef TILE
 }
 
 static void fc2_rows(const Layer *layer, int num_rows, const float *hidden, size_t stride,
-                     const void *weights, float *const *out, Ahead *ahead) {
-#define TILE(n) fc2_tile(n, half, hidden, stride, weights, layer->size, out, ahead)
-    if (layer->half) {
-        const int half = 1;
-        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
-    } else {
-        const int half = 0;
-        EACH_WITH_OR_WITHOUT_AHEAD(TILE)
-    }
+                     const float *weights, float *const *out, Ahead *ahead) {
+#define TILE(n) fc2_tile(n, hidden, stride, weights, layer->size, out, ahead)
+    EACH_WITH_OR_WITHOUT_AHEAD(TILE)
 #undef TILE
 }
 
@@ -406,7 +393,7 @@ static Part part_after(const Layer *layer, const Space *s, int64_t task, int64_t
 static void fc1(const Layer *layer, const Space *s, const float *x, Part part, Part next) {
     int64_t columns = layer->vectors * LANES, panels = up(layer->size, columns);
     int64_t width = layer->width, stride = panels * columns, blocks = up(layer->size, BLOCK);
-    int64_t bytes = width * columns * (layer->half ? 2 : 4), per_block = up(BLOCK, columns);
+    int64_t bytes = width * columns * sizeof(float), per_block = up(BLOCK, columns);
     int64_t first = part.block * BLOCK / columns, last = least(panels, first + per_block);
     int64_t its_first = next.expert * panels + next.block * BLOCK / columns;
     int64_t calls = up(part.to - part.from, ROWS) * up(width, STRETCH);
@@ -420,7 +407,7 @@ static void fc1(const Layer *layer, const Space *s, const float *x, Part part, P
             int num_rows = (int)least(ROWS, part.to - p);
             const float *rows[ROWS];
             for (int r = 0; r < num_rows; r++) rows[r] = x + s->rows[p + r] * width;
-            fc1_rows(layer, num_rows, rows, weights, layer->b1 + at * columns,
+            fc1_rows(layer, num_rows, rows, (const float *)weights, layer->b1 + at * columns,
                      s->hidden + p * stride + panel * columns, stride, &ahead);
         }
     }
@@ -471,16 +458,13 @@ static int is_sparse(const Layer *layer, const uint64_t *bits, int num_rows) {
 APART static void fc2_sparse(const Layer *layer, int num_rows, const float *hidden, size_t stride,
                              const uint64_t *bits, const char *weights, float *const *out,
                              Ahead *ahead) {
-    size_t words = up(layer->size, BLOCK), row = VECTORS * LANES * (layer->half ? 2 : 4);
-    size_t step = layer->experts * layer->size * row;
+    size_t words = up(layer->size, BLOCK), step = layer->experts * layer->size * sizeof(vec[VECTORS]);
     for (int r = 0; r < num_rows; r += TOGETHER) {
         const float *rows = hidden + r * stride;
         const uint64_t *theirs = bits + r * words;
         int whole = r + TOGETHER <= num_rows;
-#define ACTIVE(n, half) \
-    fc2_active(n, half, rows, stride, theirs, words, weights, step, out + r, ahead)
-        if (layer->half) whole ? ACTIVE(TOGETHER, 1) : ACTIVE(1, 1);
-        else whole ? ACTIVE(TOGETHER, 0) : ACTIVE(1, 0);
+#define ACTIVE(n) fc2_active(n, rows, stride, theirs, words, weights, step, out + r, ahead)
+        whole ? ACTIVE(TOGETHER) : ACTIVE(1);
 #undef ACTIVE
     }
 }
@@ -500,11 +484,11 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
                 float *sums, char *out) {
     enum { COLUMNS = VECTORS * LANES };
     int64_t stride = up(layer->size, layer->vectors * LANES) * layer->vectors * LANES;
-    int64_t element = layer->half ? 2 : 4, width = layer->width, experts = layer->experts;
+    int64_t width = layer->width, experts = layer->experts;
     int64_t start = range * RANGE, end = least(tokens, start + RANGE);
     int64_t first = block * PANELS, last = least(up(width, COLUMNS), first + PANELS);
     int64_t columns = (last - first) * COLUMNS, blocks = up(layer->size, BLOCK);
-    int64_t bytes = layer->size * COLUMNS * element; /* of an expert's panel */
+    int64_t bytes = layer->size * COLUMNS * sizeof(float); /* of an expert's panel */
     for (int64_t t = 0; t < end - start; t++)
         memcpy(sums + t * columns, layer->b2 + first * COLUMNS, columns * sizeof *sums);
     for (int64_t e = 0; e < experts; e++) {
@@ -529,8 +513,8 @@ static void fc2(const Layer *layer, const Space *s, int64_t tokens, int64_t rang
                 continue;
             }
             for (int64_t i = 0; i < last - first; i++) {
-                fc2_rows(layer, num_rows, s->hidden + p * stride, stride, panels[i], rows,
-                         dense + i);
+                fc2_rows(layer, num_rows, s->hidden + p * stride, stride, (const float *)panels[i],
+                         rows, dense + i);
                 for (int r = 0; r < num_rows; r++) rows[r] += COLUMNS;
             }
         }
@@ -823,7 +807,7 @@ INLINE void product_tile(const int num_rows, const int vectors, const float *con
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = (vec){0};
-    multiply(num_rows, vectors, 0, sums, rows, weights, depth, NULL);
+    multiply(num_rows, vectors, sums, rows, weights, depth, NULL);
 #pragma GCC unroll 16
     for (int r = 0; r < num_rows; r++)
 #pragma GCC unroll 4

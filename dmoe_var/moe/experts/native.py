@@ -312,11 +312,11 @@ def pack(weights: Sequence[Tensor]) -> Packed:
     else:
         widest, vectors = vectors * lanes, _vectors(loaded, D)
         columns = vectors * lanes
-        w1 = _in_panels(w1_EDC.mT, columns).transpose(1, 2)
-        w2 = _in_panels(w2_EDC, widest).permute(2, 0, 1, 3)
+        w1 = _in_panels(w1_EDC.float().mT, columns).transpose(1, 2)
+        w2 = _in_panels(w2_EDC.float(), widest).permute(2, 0, 1, 3)
     b1, b2 = _in_panels(b1_ED, columns).float(), _in_panels(b2_C, widest).float()
     finite = int(w2_EDC.isfinite().all())
-    streamed = int(w1_EDC.nbytes + w2_EDC.nbytes > CACHED)
+    streamed = int(w1.nbytes + w2.nbytes > CACHED)
     numbers = (C, E, D, vectors, int(half), pairs, finite, streamed)
     return loaded.packed(_Layer, numbers, (w1, w2, b1, b2))
 
