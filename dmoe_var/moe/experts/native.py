@@ -7,7 +7,8 @@ multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden
 activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
 depend neither on the number of threads nor on the other tokens.
 
-Weights are packed once, see packed.py. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0
+Weights are packed once, see packed.py: those in bfloat16 as float32, in twice the memory, where the
+processor does not multiply them in pairs. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0
 switches the kernel off. `python -m dmoe_var.moe.experts.native` compiles it beforehand, for
 example while a machine image is built.
 
