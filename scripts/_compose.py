@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe_var.config.explain import declared, explained
-from dmoe_var.config.parse import is_declared, known_keys, parse_config
+from dmoe_var.config.parse import known_keys, parse_config
 from dmoe_var.config.root import Config
 from dmoe_var.errors import ConfigError, InputError, sentence
 from dmoe_var.experiment.experiment import Experiment
@@ -170,10 +170,10 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         return f"{error.override}: {text}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        *path, last = unknown[1].split(".")
+        # Of a section that is given as a whole the error behind it names the key
+        within = re.search(r"full_key: (\S+)", str(error.__cause__))
+        *path, last = (within or unknown)[1].split(".")
         given = next((o for o in overrides if o.lstrip("+~").startswith(unknown[1])), unknown[1])
-        if is_declared(unknown[1]):  # a section as a whole, of whose keys Hydra does not say which
-            return f"{given}: holds an unknown key; {known_keys((*path, last), '')}"
         return f"{given}: unknown key; {known_keys(tuple(path), last)}"
     missing = re.search(r"Could not find '([^']+)'", text)
     options = re.search(

@@ -74,8 +74,9 @@ def _opened(folder: Path, train: bool, fetch: bool) -> CIFAR10:
     except (RuntimeError, OSError) as error:
         if not fetch:
             raise DataError(f"{folder}: holds no whole {CIFAR10.base_folder}") from error
-    is_new = not folder.exists()
+    is_new = False
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):  # of several processes, the first fetches it
             return CIFAR10(folder, train, download=True)

@@ -13,12 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from dmoe_var.config_fields import STRICT
 from dmoe_var.errors import DataError
 from dmoe_var.files import note, read_json, write_text
-from dmoe_var.values import shown
+from dmoe_var.values import take_fields
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "fvcore", "torch-fidelity")
@@ -36,8 +33,6 @@ class Record:
     metrics: flat name -> number, the unit in the name. fingerprint: a hash of the configuration
     that the stage and those it builds on depend on.
     """
-
-    __pydantic_config__ = STRICT
 
     stage: str
     variant: str
@@ -82,20 +77,11 @@ class Record:
             kind = OtherSchema if type(version) is int else DataError
             raise kind(f"{path}: schema_version={version}, expected {SCHEMA_VERSION}")
         try:
-            return _adapter().validate_json(json.dumps(content), strict=True)
-        except ValidationError as error:
-            raise DataError(f"{path}: {_first_fault(error)}") from error
-
-
-@cache
-def _adapter() -> TypeAdapter[Record]:
-    return TypeAdapter(Record)
-
-
-def _first_fault(error: ValidationError) -> str:
-    """Write the field that is wrong, its value and why."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}={shown(first['input'])}: {first['msg']}"
+            record = cls(**content)
+            take_fields(record)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: {error}") from error
+        return record
 
 
 def whole_record(path: Path, otherwise: str) -> Record | None:

@@ -54,10 +54,10 @@ BROKEN = [
     (without("seed"), "seed"),
     (lambda content: {**content, "sead": 1}, "sead"),
     (lambda content: {**content, "about": None}, "about=None"),
-    (lambda content: {**content, "metrics": {"loss": "low"}}, "metrics.loss='low'"),
+    (lambda content: {**content, "metrics": {"loss": "low"}}, "metrics={'loss': 'low'}: Input"),
     (lambda content: {**content, "seed": "0"}, "seed='0'"),
     (lambda content: {**content, "config": {"a": 1}, "weights": ["base.var"]}, "weights="),
-    (lambda content: {**content, "weights": {"base.var": 1}}, "weights.base.var=1"),
+    (lambda content: {**content, "weights": {"base.var": 1}}, "weights={'base.var': 1}: Input"),
 ]
 
 

@@ -45,7 +45,7 @@ WRONG = [
     ("train_var", ["base.var="], ("base.var=''", "at least 1 character")),
     ("figures", ["-m", "figure=[3],[99]"], ("figures.figure=99: no figure", "allowed: all, 2a")),
     ("evaluate", ["recipe=/nope"], ("recipe=/nope: cannot be read",)),
-    ("sample", ["sampling={foo: 1}"], ("sampling={foo: 1}: holds an unknown key", "allowed: cfg")),
+    ("sample", ["sampling={foo: 1}"], ("sampling={foo: 1}: unknown key", "allowed: cfg")),
     (
         "figures",
         ["figure=5", "make=true", "figures.depths={3: nofile}"],
