@@ -147,8 +147,8 @@ def whole_numbers(
 
 
 def take_fields(instance: Any) -> None:
-    """Make the fields of a frozen dataclass plain Python, and check them by their annotations; for
-    its `__post_init__`."""
+    """Make the fields of a frozen dataclass plain Python, and check them by their annotations: in
+    its `__post_init__`, or once what a file holds is in it."""
     for name, adapter in _adapters(type(instance)).items():  # type: ignore[arg-type]
         given = getattr(instance, name)
         try:

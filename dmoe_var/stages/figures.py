@@ -74,8 +74,8 @@ def make(experiment: Experiment) -> None:
     """Make what is missing; an interrupted run goes on where it stopped. Several runs at once share
     the work, also for different figures."""
     experiment.check("figures")
-    _find_depths(experiment)
     while steps := missing_everywhere(experiment):
+        _find_depths(experiment, steps)
         for step in steps:
             step.experiment.check(step.stage)
         bench: evaluate.Bench | None = None
@@ -89,11 +89,13 @@ def make(experiment: Experiment) -> None:
             run_stage(step.experiment, step.stage, function)
 
 
-def _find_depths(experiment: Experiment) -> None:
-    """Raise CheckpointError for a model of another depth that is neither here nor a name."""
+def _find_depths(experiment: Experiment, steps: Sequence[Need]) -> None:
+    """Raise CheckpointError for a model of another depth that a step is about to read, and that is
+    neither here nor a name."""
+    read = {step.experiment.config.base.var for step in steps}
     for depth, source in experiment.config.figures.depths.items():
-        with naming(f"figures.depths.{depth}", source):
-            if source is not None:
+        if source is not None and source in read:
+            with naming(f"figures.depths.{depth}", source):
                 cached_file(source, "var")
 
 
