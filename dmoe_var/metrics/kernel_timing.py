@@ -31,10 +31,11 @@ from dmoe_var.sampling.memory import keep_freed_memory
 from dmoe_var.sampling_time import sampling
 
 DENSE_TORCH, DENSE_OURS, SELECTION = "dense_torch", "dense", "selection"
-LAYER = "layer"
+LAYER, ROUTED = "layer", "routed"
 """Names of what is timed beside the paths: an FFN by torch's own Linear, one by the products that
-the sampler uses (the faster is the baseline), router with threshold as the sampler runs them, and
-the whole expert layer, likewise: router, threshold and the path that `auto` takes."""
+the sampler uses (the faster is the baseline), router with threshold as a call of their own, the
+whole expert layer as the sampler runs it (router, threshold and the path that `auto` takes), and
+that path alone under the mask that the layer's router gives."""
 SQUARE = 1536
 """Side of the product by which a device's rate is measured."""
 COPIED = 1 << 28
@@ -175,8 +176,9 @@ def time_layers(
     time_ratio: the median's ratio to the baseline's. limit_ratio: its lower bound for a path that
     multiplies every hidden value of the experts that run, from the larger of the times that the
     density leaves for the device's products and its memory. zeros: the share of those values that
-    are 0. Rows with a router have neither. captured_ms_median and captured_time_ratio: the median
-    and its ratio where CUDA graphs start the calls, so that the host takes no part.
+    are 0. Rows with a router have neither. router_time_ratio: what router and threshold add to a
+    layer, the median over rounds, as a share of the baseline. captured_...: the same where CUDA
+    graphs start the calls, so that the host takes no part.
     """
     x_NC = layers[0].x_NC
     if x_NC.device.type == "cpu":
@@ -195,10 +197,16 @@ def time_layers(
         {**about, "impl": impl, "density": density, **_statistics(of_call)}
         | ({} if density is None or impl == LAYER else {"zeros": zeros[density]})
         for (impl, density), of_call in times.items()
+        if impl != ROUTED
     ]
     for row in rows:
-        if (case := (row["impl"], row["density"])) in captured:
+        case, without = (row["impl"], row["density"]), (ROUTED, row["density"])
+        if case in captured:
             row["captured_ms_median"] = float(np.median(captured[case]))
+        for prefix, found in (("", times), ("captured_", captured)):
+            if row["impl"] == LAYER and case in found:
+                added = np.subtract(found[case], found[without])
+                row[f"{prefix}router_ms_median"] = float(np.median(added))
     return _beside_dense(shape, len(layers), rows, rates, x_NC.dtype.itemsize)
 
 
@@ -229,6 +237,10 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
         for layer, its_own in zip(layers, routings, strict=True):
             layer.ffn(layer.x_NC[None], its_own)
 
+    def after_routers(given: Sequence[Tensor]) -> None:
+        for layer, mask_NE in zip(layers, given, strict=True):
+            run_experts(layer.x_NC, mask_NE, layer.ffn.weights, layer.ffn.act, "auto")
+
     device = layers[0].x_NC.device
     for density in layers[0].masks:
         for impl, path in paths_on(device).items():
@@ -236,7 +248,12 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
                 calls[impl, density] = partial(by_path, density, impl)
         if all(density in layer.taus for layer in layers):
             routings = [Routing(Threshold(layer.taus[density])) for layer in layers]
+            given = [
+                layer.ffn.select(layer.x_NC[None], its_own)[0].flatten(0, 1)
+                for layer, its_own in zip(layers, routings, strict=True)
+            ]
             calls[LAYER, density] = partial(whole, routings)
+            calls[ROUTED, density] = partial(after_routers, given)
     return calls
 
 
@@ -283,10 +300,13 @@ def _beside_dense(
     baselines = [row for row in rows if row["impl"] in (DENSE_TORCH, DENSE_OURS)]
     median, best = (min(row[key] for row in baselines) for key in ("ms_median", "ms_min"))
     captured = [row["captured_ms_median"] for row in baselines if "captured_ms_median" in row]
+    bases = {"": median, "router_": median}
+    if captured:
+        bases |= {"captured_": min(captured), "captured_router_": min(captured)}
     for row in rows:
-        if "captured_ms_median" in row:
-            row["captured_time_ratio"] = row["captured_ms_median"] / min(captured)
-        row["time_ratio"] = row["ms_median"] / median
+        for prefix, base in bases.items():
+            if (milliseconds := row.get(f"{prefix}ms_median")) is not None:
+                row[f"{prefix}time_ratio"] = milliseconds / base
         row["time_ratio_of_fastest"] = row["ms_min"] / best
         if row["impl"] in (SELECTION, LAYER):  # routers' products are not counted
             continue

@@ -79,6 +79,35 @@ def test_the_router_of_a_layer_lets_as_much_run(density):
     assert routed.scores_bLE is not None
 
 
+def test_a_router_takes_what_a_layer_takes_more_than_its_experts(monkeypatch):
+    """2, 2 and 6 ms more in three rounds, of which the second was slow. The experts run
+    under the mask of that router. Under graphs likewise."""
+    layer = random_layer(SHAPE, [0.5], CPU, torch.float32)
+    its_own, _ = layer.ffn.select(layer.x_NC[None], Routing(Threshold(layer.taus[0.5])))
+    given = []
+    slow = {"dense": [10.0, 10.0, 90.0], "layer": [7.0, 30.0, 9.0], "routed": [5.0, 28.0, 3.0]}
+
+    def timed(calls, *_):
+        return {case: slow.get(case[0], [20.0] * 3) for case in calls}
+
+    def noting(x_NC, mask_NE, weights, act, impl):
+        given.append((mask_NE, impl))
+
+    monkeypatch.setattr(kernel_timing, "run_experts", noting)
+    monkeypatch.setattr(kernel_timing, "_in_turn", timed)
+    monkeypatch.setattr(kernel_timing, "_captured", lambda calls, device: calls)
+    *rows, row = time_layers(SHAPE, [layer], RATES, repeats=3)
+    assert row["impl"] == "layer"
+    assert "routed" not in {each["impl"] for each in rows}
+    for name in ("router_time_ratio", "captured_router_time_ratio"):
+        assert row[name] == pytest.approx(0.2)
+        assert all(name not in each for each in rows)
+    kernel_timing._calls([layer])["routed", 0.5]()
+    ((mask_NE, impl),) = given
+    assert impl == "auto"
+    assert torch.equal(mask_NE, its_own[0])
+
+
 def test_zeros_are_those_of_the_experts_that_run():
     """Of three tokens: a negative bias makes an expert's values 0, a positive one none."""
     layer = random_layer(SHAPE, [1.0], CPU, torch.float32)
