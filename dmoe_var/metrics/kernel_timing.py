@@ -176,9 +176,10 @@ def time_layers(
     time_ratio: the median's ratio to the baseline's. limit_ratio: its lower bound for a path that
     multiplies every hidden value of the experts that run, from the larger of the times that the
     density leaves for the device's products and its memory. zeros: the share of those values that
-    are 0. Rows with a router have neither. router_time_ratio: what router and threshold add to a
-    layer, the median over rounds, as a share of the baseline. captured_...: the same where CUDA
-    graphs start the calls, so that the host takes no part.
+    are 0. Rows with a router have neither. router_time_ratio: what a layer takes longer than its
+    path alone, the median over rounds, as a share of the baseline. With few tokens it is negative,
+    since a layer is one call, and the Python around a path's takes longer than their products.
+    captured_...: the same where CUDA graphs start the calls, so that the host takes no part.
     """
     x_NC = layers[0].x_NC
     if x_NC.device.type == "cpu":

@@ -33,13 +33,15 @@ PRECISION = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 LAYERS = [
     (1, 1, 1),
     (12, 5, 3),
+    (33, 12, 2),
     (64, 4, 8),
     (33, 7, 33),
     (96, 2, 48),
     (128, 4, 128),
     (1060, 2, 160),
 ]
-"""The last is wider, in both directions, than what is multiplied in pairs at once."""
+"""Some fill no panel alone, and are packed beside each other. The last is wider, in both
+directions, than what is multiplied in pairs at once."""
 
 
 def masks(N, E):
@@ -184,8 +186,9 @@ def test_tokens_that_do_not_lie_beside_each_other():
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, dtype, set_threads):
-    N, (C, E, D) = 700, (130, 6, 40)
+@pytest.mark.parametrize("sizes", [(130, 6, 40), (130, 6, 5)], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_other_tokens(products, sizes, dtype, set_threads):
+    N, (C, E, D) = 700, sizes
     x, mask, weights = tokens(N, C, dtype), masks(N, E)[0], layer(C, E, D, dtype)
     found = []
     for number in (1, 2, 3, 7):
@@ -251,6 +254,26 @@ def test_products_of_0_and_what_is_not_finite(value):
     assert out[:, 5].isnan().all()
     out[:, 5] = 0
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_small_experts_are_packed_as_one(products, dtype):
+    """As many as fill a register, or a tile of pairs, and divide all of them. One that does not run
+    beside one that does adds nothing: no hidden value that is not finite, and no weight of fc2."""
+    C, E, D = 40, 6, 5
+    x, weights, mask = tokens(99, C, dtype), layer(C, E, D, dtype), masks(99, E)[0]
+    columns = native.kernel().tile if native.pack(weights).layer.pairs else native.kernel().lanes
+    alone = {4: 1, 8: 1, 16: 3, 32: 6}[columns]
+    for size, members in ((D, alone), (columns, 1), (columns + 1, 1), (columns // 2, 2)):
+        assert native.pack(layer(C, E, size, dtype)).layer.members == members
+    mask[:, 1] = False
+    expected = run(x, mask, weights)
+    close_to_float64(x, mask, weights)
+    weights.w1_EDC[1, 3, 2] = weights.b1_ED[1, 2] = torch.inf
+    assert torch.equal(run(x, mask, weights), expected)
+    weights.w2_EDC[1] = torch.nan
+    assert native.pack(weights).layer.members == 1
+    torch.testing.assert_close(run(x, mask, weights), expected)
 
 
 def test_what_is_not_finite_stays_in_its_token():

@@ -11,6 +11,10 @@
  * After ReLU most hidden values are 0. Where enough of them are, fc2 leaves their products out: what
  * it adds up stays the same, and so does its order.
  *
+ * Experts too small to fill a panel are packed beside each other, as one: a token that runs one of
+ * them computes all, and the hidden values of the others are set to 0. What is called an expert
+ * below is such a group, but for the mask, the router and what native.py calls.
+ *
  * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
  * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
  *
@@ -282,6 +286,7 @@ INLINE void fc2_active(const int num_rows, const float *hidden, size_t stride, c
 
 typedef struct {
     int64_t width, experts, size;
+    int64_t members;          /* experts of the model in one of these */
     int64_t vectors;          /* registers of a panel of fc1 */
     int64_t half;             /* tokens and outputs are bfloat16, else float32 */
     int64_t pairs;            /* DOT or AMX, if bfloat16 is multiplied in pairs */
@@ -316,6 +321,7 @@ static void fc2_rows(const Layer *layer, int num_rows, const float *hidden, size
 typedef struct {
     int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
+    const uint8_t *mask; /* (tokens, E, members), which is not part of the workspace */
     float *hidden;    /* (pairs, padded D); in pairs (rows + a tile, padded D), bfloat16 */
     uint64_t *active; /* (pairs, blocks of D): bits of the hidden values that are not 0 */
     float *x;         /* (tokens, C), of bfloat16 that is widened */
@@ -347,17 +353,51 @@ static Space space(const Layer *layer, int64_t tokens, int threads, char *memory
     return s;
 }
 
-/* The row lists of a chunk's mask (tokens, E): starts and rows. */
-static void list_rows(const uint8_t *mask, int64_t tokens, int64_t experts, const Space *s) {
+/* The row lists of a chunk's mask: starts and rows. */
+static void list_rows(const Layer *layer, int64_t tokens, const Space *s) {
+    int64_t experts = layer->experts, members = layer->members;
     int64_t ranges = up(tokens, RANGE), end = 0;
     for (int64_t e = 0; e < experts; e++)
         for (int64_t range = 0; range <= ranges; range++) {
             s->starts[range * experts + e] = end;
             for (int64_t t = range * RANGE; t < least(tokens, (range + 1) * RANGE); t++) {
+                const uint8_t *runs = s->mask + (t * experts + e) * members;
+                uint8_t any = runs[0];
+                for (int64_t m = 1; m < members; m++) any |= runs[m];
                 s->rows[end] = (int32_t)t; /* the next overwrites it, if this one is not to run */
-                end += mask[t * experts + e];
+                end += any;
             }
         }
+}
+
+/* Zeros for the values of pairs that do not run, without a branch, which random masks mislead. */
+INLINE void zero_pairs(char *hidden, const uint8_t *mask, int64_t pairs, const int64_t bytes) {
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        uint32_t values[32], keep = -(uint32_t)mask[pair];
+        memcpy(values, hidden + pair * bytes, bytes);
+        for (int64_t i = 0; i < bytes / 4; i++) values[i] &= keep;
+        memcpy(hidden + pair * bytes, values, bytes);
+    }
+}
+
+/* Zeros for a token's hidden values, of so many bytes for each expert, of those it does not run. */
+static void zero_idle(char *hidden, const uint8_t *runs, int64_t experts, int64_t bytes) {
+    if (bytes == 16) zero_pairs(hidden, runs, experts, 16);
+    else if (bytes == 32) zero_pairs(hidden, runs, experts, 32);
+    else if (bytes == 64) zero_pairs(hidden, runs, experts, 64);
+    else if (bytes == 128) zero_pairs(hidden, runs, experts, 128);
+    else
+        for (int64_t e = 0; e < experts; e++)
+            if (!runs[e]) memset(hidden + e * bytes, 0, bytes);
+}
+
+/* The same for the members of an expert, in the row of a pair. */
+static void zero_members(const Layer *layer, const Space *s, int64_t expert, int64_t pair,
+                         void *hidden, int64_t element) {
+    int64_t members = layer->members;
+    if (members == 1) return;
+    const uint8_t *runs = s->mask + (s->rows[pair] * layer->experts + expert) * members;
+    zero_idle((char *)hidden, runs, members, layer->size / members * element);
 }
 
 /* A part of fc1: the tokens of a range that an expert runs, by a block of its columns. */
@@ -412,8 +452,9 @@ static void fc1(const Layer *layer, const Space *s, const float *x, Part part, P
         }
     }
     for (int64_t p = part.from; p < part.to; p++) {
-        const float *hidden = s->hidden + p * stride;
+        float *hidden = s->hidden + p * stride;
         uint64_t bits = 0;
+        zero_members(layer, s, part.expert, p, hidden, sizeof *hidden);
         for (int64_t c = first * columns; c < last * columns; c += LANES)
             bits |= active(load_float(hidden + c)) << (c - first * columns);
         /* Padding is 0, but NaN where x is infinite; W2 has no rows for it. */
@@ -719,6 +760,7 @@ static void fc1_pairs(const Layer *layer, const Space *s, const uint16_t *x, Par
             }
             if (begin + count == panels) /* padding is 0, but NaN where x is infinite */
                 memset(at + layer->size - begin * TILE_COLUMNS, 0, (stride - layer->size) * 2);
+            zero_members(layer, s, part.expert, p + r, at, sizeof *at);
         }
     }
 }
@@ -949,7 +991,7 @@ int64_t dmoe_vectors(void) { return VECTORS; }
 
 /* Bytes of workspace that a call needs, aligned to 64. */
 int64_t dmoe_workspace(const Layer *layer, int64_t tokens, int64_t threads) {
-    int64_t scores_and_mask = tokens * layer->experts * (4 + 1);
+    int64_t scores_and_mask = tokens * layer->experts * layer->members * (4 + 1);
     return space(layer, tokens, (int)threads, 0).bytes + scores_and_mask;
 }
 
@@ -1019,7 +1061,8 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
         int64_t num_fc1 = experts * ranges * blocks, num_fc2 = out_blocks * ranges;
         const char *from = x + begin * width * element;
         const float *rows = layer->half ? s.x : (const float *)from;
-        list_rows(mask + begin * experts, count, experts, &s);
+        s.mask = mask + begin * experts * layer->members;
+        list_rows(layer, count, &s);
         int64_t pairs = s.starts[(ranges + 1) * experts - 1];
         int team = 4 * pairs * layer->size * width < ALONE ? 1 : (int)threads;
 #pragma omp parallel num_threads(team)
@@ -1067,16 +1110,6 @@ void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *
     }
 }
 
-/* Zeros for the values of pairs that do not run, without a branch, which random masks mislead. */
-INLINE void zero_pairs(char *hidden, const uint8_t *mask, int64_t pairs, const int64_t bytes) {
-    for (int64_t pair = 0; pair < pairs; pair++) {
-        uint32_t values[32], keep = -(uint32_t)mask[pair];
-        memcpy(values, hidden + pair * bytes, bytes);
-        for (int64_t i = 0; i < bytes / 4; i++) values[i] &= keep;
-        memcpy(hidden + pair * bytes, values, bytes);
-    }
-}
-
 /* Zeros for the hidden values (N, E, size) of experts that a token does not run. */
 void dmoe_zero(char *hidden, const uint8_t *mask, int64_t tokens, int64_t experts, int64_t size,
                int64_t element, int64_t threads) {
@@ -1084,15 +1117,7 @@ void dmoe_zero(char *hidden, const uint8_t *mask, int64_t tokens, int64_t expert
     int team = tokens * row < ALONE / 8 ? 1 : (int)threads;
 #pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t t = 0; t < tokens; t++) {
-        const uint8_t *runs = mask + t * experts;
-        char *to = hidden + t * row;
-        if (bytes == 16) zero_pairs(to, runs, experts, 16);
-        else if (bytes == 32) zero_pairs(to, runs, experts, 32);
-        else if (bytes == 64) zero_pairs(to, runs, experts, 64);
-        else if (bytes == 128) zero_pairs(to, runs, experts, 128);
-        else
-            for (int64_t e = 0; e < experts; e++)
-                if (!runs[e]) memset(to + e * bytes, 0, bytes);
+        zero_idle(hidden + t * row, mask + t * experts, experts, bytes);
     }
 }
 
@@ -1131,7 +1156,7 @@ int64_t dmoe_select(const Router *router, const char *x, uint8_t *mask, int64_t 
 int64_t dmoe_layer(const Router *router, const Layer *layer, const char *x, char *out,
                    int64_t tokens, int64_t selecting, float tau, int64_t threads, char *memory) {
     char *scores = memory + space(layer, tokens, (int)threads, memory).bytes;
-    uint8_t *mask = (uint8_t *)scores + tokens * layer->experts * 4;
+    uint8_t *mask = (uint8_t *)scores + tokens * router->experts * 4;
     if (select_experts(router, x, mask, tokens, selecting, tau, threads, scores)) return 1;
     dmoe_experts(layer, x, mask, out, tokens, threads, memory);
     return 0;

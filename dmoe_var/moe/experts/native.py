@@ -8,9 +8,10 @@ activations and the sum of all experts are rounded once each, as a dense FFN's a
 depend neither on the number of threads nor on the other tokens.
 
 Weights are packed once, see packed.py: those in bfloat16 as float32, in twice the memory, where the
-processor does not multiply them in pairs. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0
-switches the kernel off. `python -m dmoe_var.moe.experts.native` compiles it beforehand, for
-example while a machine image is built.
+processor does not multiply them in pairs; those of small experts beside each other, so that they
+fill a register. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0 switches the kernel off.
+`python -m dmoe_var.moe.experts.native` compiles it beforehand, for example while a machine image is
+built.
 
 Legend: N tokens, C width, E experts, D neurons per expert, p columns per panel, P panels.
 """
@@ -50,7 +51,7 @@ class _Layer(ctypes.Structure):
     """Mirrors `Layer` in native.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("width", "experts", "size")),
+        *((name, ctypes.c_int64) for name in ("width", "experts", "size", "members")),
         *((name, ctypes.c_int64) for name in ("vectors", "half", "pairs", "finite", "streamed")),
         *((name, ctypes.c_void_p) for name in ("w1", "w2", "b1", "b2")),
     )
@@ -301,11 +302,15 @@ def pack(weights: Sequence[Tensor]) -> Packed:
     """Pack experts in the layout that native.c reads."""
     loaded = kernel()
     assert loaded is not None
-    w1_EDC, b1_ED, w2_EDC, b2_C = weights
-    E, D, C = w1_EDC.shape
-    lanes, half = loaded.lanes, w1_EDC.dtype == torch.bfloat16
+    *of_experts, b2_C = weights
+    lanes, half = loaded.lanes, b2_C.dtype == torch.bfloat16
     vectors = loaded.vectors
     pairs = loaded.pairs if half else 0
+    # Small experts as one, unless 0 times a weight of those that do not run would not be 0
+    finite = bool(of_experts[-1].isfinite().all())
+    members = _members(*of_experts[1].shape, loaded.tile if pairs else lanes) if finite else 1
+    w1_EDC, b1_ED, w2_EDC = (x.unflatten(0, (-1, members)).flatten(1, 2) for x in of_experts)
+    E, D, C = w1_EDC.shape
     if pairs:
         widest = columns = loaded.tile
         w1 = _in_pairs(_in_panels(w1_EDC.mT, columns).transpose(1, 2), loaded.tile)
@@ -316,10 +321,15 @@ def pack(weights: Sequence[Tensor]) -> Packed:
         w1 = _in_panels(w1_EDC.float().mT, columns).transpose(1, 2)
         w2 = _in_panels(w2_EDC.float(), widest).permute(2, 0, 1, 3)
     b1, b2 = _in_panels(b1_ED, columns).float(), _in_panels(b2_C, widest).float()
-    finite = int(w2_EDC.isfinite().all())
     streamed = int(w1.nbytes + w2.nbytes > CACHED)
-    numbers = (C, E, D, vectors, int(half), pairs, finite, streamed)
+    numbers = (C, E, D, members, vectors, int(half), pairs, int(finite), streamed)
     return loaded.packed(_Layer, numbers, (w1, w2, b1, b2))
+
+
+def _members(experts: int, size: int, columns: int) -> int:
+    """Return how many experts of a size are packed as one: the most that fill no more columns."""
+    most = max(1, columns // size)
+    return max(number for number in range(1, most + 1) if experts % number == 0)
 
 
 def _vectors(loaded: _Kernel, columns: int) -> int:
