@@ -177,15 +177,15 @@ def time_layers(
     multiplies every hidden value of the experts that run, from the larger of the times that the
     density leaves for the device's products and its memory. zeros: the share of those values that
     are 0. Rows with a router have neither. router_time_ratio: what a layer takes longer than its
-    path alone, the median over rounds, as a share of the baseline. With few tokens it is negative,
-    since a layer is one call, and the Python around a path's takes longer than their products.
+    path alone, the median over rounds, as a share of the baseline. On a CPU it can be negative for
+    few tokens: a layer is one call of the kernel, with less Python around it than a path alone has.
     captured_...: the same where CUDA graphs start the calls, so that the host takes no part.
     """
     x_NC = layers[0].x_NC
     if x_NC.device.type == "cpu":
         keep_freed_memory()  # as the sampler does
-    calls = _calls(layers)
     with sampling():
+        calls = _calls(layers)
         zeros = {
             density: sum(layer.zeros(layer.masks[density]) for layer in layers) / len(layers)
             for density in layers[0].masks
@@ -212,21 +212,22 @@ def time_layers(
 
 
 def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
-    routing = Routing(Threshold(0.5))
+    half = Routing(Threshold(0.5))
     denses = [(layer.x_NC, layer.dense()) for layer in layers]
 
     def by_torch(x_NC: Tensor, dense: FFN) -> Tensor:
         hidden_NH = F.relu(F.linear(x_NC, dense.fc1.weight, dense.fc1.bias))
         return F.linear(hidden_NH, dense.fc2.weight, dense.fc2.bias)
 
-    def select(ffn: MoEFFN, x_BLC: Tensor) -> Any:
-        found = at_once.select(ffn, x_BLC, routing)
-        return ffn.select(x_BLC, routing) if found is None else found
+    def select(layer: Layer, routing: Routing) -> Tensor:
+        x_BLC = layer.x_NC[None]
+        found = at_once.select(layer.ffn, x_BLC, routing)
+        return layer.ffn.select(x_BLC, routing)[0][0] if found is None else found.mask_NE
 
     calls: dict[Case, Call] = {
         (DENSE_TORCH, None): lambda: [by_torch(x_NC, dense) for x_NC, dense in denses],
         (DENSE_OURS, None): lambda: [dense(x_NC) for x_NC, dense in denses],
-        (SELECTION, None): lambda: [select(of.ffn, of.x_NC[None]) for of in layers],
+        (SELECTION, None): lambda: [select(layer, half) for layer in layers],
     }
 
     def by_path(density: float, impl: str) -> None:
@@ -249,10 +250,7 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
                 calls[impl, density] = partial(by_path, density, impl)
         if all(density in layer.taus for layer in layers):
             routings = [Routing(Threshold(layer.taus[density])) for layer in layers]
-            given = [
-                layer.ffn.select(layer.x_NC[None], its_own)[0].flatten(0, 1)
-                for layer, its_own in zip(layers, routings, strict=True)
-            ]
+            given = [select(*each) for each in zip(layers, routings, strict=True)]
             calls[LAYER, density] = partial(whole, routings)
             calls[ROUTED, density] = partial(after_routers, given)
     return calls

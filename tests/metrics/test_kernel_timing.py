@@ -80,15 +80,18 @@ def test_the_router_of_a_layer_lets_as_much_run(density):
 
 
 def test_a_router_takes_what_a_layer_takes_more_than_its_experts(monkeypatch):
-    """2, 2 and 6 ms more in three rounds, of which the second was slow. The experts run
-    under the mask of that router. Under graphs likewise."""
+    """2, 2 and 6 ms more in three rounds, of which the second was slow; 3, 3 and 6 under graphs.
+    The experts run under the mask of that router."""
     layer = random_layer(SHAPE, [0.5], CPU, torch.float32)
     its_own, _ = layer.ffn.select(layer.x_NC[None], Routing(Threshold(layer.taus[0.5])))
     given = []
     slow = {"dense": [10.0, 10.0, 90.0], "layer": [7.0, 30.0, 9.0], "routed": [5.0, 28.0, 3.0]}
+    without_host = slow | {"routed": [4.0, 27.0, 3.0]}
+    found = iter((slow, without_host))
 
     def timed(calls, *_):
-        return {case: slow.get(case[0], [20.0] * 3) for case in calls}
+        times = next(found)
+        return {case: times.get(case[0], [20.0] * 3) for case in calls}
 
     def noting(x_NC, mask_NE, weights, act, impl):
         given.append((mask_NE, impl))
@@ -99,8 +102,8 @@ def test_a_router_takes_what_a_layer_takes_more_than_its_experts(monkeypatch):
     *rows, row = time_layers(SHAPE, [layer], RATES, repeats=3)
     assert row["impl"] == "layer"
     assert "routed" not in {each["impl"] for each in rows}
-    for name in ("router_time_ratio", "captured_router_time_ratio"):
-        assert row[name] == pytest.approx(0.2)
+    for name, share in (("router_time_ratio", 0.2), ("captured_router_time_ratio", 0.3)):
+        assert row[name] == pytest.approx(share)
         assert all(name not in each for each in rows)
     kernel_timing._calls([layer])["routed", 0.5]()
     ((mask_NE, impl),) = given

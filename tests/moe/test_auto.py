@@ -52,11 +52,16 @@ def fastest(x, dispatch, weights, act):
     return found if isinstance(found, str) else auto._best(dispatch.density, found)
 
 
+def along(start, end, every=None):
+    """Times on a line from density 0.25 to 1, and where all run."""
+    line = [start + (end - start) * (density - 0.25) / 0.75 for density in auto.DENSITIES]
+    return *line, end if every is None else every
+
+
 def timed(monkeypatch, **seconds):
-    """Measuring finds these times at both densities and, if there is no third, where all run; how
-    often it was asked."""
+    """Measuring finds these times, `along` a line; how often it was asked."""
     asked = []
-    found = {name: (*times, times[-1])[:3] for name, times in seconds.items()}
+    found = {name: along(*times) for name, times in seconds.items()}
     monkeypatch.setattr(auto, "_measured", lambda *given: asked.append(given) or dict(found))
     return asked
 
@@ -79,6 +84,20 @@ def test_a_path_may_know_a_shorter_way_where_all_run(layer, monkeypatch):
     timed(monkeypatch, native=(1.0, 3.0, 3.0), reference=(4.0, 4.0, 2.0), grouped=(9.0, 9.0))
     for density, name in ((0.05, "native"), (0.95, "native"), (1, "reference")):
         assert fastest(layer[0], Dispatch(mask(density)), layer[1], RELU) == name
+
+
+@pytest.mark.parametrize(
+    ("density", "name"), [(0.05, "native"), (0.3, "native"), (0.4, "reference"), (0.9, "reference")]
+)
+def test_times_follow_lines_between_three_densities(layer, monkeypatch, density, name):
+    """native takes 1 at 0.15 and 3 at 0.5, and 1 / 7 at 0: it meets 2 at 0.325. Of two paths that
+    are equal at both ends, the one that is slower between them is not always the best."""
+    found = {"native": (1.0, 3.0, 2.0, 2.0), "reference": (2.0,) * 4, "grouped": (9.0,) * 4}
+    monkeypatch.setattr(auto, "_measured", lambda *given: found)
+    assert auto.by_density(layer[0], layer[1], RELU) == found
+    assert auto._best(density, found) == name
+    at = [auto._at(d, found["native"]) for d in (0, 0.15, 0.325, 0.5, 0.75, 1)]
+    assert at == pytest.approx([1 / 7, 1, 2, 3, 2.5, 2])
 
 
 @pytest.mark.parametrize("density", [0.6, 1])
@@ -157,9 +176,9 @@ def test_the_first_who_measures_counts(layer, monkeypatch):
     timed(monkeypatch, native=(1.0, 1.0), reference=(2.0, 2.0))
     run_experts(layer[0], mask(0.5), layer[1], RELU, "auto")
     (key,) = json.loads(auto._file(CPU).read_text())["seconds"]
-    mine = {"native": (3.0, 3.0), "reference": (2.0, 2.0)}
+    mine = {"native": along(3.0, 3.0), "reference": along(2.0, 2.0)}
     auto._keep(auto._file(CPU), key, mine)
-    assert mine == {"native": (1.0,) * 3, "reference": (2.0,) * 3}
+    assert mine == {"native": (1.0,) * 4, "reference": (2.0,) * 4}
 
 
 def test_a_table_without_a_path_is_measured_again(layer, monkeypatch):
@@ -186,8 +205,8 @@ def test_a_table_that_cannot_be_written(layer, monkeypatch, cache, capfd):
     assert line.startswith(f"{auto._file(CPU)}: cannot be kept (Not a directory)")
 
 
-def test_every_path_is_timed_with_three_masks(layer, monkeypatch):
-    """A quarter, all but one pair, all; in turn, for a while."""
+def test_every_path_is_timed_with_four_masks(layer, monkeypatch):
+    """A few, half, all but one pair, all; in turn, for a while."""
     x, weights = layer
     shares = []
     monkeypatch.setattr(auto, "LONG_ENOUGH", 0.2)
@@ -195,12 +214,13 @@ def test_every_path_is_timed_with_three_masks(layer, monkeypatch):
     with torch.no_grad():
         found = auto._measured(PATHS, x, weights, RELU)
     assert found.keys() == PATHS.keys()
-    assert all(len(times) == 3 for times in found.values())
+    assert all(len(times) == 4 for times in found.values())
     assert all(0 < seconds < 10 for times in found.values() for seconds in times)
-    assert len(shares) >= 3 * len(PATHS) * (1 + auto.REPEATS)
-    few, most, every = (set(map(int, shares[i :: 3 * len(PATHS)])) for i in (0, 3, 6))
+    turn = 4 * len(PATHS)
+    assert len(shares) >= turn * (1 + auto.REPEATS)
+    few, half, most, every = (set(map(int, shares[i::turn])) for i in range(0, turn, len(PATHS)))
     assert (most, every) == ({N * E - 1}, {N * E})
-    assert 0.1 < few.pop() / (N * E) < 0.4
+    assert 0.05 < few.pop() / (N * E) < 0.3 < half.pop() / (N * E) < 0.7
 
 
 def test_without_a_folder_each_process_measures(layer, monkeypatch, capfd):

@@ -260,16 +260,17 @@ def test_products_of_0_and_what_is_not_finite(value):
 def test_small_experts_are_packed_as_one(products, dtype):
     """As many as fill a register, or a tile of pairs, and divide all of them. One that does not run
     beside one that does adds nothing: no hidden value that is not finite, and no weight of fc2."""
-    C, E, D = 40, 6, 5
+    C, E, D = 40, 6, 2
     x, weights, mask = tokens(99, C, dtype), layer(C, E, D, dtype), masks(99, E)[0]
     columns = native.kernel().tile if native.pack(weights).layer.pairs else native.kernel().lanes
-    alone = {4: 1, 8: 1, 16: 3, 32: 6}[columns]
-    for size, members in ((D, alone), (columns, 1), (columns + 1, 1), (columns // 2, 2)):
+    of_two, of_five = {4: (2, 1), 8: (3, 1), 16: (6, 3), 32: (6, 6)}[columns]
+    by_size = {2: of_two, 5: of_five, columns // 2: 2, columns: 1, columns + 1: 1}
+    for size, members in by_size.items():
         assert native.pack(layer(C, E, size, dtype)).layer.members == members
     mask[:, 1] = False
     expected = run(x, mask, weights)
     close_to_float64(x, mask, weights)
-    weights.w1_EDC[1, 3, 2] = weights.b1_ED[1, 2] = torch.inf
+    weights.w1_EDC[1, 1, 7] = weights.b1_ED[1, 0] = torch.inf
     assert torch.equal(run(x, mask, weights), expected)
     weights.w2_EDC[1] = torch.nan
     assert native.pack(weights).layer.members == 1

@@ -89,9 +89,9 @@ def test_auto_tries_it(added, monkeypatch, known):
     added(run=lambda *args: "out", can_run=lambda *args: known)
     timed = []
     monkeypatch.setattr(
-        auto, "_measured", lambda of, *_: timed.extend(of) or dict.fromkeys(of, (1, 1, 1)) | fast
+        auto, "_measured", lambda of, *_: timed.extend(of) or dict.fromkeys(of, (1,) * 4) | fast
     )
-    fast = {"added": (0.5,) * 3}
+    fast = {"added": (0.5,) * 4}
     x, mask, weights = small_layer()
     out = run_experts(x, mask, weights, nn.GELU(), "auto")
     assert (timed == ["reference", "grouped", "added"]) == known

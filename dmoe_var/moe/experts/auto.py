@@ -1,8 +1,8 @@
 """Run the fastest compute path, by a table that is measured on this machine and kept.
 
-A path's time is a line through its times at two densities of random masks, and another one where
-every expert runs. `reference` runs the whole dense FFN and zeroes what was not selected, so nothing
-is ever much slower than dense.
+A path's time follows lines between its times at three densities of random masks, and is another one
+where every expert runs. `reference` runs the whole dense FFN and zeroes what was not selected, so
+nothing is ever much slower than dense.
 On a GPU the host would have to wait for the mask's density. There a shape takes the path that is
 fastest at the density ASSUMED, of those for which the host does not wait either. A time there holds
 the launches, of which a CUDA graph needs none: it takes the same path all the same.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,10 @@ from dmoe_var.moe.experts.paths import PLAIN, RAN, ComputePath, fallback, path, 
 from dmoe_var.moe.experts.weights import ExpertWeights
 from dmoe_var.sampling_time import this_sampling
 
-FORMAT = "dmoe-var-experts/2"
-DENSITIES = (0.25, 1.0)
-"""Of the masks that are timed; of the second one a single pair does not run, since a path may know
-a shorter way where all do."""
+FORMAT = "dmoe-var-experts/3"
+DENSITIES = (0.15, 0.5, 1.0)
+"""Of the masks that are timed; of the last one a single pair does not run, since a path may know a
+shorter way where all do."""
 ASSUMED = 0.5  # instead of a mask's density on a GPU
 REPEATS, LONG_ENOUGH = 3, 0.05
 """Fewest timed rounds, and seconds for which they go on; the fastest counts. One before them warms
@@ -100,27 +101,29 @@ def by_density(x_NC: Tensor, weights: ExpertWeights, act: nn.Module) -> str | Se
     seconds = _seconds(paths, x_NC, weights, act)
     if on_gpu:
         return _best(ASSUMED, seconds)
-    # Times are lines up to where all run: the best at both ends always is
-    ends = {_best(0, seconds), _best_of_line(1, seconds), _best(1, seconds)}
-    return seconds if len(ends) > 1 else ends.pop()
+    # Between densities times are lines: the best at all of them always is
+    best = {_best_of_lines(density, seconds) for density in (0, *DENSITIES)}
+    best.add(_best(1, seconds))
+    return seconds if len(best) > 1 else best.pop()
 
 
 def _best(density: float, seconds: Seconds) -> str:
     """Return the path that is fastest at a density."""
     if density == 1:
         return min(seconds, key=lambda name: seconds[name][-1])
-    return _best_of_line(density, seconds)
+    return _best_of_lines(density, seconds)
 
 
-def _best_of_line(density: float, seconds: Seconds) -> str:
+def _best_of_lines(density: float, seconds: Seconds) -> str:
     """Return the path that is fastest at a density, if not all run."""
     return min(seconds, key=lambda name: _at(density, seconds[name]))
 
 
 def _at(density: float, times: Sequence[float]) -> float:
-    """Return the time at a density, on the line through both measured times."""
-    low, high = DENSITIES
-    return times[0] + (times[1] - times[0]) * (density - low) / (high - low)
+    """Return the time at a density, on the line through the measured times next to it."""
+    place = bisect(DENSITIES[1:-1], density)
+    (low, high), (before, after) = DENSITIES[place : place + 2], times[place : place + 2]
+    return before + (after - before) * (density - low) / (high - low)
 
 
 def _case(
@@ -165,10 +168,10 @@ def _measured(
 ) -> Seconds:
     generator = torch.Generator().manual_seed(0)
     draws_NE = torch.rand(len(x_NC), len(weights.w1_EDC), generator=generator)
-    few, most = (draws_NE < density for density in DENSITIES)
-    if most.numel() > 1:
-        most[-1, -1] = False
-    masks = [mask_NE.to(x_NC.device) for mask_NE in (few, most, draws_NE < 1)]
+    drawn = [draws_NE < density for density in (*DENSITIES, 1)]
+    if draws_NE.numel() > 1:
+        drawn[-2][-1, -1] = False
+    masks = [mask_NE.to(x_NC.device) for mask_NE in drawn]
     times: dict[str, list[list[float]]] = {name: [[] for _ in masks] for name in paths}
 
     def take_turns() -> None:
@@ -219,8 +222,8 @@ def _read(file: Path) -> dict[str, Seconds]:
             return {}
         return {
             str(key): {
-                str(name): (float(few), float(most), float(every))
-                for name, (few, most, every) in times.items()
+                str(name): (float(few), float(half), float(most), float(every))
+                for name, (few, half, most, every) in times.items()
             }
             for key, times in content["seconds"].items()
         }

@@ -11,9 +11,10 @@
  * After ReLU most hidden values are 0. Where enough of them are, fc2 leaves their products out: what
  * it adds up stays the same, and so does its order.
  *
- * Experts too small to fill a panel are packed beside each other, as one: a token that runs one of
- * them computes all, and the hidden values of the others are set to 0. What is called an expert
- * below is such a group, but for the mask, the router and what native.py calls.
+ * Experts too small to fill a register, or a tile of pairs, are packed beside each other as one: a
+ * token that runs one of these members computes all, and the hidden values of the others are set to
+ * 0. So `experts` of a Layer counts what is packed as one; that of a Router, of scores and of
+ * `dmoe_zero` counts the model's own, and a mask has a column for each of those.
  *
  * Packed weights (see native.py). A panel is `columns` output columns beside each other, padded
  * with zeros: w1 (E, panels of D, C, columns), w2 (panels of C, E, D, columns).
@@ -321,7 +322,7 @@ static void fc2_rows(const Layer *layer, int num_rows, const float *hidden, size
 typedef struct {
     int64_t *starts;  /* (ranges + 1, E): where the rows of an expert begin that lie in a range */
     int32_t *rows;    /* (pairs): tokens, by expert, ascending */
-    const uint8_t *mask; /* (tokens, E, members), which is not part of the workspace */
+    const uint8_t *mask; /* (tokens, E, members), the caller's */
     float *hidden;    /* (pairs, padded D); in pairs (rows + a tile, padded D), bfloat16 */
     uint64_t *active; /* (pairs, blocks of D): bits of the hidden values that are not 0 */
     float *x;         /* (tokens, C), of bfloat16 that is widened */
@@ -380,15 +381,15 @@ INLINE void zero_pairs(char *hidden, const uint8_t *mask, int64_t pairs, const i
     }
 }
 
-/* Zeros for a token's hidden values, of so many bytes for each expert, of those it does not run. */
-static void zero_idle(char *hidden, const uint8_t *runs, int64_t experts, int64_t bytes) {
-    if (bytes == 16) zero_pairs(hidden, runs, experts, 16);
-    else if (bytes == 32) zero_pairs(hidden, runs, experts, 32);
-    else if (bytes == 64) zero_pairs(hidden, runs, experts, 64);
-    else if (bytes == 128) zero_pairs(hidden, runs, experts, 128);
+/* Zeros for a token's hidden values of what it does not run: so many bytes each, side by side. */
+static void zero_idle(char *hidden, const uint8_t *runs, int64_t number, int64_t bytes) {
+    if (bytes == 16) zero_pairs(hidden, runs, number, 16);
+    else if (bytes == 32) zero_pairs(hidden, runs, number, 32);
+    else if (bytes == 64) zero_pairs(hidden, runs, number, 64);
+    else if (bytes == 128) zero_pairs(hidden, runs, number, 128);
     else
-        for (int64_t e = 0; e < experts; e++)
-            if (!runs[e]) memset(hidden + e * bytes, 0, bytes);
+        for (int64_t i = 0; i < number; i++)
+            if (!runs[i]) memset(hidden + i * bytes, 0, bytes);
 }
 
 /* The same for the members of an expert, in the row of a pair. */
@@ -1050,7 +1051,7 @@ void dmoe_fingerprints(const char *const *tensors, const int64_t *counts, uint64
     }
 }
 
-/* x (N, C), mask (N, E) of 0 and 1, out (N, C); all contiguous. */
+/* x (N, C), mask (N, experts of the model) of 0 and 1, out (N, C); all contiguous. */
 void dmoe_experts(const Layer *layer, const char *x, const uint8_t *mask, char *out, int64_t tokens,
                   int64_t threads, char *memory) {
     int64_t experts = layer->experts, width = layer->width, element = layer->half ? 2 : 4;

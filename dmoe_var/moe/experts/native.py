@@ -9,7 +9,7 @@ depend neither on the number of threads nor on the other tokens.
 
 Weights are packed once, see packed.py: those in bfloat16 as float32, in twice the memory, where the
 processor does not multiply them in pairs; those of small experts beside each other, so that they
-fill a register. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0 switches the kernel off.
+fill a register or a tile. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0 switches it off.
 `python -m dmoe_var.moe.experts.native` compiles it beforehand, for example while a machine image is
 built.
 
@@ -140,8 +140,8 @@ def kernel() -> _Kernel | None:
 
 
 def version() -> str:
-    """Return the source that is compiled."""
-    return SOURCE.read_text("utf-8")
+    """Return the source that is compiled, and how it is packed for and called."""
+    return SOURCE.read_text("utf-8") + Path(__file__).read_text("utf-8")
 
 
 def runs_on(device: torch.device) -> bool:
@@ -308,7 +308,8 @@ def pack(weights: Sequence[Tensor]) -> Packed:
     pairs = loaded.pairs if half else 0
     # Small experts as one, unless 0 times a weight of those that do not run would not be 0
     finite = bool(of_experts[-1].isfinite().all())
-    members = _members(*of_experts[1].shape, loaded.tile if pairs else lanes) if finite else 1
+    experts, size, _ = of_experts[-1].shape
+    members = _members(experts, size, loaded.tile if pairs else lanes) if finite else 1
     w1_EDC, b1_ED, w2_EDC = (x.unflatten(0, (-1, members)).flatten(1, 2) for x in of_experts)
     E, D, C = w1_EDC.shape
     if pairs:
@@ -327,7 +328,8 @@ def pack(weights: Sequence[Tensor]) -> Packed:
 
 
 def _members(experts: int, size: int, columns: int) -> int:
-    """Return how many experts of a size are packed as one: the most that fill no more columns."""
+    """Return how many experts of a size are packed as one: the most that fit into the columns of a
+    register or tile, and divide their number."""
     most = max(1, columns // size)
     return max(number for number in range(1, most + 1) if experts % number == 0)
 
