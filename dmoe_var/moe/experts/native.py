@@ -3,15 +3,15 @@
 fc1 reads each expert's tokens where they lie, and fc2 adds its outputs where they belong, so time
 follows the number of (token, expert) pairs. Weights that no cache holds are asked for while those
 before them are multiplied. fc2 skips hidden values that ReLU made 0, except where the processor
-multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden
-activations and the sum of all experts are rounded once each, as a dense FFN's are. A token's bits
-depend neither on the number of threads nor on the other tokens.
+multiplies bfloat16 in pairs. In bfloat16, products and sums are float32; hidden activations and the
+sum of all experts are rounded once each, as a dense FFN's are. A token's bits depend neither on the
+number of threads nor on the other tokens.
 
 Weights are packed once, see packed.py: those in bfloat16 as float32, in twice the memory, where the
-processor does not multiply them in pairs; those of small experts beside each other, so that they
-fill a register or a tile. `can_run` says what the kernel knows. DMOE_VAR_NATIVE=0 switches it off.
-`python -m dmoe_var.moe.experts.native` compiles it beforehand, for example while a machine image is
-built.
+processor does not multiply them in pairs. Experts that fill no register, or no tile of pairs, are
+packed beside each other, and a token that runs one of them computes its neighbours too. `can_run`
+says what the kernel knows. DMOE_VAR_NATIVE=0 switches it off. `python -m
+dmoe_var.moe.experts.native` compiles it beforehand, for example while a machine image is built.
 
 Legend: N tokens, C width, E experts, D neurons per expert, p columns per panel, P panels.
 """
