@@ -230,29 +230,25 @@ def _calls(layers: Sequence[Layer]) -> dict[Case, Call]:
         (SELECTION, None): lambda: [select(layer, half) for layer in layers],
     }
 
-    def by_path(density: float, impl: str) -> None:
-        for layer in layers:
-            ffn, mask_NE = layer.ffn, layer.masks[density]
-            run_experts(layer.x_NC, mask_NE, ffn.weights, ffn.act, impl)
+    def experts(masks: Sequence[Tensor], impl: str) -> None:
+        for layer, mask_NE in zip(layers, masks, strict=True):
+            run_experts(layer.x_NC, mask_NE, layer.ffn.weights, layer.ffn.act, impl)
 
     def whole(routings: Sequence[Routing]) -> None:
         for layer, its_own in zip(layers, routings, strict=True):
             layer.ffn(layer.x_NC[None], its_own)
 
-    def after_routers(given: Sequence[Tensor]) -> None:
-        for layer, mask_NE in zip(layers, given, strict=True):
-            run_experts(layer.x_NC, mask_NE, layer.ffn.weights, layer.ffn.act, "auto")
-
     device = layers[0].x_NC.device
     for density in layers[0].masks:
+        masks = [layer.masks[density] for layer in layers]
         for impl, path in paths_on(device).items():
             if device.type != "cuda" or not path.waits:  # that would take dozens of dense FFNs
-                calls[impl, density] = partial(by_path, density, impl)
+                calls[impl, density] = partial(experts, masks, impl)
         if all(density in layer.taus for layer in layers):
             routings = [Routing(Threshold(layer.taus[density])) for layer in layers]
             given = [select(*each) for each in zip(layers, routings, strict=True)]
             calls[LAYER, density] = partial(whole, routings)
-            calls[ROUTED, density] = partial(after_routers, given)
+            calls[ROUTED, density] = partial(experts, given, "auto")
     return calls
 
 

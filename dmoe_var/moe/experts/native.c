@@ -5,8 +5,8 @@
  * stored or scattered for a (token, expert) pair.
  *
  * A row's arithmetic does not depend on other rows: its products are added in order of k (two by
- * two, if they are made in pairs), and its
- * experts in order of e. So the bits depend neither on the number of threads nor on the batch.
+ * two, if they are made in pairs), and its experts in order of e. So the bits depend neither on the
+ * number of threads nor on the batch.
  *
  * After ReLU most hidden values are 0. Where enough of them are, fc2 leaves their products out: what
  * it adds up stays the same, and so does its order.
